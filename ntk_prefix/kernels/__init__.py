@@ -1,0 +1,1 @@
+"""Neural tangent kernels of prefix attention: empirical, closed form, and at infinite prefix length."""

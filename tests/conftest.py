@@ -1,0 +1,17 @@
+"""What every test runs under: eight simulated CPU devices, no silent rank promotion, float64 unless it says x32."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def x64(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Run each test in float64; parametrise ``x64`` indirectly with [True, False] to run it in both."""
+    enabled = getattr(request, "param", True)
+    with jax.enable_x64(enabled):
+        yield enabled
