@@ -23,7 +23,9 @@ def check_inputs(name: str, inputs: jax.Array, *, features: int | None = None) -
             "One row per input: use x[None, :] for a single one, x.reshape(n, -1) for images."
         )
     if features is not None and inputs.shape[1] != features:
-        raise ValueError(f"{name}: expected d = {features} columns (the prefix has d = {features}), got {inputs.shape[1]}.")
+        raise ValueError(
+            f"{name}: expected d = {features} columns (the prefix has d = {features}), got {inputs.shape[1]}."
+        )
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         raise ValueError(f"{name}: expected floating point numbers, got {inputs.dtype}. Use x.astype(float).")
     if isinstance(inputs, jax.core.Tracer):

@@ -19,8 +19,8 @@ here                    the papers                    shape
 ``centre``              <a, S> (fixed), beta S (tied) [n, d]: the prefix's output over m
 ======================  ============================  ===========================================
 
-Sources: the tied model follows Liang et al. (arXiv 2406.14036), in the form recorded in our notes, not verified against
-its text; the fixed model is the softmax regression of arXiv 2405.03251; the gradients are derived here and checked by
+Sources: the tied model has the form after Liang et al. (arXiv 2406.14036), constants not verified against the text;
+ the fixed model is the softmax regression of arXiv 2405.03251; the gradients are derived here and checked by
 ``python -m theory gradients``.
 """
 
@@ -98,7 +98,7 @@ def tied_outputs(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) -
     return jnp.matmul(mass, (signs * weights).astype(mass.dtype)).astype(inputs.dtype)
 
 
-def fixed_outputs(weights: Weights, signs: Float[Array, "m d2"], inputs: Inputs) -> Float[Array, "n d2"]:
+def fixed_outputs(weights: Weights, signs: Signs, inputs: Inputs) -> Float[Array, "n o"]:
     """Outputs of the fixed-value model, ``F_k(x) = m sum_r S_r a_{r,k}``: [n, outputs], in the inputs' dtype."""
     mass = attention_mass(weights, inputs)
     return jnp.matmul(mass, signs.astype(mass.dtype)).astype(inputs.dtype)
@@ -122,11 +122,13 @@ def tied_jacobian(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) 
     values = (signs * weights).astype(mass.dtype)
     centre = jnp.matmul(mass, values) / weights.shape[0]
     through_key = jnp.einsum("im,imk,ic->ikmc", mass, values[None] - centre[:, None], inputs.astype(mass.dtype))
-    through_value = jnp.einsum("im,m,kc->ikmc", mass, signs[:, 0].astype(mass.dtype), jnp.eye(weights.shape[1], dtype=mass.dtype))
+    through_value = jnp.einsum(
+        "im,m,kc->ikmc", mass, signs[:, 0].astype(mass.dtype), jnp.eye(weights.shape[1], dtype=mass.dtype)
+    )
     return through_key + through_value
 
 
-def fixed_jacobian(weights: Weights, signs: Float[Array, "m d2"], inputs: Inputs) -> Float[Array, "n d2 m d"]:
+def fixed_jacobian(weights: Weights, signs: Signs, inputs: Inputs) -> Float[Array, "n o m d"]:
     """Derivative of every output of the fixed-value model by every prefix token, in closed form.
 
         dF_k(x) / dw_r = m S_r ( a_{r,k} - <a_k, S> ) x
@@ -219,8 +221,8 @@ class RandomPrefix:
         check_positive("sigma", self.sigma)
         if self.symmetric and self.m % 2:
             raise ValueError(
-                f"m: expected an even number of prefix tokens, since symmetric initialisation draws pairs, got {self.m}. "
-                f"Use m={self.m + 1}, or symmetric=False."
+                "m: expected an even number of prefix tokens, since symmetric initialisation draws pairs, "
+                f"got {self.m}. Use m={self.m + 1}, or symmetric=False."
             )
         if self.model not in ("tied", "fixed"):
             raise ValueError(f'model: expected "tied" or "fixed", got {self.model!r}.')
@@ -242,7 +244,7 @@ class RandomPrefix:
         """Number of row blocks, each ``TILE`` rows (the last one is cut)."""
         return -(-self.rows // TILE)
 
-    def tile(self, index: Array | int) -> tuple[Float[Array, "tile d"], Float[Array, "tile d2"]]:
+    def tile(self, index: Array | int) -> tuple[Float[Array, "tile d"], Float[Array, "tile o"]]:
         """Draw the ``index``-th block of distinct rows: weights [TILE, d] and signs [TILE, 1 or outputs]."""
         dtype = self.tile_dtype
         weight_key, sign_key = jax.random.split(jax.random.fold_in(self.key, index))
@@ -290,7 +292,14 @@ class _PrefixOnlyModel(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         prefix = RandomPrefix(
-            key=rngs.params(), d=d, m=m, sigma=sigma, symmetric=symmetric, model=model, outputs=outputs, dtype=dtype
+            key=rngs.params(),
+            d=d,
+            m=m,
+            sigma=sigma,
+            symmetric=symmetric,
+            model=model,
+            outputs=outputs,
+            dtype=dtype,
         )
         weights, signs = prefix.materialise()
         self.weights = nnx.Param(weights)
@@ -383,7 +392,7 @@ class FixedValuePrefixModel(_PrefixOnlyModel):
     ) -> None:
         super().__init__(d, m, model="fixed", outputs=outputs, sigma=sigma, symmetric=symmetric, dtype=dtype, rngs=rngs)
 
-    def __call__(self, inputs: Inputs) -> Float[Array, "n d2"]:
+    def __call__(self, inputs: Inputs) -> Float[Array, "n o"]:
         """[n, d] -> [n, outputs]."""
         check_inputs("inputs", inputs, features=self.weights.shape[1])
         return fixed_outputs(self.weights[...], self.signs[...], inputs)
@@ -423,7 +432,11 @@ class PrefixAttentionLayer(nnx.Module):
         def projection() -> Frozen:
             return Frozen(jax.random.normal(rngs.params(), (d, d), self.prefix.dtype) / math.sqrt(d))
 
-        self.query_projection, self.key_projection, self.value_projection = projection(), projection(), projection()
+        self.query_projection, self.key_projection, self.value_projection = (
+            projection(),
+            projection(),
+            projection(),
+        )
 
     def __call__(self, inputs: Float[Array, "*B L d"]) -> Float[Array, "*B L d"]:
         """One sequence [L, d], or any batch of them [..., L, d]."""

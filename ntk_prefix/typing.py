@@ -11,7 +11,7 @@ letter  axis                                   letter  axis
 ``N``   query heads                            ``D``   features of a transformer
 ``K``   key-value heads, N % K == 0            ``n``   inputs of the stylised model
 ``G``   N // K                                 ``d``   input and output dimension there
-                                               ``m``   prefix tokens there
+``o``   outputs of the fixed-value model       ``m``   prefix tokens there
 ======  =====================================  ======  ====================================
 
 The annotations are documentation everywhere and are *executed* only by the tests, through jaxtyping's import hook
@@ -23,7 +23,7 @@ from __future__ import annotations
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-__all__ = ["Array", "Bool", "Float", "Int", "Inputs", "Kernel", "KeyArray", "Signs", "Weights"]
+__all__ = ["Array", "Bool", "Float", "Inputs", "Int", "Kernel", "KeyArray", "Signs", "Weights"]
 
 Inputs = Float[Array, "n d"]
 """Rows are inputs of the stylised model; the theory wants ``|x_i| <= 1``."""
@@ -31,8 +31,8 @@ Inputs = Float[Array, "n d"]
 Weights = Float[Array, "m d"]
 """One row per prefix token: ``w_r``."""
 
-Signs = Float[Array, "m d"]
-"""Fixed signs ``a`` in {-1, +1}; the tied model repeats one sign along d."""
+Signs = Float[Array, "m o"]
+"""Fixed signs ``a`` in {-1, +1}: one column an output of the fixed-value model, one column in all of the tied one."""
 
 Kernel = Float[Array, "n1 d1 n2 d2"]
 """Every kernel of this package: ``[n1, d, n2, d]``, so ``kernel.reshape(n1 * d, n2 * d)`` is the Gram matrix."""

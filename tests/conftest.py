@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -15,3 +16,11 @@ def x64(request: pytest.FixtureRequest) -> Iterator[bool]:
     enabled = getattr(request, "param", True)
     with jax.enable_x64(enabled):
         yield enabled
+
+
+@pytest.fixture
+def without_annotations() -> Iterator[None]:
+    """Let wrong arguments through to the errors that users see: outside of tests no annotation is executed."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,1 +1,9 @@
-"""Neural tangent kernels of prefix attention: empirical, closed form, and at infinite prefix length."""
+"""Neural tangent kernels of prefix attention: empirical, closed form, and at infinite prefix length.
+
+One layout everywhere: a kernel is ``[n1, d, n2, d]``, so ``kernel.reshape(n1 * d, n2 * d)`` is its Gram matrix.
+"""
+
+from ntk_prefix.kernels.closed_form import prefix_ntk
+from ntk_prefix.kernels.limit import limit_ntk, real_layer_limit_ntk
+
+__all__ = ["limit_ntk", "prefix_ntk", "real_layer_limit_ntk"]

@@ -1,0 +1,191 @@
+"""One train step for everything: the one-layer model of the theory and the transformers of ``train``.
+
+A ``Trainer`` splits a Flax NNX model into what is trained, by type (``wrt``), and what is not; frozen arrays get no
+optimizer state and no gradient. The same loss then runs in two ways that give the same numbers:
+
+    jit     one program over a mesh: the batch is sharded over the mesh's axes (``NamedSharding``), weights replicated
+    pmap    one program per device, gradients summed with ``psum``
+
+The loss is a *sum* over the rows of a batch; ``reduction`` says what is descended: that sum (the theory's
+L = 1/2 sum_i |F(x_i) - y_i|^2) or its mean over rows. Both are over the whole batch, never over one device's share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ntk_prefix.typing import Array, Float
+
+__all__ = ["TrainState", "Trainer", "half_squared_error"]
+
+Batch = Any
+"""A pytree of arrays whose leading axis is the rows of the batch."""
+
+
+class TrainState(NamedTuple):
+    """What changes in training: a pytree, so it can be saved, donated and scanned over."""
+
+    step: Array
+    trained: nnx.State
+    frozen: nnx.State
+    optimizer: optax.OptState
+
+
+def half_squared_error(model: Callable[[Array], Array], batch: tuple[Array, Array]) -> Float[Array, ""]:
+    """The theory's loss: ``L = 1/2 sum_i |F(x_i) - y_i|^2`` over a batch (x, y) of [n, d] and [n, outputs]."""
+    inputs, targets = batch
+    return jnp.square(model(inputs) - targets).sum() / 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """How a model is trained; holds no arrays.
+
+    Args:
+      loss: ``loss(model, batch)``, the sum of the losses of the batch's rows, a scalar.
+      optimizer: any optax transformation.
+      wrt: nnx filter of what is trained, e.g. ``nnx.Param`` or a subclass of it.
+      reduction: "sum" descends the sum over rows, "mean" the mean.
+      parallel: "jit" (a mesh, shardings) or "pmap" (a replica a device).
+      mesh: devices of "jit"; the batch is sharded over all its axes. None is one device.
+      devices: devices of "pmap"; None is all local ones.
+
+    Raises:
+      ValueError: an unknown way, a mesh with pmap or devices with jit; in ``step``, a batch that does not divide.
+
+    Numerics: gradients of different ways and device counts differ by the order of one sum over devices; equal to a few
+    roundings, which ``tests/test_training.py`` checks.
+    """
+
+    loss: Callable[[Any, Batch], Float[Array, ""]]
+    optimizer: optax.GradientTransformation
+    wrt: Any = nnx.Param
+    reduction: Literal["sum", "mean"] = "mean"
+    parallel: Literal["jit", "pmap"] = "jit"
+    mesh: Mesh | None = None
+    devices: tuple[jax.Device, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that mean nothing."""
+        if self.parallel not in ("jit", "pmap"):
+            raise ValueError(f'parallel: expected "jit" or "pmap", got {self.parallel!r}.')
+        if self.reduction not in ("sum", "mean"):
+            raise ValueError(f'reduction: expected "sum" or "mean", got {self.reduction!r}.')
+        if self.parallel == "pmap" and self.mesh is not None:
+            raise ValueError('mesh: expected none with parallel="pmap", which takes `devices`.')
+        if self.parallel == "jit" and self.devices is not None:
+            raise ValueError('devices: expected none with parallel="jit", which takes a `mesh`.')
+
+    def init(self, model: nnx.Module) -> TrainState:
+        """The state before the first step, laid out on the devices.
+
+        Raises:
+          ValueError: ``wrt`` selects nothing of the model.
+        """
+        trained, frozen = nnx.state(model, self.wrt, ...)
+        if not jax.tree.leaves(trained):
+            raise ValueError(
+                f"wrt: expected a filter that selects something to train, got {self.wrt!r}, which matches nothing."
+            )
+        # copies: the model keeps its own arrays when the state's are donated
+        state = jax.tree.map(
+            jnp.copy, TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained))
+        )
+        if self.parallel == "pmap":
+            devices = self._devices
+            return jax.tree.map(lambda leaf: _replicate(leaf, devices), state)
+        if self.mesh is not None:
+            return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        return state
+
+    def place(self, batch: Batch) -> Batch:
+        """Lay a batch out over the devices, rows divided among them.
+
+        Raises:
+          ValueError: the number of rows does not divide by the number of devices.
+        """
+        shares = self.mesh.size if self.mesh is not None else len(self._devices) if self.parallel == "pmap" else 1
+        rows = len(jax.tree.leaves(batch)[0])
+        if rows % shares:
+            raise ValueError(
+                f"batch: expected rows divisible by the {shares} devices, got {rows}. "
+                f"Pad it to {-(-rows // shares) * shares} rows of zero loss, or drop {rows % shares}."
+            )
+        if self.parallel == "pmap":
+            return jax.tree.map(lambda leaf: leaf.reshape(shares, rows // shares, *leaf.shape[1:]), batch)
+        if self.mesh is not None:
+            return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)))
+        return batch
+
+    def stepper(self, model: nnx.Module) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+        """The compiled step: ``state, metrics = step(state, trainer.place(batch))``.
+
+        The state that goes in is donated. Metrics are scalars: ``loss`` (before the update, with the reduction
+        applied), ``gradient_norm``, ``update_norm``.
+        """
+        update = self.update(model)
+        if self.parallel == "jit":
+            return jax.jit(update, donate_argnums=0)
+        mapped = jax.pmap(
+            functools.partial(update, axis="rows"), axis_name="rows", devices=self._devices, donate_argnums=0
+        )
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+            state, metrics = mapped(state, batch)
+            return state, jax.tree.map(lambda leaf: leaf[0], metrics)
+
+        return step
+
+    def update(self, model: nnx.Module) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+        """The step as a pure function ``(state, batch) -> (state, metrics)``, for a scan or a loop of one's own."""
+        graph = nnx.split(model, self.wrt, ...)[0]
+
+        def update(state: TrainState, batch: Batch, axis: str | None = None) -> tuple[TrainState, dict[str, Array]]:
+            rows = len(jax.tree.leaves(batch)[0])
+
+            def objective(trained: nnx.State) -> Float[Array, ""]:
+                return self.loss(nnx.merge(graph, trained, state.frozen), batch)
+
+            loss, gradients = jax.value_and_grad(objective)(state.trained)
+            if axis is not None:
+                loss, gradients = jax.lax.psum((loss, gradients), axis)
+                rows *= jax.lax.axis_size(axis)
+            if self.reduction == "mean":
+                loss, gradients = jax.tree.map(lambda leaf: leaf / rows, (loss, gradients))
+            changes, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, changes)
+            metrics = {
+                "loss": loss,
+                "gradient_norm": optax.tree.norm(gradients),
+                "update_norm": optax.tree.norm(changes),
+            }
+            return TrainState(state.step + 1, trained, state.frozen, optimizer), metrics
+
+        return update
+
+    def model(self, model: nnx.Module, state: TrainState) -> nnx.Module:
+        """The model with the state's weights: a new module; the one given tells the structure."""
+        graph = nnx.split(model, self.wrt, ...)[0]
+        if self.parallel == "pmap":
+            state = jax.tree.map(lambda leaf: leaf[0], state)
+        return nnx.merge(graph, state.trained, state.frozen)
+
+    @property
+    def _devices(self) -> tuple[jax.Device, ...]:
+        return self.devices if self.devices is not None else tuple(jax.local_devices())
+
+
+def _replicate(leaf: Array, devices: tuple[jax.Device, ...]) -> Array:
+    """One copy a device, stacked along a leading axis sharded over them: what pmap takes without moving data."""
+    mesh = Mesh(devices, ("rows",))
+    stacked = jnp.broadcast_to(leaf[None], (len(devices), *leaf.shape))
+    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec("rows")))
