@@ -7,8 +7,8 @@ and does not import on anything newer than 0.5. ``load`` returns it in working o
   ``jax.interpreters.ad`` in which the names that moved or went are filled in. JAX itself is never changed;
 - its ``experimental`` package, the only importer of TensorFlow, is an empty stand-in: ``empirical_ntk_fn_tf`` is lost
   and nothing else;
-- six functions whose private JAX machinery is gone are rebuilt on ``jax.linearize``, ``jax.make_jaxpr`` and
-  ``jax.linear_transpose``. On the way structured derivatives learn ``jax.checkpoint`` and ``jnp.split``.
+- functions whose private JAX machinery is gone are rebuilt on ``jax.linearize``, ``jax.make_jaxpr`` and
+  ``jax.linear_transpose``. On the way structured derivatives learn ``jax.checkpoint``, ``jnp.split``, ``custom_vjp``.
 
 Nothing happens at import: neural-tangents may be absent, and then only ``load`` raises.
 """
@@ -26,7 +26,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType, SimpleNamespace
@@ -102,7 +102,7 @@ def _load() -> ModuleType:
         raise
     finally:
         sys.meta_path.remove(finder)
-    _mend(package, sys.modules["neural_tangents._src.empirical"])
+    _mend(package, sys.modules["neural_tangents._src.empirical"], sys.modules["neural_tangents._src.predict"])
     return package
 
 
@@ -121,9 +121,7 @@ def _check_versions() -> None:
     numbers = tuple(int(number) for number in re.findall(r"\d+", jax.__version__)[:3])
     if numbers < _OLDEST_JAX:
         oldest = ".".join(map(str, _OLDEST_JAX))
-        raise ImportError(
-            f"expected jax >= {oldest}, got {jax.__version__}. Upgrade jax and jaxlib together."
-        )
+        raise ImportError(f"expected jax >= {oldest}, got {jax.__version__}. Upgrade jax and jaxlib together.")
     if jax.__version__ not in TESTED_JAX:
         warnings.warn(
             f"neural-tangents was tested here with jax {', '.join(TESTED_JAX)}, not with {jax.__version__}. If a "
@@ -149,27 +147,21 @@ class _Overlay(ModuleType):
         return getattr(self.__dict__["_base"], name)
 
 
-def _safe_map(function: Callable[..., Any], *sequences: Sequence[Any]) -> list[Any]:
+def _safe_map(function: Callable[..., Any], *sequences: Iterable[Any]) -> list[Any]:
     return [function(*items) for items in zip(*sequences, strict=True)]
 
 
-def _safe_zip(*sequences: Sequence[Any]) -> list[tuple[Any, ...]]:
+def _safe_zip(*sequences: Iterable[Any]) -> list[tuple[Any, ...]]:
     return list(zip(*sequences, strict=True))
-
-
-class _Nothing:
-    """Stands for a class that is gone and has no instances: ``jax.core.DShapedArray``."""
 
 
 def _private_import() -> Callable[..., ModuleType]:
     """``__import__`` for neural-tangents' own modules: overlays where JAX has moved on, the ordinary import else."""
     core = _Overlay(
         jax.core,
-        **{
-            name: getattr(jax.extend.core, name)
-            for name in ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")
-        },
-        DShapedArray=_Nothing,
+        **{name: getattr(jax.extend.core, name) for name in ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")},
+        # gone, and compared with by identity only
+        DShapedArray=None,
     )
     ad = _Overlay(
         jax.interpreters.ad,
@@ -187,11 +179,11 @@ def _private_import() -> Callable[..., ModuleType]:
     gone = {"jax.util": _Overlay(ModuleType("jax.util"), safe_map=_safe_map, safe_zip=_safe_zip)}
 
     def import_(
-        name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] = (), level: int = 0
+        name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] | None = (), level: int = 0
     ) -> ModuleType:
         if level == 0 and name in gone:
             return gone[name]
-        module = builtins.__import__(name, globals, locals, fromlist, level)
+        module = builtins.__import__(name, globals, locals, fromlist or (), level)
         return overlays.get(module, module)
 
     return import_
@@ -242,26 +234,21 @@ class _Finder(MetaPathFinder):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def _mend(package: ModuleType, empirical: ModuleType) -> None:
+def _mend(package: Any, empirical: Any, predict: Any) -> None:
     """Replace the functions of neural-tangents that cannot work as they are; same names, same signatures."""
-    empirical._get_primals_out_and_pullback = functools.partial(
-        _primals_out_and_pullback, empirical._backward_pass
-    )
+    empirical._get_primals_out_and_pullback = functools.partial(_primals_out_and_pullback, empirical._backward_pass)
     empirical._eqn_vjp_fn = _equation_vjp
     empirical._eqn_jvp_fn = functools.partial(_equation_jvp, empirical._eqn_jvp_fn)
     empirical._get_flops = _flops
     empirical._to_tuple_tree = _hashable
     rules = empirical.rules
-    rules.get_structure_cache = functools.partial(
-        _common_structures, rules.get_structure_cache, rules.get_structure
-    )
+    rules.get_structure_cache = functools.partial(_common_structures, rules.get_structure_cache, rules.get_structure)
     # abstract arrays are no longer arrays to these three
-    empirical.jnp = _Overlay(
-        jnp, shape=_shape, size=lambda value: math.prod(_shape(value)), dtype=jnp.result_type
-    )
+    empirical.jnp = _Overlay(jnp, shape=_shape, size=lambda value: math.prod(_shape(value)), dtype=jnp.result_type)
     # "No Jacobian rule found": the derivative is then taken by autodiff, as exact, only dearer
     empirical.warnings = _Overlay(warnings, warn=_log.debug)
     package.predict.max_learning_rate = _max_learning_rate
+    predict._make_inv_expm1_fn = _inverse_expm1
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -310,9 +297,7 @@ def _linear_program(pushforward: Callable[..., Any], primals_in: Any) -> tuple[A
     Returns:
       The Jaxpr, and the values of its constants.
     """
-    tangents = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), primals_in
-    )
+    tangents = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), primals_in)
     nested = jax.make_jaxpr(pushforward)(*tangents)
     flat = jax.make_jaxpr(functools.partial(_evaluate, nested.jaxpr, nested.consts))(*nested.in_avals)
     jaxpr = flat.jaxpr
@@ -399,9 +384,7 @@ def _apply(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
     return outputs if primitive.multiple_results else [outputs]
 
 
-def _equation_jvp(
-    original: Callable[..., Any], equation: Any, index: int, tangent: Any, *operands: Any
-) -> Any:
+def _equation_jvp(original: Callable[..., Any], equation: Any, index: int, tangent: Any, *operands: Any) -> Any:
     """One linear equation applied to a tangent of one of its operands."""
     ad = jax.interpreters.ad
     if equation is None or equation.primitive in ad.primitive_jvps:
@@ -443,9 +426,7 @@ def _equation_vjp(equation: Any, cotangent: Any, *operands: Any) -> Sequence[Any
         return outputs[0] if equation.primitive.multiple_results else outputs
 
     avals = [operands[index].aval for index in linear]
-    transposed = jax.linear_transpose(
-        apply, *[jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    )
+    transposed = jax.linear_transpose(apply, *[jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals])
     for index, value in zip(linear, transposed(cotangent), strict=True):
         outputs[index] = value
     return outputs
@@ -457,8 +438,8 @@ def _common_structures(
     """The structure that all uses of a parameter share.
 
     neural-tangents compares the block-diagonal axes of two uses by the axis of the *output*. Where a parameter's axis
-    comes out in different places (``w * x + einsum("ij,ij->j", w, x)``) that pairs wrong axes: drop them there, which is
-    exact and costs a little more.
+    comes out in different places (``w * x + einsum("ij,ij->j", w, x)``) that pairs wrong axes and fails. Dropping them
+    is exact, and costs a little more.
     """
     structures = original(jaxpr, _s_rules)
     uses: dict[Any, set[Any]] = {variable: set() for variable in structures}
@@ -484,7 +465,7 @@ def _flops(function: Callable[..., Any], optimize: bool, *arguments: Any, **opti
         return float("inf")
     analysis = (lowered.compile() if optimize else lowered).cost_analysis()
     # a program that computes nothing has no such entry
-    return float(analysis.get("flops", 0.0))
+    return float((analysis or {}).get("flops", 0.0))
 
 
 def _hashable(shapes: Any) -> Any:
@@ -494,17 +475,11 @@ def _hashable(shapes: Any) -> Any:
 
 
 def _max_learning_rate(
-    ntk_train_train: jax.Array, y_train_size: int | None = None, momentum: float = 0.0, eps: float = 1e-12
-) -> float:
-    """The largest stable learning rate for neural-tangents' mean squared error.
+    ntk_train_train: jax.Array, y_train_size: int | None = None, momentum: int | float = 0.0, eps: float = 1e-12
+) -> jax.Array:
+    """The largest stable step for ``|F - y|^2 / (2 size)``: ``2 (1 + momentum) size / (lambda_max + eps)``.
 
-        2 (1 + momentum) size / (lambda_max + eps) ,     loss = |F - y|^2 / (2 size)
-
-    Args:
-      ntk_train_train: in neural-tangents' layout, pairs of axes: [n, n] or [n, n, d, d].
-      y_train_size: n d; the size of the matrix if None.
-      momentum: of the optimiser.
-      eps: added to the largest eigenvalue.
+    The kernel is in neural-tangents' layout, [n, n] or [n, n, d, d]; size n d is that of its matrix if left out.
     """
     half = ntk_train_train.ndim // 2
     order = (*range(0, 2 * half, 2), *range(1, 2 * half, 2))
@@ -512,3 +487,15 @@ def _max_learning_rate(
     side = math.prod(rows.shape[:half])
     largest = jnp.linalg.eigvalsh(rows.reshape(side, side))[-1]
     return 2 * (1 + momentum) * (y_train_size or side) / (largest + eps)
+
+
+def _inverse_expm1(normalisation: int | float) -> Callable[[Any, Any], Any]:
+    """``(exp(-x t) - 1) / x`` for eigenvalues x, with its limit -t where the kernel is singular (there it was NaN)."""
+
+    def function(eigenvalues: Any, times: Any) -> Any:
+        positive = eigenvalues > 0
+        safe = jnp.where(positive, eigenvalues, 1.0)
+        change = jnp.expm1(-safe * times / normalisation) / safe
+        return jnp.where(positive, change, -times / normalisation)
+
+    return function
