@@ -71,9 +71,7 @@ def _train(problem: Problem, stability: float) -> Evidence:
                 ratio = np.nan_to_num(error[1:] / envelope[1:], nan=np.inf)
                 if m in regime[name]:
                     worst = max(worst, float(ratio.max()))
-            checks.append(
-                Check(f"{name}, {kind} targets: largest loss / envelope, all steps, m in that regime", worst, 1.0)
-            )
+            checks.append(Check(f"{name}, {kind} targets: largest loss / envelope, all steps, those m", worst, 1.0))
     parameters = {
         "tokens": lengths(problem)[-1],
         **{f"shortest_in_regime_{name}": min(regime[name], default=None) for name in MODELS},

@@ -89,5 +89,6 @@ def limit_of(problem: Problem, model: ModelName) -> Float[Array, "n d n d"]:
 
 def with_weights(model: Model, weights: Array) -> Model:
     """The same model at other weights."""
-    graph, trained, frozen = nnx.split(model, nnx.Param, ...)
-    return nnx.merge(graph, jax.tree.map(lambda _: weights, trained), frozen)
+    same = nnx.clone(model)
+    same.weights[...] = weights
+    return same

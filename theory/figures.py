@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +15,7 @@ from theory.fits import Exponent
 COLOURS = {"tied": "#1f5fa8", "fixed": "#c8531c", "control": "#8a8a8a", "bound": "#2a7f4f", "real": "#6b3fa0"}
 """The same model has the same colour in every figure; controls are grey, bounds green."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,

@@ -86,7 +86,8 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
 CLAIM = Claim(
     name="gradients",
     title="The gradients in closed form",
-    statement="tied: dF_k/dw_r = m S_r [a_r e_k + (a_r w_rk - sum_j S_j a_j w_jk) x];  fixed: dF_k/dw_r = m S_r (a_kr - <a_k, S>) x",
+    statement="tied: dF_k/dw_r = m S_r [a_r e_k + (a_r w_rk - sum_j S_j a_j w_jk) x];  "
+    "fixed: dF_k/dw_r = m S_r (a_kr - <a_k, S>) x",
     source="derived (theory/README.md)",
     measure=lambda problem: _compare(problem, dict(JACOBIANS)),
     control=lambda problem: _compare(problem, {name: _uncentred(name) for name in MODELS}),

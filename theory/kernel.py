@@ -6,13 +6,14 @@ from matplotlib.figure import Figure
 
 from ntk_prefix.kernels import empirical_ntk, prefix_ntk
 from ntk_prefix.kernels.closed_form import KernelPart
+from ntk_prefix.kernels.empirical import Implementation
 from theory import figures
 from theory.claim import Check, Claim, Evidence, relative_error
 from theory.descent import MODELS, build
 from theory.problem import Problem
 
 TOKENS = 128
-IMPLEMENTATIONS = ("jacobian", "vector_products", "structured", "neural_tangents")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("jacobian", "vector_products", "structured", "neural_tangents")
 TOLERANCE = 1e-10
 """Far above rounding (about m eps = 3e-14), far below any mistake."""
 

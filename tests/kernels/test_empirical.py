@@ -311,7 +311,7 @@ def test_wrong_models_are_explained() -> None:
         plain(LinenPrefixModel(tied=True), x)
     with pytest.raises(TypeError, match="expected the name of a Linen collection"):
         plain(linen_twin("tied"), x, wrt=nnx.BatchStat)
-    with pytest.raises(ValueError, match="which matches none. The model has: frozen, params"):
+    with pytest.raises(ValueError, match=r"which matches none\. The model has: frozen, params"):
         plain(linen_twin("tied"), x, wrt="adapters")
 
 
