@@ -28,14 +28,13 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 }
+mpl.rcParams.update(STYLE)
 
 
-def panels(count: int = 1, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+def panels(count: int = 1, *, width: float = 4.2, height: float = 3.9) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` panels side by side."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width * count, height), layout="constrained", dpi=150)
-        axes = figure.subplots(1, count, squeeze=False)[0]
-    return figure, list(axes)
+    figure = Figure(figsize=(width * count, height), layout="constrained", dpi=150)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def label(axis: Axes, *, title: str, x: str, y: str, log: str = "") -> None:
@@ -48,7 +47,8 @@ def label(axis: Axes, *, title: str, x: str, y: str, log: str = "") -> None:
     if "y" in log:
         axis.set_yscale("log")
     if axis.get_legend_handles_labels()[0]:
-        axis.legend()
+        # below the panel, where it hides no data
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=1 if len(axis.figure.axes) > 1 else 2)
 
 
 def power_law(

@@ -113,6 +113,9 @@ def prefix_ntk(
     if block is not None and block < 1:
         raise ValueError(f"block: expected at least 1 prefix token at once, got {block}.")
 
+    if mesh is not None:
+        # jax.make_mesh makes explicit axes; here the compiler places the data
+        mesh = Mesh(mesh.devices, mesh.axis_names)
     devices = 1 if mesh is None else mesh.size
     if isinstance(prefix, RandomPrefix):
         tiles = -(-prefix.tiles // devices) * devices
