@@ -255,6 +255,7 @@ class RandomPrefix:
         bits = jax.random.bits(sign_key, (TILE, columns), jnp.uint8) & 1
         return weights.astype(dtype), 2 * bits.astype(dtype) - 1
 
+    @jax.jit
     def materialise(self) -> tuple[Weights, Signs]:
         """All m rows: weights [m, d] and signs [m, 1 or outputs]."""
         weights, signs = jax.lax.map(self.tile, jnp.arange(self.tiles))
