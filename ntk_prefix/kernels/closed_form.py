@@ -40,7 +40,7 @@ from ntk_prefix.one_layer import (
     TiedPrefixModel,
     accumulation_dtype,
 )
-from ntk_prefix.typing import Array, Float, Inputs, Kernel
+from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
 
 __all__ = ["KernelPart", "prefix_ntk"]
 
@@ -63,7 +63,7 @@ few or many tokens, stays within float32."""
 def prefix_ntk(
     model_or_prefix: TiedPrefixModel | FixedValuePrefixModel | RandomPrefix,
     x1: Inputs,
-    x2: Inputs | None = None,
+    x2: OtherInputs | None = None,
     *,
     block: int | None = None,
     mesh: Mesh | None = None,
@@ -154,7 +154,7 @@ def prefix_ntk(
     )
 
 
-def _moderate(sigma: float, *inputs: Inputs | None) -> bool:
+def _moderate(sigma: float, *inputs: OtherInputs | None) -> bool:
     """Whether the scores of Gaussian tokens are known to have standard deviation at most ``WIDEST_SCORES``."""
     return all(
         not isinstance(x, jax.core.Tracer) and sigma * np.linalg.norm(x, axis=1).max() <= WIDEST_SCORES
@@ -180,7 +180,7 @@ def _streamed_kernel(
     drawn: RandomPrefix | None,
     stream: _Stream,
     x1: Inputs,
-    x2: Inputs | None,
+    x2: OtherInputs | None,
     *,
     model: ModelName,
     rows: int,
@@ -193,7 +193,7 @@ def _streamed_kernel(
     axes = () if mesh is None else mesh.axis_names
 
     def local_sums(
-        drawn: RandomPrefix | None, stream: _Stream, inputs: tuple[Inputs, ...]
+        drawn: RandomPrefix | None, stream: _Stream, inputs: tuple[OtherInputs, ...]
     ) -> tuple[list[Array], list[Array]]:
         def tile(entry: _Stream) -> _Rows:
             index, stored = entry
@@ -230,7 +230,7 @@ def _streamed_kernel(
 
 
 def _normalisers(
-    tile: _Tile, stream: _Stream, inputs: tuple[Inputs, ...], model: ModelName, rows: int, axes: tuple[str, ...]
+    tile: _Tile, stream: _Stream, inputs: tuple[OtherInputs, ...], model: ModelName, rows: int, axes: tuple[str, ...]
 ) -> tuple[list[Array], list[Array]]:
     """First pass: log(mean exp score) and the model's output over m, per input, with a running maximum."""
     dtype = inputs[0].dtype
@@ -276,7 +276,7 @@ def _normalisers(
 def _gram(
     tile: _Tile,
     stream: _Stream,
-    inputs: tuple[Inputs, ...],
+    inputs: tuple[OtherInputs, ...],
     shifts: list[Array],
     centres: list[Array],
     model: ModelName,

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from ntk_prefix.checks import check_inputs, check_positive
 from ntk_prefix.kernels.closed_form import KernelPart
 from ntk_prefix.one_layer import ModelName
-from ntk_prefix.typing import Array, Float, Inputs, Kernel
+from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
 
 __all__ = ["limit_ntk", "real_layer_limit_ntk"]
 
 
 def limit_ntk(
     x1: Inputs,
-    x2: Inputs | None = None,
+    x2: OtherInputs | None = None,
     *,
     sigma: float = 1.0,
     model: ModelName = "tied",
@@ -81,7 +81,7 @@ def limit_ntk(
 
 def real_layer_limit_ntk(
     x1: Inputs,
-    x2: Inputs | None = None,
+    x2: OtherInputs | None = None,
     *,
     query_projection: Float[Array, "d d"],
     key_projection: Float[Array, "d d"],
