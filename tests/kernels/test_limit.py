@@ -60,7 +60,7 @@ def distances(kernels: list[jax.Array], limit: jax.Array) -> np.ndarray:
 class TestItIsTheLimit:
     @pytest.mark.parametrize(("model", "part"), [("tied", "full"), ("tied", "key"), ("fixed", "full")])
     def test_finite_kernels_approach_it_as_one_over_the_root_of_m(self, model: str, part: str) -> None:
-        """With sigma |x| <= 1/2, where squared masses spread by e^(4 sigma^2 |x|^2) = 3; at 1 it is 55, for longer m."""
+        """With sigma |x| <= 1/2, where squared masses spread by e^(4 sigma^2 |x|^2) = 3; at 1 it is 55."""
         x, keys = inputs(), jax.random.split(jax.random.key(0), SEEDS)
 
         def kernels(m: int) -> jax.Array:
