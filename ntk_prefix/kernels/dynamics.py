@@ -1,0 +1,278 @@
+"""Gradient descent predicted from a kernel.
+
+Where the kernel Theta of a model stays what it was at the start (exactly for a linear model, in the limit of an
+infinite prefix for ours), the outputs F_t of gradient descent on ``L = 1/2 |F - y|^2`` with step eta are known in
+advance:
+
+    discrete   F_t - y = (I - eta Theta)^t (F_0 - y)          t = 0, 1, 2, ...
+    flow       F_t - y = exp(-eta Theta t) (F_0 - y)          t >= 0 real
+
+and so are those on other inputs, through the kernel between them and the training inputs. The flow is computed by
+neural-tangents (``nt.predict.gradient_descent_mse``), the discrete form here, from one eigendecomposition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntk_prefix.checks import check_positive
+from ntk_prefix.kernels import neural_tangents
+from ntk_prefix.typing import Array, Float
+
+__all__ = ["Prediction", "predict"]
+
+Loss = Literal["mse-sum", "mse-mean"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Outputs predicted at every requested time.
+
+    ==========  ============  ===============================================
+    attribute   shape         what
+    ==========  ============  ===============================================
+    ``steps``   [T]           the times, in steps of gradient descent
+    ``train``   [T, n, d]     F_t on the training inputs
+    ``loss``    [T]           the training loss, in the convention asked for
+    ``test``    [T, n2, d]    F_t on the test inputs; None if none were given
+    ==========  ============  ===============================================
+    """
+
+    steps: Float[Array, "T"]
+    train: Float[Array, "T n d"]
+    loss: Float[Array, "T"]
+    test: Float[Array, "T n2 d"] | None = None
+
+
+def predict(
+    ntk_train_train: Float[Array, "..."],
+    y_train: Float[Array, "n d"],
+    *,
+    learning_rate: float,
+    steps: Array,
+    flow: bool = False,
+    loss: Loss = "mse-sum",
+    f_train_0: Float[Array, "n d"] | None = None,
+    ntk_test_train: Float[Array, "..."] | None = None,
+    f_test_0: Float[Array, "n2 d"] | None = None,
+) -> Prediction:
+    """Predict gradient descent from the kernel at its start.
+
+        F_t - y = (I - eta Theta)^t (F_0 - y)
+        F_t(x)  = F_0(x) - eta Theta(x, X) sum_{s < t} (I - eta Theta)^s (F_0 - y)
+
+    Args:
+      ntk_train_train: Theta of the training inputs, the sum over parameters as ``empirical_ntk`` gives it (m times
+        ``prefix_ntk``, whose H has a 1/m). Its shape says how it acts:
+        [n, d, n, d]  full;
+        [n, d, n]     diagonal: output k has its own kernel ``[:, k, :]``, and outputs do not mix;
+        [n, n]        the same kernel for every output, Theta (x) I_d. From a trace: ``trace / d``.
+      y_train: targets, [n, d].
+      learning_rate: eta, the step of plain gradient descent on the loss. Above ``2 / lambda_max`` the discrete form
+        diverges, as gradient descent does.
+      steps: times, [T], counted in steps: whole numbers >= 0, or any real >= 0 with ``flow``.
+      flow: predict the gradient flow instead, at time ``eta * steps``.
+      loss: "mse-sum" is the theory's ``1/2 sum |F - y|^2``; "mse-mean" is that over n d, neural-tangents' own, under
+        which eta counts for eta / (n d).
+      f_train_0: outputs on the training inputs at the start, [n, d]; None is 0 (symmetric initialisation).
+      ntk_test_train: kernel between test and training inputs: [n2, d, n, d], [n2, d, n] or [n2, n], as the other one.
+      f_test_0: outputs on the test inputs at the start, [n2, d]; None is 0.
+
+    Returns:
+      A ``Prediction``: train [T, n, d], loss [T] and, given ``ntk_test_train``, test [T, n2, d].
+
+    Raises:
+      ValueError: shapes that do not belong together, numbers that are not finite, a learning rate that is not
+        positive, steps that are negative or not whole.
+
+    Numerics: the common dtype of kernel and targets; float64 for long times. A kernel [n, d, n, d] is read in (n, d)
+    order, so its matrix is symmetric. Singular kernels are fine. The flow cannot be
+    traced by ``jax.jit``.
+
+    Source: Jacot et al., arXiv 1806.07572; Lee et al., arXiv 1902.06720; the discrete form is the same with powers.
+    """
+    check_positive("learning_rate", learning_rate)
+    if loss not in ("mse-sum", "mse-mean"):
+        raise ValueError(f'loss: expected "mse-sum" or "mse-mean", got {loss!r}.')
+    times = _check_steps(steps, flow)
+    kernels = _matrices("ntk_train_train", ntk_train_train, y_train.shape)
+    _check_symmetric("ntk_train_train", kernels)
+    f_train_0 = jnp.zeros_like(y_train) if f_train_0 is None else f_train_0
+    if f_train_0.shape != y_train.shape:
+        raise ValueError(f"f_train_0: expected the shape of y_train, {y_train.shape}, got {f_train_0.shape}.")
+    cross = None
+    if ntk_test_train is not None:
+        if ntk_test_train.ndim != ntk_train_train.ndim:
+            raise ValueError(
+                f"ntk_test_train: expected {ntk_train_train.ndim} axes, as ntk_train_train has, got shape "
+                f"{ntk_test_train.shape}."
+            )
+        cross = _matrices("ntk_test_train", ntk_test_train, y_train.shape)
+        test_shape = (ntk_test_train.shape[0], y_train.shape[1])
+        f_test_0 = jnp.zeros(test_shape, y_train.dtype) if f_test_0 is None else f_test_0
+        if f_test_0.shape != test_shape:
+            raise ValueError(f"f_test_0: expected [n2, d] = {test_shape}, got {f_test_0.shape}.")
+    elif f_test_0 is not None:
+        raise ValueError("f_test_0 was given without ntk_test_train, the kernel between test and training inputs.")
+    for name, array in (("y_train", y_train), ("f_train_0", f_train_0), ("f_test_0", f_test_0)):
+        _check_finite(name, array)
+
+    dtype = jnp.result_type(kernels, y_train, f_train_0)
+    kernels, residual = kernels.astype(dtype), _columns(f_train_0 - y_train, ntk_train_train.ndim).astype(dtype)
+    scale = 1.0 if loss == "mse-sum" else 1.0 / y_train.size
+    evolve = _flow if flow else _descend
+    changes, test_changes = evolve(kernels, residual, cross, learning_rate * scale, times.astype(dtype))
+
+    def outputs(start: Array, change: Array) -> Array:
+        return start[None] + _rows(change, start.shape, ntk_train_train.ndim)
+
+    train = outputs(f_train_0, changes)
+    return Prediction(
+        steps=times.astype(dtype),
+        train=train,
+        loss=0.5 * scale * jnp.sum((train - y_train[None]) ** 2, axis=(1, 2)),
+        test=None if f_test_0 is None or test_changes is None else outputs(f_test_0, test_changes),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Every kind of kernel as a batch of matrices [g, N2, N], acting on columns [g, N, c]
+# ------------------------------------------------------------------------------------------------------------------
+#
+#   full      g = 1, N = n d, c = 1
+#   diagonal  g = d, N = n,   c = 1
+#   alike     g = 1, N = n,   c = d
+
+
+def _matrices(name: str, kernel: Array, target_shape: tuple[int, ...]) -> Array:
+    """A kernel of any of the three kinds as [g, N2, N]."""
+    n, d = target_shape
+    expected = {4: (kernel.shape[0], d, n, d), 3: (kernel.shape[0], d, n), 2: (kernel.shape[0], n)}.get(kernel.ndim)
+    if kernel.shape != expected:
+        raise ValueError(
+            f"{name}: expected [.., {d}, {n}, {d}] (full), [.., {d}, {n}] (diagonal) or [.., {n}] (alike) for targets "
+            f"[{n}, {d}], got {kernel.shape}. neural-tangents' own [n1, n2, d, d] needs kernel.transpose(0, 2, 1, 3)."
+        )
+    _check_finite(name, kernel)
+    if kernel.ndim == 4:
+        return kernel.reshape(1, -1, n * d)
+    return jnp.moveaxis(kernel, 1, 0) if kernel.ndim == 3 else kernel[None]
+
+
+def _columns(values: Array, kernel_ndim: int) -> Array:
+    """Outputs [n, d] as the columns [g, N, c] that the matrices act on."""
+    if kernel_ndim == 4:
+        return values.reshape(1, -1, 1)
+    return values.T[:, :, None] if kernel_ndim == 3 else values[None]
+
+
+def _rows(columns: Array, shape: tuple[int, ...], kernel_ndim: int) -> Array:
+    """Columns [g, T, N, c] as outputs [T, n, d]."""
+    if kernel_ndim == 3:
+        return jnp.moveaxis(columns[..., 0], 0, -1)
+    return columns[0].reshape(-1, *shape)
+
+
+def _check_finite(name: str, array: Array | None) -> None:
+    """Refuse NaN and infinities, where there are values to look at."""
+    if array is not None and not isinstance(array, jax.core.Tracer) and not jnp.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, got {int((~jnp.isfinite(array)).sum())} that are not.")
+
+
+def _check_symmetric(name: str, kernels: Array) -> None:
+    """Refuse matrices that are not symmetric up to rounding: mostly axes in another order."""
+    if kernels.shape[1] != kernels.shape[2]:
+        raise ValueError(f"{name}: expected as many rows as there are targets, got matrices {kernels.shape[1:]}.")
+    if isinstance(kernels, jax.core.Tracer):
+        return
+    skew = float(jnp.abs(kernels - jnp.swapaxes(kernels, 1, 2)).max())
+    # half the digits: rounding never costs so many, axes in the wrong order always do
+    if skew > float(jnp.finfo(kernels.dtype).eps) ** 0.5 * float(jnp.abs(kernels).max()):
+        raise ValueError(
+            f"{name}: expected a symmetric kernel in the order [n, d, n, d], got one that differs from its transpose "
+            f"by {skew:.3g}. neural-tangents' own [n, n, d, d] needs kernel.transpose(0, 2, 1, 3)."
+        )
+
+
+def _check_steps(steps: Array, flow: bool) -> Array:
+    """The times as a vector of floats."""
+    times = np.asarray(steps)
+    if times.ndim != 1 or not times.size:
+        raise ValueError(f"steps: expected a vector of times, [T], got shape {times.shape}. Use jnp.arange(T).")
+    if not (np.isfinite(times) & (times >= 0)).all():
+        raise ValueError(f"steps: expected finite times >= 0, got a range of {times.min()} to {times.max()}.")
+    if not flow and (times != np.round(times)).any():
+        raise ValueError("steps: expected whole numbers, got fractions. Use flow=True for continuous time.")
+    return jnp.asarray(times, jnp.result_type(float))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The two dynamics: changes of the outputs since the start
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _descend(
+    kernels: Float[Array, "g N N"],
+    residual: Float[Array, "g N c"],
+    cross: Float[Array, "g N2 N"] | None,
+    learning_rate: float,
+    times: Float[Array, "T"],
+) -> tuple[Float[Array, "g T N c"], Float[Array, "g T N2 c"] | None]:
+    """Gradient descent, in the basis where the kernel is diagonal."""
+    eigenvalues, basis = jnp.linalg.eigh(kernels)
+    coordinates = jnp.einsum("gji,gjc->gic", basis, residual)
+    rates = learning_rate * eigenvalues[:, None, :]
+    steps = times[None, :, None]
+    # (1 - x)^t - 1: through log1p where rounding 1 - x would lose x, as a power where 1 - x may be negative
+    small = rates < 0.5
+    decay = jnp.where(
+        small,
+        jnp.expm1(steps * jnp.log1p(-jnp.where(small, rates, 0.0))),
+        jnp.power(1.0 - rates, steps) - 1.0,
+    )
+    changes = jnp.einsum("gji,gti,gic->gtjc", basis, decay, coordinates)
+    if cross is None:
+        return changes, None
+    # sum_{s < t} (1 - x)^s
+    zero = rates == 0.0
+    total = jnp.where(zero, steps, -decay / jnp.where(zero, 1.0, rates))
+    return changes, -learning_rate * jnp.einsum("gkj,gji,gti,gic->gtkc", cross, basis, total, coordinates)
+
+
+def _flow(
+    kernels: Float[Array, "g N N"],
+    residual: Float[Array, "g N c"],
+    cross: Float[Array, "g N2 N"] | None,
+    learning_rate: float,
+    times: Float[Array, "T"],
+) -> tuple[Float[Array, "g T N c"], Float[Array, "g T N2 c"] | None]:
+    """Gradient flow, by neural-tangents.
+
+    Its loss is the mean over the N c outputs that it is given, so its learning rate is ours times N c.
+    """
+    nt = neural_tangents.load()
+    changes, test_changes = [], []
+    # it broadcasts freely inside
+    with jax.numpy_rank_promotion("allow"):
+        for index in range(kernels.shape[0]):
+            predictor = nt.predict.gradient_descent_mse(
+                (kernels[index] + kernels[index].T) / 2,
+                -residual[index],
+                learning_rate=learning_rate * residual[index].size,
+                trace_axes=(-1,),
+            )
+            start = jnp.zeros_like(residual[index])
+            if cross is None:
+                changes.append(predictor(times, start))
+                continue
+            test_start = jnp.zeros((cross.shape[1], start.shape[1]), start.dtype)
+            train, test = predictor(times, start, test_start, cross[index])
+            changes.append(train)
+            test_changes.append(test)
+    return jnp.stack(changes), jnp.stack(test_changes) if test_changes else None

@@ -1,0 +1,501 @@
+"""The one place that touches neural-tangents, and keeps it alive on current JAX.
+
+neural-tangents 0.6.5 (Novak et al., arXiv 1912.02803 and 2206.08720) is the last release; it was written for JAX 0.4
+and does not import on anything newer than 0.5. ``load`` returns it in working order:
+
+- its modules import through a private ``__import__`` that hands them *overlays*: views of ``jax``, ``jax.core`` and
+  ``jax.interpreters.ad`` in which the names that moved or went are filled in. JAX itself is never changed;
+- its ``experimental`` package, the only importer of TensorFlow, is an empty stand-in: ``empirical_ntk_fn_tf`` is lost
+  and nothing else;
+- functions whose private JAX machinery is gone are rebuilt on ``jax.linearize``, ``jax.make_jaxpr`` and
+  ``jax.linear_transpose``. On the way structured derivatives learn ``jax.checkpoint``, ``jnp.split``, ``custom_vjp``.
+
+Nothing happens at import: neural-tangents may be absent, and then only ``load`` raises.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import math
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core
+import jax.extend.source_info_util
+import jax.interpreters.ad
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+__all__ = ["TESTED_JAX", "UntestedJaxWarning", "load"]
+
+TESTED_JAX = ("0.10.2",)
+"""The JAX versions that the tests of this adapter were run on."""
+
+_OLDEST_JAX = (0, 10, 2)
+_NEURAL_TANGENTS = "0.6.5"
+_INSTALL = f"pip install --no-deps neural-tangents=={_NEURAL_TANGENTS} frozendict"
+
+_log = logging.getLogger(__name__)
+_lock = threading.RLock()
+
+
+class UntestedJaxWarning(UserWarning):
+    """neural-tangents is about to run on a JAX that its adapter was not tested with."""
+
+
+def load() -> ModuleType:
+    """Import neural-tangents, adapted to the JAX that is installed.
+
+    The result is the package itself, complete: ``empirical_ntk_fn`` with all four implementations, ``linearize``,
+    ``taylor_expand``, ``predict``, ``batch``, ``stax``, ``monte_carlo_kernel_fn``. Any thread may
+    call it, any number of times. Afterwards a plain ``import neural_tangents`` finds it too.
+
+    Returns:
+      The module ``neural_tangents``.
+
+    Raises:
+      ImportError: it (or frozendict) is not installed, is not 0.6.5, JAX is older than 0.10.2, or it was imported
+        before this function could adapt it.
+
+    Warns:
+      UntestedJaxWarning: JAX is not one of ``TESTED_JAX``.
+
+    Numerics: neural-tangents broadcasts ranks freely. Under ``jax_numpy_rank_promotion="raise"`` call its ``stax`` and
+    ``predict`` inside ``jax.numpy_rank_promotion("allow")``.
+    """
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> ModuleType:
+    _check_versions()
+    if "neural_tangents" in sys.modules:
+        raise ImportError(
+            "neural_tangents was imported before ntk_prefix could adapt it to this JAX. "
+            "Call ntk_prefix.kernels.neural_tangents.load() before anything imports it."
+        )
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        # a first call under jit must not leave tracers in the module's constants
+        with jax.ensure_compile_time_eval():
+            package = importlib.import_module("neural_tangents")
+    except BaseException:
+        for name in [name for name in sys.modules if name.split(".")[0] == "neural_tangents"]:
+            del sys.modules[name]
+        raise
+    finally:
+        sys.meta_path.remove(finder)
+    _mend(package, sys.modules["neural_tangents._src.empirical"], sys.modules["neural_tangents._src.predict"])
+    return package
+
+
+def _check_versions() -> None:
+    """Refuse what cannot work before anything is imported; warn about what nobody tried."""
+    for distribution in ("neural-tangents", "frozendict"):
+        try:
+            found = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ImportError(
+                f"empirical kernels need {distribution}, which is not installed. Run: {_INSTALL} "
+                "(--no-deps, because its metadata asks for TensorFlow, which nothing here uses)."
+            ) from error
+        if distribution == "neural-tangents" and found != _NEURAL_TANGENTS:
+            raise ImportError(f"expected neural-tangents {_NEURAL_TANGENTS}, got {found}. Run: {_INSTALL}")
+    numbers = tuple(int(number) for number in re.findall(r"\d+", jax.__version__)[:3])
+    if numbers < _OLDEST_JAX:
+        oldest = ".".join(map(str, _OLDEST_JAX))
+        raise ImportError(f"expected jax >= {oldest}, got {jax.__version__}. Upgrade jax and jaxlib together.")
+    if jax.__version__ not in TESTED_JAX:
+        warnings.warn(
+            f"neural-tangents was tested here with jax {', '.join(TESTED_JAX)}, not with {jax.__version__}. If a "
+            'kernel fails, compare with implementation="jacobian", the plainest, or install a tested jax.',
+            UntestedJaxWarning,
+            stacklevel=4,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Importing: overlays instead of patches
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class _Overlay(ModuleType):
+    """A view of a module in which some names are filled in or replaced."""
+
+    def __init__(self, base: ModuleType, **names: object) -> None:
+        super().__init__(base.__name__, base.__doc__)
+        self.__dict__.update(names, _base=base)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)
+
+
+def _safe_map(function: Callable[..., Any], *sequences: Iterable[Any]) -> list[Any]:
+    return [function(*items) for items in zip(*sequences, strict=True)]
+
+
+def _safe_zip(*sequences: Iterable[Any]) -> list[tuple[Any, ...]]:
+    return list(zip(*sequences, strict=True))
+
+
+def _private_import() -> Callable[..., ModuleType]:
+    """``__import__`` for neural-tangents' own modules: overlays where JAX has moved on, the ordinary import else."""
+    core = _Overlay(
+        jax.core,
+        **{name: getattr(jax.extend.core, name) for name in ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")},
+        # gone, and compared with by identity only
+        DShapedArray=None,
+    )
+    ad = _Overlay(
+        jax.interpreters.ad,
+        # a primitive that no program contains: its rules are registered and never asked for
+        zeros_like_p=jax.extend.core.Primitive("zeros_like_of_neural_tangents"),
+        source_info_util=jax.extend.source_info_util,
+        config=SimpleNamespace(jax_enable_checks=False),
+    )
+    interpreters = _Overlay(jax.interpreters, ad=ad)
+    overlays = {
+        jax.core: core,
+        jax.interpreters: interpreters,
+        jax: _Overlay(jax, core=core, interpreters=interpreters),
+    }
+    gone = {"jax.util": _Overlay(ModuleType("jax.util"), safe_map=_safe_map, safe_zip=_safe_zip)}
+
+    def import_(
+        name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] | None = (), level: int = 0
+    ) -> ModuleType:
+        if level == 0 and name in gone:
+            return gone[name]
+        module = builtins.__import__(name, globals, locals, fromlist or (), level)
+        return overlays.get(module, module)
+
+    return import_
+
+
+class _AdaptedLoader(SourceFileLoader):
+    """Runs a module of neural-tangents with its own ``__import__``, and with ``print`` going to the log."""
+
+    def __init__(self, name: str, path: str, private: dict[str, Any]) -> None:
+        super().__init__(name, path)
+        self._private = private
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module's source; ``__builtins__`` in a module's globals is where ``import`` looks."""
+        module.__dict__["__builtins__"] = self._private
+        super().exec_module(module)
+
+
+class _EmptyLoader(Loader):
+    """An empty module in place of one that imports TensorFlow."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Leave the module empty."""
+
+
+class _Finder(MetaPathFinder):
+    """Finds neural-tangents' modules where they are installed, and hands them to the loaders above."""
+
+    def __init__(self) -> None:
+        self._private = {**vars(builtins), "__import__": _private_import(), "print": _log.debug}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a module of neural-tangents; None for anything else."""
+        if fullname.split(".")[0] != "neural_tangents":
+            return None
+        if fullname == "neural_tangents.experimental":
+            return ModuleSpec(fullname, _EmptyLoader())
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.origin is not None:
+            spec.loader = _AdaptedLoader(fullname, spec.origin, self._private)
+        return spec
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Rebuilding: what leaned on machinery that is gone
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _mend(package: Any, empirical: Any, predict: Any) -> None:
+    """Replace the functions of neural-tangents that cannot work as they are; same names, same signatures."""
+    empirical._get_primals_out_and_pullback = functools.partial(_primals_out_and_pullback, empirical._backward_pass)
+    empirical._eqn_vjp_fn = _equation_vjp
+    empirical._eqn_jvp_fn = functools.partial(_equation_jvp, empirical._eqn_jvp_fn)
+    empirical._get_flops = _flops
+    empirical._to_tuple_tree = _hashable
+    rules = empirical.rules
+    rules.get_structure_cache = functools.partial(_common_structures, rules.get_structure_cache, rules.get_structure)
+    # abstract arrays are no longer arrays to these three
+    empirical.jnp = _Overlay(jnp, shape=_shape, size=lambda value: math.prod(_shape(value)), dtype=jnp.result_type)
+    # "No Jacobian rule found": the derivative is then taken by autodiff, as exact, only dearer
+    empirical.warnings = _Overlay(warnings, warn=_log.debug)
+    package.predict.max_learning_rate = _max_learning_rate
+    predict._make_inv_expm1_fn = _inverse_expm1
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if hasattr(value, "shape") else np.shape(value)
+
+
+def _primals_out_and_pullback(
+    backward_pass: Callable[..., Any],
+    function: Callable[..., Any],
+    mode: Any,
+    _j_rules: bool,
+    _s_rules: bool,
+    _fwd: bool | None,
+    *primals_in: Any,
+) -> tuple[Any, Callable[[Any], Any]]:
+    """Outputs of ``function`` and the map that neural-tangents walks backwards through its linearisation.
+
+    Where reverse mode would return cotangents, ``backward_pass`` collects df/dy or dy/dw, as ``mode`` says.
+    """
+    leaves, structure = jax.tree.flatten(primals_in)
+    # loops unroll and jitted functions dissolve into primitives, which is what the structure rules know
+    with jax.disable_jit():
+        primals_out, pushforward = jax.linearize(function, *primals_in)
+        jaxpr, consts = _linear_program(pushforward, primals_in)
+
+    def pullback(cotangents: Any) -> Any:
+        collected = backward_pass(
+            jaxpr,
+            mode=mode,
+            consts=consts,
+            primals_in=[jax.interpreters.ad.UndefinedPrimal(variable.aval) for variable in jaxpr.invars],
+            cotangents_in=tuple(jax.tree.leaves(cotangents)),
+            _j_rules=_j_rules,
+            _s_rules=_s_rules,
+            _fwd=_fwd,
+        )
+        assert len(collected) == len(leaves)
+        return jax.tree.unflatten(structure, collected)
+
+    return primals_out, pullback
+
+
+def _linear_program(pushforward: Callable[..., Any], primals_in: Any) -> tuple[Any, list[Any]]:
+    """A linear map as one flat program of single-output equations, each of which depends on its inputs.
+
+    Returns:
+      The Jaxpr, and the values of its constants.
+    """
+    tangents = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), primals_in)
+    nested = jax.make_jaxpr(pushforward)(*tangents)
+    flat = jax.make_jaxpr(functools.partial(_evaluate, nested.jaxpr, nested.consts))(*nested.in_avals)
+    jaxpr = flat.jaxpr
+
+    # what does not depend on the inputs is a constant here, and is computed once: in `values`
+    values = dict(zip(jaxpr.constvars, flat.consts, strict=True))
+    linear = set(jaxpr.invars)
+    equations = []
+    for equation in jaxpr.eqns:
+        if any(not _is_literal(atom) and atom in linear for atom in equation.invars):
+            linear.update(equation.outvars)
+            equations.append(equation)
+        else:
+            operands = [atom.val if _is_literal(atom) else values[atom] for atom in equation.invars]
+            values.update(zip(equation.outvars, _apply(equation, operands), strict=True))
+
+    equations = _live(equations, jaxpr.outvars)
+    for equation in equations:
+        if len(equation.outvars) > 1:
+            raise NotImplementedError(
+                f"structured derivatives expect primitives with one output, got {equation.primitive.name!r} with "
+                f'{len(equation.outvars)}. Use implementation="jacobian" for this function.'
+            )
+    return jaxpr.replace(constvars=list(values), eqns=equations), list(values.values())
+
+
+def _is_literal(atom: Any) -> bool:
+    return isinstance(atom, jax.extend.core.Literal)
+
+
+def _live(equations: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    """The equations that an output depends on: a dead one would cost, and could be one that has no rule."""
+    needed = {atom for atom in outputs if not _is_literal(atom)}
+    kept = []
+    for equation in reversed(equations):
+        if any(variable in needed for variable in equation.outvars):
+            needed.update(atom for atom in equation.invars if not _is_literal(atom))
+            kept.append(equation)
+    return kept[::-1]
+
+
+# primitives that only wrap a program, and the parameter that holds it
+_WRAPPERS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], *arguments: Any) -> list[Any]:
+    """Run a program equation by equation, going into whatever only wraps another program."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if _is_literal(atom) else values[atom]
+
+    for equation in jaxpr.eqns:
+        outputs = _apply(equation, [read(atom) for atom in equation.invars])
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    """The outputs of one equation, with wrappers opened and ``split`` as slices (one output each)."""
+    primitive, parameters = equation.primitive, equation.params
+    if primitive.name in _WRAPPERS:
+        inner = parameters[_WRAPPERS[primitive.name]]
+        if isinstance(inner, jax.extend.core.ClosedJaxpr):
+            return _evaluate(inner.jaxpr, inner.consts, *operands)
+        return _evaluate(inner, (), *operands)
+    if primitive.name == "split":
+        (operand,) = operands
+        pieces, start = [], 0
+        for size in parameters["sizes"]:
+            pieces.append(lax.slice_in_dim(operand, start, start + size, axis=parameters["axis"]))
+            start += size
+        return pieces
+    outputs = primitive.bind(*operands, **parameters)
+    return outputs if primitive.multiple_results else [outputs]
+
+
+def _equation_jvp(original: Callable[..., Any], equation: Any, index: int, tangent: Any, *operands: Any) -> Any:
+    """One linear equation applied to a tangent of one of its operands."""
+    ad = jax.interpreters.ad
+    if equation is None or equation.primitive in ad.primitive_jvps:
+        return original(equation, index, tangent, *operands)
+    # the tangent of a custom_vjp is known by its transpose only: transpose that once more
+    output = equation.outvars[0].aval
+    transposed = jax.linear_transpose(
+        lambda cotangent: _equation_vjp(equation, cotangent, *operands)[index],
+        jax.ShapeDtypeStruct(output.shape, output.dtype),
+    )
+    return transposed(tangent)[0]
+
+
+def _equation_vjp(equation: Any, cotangent: Any, *operands: Any) -> Sequence[Any]:
+    """Cotangents of one linear equation's operands; the equation None is the identity.
+
+    An operand is a value, an ``UndefinedPrimal`` (linear in it), or a bare shape whose value does not matter.
+    """
+    if equation is None:
+        return (cotangent,)
+    ad = jax.interpreters.ad
+    linear = [index for index, operand in enumerate(operands) if ad.is_undefined_primal(operand)]
+    outputs: list[Any] = [None] * len(operands)
+    if isinstance(cotangent, ad.Zero):
+        for index in linear:
+            outputs[index] = ad.Zero(operands[index].aval)
+        return outputs
+
+    known = [
+        jnp.zeros(operand.shape, operand.dtype) if isinstance(operand, jax.core.ShapedArray) else operand
+        for operand in operands
+    ]
+
+    def apply(*arguments: Any) -> Any:
+        merged = list(known)
+        for index, argument in zip(linear, arguments, strict=True):
+            merged[index] = argument
+        outputs = equation.primitive.bind(*merged, **equation.params)
+        return outputs[0] if equation.primitive.multiple_results else outputs
+
+    avals = [operands[index].aval for index in linear]
+    transposed = jax.linear_transpose(apply, *[jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals])
+    for index, value in zip(linear, transposed(cotangent), strict=True):
+        outputs[index] = value
+    return outputs
+
+
+def _common_structures(
+    original: Callable[..., dict[Any, Any]], get_structure: Callable[..., Any], jaxpr: Any, _s_rules: bool
+) -> dict[Any, Any]:
+    """The structure that all uses of a parameter share.
+
+    neural-tangents compares the block-diagonal axes of two uses by the axis of the *output*. Where a parameter's axis
+    comes out in different places (``w * x + einsum("ij,ij->j", w, x)``) that pairs wrong axes and fails. Dropping them
+    is exact, and costs a little more.
+    """
+    structures = original(jaxpr, _s_rules)
+    uses: dict[Any, set[Any]] = {variable: set() for variable in structures}
+    for equation in jaxpr.eqns:
+        avals = [atom.aval for atom in equation.invars]
+        for index, atom in enumerate(equation.invars):
+            if not _is_literal(atom) and atom in uses:
+                use = get_structure(equation, avals, index, _s_rules)
+                pairs = zip(use.out_diagonal, use.in_diagonal, strict=True)
+                uses[atom].add(tuple((output, axes[index]) for output, axes in pairs))
+    return {
+        variable: structure if len(uses[variable]) < 2 else structure.replace(out_diagonal=(), in_diagonal=())
+        for variable, structure in structures.items()
+    }
+
+
+def _flops(function: Callable[..., Any], optimize: bool, *arguments: Any, **options: Any) -> float:
+    """What the compiler estimates a call to cost, for the automatic choice; infinite where it cannot be traced."""
+    try:
+        lowered = jax.jit(function).lower(*arguments, **options)
+    except NotImplementedError as error:
+        _log.debug("an implementation of the kernel does not support this function: %s", error)
+        return float("inf")
+    analysis = (lowered.compile() if optimize else lowered).cost_analysis()
+    # a program that computes nothing has no such entry
+    return float((analysis or {}).get("flops", 0.0))
+
+
+def _hashable(shapes: Any) -> Any:
+    """A key for a tree of shapes, whatever containers (``nnx.State`` among them) it is made of."""
+    leaves, structure = jax.tree.flatten(shapes)
+    return tuple(leaves), structure
+
+
+def _max_learning_rate(
+    ntk_train_train: jax.Array, y_train_size: int | None = None, momentum: int | float = 0.0, eps: float = 1e-12
+) -> jax.Array:
+    """The largest stable step for ``|F - y|^2 / (2 size)``: ``2 (1 + momentum) size / (lambda_max + eps)``.
+
+    The kernel is in neural-tangents' layout, [n, n] or [n, n, d, d]; size n d is that of its matrix if left out.
+    """
+    half = ntk_train_train.ndim // 2
+    order = (*range(0, 2 * half, 2), *range(1, 2 * half, 2))
+    rows = jnp.transpose(ntk_train_train, order)
+    side = math.prod(rows.shape[:half])
+    largest = jnp.linalg.eigvalsh(rows.reshape(side, side))[-1]
+    return 2 * (1 + momentum) * (y_train_size or side) / (largest + eps)
+
+
+def _inverse_expm1(normalisation: int | float) -> Callable[[Any, Any], Any]:
+    """``(exp(-x t) - 1) / x`` for eigenvalues x, with its limit -t where the kernel is singular (there it was NaN)."""
+
+    def function(eigenvalues: Any, times: Any) -> Any:
+        positive = eigenvalues > 0
+        safe = jnp.where(positive, eigenvalues, 1.0)
+        change = jnp.expm1(-safe * times / normalisation) / safe
+        return jnp.where(positive, change, -times / normalisation)
+
+    return function
