@@ -100,7 +100,9 @@ def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
 
     images, labels = load_digits(return_X_y=True)
     if not (2 <= n <= len(images) and 1 <= d <= images.shape[1]):
-        raise ValueError(f"expected 2 <= --inputs <= {len(images)} and 1 <= --width <= {images.shape[1]}, got {n} and {d}.")
+        raise ValueError(
+            f"expected 2 <= --inputs <= {len(images)} and 1 <= --width <= {images.shape[1]}, got {n} and {d}."
+        )
     centred = images - images.mean(0)
     components = np.linalg.svd(centred, full_matrices=False)[2][:d] @ centred.T
     prototypes = np.stack([components[:, labels == label].mean(1) for label in range(10)])
@@ -109,13 +111,19 @@ def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
     scale = np.linalg.norm(x, axis=1).max()
     y = prototypes[labels[rows]]
     y = y / max(scale, np.linalg.norm(y, axis=1).max())
-    return jnp.asarray(x / scale), jnp.asarray(y), f"scikit-learn digits, {n} images, PCA to {d}, scaled into the unit ball"
+    return (
+        jnp.asarray(x / scale),
+        jnp.asarray(y),
+        f"scikit-learn digits, {n} images, PCA to {d}, scaled into the unit ball",
+    )
 
 
 def _file(path: Path, n: int | None, seed: int) -> tuple[Array, Array, str]:
     """A user's own rows; the targets are drawn, uniform in a cube inside the unit ball."""
     if not path.is_file() or path.suffix != ".npy":
-        raise ValueError(f'data: expected "digits" or an existing .npy file with a float array [n, d], got {str(path)!r}.')
+        raise ValueError(
+            f'data: expected "digits" or an existing .npy file with a float array [n, d], got {str(path)!r}.'
+        )
     loaded = np.load(path, allow_pickle=False)
     if not np.issubdtype(loaded.dtype, np.floating):
         raise ValueError(f"data: expected floating point numbers in {path}, got {loaded.dtype}. Save x.astype(float).")
@@ -129,7 +137,9 @@ def _check_distinct(x: np.ndarray) -> None:
     """Refuse equal rows, and zero rows: the kernel is singular there, and every claim divides by its smallest eigenvalue."""
     zero = np.flatnonzero(~x.any(1))
     if len(zero):
-        raise ValueError(f"data: expected non-zero rows, got zeros at row {zero[0]}. The kernel is singular there: drop it.")
+        raise ValueError(
+            f"data: expected non-zero rows, got zeros at row {zero[0]}. The kernel is singular there: drop it."
+        )
     _, first, inverse = np.unique(x, axis=0, return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[inverse.ravel()] != np.arange(len(x)))
     if len(repeated):
