@@ -52,8 +52,7 @@ def weight_scale(*, sigma: float, inputs: int, outputs: int, failure: float, con
     """
     _check_sizes(inputs, outputs)
     check_positive("sigma", sigma)
-    if not 0 < failure < 1:
-        raise ValueError(f"failure: expected a probability in (0, 1), got {failure}.")
+    _check_failure(failure)
     return max(constant * sigma * math.sqrt(math.log(inputs * outputs / failure)), 1.0)
 
 
@@ -83,13 +82,14 @@ def log10_prefix_length(
       log10 m: the number itself overflows float64 already for B around 39.
 
     Raises:
-      ValueError: lambda, a size or a constant not positive.
+      ValueError: lambda, a size or a constant not positive, failure outside (0, 1).
 
     Source: recalled.
     """
     _check_sizes(inputs, outputs)
     check_positive("smallest", smallest)
     check_positive("constant", constant)
+    _check_failure(failure)
     size = inputs * outputs
     logarithm = math.log(size / failure)
     natural = math.log(constant) + 2 * math.log(size / smallest) + exponent * scale + 2 * math.log(logarithm)
@@ -112,6 +112,7 @@ def theory_step_size(
     """
     _check_sizes(inputs, outputs)
     check_positive("smallest", smallest)
+    check_positive("tokens", tokens)
     return constant * smallest / (tokens * (inputs * outputs) ** 2) * math.exp(-exponent * scale)
 
 
@@ -216,6 +217,7 @@ def token_movement(*, smallest: float, tokens: int, initial_error: float, steepe
     Source: derived (theory/README.md): a geometric series of ratio sqrt(1 - x) <= 1 - x / 2 at x = m eta lambda / 2.
     """
     check_positive("smallest", smallest)
+    check_positive("tokens", tokens)
     return 4 * steepest * initial_error / (tokens * smallest)
 
 
@@ -225,6 +227,7 @@ def largest_stable_step(*, largest: float, tokens: int) -> float:
     Source: derived; exact for a quadratic loss, and the negative control of the claim ``convergence``.
     """
     check_positive("largest", largest)
+    check_positive("tokens", tokens)
     return 2 / (tokens * largest)
 
 
@@ -234,6 +237,11 @@ def _contraction(smallest: float, tokens: int, step_size: float) -> float:
     check_positive("tokens", tokens)
     check_positive("step_size", step_size)
     return tokens * step_size * smallest
+
+
+def _check_failure(failure: float) -> None:
+    if not 0 < failure < 1:
+        raise ValueError(f"failure: expected a probability in (0, 1), got {failure}.")
 
 
 def _check_sizes(inputs: int, outputs: int) -> None:

@@ -226,6 +226,8 @@ class RandomPrefix:
             )
         if self.model not in ("tied", "fixed"):
             raise ValueError(f'model: expected "tied" or "fixed", got {self.model!r}.')
+        if self.outputs is not None:
+            check_positive("outputs", self.outputs)
         if self.model == "tied" and self.outputs not in (None, self.d):
             raise ValueError(f"outputs: the tied model has d = {self.d} outputs, got {self.outputs}. Leave it out.")
 
@@ -253,6 +255,7 @@ class RandomPrefix:
         bits = jax.random.bits(sign_key, (TILE, columns), jnp.uint8) & 1
         return weights.astype(dtype), 2 * bits.astype(dtype) - 1
 
+    @jax.jit
     def materialise(self) -> tuple[Weights, Signs]:
         """All m rows: weights [m, d] and signs [m, 1 or outputs]."""
         weights, signs = jax.lax.map(self.tile, jnp.arange(self.tiles))
@@ -457,9 +460,10 @@ class PrefixAttentionLayer(nnx.Module):
         )
 
     def __call__(self, inputs: Float[Array, "*B L d"]) -> Float[Array, "*B L d"]:
-        """One sequence [L, d], or any batch of them [..., L, d]."""
+        """One sequence [L, d], or any batch of them [..., L, d]; floating point and finite."""
         if inputs.ndim < 2 or inputs.shape[-1] != self.prefix.shape[1]:
             raise ValueError(f"inputs: expected [..., L, d = {self.prefix.shape[1]}], got shape {inputs.shape}.")
+        check_inputs("inputs", inputs.reshape(-1, inputs.shape[-1]))
         layer = lambda sequence: attend(  # noqa: E731
             self.prefix[...],
             sequence,

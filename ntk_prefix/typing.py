@@ -23,10 +23,13 @@ from __future__ import annotations
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-__all__ = ["Array", "Bool", "Float", "Inputs", "Int", "Kernel", "KeyArray", "Signs", "Weights"]
+__all__ = ["Array", "Bool", "Float", "Inputs", "Int", "Kernel", "KeyArray", "OtherInputs", "Signs", "Weights"]
 
 Inputs = Float[Array, "n d"]
 """Rows are inputs of the stylised model; the theory wants ``|x_i| <= 1``."""
+
+OtherInputs = Float[Array, "_ d"]
+"""A second set of inputs, of the same width but with any number of rows."""
 
 Weights = Float[Array, "m d"]
 """One row per prefix token: ``w_r``."""

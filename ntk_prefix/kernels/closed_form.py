@@ -15,9 +15,9 @@ where v_i = <a w, S_i> is the model's output over m, and a^2 = 1 has been used. 
 forgotten: memory is O(p^2 + p * block) with p = n (d + 1), whatever m is, and the work is the matrix product, 2 m p^2
 flops (half of it when x2 is None: the kernel is symmetric and only one triangle is computed).
 
-A symmetric prefix described by its seed needs one pass: the centre is zero and a pair of tokens contributes twice
-the same. Any other prefix is passed over twice: first the normalisers and centres, then the Gram matrix of the centred
-features, so nothing is lost to cancellation.
+A symmetric prefix described by its seed needs one pass: the centre is zero, the normaliser is near its expectation
+and a pair of tokens contributes twice the same. Any other prefix is passed over twice: first the normalisers and
+centres, then the Gram matrix of the centred features, so nothing is lost to cancellation.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from ntk_prefix.checks import check_inputs
@@ -40,7 +41,7 @@ from ntk_prefix.one_layer import (
     TiedPrefixModel,
     accumulation_dtype,
 )
-from ntk_prefix.typing import Array, Float, Inputs, Kernel
+from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
 
 __all__ = ["KernelPart", "prefix_ntk"]
 
@@ -55,11 +56,15 @@ BANDS = 4
 SMALLEST_BAND = 64
 """Rows under which a band no longer reaches the machine's matrix-product rate."""
 
+WIDEST_SCORES = 5.0
+"""Standard deviation sigma |x| of Gaussian scores up to which exp(score - sigma^2 |x|^2 / 2), squared and summed over
+few or many tokens, stays within float32."""
+
 
 def prefix_ntk(
     model_or_prefix: TiedPrefixModel | FixedValuePrefixModel | RandomPrefix,
     x1: Inputs,
-    x2: Inputs | None = None,
+    x2: OtherInputs | None = None,
     *,
     block: int | None = None,
     mesh: Mesh | None = None,
@@ -87,10 +92,12 @@ def prefix_ntk(
       float32 otherwise. Exactly symmetric when x2 is None.
 
     Raises:
-      ValueError: inputs that are not a finite [n, d] of the prefix's width; a block < 1; a prefix of another type.
+      ValueError: inputs that are not a finite [n, d] of the prefix's width; a block < 1; an unknown part; a prefix of
+        another type.
 
-    Numerics: scores are shifted by their log-sum-exp (given weights) or by its expectation sigma^2 |x|^2 / 2 (drawn
-    ones, whose scores are Gaussian), so the exponentials are of order one.
+    Numerics: scores are shifted by their log-sum-exp, or by its expectation sigma^2 |x|^2 / 2 where they are known to
+    be Gaussian and of moderate width (sigma |x| <= 5; inputs traced by a surrounding ``jax.jit`` are not known), so
+    the exponentials are of order one.
 
     Source: derived from the gradients in ``one_layer``; checked against autodiff by the claim ``kernel``.
     """
@@ -110,6 +117,8 @@ def prefix_ntk(
     for name, inputs in (("x1", x1), ("x2", x2)):
         if inputs is not None:
             check_inputs(name, inputs, features=width)
+    if part not in ("full", "key"):
+        raise ValueError(f'part: expected "full" or "key", got {part!r}.')
     if block is not None and block < 1:
         raise ValueError(f"block: expected at least 1 prefix token at once, got {block}.")
 
@@ -146,6 +155,16 @@ def prefix_ntk(
         tile_rows=tile_rows,
         mesh=mesh,
         part=part,
+        one_pass=isinstance(prefix, RandomPrefix) and prefix.symmetric and _moderate(prefix.sigma, x1, x2),
+    )
+
+
+def _moderate(sigma: float, *inputs: OtherInputs | None) -> bool:
+    """Whether the scores of Gaussian tokens are known to have standard deviation at most ``WIDEST_SCORES``."""
+    return all(
+        not isinstance(x, jax.core.Tracer) and sigma * np.linalg.norm(x, axis=1).max() <= WIDEST_SCORES
+        for x in inputs
+        if x is not None
     )
 
 
@@ -164,25 +183,26 @@ _Moments = tuple[Array, Array, Array]
 """Per input: the running maximum of the scores, the sum of exponentials under it, the sum of values so weighted."""
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tile_rows", "mesh", "part"))
+@functools.partial(jax.jit, static_argnames=("model", "tile_rows", "mesh", "part", "one_pass"))
 def _streamed_kernel(
     drawn: RandomPrefix | None,
     stream: _Stream,
     x1: Inputs,
-    x2: Inputs | None,
+    x2: OtherInputs | None,
     length: _Length,
     *,
     model: ModelName,
     tile_rows: int,
     mesh: Mesh | None,
     part: KernelPart,
+    one_pass: bool,
 ) -> Kernel:
     inputs = (x1,) if x2 is None else (x1, x2)
     whole, remainder, rows = length
     axes = () if mesh is None else mesh.axis_names
 
     def local_sums(
-        drawn: RandomPrefix | None, stream: _Stream, inputs: tuple[Inputs, ...]
+        drawn: RandomPrefix | None, stream: _Stream, inputs: tuple[OtherInputs, ...]
     ) -> tuple[list[Array], list[Array]]:
         def tile(entry: _Stream) -> _Rows:
             index, stored = entry
@@ -190,12 +210,14 @@ def _streamed_kernel(
             valid = (index < whole) | ((index == whole) & (jnp.arange(tile_rows) < remainder))
             return weights.astype(x1.dtype), signs.astype(x1.dtype), valid
 
-        if drawn is not None and drawn.symmetric:
+        if drawn is not None and one_pass:
             outputs = x1.shape[1] if model == "tied" else drawn.outputs or drawn.d
             shifts = [drawn.sigma**2 * (x**2).sum(1) / 2 for x in inputs]
             centres = [jnp.zeros((len(x), outputs), x1.dtype) for x in inputs]
         else:
             shifts, centres = _normalisers(tile, stream, inputs, model, rows, axes)
+            if drawn is not None and drawn.symmetric:  # of a pair one token is drawn, and the two cancel
+                centres = [jnp.zeros_like(centre) for centre in centres]
         return _gram(tile, stream, inputs, shifts, centres, model, axes)
 
     if mesh is not None:
@@ -217,7 +239,7 @@ def _streamed_kernel(
 
 
 def _normalisers(
-    tile: _Tile, stream: _Stream, inputs: tuple[Inputs, ...], model: ModelName, rows: Array, axes: tuple[str, ...]
+    tile: _Tile, stream: _Stream, inputs: tuple[OtherInputs, ...], model: ModelName, rows: Array, axes: tuple[str, ...]
 ) -> tuple[list[Array], list[Array]]:
     """First pass: log(mean exp score) and the model's output over m, per input, with a running maximum."""
     dtype = inputs[0].dtype
@@ -263,7 +285,7 @@ def _normalisers(
 def _gram(
     tile: _Tile,
     stream: _Stream,
-    inputs: tuple[Inputs, ...],
+    inputs: tuple[OtherInputs, ...],
     shifts: list[Array],
     centres: list[Array],
     model: ModelName,

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from ntk_prefix.checks import check_inputs, check_positive
 from ntk_prefix.kernels.closed_form import KernelPart
 from ntk_prefix.one_layer import ModelName
-from ntk_prefix.typing import Array, Float, Inputs, Kernel
+from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
 
 __all__ = ["limit_ntk", "real_layer_limit_ntk"]
 
 
 def limit_ntk(
     x1: Inputs,
-    x2: Inputs | None = None,
+    x2: OtherInputs | None = None,
     *,
     sigma: float = 1.0,
     model: ModelName = "tied",
@@ -50,7 +50,7 @@ def limit_ntk(
       [n1, d, n2, d] (outputs in place of d for the fixed model), in the inputs' dtype.
 
     Raises:
-      ValueError: inputs that are not finite [n, d] of one width, sigma <= 0, or an unknown model.
+      ValueError: inputs that are not finite [n, d] of one width, sigma <= 0, an unknown model or part.
 
     Source: derived here; the paper assumes the limit and has no formula for it.
     """
@@ -58,6 +58,10 @@ def limit_ntk(
     check_inputs("x1", x1)
     check_inputs("x2", x2, features=x1.shape[1])
     check_positive("sigma", sigma)
+    if part not in ("full", "key"):
+        raise ValueError(f'part: expected "full" or "key", got {part!r}.')
+    if outputs is not None:
+        check_positive("outputs", outputs)
     inner = jnp.matmul(x1, x2.T)
     tilt = jnp.exp(sigma**2 * inner)
     if model == "fixed":
@@ -77,7 +81,7 @@ def limit_ntk(
 
 def real_layer_limit_ntk(
     x1: Inputs,
-    x2: Inputs | None = None,
+    x2: OtherInputs | None = None,
     *,
     query_projection: Float[Array, "d d"],
     key_projection: Float[Array, "d d"],
