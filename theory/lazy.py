@@ -19,7 +19,7 @@ from theory.convergence import lengths
 from theory.descent import MODELS, Model, build, descend, spectrum, with_weights
 from theory.problem import Problem
 
-STEPS = 400
+STEPS = 200
 FALLING = -0.3
 """An exponent is called falling when its whole interval lies below this; a regime that is not lazy sits near 0."""
 
