@@ -47,11 +47,9 @@ def _train(problem: Problem, stability: float, used: list[int], steps: int) -> E
         spectra = {m: np.asarray(spectrum(prefix_ntk(model, problem.inputs))) for m, model in models.items()}
         # the first step of the proof: the drawn kernel is at least half as well conditioned as its limit
         regime[name] = [m for m in models if spectra[m][0] >= smallest / 2]
-        checks.append(
-            Check(f"{name}: prefix lengths with lambda_min(H(W(0))) >= lambda / 2", len(regime[name]), 2, at_least=True)
-        )
         for kind, targets in (("data", problem.targets), ("slowest", worst_targets(limit, problem))):
-            worst = 0.0
+            # fewer than two lengths in that regime test nothing
+            worst = 0.0 if len(regime[name]) >= 2 else np.inf
             for m, model in models.items():
                 step_size = stability * bounds.largest_stable_step(largest=float(spectra[m][-1]), tokens=m)
                 error = np.asarray(
@@ -106,7 +104,7 @@ CLAIM = Claim(
     title="Gradient descent converges at the stated rate",
     statement="|F(t) - Y|^2 <= (1 - m eta lambda / 2)^t |F(0) - Y|^2 at every step, lambda = lambda_min(H*), for every m "
     "whose drawn kernel has lambda_min >= lambda / 2",
-    source="form after [P] (arXiv 2406.14036), constants not verified against the text; checked far below its m",
+    source="form after arXiv 2406.14036, constants not verified against the text; checked far below its m",
     measure=lambda problem: _train(problem, 0.25, lengths(problem), 2000 if problem.full else 400),
     # it leaves the envelope within a few steps
     control=lambda problem: _train(problem, 1.3, lengths(problem)[-2:], 60),
