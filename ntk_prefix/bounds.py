@@ -22,7 +22,12 @@ from __future__ import annotations
 
 import math
 
+import jax.numpy as jnp
+
 from ntk_prefix.checks import check_positive
+from ntk_prefix.kernels.closed_form import prefix_ntk
+from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel, attention_mass
+from ntk_prefix.typing import Inputs
 
 __all__ = [
     "gradient_descent_steps",
@@ -30,6 +35,7 @@ __all__ = [
     "largest_stable_step",
     "log10_prefix_length",
     "loss_envelope",
+    "measured_kernel_drift",
     "theory_step_size",
     "token_movement",
     "weight_scale",
@@ -159,6 +165,44 @@ def kernel_drift(*, radius: float, inputs: int, outputs: int, scale: float, expo
     return radius * inputs * outputs * math.exp(exponent * scale)
 
 
+def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs: Inputs, *, radius: float) -> float:
+    """Largest |H(W) - H(W(0))|_F while every token stays within ``radius``, computed from W(0) itself.
+
+        |H(W) - H(W(0))|_F <= 2 sqrt(lambda_max(H(W(0)))) delta + delta^2 ,
+        m delta^2 = sum_{i,r} ( g_i |J_ir| + (1 + g_i) T_ir |x_i| s_i )^2 ,    g_i = e^{2 R |x_i|} - 1
+
+    with |J_ir| the Frobenius norm of the derivative of F(x_i) by token r, and s_i a bound on how far the centred value
+    of any token moves: g_i sqrt(outputs) for the fixed model, 2 R + g_i sum_r S_ir |w_r| for the tied one.
+
+    Args:
+      model: at W(0).
+      inputs: [n, d].
+      radius: R >= 0.
+
+    Returns:
+      the bound, in the normalisation of H(W).
+
+    Numerics: evaluated in floating point without directed rounding: a bound up to a relative error of about m eps.
+
+    Source: derived, proof in theory/README.md. A score moves by at most R |x_i|, so a softmax weight by a factor within
+    e^{+-2 R |x_i|}; the rest is the triangle inequality.
+    """
+    weights = model.weights[...]
+    mass = attention_mass(weights, inputs)
+    lengths = jnp.linalg.norm(inputs, axis=1)
+    growth = jnp.expm1(2 * radius * lengths)
+    if isinstance(model, TiedPrefixModel):
+        mean_length = jnp.matmul(mass, jnp.linalg.norm(weights, axis=1)) / model.m
+        shift = 2 * radius + growth * mean_length
+    else:
+        shift = growth * math.sqrt(model.signs.shape[1])
+    steps = growth[:, None] * model.token_gradient_norms(inputs) + ((1 + growth) * lengths * shift)[:, None] * mass
+    delta = jnp.linalg.norm(steps) / math.sqrt(model.m)
+    kernel = prefix_ntk(model, inputs)
+    largest = jnp.linalg.eigvalsh(kernel.reshape(kernel.shape[0] * kernel.shape[1], -1))[-1]
+    return float(2 * jnp.sqrt(largest) * delta + delta**2)
+
+
 def token_movement(*, smallest: float, tokens: int, initial_error: float, steepest: float) -> float:
     """How far one prefix token can move during all of training, while the loss stays under its envelope.
 
@@ -168,7 +212,7 @@ def token_movement(*, smallest: float, tokens: int, initial_error: float, steepe
       smallest: lambda, in the normalisation of H(W).
       tokens: m.
       initial_error: |F(0) - Y|_F.
-      steepest: largest spectral norm of J_r, the [n d, d] derivative of all outputs by token r, along the way.
+      steepest: largest norm of J_r, the [n d, d] derivative of all outputs by one token, along the way.
 
     Source: derived (theory/README.md): a geometric series of ratio sqrt(1 - x) <= 1 - x / 2 at x = m eta lambda / 2.
     """

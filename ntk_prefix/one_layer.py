@@ -313,6 +313,24 @@ class _PrefixOnlyModel(nnx.Module):
         """Number of prefix tokens."""
         return self.weights.shape[0]
 
+    def token_gradient_norms(self, inputs: Inputs) -> Float[Array, "n m"]:
+        """How strongly each token acts on each input: the Frobenius norm of dF(x_i)/dw_r, without forming it.
+
+            tied    |J_ir|^2 = T_ir^2 ( d + 2 a_r g_ir . x_i + |g_ir|^2 |x_i|^2 ) ,   g_ir = a_r w_r - <a w, S_i>
+            fixed   |J_ir|^2 = T_ir^2 |g_ir|^2 |x_i|^2 ,                              g_ir = a_r - <a, S_i>
+
+        Source: derived, from ``tied_jacobian`` and ``fixed_jacobian``.
+        """
+        tied = isinstance(self, TiedPrefixModel)
+        weights, signs = self.weights[...], self.signs[...]
+        mass = attention_mass(weights, inputs)
+        values = signs * weights if tied else signs
+        centred = values[None] - (jnp.matmul(mass, values) / self.m)[:, None]
+        squares = jnp.square(inputs).sum(1, keepdims=True) * jnp.square(centred).sum(2)
+        if tied:
+            squares += weights.shape[1] + 2 * signs.T * jnp.einsum("irk,ik->ir", centred, inputs)
+        return mass * jnp.sqrt(squares)
+
 
 class TiedPrefixModel(_PrefixOnlyModel):
     """The stylised model whose prefix is both key and value.

@@ -84,6 +84,9 @@ class Trainer:
             raise ValueError('mesh: expected none with parallel="pmap", which takes `devices`.')
         if self.parallel == "jit" and self.devices is not None:
             raise ValueError('devices: expected none with parallel="jit", which takes a `mesh`.')
+        if self.mesh is not None:
+            # jax.make_mesh makes explicit axes; here the compiler places everything but the batch
+            object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names))
 
     def init(self, model: nnx.Module) -> TrainState:
         """The state before the first step, laid out on the devices.

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
 from ntk_prefix import TiedPrefixModel
 from ntk_prefix.training import Trainer, half_squared_error
@@ -37,7 +36,7 @@ def trainer(**way: object) -> Trainer:
 
 def mesh(*shape: int) -> jax.sharding.Mesh:
     names = ("data", "fsdp")[: len(shape)]
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+    return jax.make_mesh(shape, names)
 
 
 @pytest.mark.parametrize("x64", [True, False], indirect=True)

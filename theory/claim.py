@@ -137,7 +137,7 @@ def _row(check: Check) -> dict[str, Any]:
     return {**dataclasses.asdict(check), "holds": check.holds, "margin": check.margin}
 
 
-def test(claim: Claim, problem: Problem) -> Result:
+def examine(claim: Claim, problem: Problem) -> Result:
     """Measure a claim and its control, in float64."""
     start = time.perf_counter()
     with jax.enable_x64(True):

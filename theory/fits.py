@@ -1,10 +1,11 @@
-"""Power laws: an exponent with its confidence interval, from repeated measurements over a range of sizes."""
+"""Power laws: an exponent with its confidence interval."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 
@@ -25,23 +26,16 @@ class Exponent:
         return max(abs(self.low - expected), abs(self.high - expected))
 
 
-def exponent(sizes: np.ndarray, errors: np.ndarray) -> Exponent:
+def exponent(sizes: ArrayLike, errors: ArrayLike) -> Exponent:
     """Least-squares slope of log error against log size.
 
     Args:
-      sizes: [k] sizes, k >= 3.
-      errors: [repeats, k] positive measurements, independent between repeats. With several repeats the interval is that
-        of the mean of the repeats' slopes (Student's t); with one it is the regression's own.
+      sizes: [k] sizes, k >= 3; repeated measurements at one size are points of their own.
+      errors: [k] positive measurements.
 
     Returns:
-      the exponent and its 95 % interval.
+      the exponent and the regression's own 95 % interval (Student's t), which takes the points as independent.
     """
-    errors = np.atleast_2d(np.asarray(errors, float))
-    log_sizes = np.log(np.asarray(sizes, float))
-    if len(errors) == 1:
-        fit = stats.linregress(log_sizes, np.log(errors[0]))
-        spread = fit.stderr * stats.t.ppf(0.975, len(log_sizes) - 2)
-        return Exponent(float(fit.slope), float(fit.slope - spread), float(fit.slope + spread))
-    slopes = np.array([stats.linregress(log_sizes, np.log(row)).slope for row in errors])
-    spread = stats.sem(slopes) * stats.t.ppf(0.975, len(slopes) - 1)
-    return Exponent(float(slopes.mean()), float(slopes.mean() - spread), float(slopes.mean() + spread))
+    fit = stats.linregress(np.log(np.asarray(sizes, float)), np.log(np.asarray(errors, float)))
+    spread = fit.stderr * stats.t.ppf(0.975, np.size(sizes) - 2)
+    return Exponent(float(fit.slope), float(fit.slope - spread), float(fit.slope + spread))

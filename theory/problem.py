@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import check_inputs, check_unit_ball
+from ntk_prefix.checks import check_inputs, check_positive, check_unit_ball
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray
 
 Profile = Literal["quick", "full"]
@@ -82,6 +82,7 @@ def load(data: str, *, inputs: int | None, width: int, sigma: float, seed: int, 
       ValueError: what was expected, what came, and what to do: no such file, not [n, d], not finite, rows outside of the
         unit ball, duplicated rows, too large a problem.
     """
+    check_positive("sigma", sigma)
     x, y, name = _digits(inputs or 16, width, seed) if data == "digits" else _file(Path(data), inputs, seed)
     check_inputs("data", x)
     check_unit_ball("data", x)

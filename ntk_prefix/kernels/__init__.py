@@ -4,6 +4,8 @@ One layout everywhere: a kernel is ``[n1, d, n2, d]``, so ``kernel.reshape(n1 * 
 """
 
 from ntk_prefix.kernels.closed_form import prefix_ntk
+from ntk_prefix.kernels.dynamics import Prediction, predict
+from ntk_prefix.kernels.empirical import empirical_ntk
 from ntk_prefix.kernels.limit import limit_ntk, real_layer_limit_ntk
 
-__all__ = ["limit_ntk", "prefix_ntk", "real_layer_limit_ntk"]
+__all__ = ["Prediction", "empirical_ntk", "limit_ntk", "predict", "prefix_ntk", "real_layer_limit_ntk"]

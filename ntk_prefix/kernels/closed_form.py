@@ -22,6 +22,7 @@ centres, then the Gram matrix of the centred features, so nothing is lost to can
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Literal
@@ -121,6 +122,9 @@ def prefix_ntk(
     if block is not None and block < 1:
         raise ValueError(f"block: expected at least 1 prefix token at once, got {block}.")
 
+    if mesh is not None:
+        # jax.make_mesh makes explicit axes; here the compiler places the data
+        mesh = Mesh(mesh.devices, mesh.axis_names)
     devices = 1 if mesh is None else mesh.size
     if isinstance(prefix, RandomPrefix):
         tiles = -(-prefix.tiles // devices) * devices
@@ -141,12 +145,13 @@ def prefix_ntk(
         stream = (jnp.arange(tiles), (split(prefix.weights[...]), split(signs)))
 
     return _streamed_kernel(
-        prefix if isinstance(prefix, RandomPrefix) else None,
+        # how long the prefix is travels as `rows` alone, so that lengths of one tile count share a compiled program
+        dataclasses.replace(prefix, m=2) if isinstance(prefix, RandomPrefix) else None,
         stream,
         x1.astype(dtype),
         None if x2 is None else x2.astype(dtype),
+        (*divmod(rows, tile_rows), jnp.asarray(rows, dtype)),
         model=model,
-        rows=rows,
         tile_rows=tile_rows,
         mesh=mesh,
         part=part,
@@ -171,25 +176,29 @@ _Rows = tuple[Array, Array, Array]
 
 _Tile = Callable[[_Stream], _Rows]
 
+_Length = tuple[Array | int, Array | int, Array]
+"""Whole tiles, rows of the tile after them, and all rows as a float: an integer of them may not fit 32 bits."""
+
 _Moments = tuple[Array, Array, Array]
 """Per input: the running maximum of the scores, the sum of exponentials under it, the sum of values so weighted."""
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rows", "tile_rows", "mesh", "part", "one_pass"))
+@functools.partial(jax.jit, static_argnames=("model", "tile_rows", "mesh", "part", "one_pass"))
 def _streamed_kernel(
     drawn: RandomPrefix | None,
     stream: _Stream,
     x1: Inputs,
     x2: OtherInputs | None,
+    length: _Length,
     *,
     model: ModelName,
-    rows: int,
     tile_rows: int,
     mesh: Mesh | None,
     part: KernelPart,
     one_pass: bool,
 ) -> Kernel:
     inputs = (x1,) if x2 is None else (x1, x2)
+    whole, remainder, rows = length
     axes = () if mesh is None else mesh.axis_names
 
     def local_sums(
@@ -198,7 +207,7 @@ def _streamed_kernel(
         def tile(entry: _Stream) -> _Rows:
             index, stored = entry
             weights, signs = drawn.tile(index) if stored is None else stored  # type: ignore[union-attr]
-            valid = index * tile_rows + jnp.arange(tile_rows) < rows
+            valid = (index < whole) | ((index == whole) & (jnp.arange(tile_rows) < remainder))
             return weights.astype(x1.dtype), signs.astype(x1.dtype), valid
 
         if drawn is not None and one_pass:
@@ -230,7 +239,7 @@ def _streamed_kernel(
 
 
 def _normalisers(
-    tile: _Tile, stream: _Stream, inputs: tuple[OtherInputs, ...], model: ModelName, rows: int, axes: tuple[str, ...]
+    tile: _Tile, stream: _Stream, inputs: tuple[OtherInputs, ...], model: ModelName, rows: Array, axes: tuple[str, ...]
 ) -> tuple[list[Array], list[Array]]:
     """First pass: log(mean exp score) and the model's output over m, per input, with a running maximum."""
     dtype = inputs[0].dtype
@@ -268,7 +277,7 @@ def _normalisers(
             total = jax.lax.psum(total * jnp.exp(top - highest), axes)
             moment = jax.lax.psum(moment * jnp.exp(top - highest)[:, None], axes)
             top = highest
-        shifts.append(top + jnp.log(total) - jnp.log(jnp.asarray(rows, dtype)))
+        shifts.append(top + jnp.log(total) - jnp.log(rows))
         centres.append(moment / total[:, None])
     return shifts, centres
 

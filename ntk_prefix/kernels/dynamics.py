@@ -22,6 +22,7 @@ import numpy as np
 
 from ntk_prefix.checks import check_positive
 from ntk_prefix.kernels import neural_tangents
+from ntk_prefix.kernels.empirical import check_finite
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Prediction", "predict"]
@@ -93,7 +94,7 @@ def predict(
 
     Numerics: the common dtype of kernel and targets; float64 for long times. A kernel [n, d, n, d] is read in (n, d)
     order, so its matrix is symmetric. Singular kernels are fine. The flow cannot be
-    traced by ``jax.jit``.
+    traced by ``jax.jit``; the discrete form can.
 
     Source: Jacot et al., arXiv 1806.07572; Lee et al., arXiv 1902.06720; the discrete form is the same with powers.
     """
@@ -121,7 +122,7 @@ def predict(
     elif f_test_0 is not None:
         raise ValueError("f_test_0 was given without ntk_test_train, the kernel between test and training inputs.")
     for name, array in (("y_train", y_train), ("f_train_0", f_train_0), ("f_test_0", f_test_0)):
-        _check_finite(name, array)
+        check_finite(name, array)
 
     dtype = jnp.result_type(kernels, y_train, f_train_0)
     kernels, residual = kernels.astype(dtype), _columns(f_train_0 - y_train, ntk_train_train.ndim).astype(dtype)
@@ -159,7 +160,7 @@ def _matrices(name: str, kernel: Array, target_shape: tuple[int, ...]) -> Array:
             f"{name}: expected [.., {d}, {n}, {d}] (full), [.., {d}, {n}] (diagonal) or [.., {n}] (alike) for targets "
             f"[{n}, {d}], got {kernel.shape}. neural-tangents' own [n1, n2, d, d] needs kernel.transpose(0, 2, 1, 3)."
         )
-    _check_finite(name, kernel)
+    check_finite(name, kernel)
     if kernel.ndim == 4:
         return kernel.reshape(1, -1, n * d)
     return jnp.moveaxis(kernel, 1, 0) if kernel.ndim == 3 else kernel[None]
@@ -179,21 +180,17 @@ def _rows(columns: Array, shape: tuple[int, ...], kernel_ndim: int) -> Array:
     return columns[0].reshape(-1, *shape)
 
 
-def _check_finite(name: str, array: Array | None) -> None:
-    """Refuse NaN and infinities, where there are values to look at."""
-    if array is not None and not isinstance(array, jax.core.Tracer) and not jnp.isfinite(array).all():
-        raise ValueError(f"{name}: expected finite numbers, got {int((~jnp.isfinite(array)).sum())} that are not.")
-
-
 def _check_symmetric(name: str, kernels: Array) -> None:
     """Refuse matrices that are not symmetric up to rounding: mostly axes in another order."""
     if kernels.shape[1] != kernels.shape[2]:
         raise ValueError(f"{name}: expected as many rows as there are targets, got matrices {kernels.shape[1:]}.")
     if isinstance(kernels, jax.core.Tracer):
         return
-    skew = float(jnp.abs(kernels - jnp.swapaxes(kernels, 1, 2)).max())
+    with jax.ensure_compile_time_eval():
+        skew = float(jnp.abs(kernels - jnp.swapaxes(kernels, 1, 2)).max())
+        largest = float(jnp.abs(kernels).max())
     # half the digits: rounding never costs so many, axes in the wrong order always do
-    if skew > float(jnp.finfo(kernels.dtype).eps) ** 0.5 * float(jnp.abs(kernels).max()):
+    if skew > float(jnp.finfo(kernels.dtype).eps) ** 0.5 * largest:
         raise ValueError(
             f"{name}: expected a symmetric kernel in the order [n, d, n, d], got one that differs from its transpose "
             f"by {skew:.3g}. neural-tangents' own [n, n, d, d] needs kernel.transpose(0, 2, 1, 3)."
@@ -217,11 +214,12 @@ def _check_steps(steps: Array, flow: bool) -> Array:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+@jax.jit
 def _descend(
     kernels: Float[Array, "g N N"],
     residual: Float[Array, "g N c"],
     cross: Float[Array, "g N2 N"] | None,
-    learning_rate: float,
+    learning_rate: Float[Array, ""] | float,
     times: Float[Array, "T"],
 ) -> tuple[Float[Array, "g T N c"], Float[Array, "g T N2 c"] | None]:
     """Gradient descent, in the basis where the kernel is diagonal."""

@@ -103,10 +103,10 @@ def empirical_ntk(
     x1 = jnp.asarray(x1)
     x2 = None if x2 is None else jnp.asarray(x2)
     function, parameters, constants = _split(model, wrt)
-    _check_finite("the model's parameters", parameters)
+    check_finite("the model's parameters", parameters)
     for name, inputs in (("x1", x1), ("x2", x2)):
         if inputs is not None:
-            _check_finite(name, inputs)
+            check_finite(name, inputs)
 
     outputs = [_output(function, parameters, constants, x) for x in (x1, x2) if x is not None]
     if outputs[0].shape[1:] != outputs[-1].shape[1:]:
@@ -208,13 +208,16 @@ def _split(model: object, wrt: Any) -> tuple[_Function, tuple[Array, ...], Any]:
     return function, tuple(parameters), constants
 
 
-def _check_finite(name: str, tree: Any) -> None:
+def check_finite(name: str, tree: Any) -> None:
     """Refuse NaN and infinities, where there are values to look at (a tracer has none)."""
     for array in jax.tree.leaves(tree):
         if isinstance(array, jax.core.Tracer) or not jnp.issubdtype(array.dtype, jnp.inexact):
             continue
-        finite = jnp.isfinite(array)
-        if not finite.all():
+        # under jit a concrete array would become a tracer by being looked at
+        with jax.ensure_compile_time_eval():
+            finite = jnp.isfinite(array)
+            if finite.all():
+                continue
             place = tuple(int(index) for index in np.argwhere(~np.asarray(finite))[0])
             raise ValueError(
                 f"{name}: expected finite numbers, got {array[place]} at {list(place)}, and {(~finite).sum()} such in "

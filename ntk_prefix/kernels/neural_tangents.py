@@ -26,8 +26,8 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -43,10 +43,10 @@ from jax import lax
 
 __all__ = ["TESTED_JAX", "UntestedJaxWarning", "load"]
 
-TESTED_JAX = ("0.10.2",)
+TESTED_JAX = ("0.10.2", "0.12.0.1")
 """The JAX versions that the tests of this adapter were run on."""
 
-_OLDEST_JAX = (0, 10, 2)
+_OLDEST_JAX = "0.10.2"
 _NEURAL_TANGENTS = "0.6.5"
 _INSTALL = f"pip install --no-deps neural-tangents=={_NEURAL_TANGENTS} frozendict"
 
@@ -118,10 +118,9 @@ def _check_versions() -> None:
             ) from error
         if distribution == "neural-tangents" and found != _NEURAL_TANGENTS:
             raise ImportError(f"expected neural-tangents {_NEURAL_TANGENTS}, got {found}. Run: {_INSTALL}")
-    numbers = tuple(int(number) for number in re.findall(r"\d+", jax.__version__)[:3])
-    if numbers < _OLDEST_JAX:
-        oldest = ".".join(map(str, _OLDEST_JAX))
-        raise ImportError(f"expected jax >= {oldest}, got {jax.__version__}. Upgrade jax and jaxlib together.")
+    installed, oldest = ([int(n) for n in re.findall(r"\d+", v)[:3]] for v in (jax.__version__, _OLDEST_JAX))
+    if installed < oldest:
+        raise ImportError(f"expected jax >= {_OLDEST_JAX}, got {jax.__version__}. Upgrade jax and jaxlib together.")
     if jax.__version__ not in TESTED_JAX:
         warnings.warn(
             f"neural-tangents was tested here with jax {', '.join(TESTED_JAX)}, not with {jax.__version__}. If a "
@@ -147,14 +146,6 @@ class _Overlay(ModuleType):
         return getattr(self.__dict__["_base"], name)
 
 
-def _safe_map(function: Callable[..., Any], *sequences: Iterable[Any]) -> list[Any]:
-    return [function(*items) for items in zip(*sequences, strict=True)]
-
-
-def _safe_zip(*sequences: Iterable[Any]) -> list[tuple[Any, ...]]:
-    return list(zip(*sequences, strict=True))
-
-
 def _private_import() -> Callable[..., ModuleType]:
     """``__import__`` for neural-tangents' own modules: overlays where JAX has moved on, the ordinary import else."""
     core = _Overlay(
@@ -176,13 +167,17 @@ def _private_import() -> Callable[..., ModuleType]:
         jax.interpreters: interpreters,
         jax: _Overlay(jax, core=core, interpreters=interpreters),
     }
-    gone = {"jax.util": _Overlay(ModuleType("jax.util"), safe_map=_safe_map, safe_zip=_safe_zip)}
+    util = _Overlay(
+        ModuleType("jax.util"),
+        safe_map=lambda function, *sequences: [function(*items) for items in zip(*sequences, strict=True)],
+        safe_zip=lambda *sequences: list(zip(*sequences, strict=True)),
+    )
 
     def import_(
         name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] | None = (), level: int = 0
     ) -> ModuleType:
-        if level == 0 and name in gone:
-            return gone[name]
+        if level == 0 and name == "jax.util":
+            return util
         module = builtins.__import__(name, globals, locals, fromlist or (), level)
         return overlays.get(module, module)
 
@@ -190,7 +185,7 @@ def _private_import() -> Callable[..., ModuleType]:
 
 
 class _AdaptedLoader(SourceFileLoader):
-    """Runs a module of neural-tangents with its own ``__import__``, and with ``print`` going to the log."""
+    """Runs a module of neural-tangents with its own ``__import__``."""
 
     def __init__(self, name: str, path: str, private: dict[str, Any]) -> None:
         super().__init__(name, path)
@@ -202,18 +197,11 @@ class _AdaptedLoader(SourceFileLoader):
         super().exec_module(module)
 
 
-class _EmptyLoader(Loader):
-    """An empty module in place of one that imports TensorFlow."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Leave the module empty."""
-
-
 class _Finder(MetaPathFinder):
-    """Finds neural-tangents' modules where they are installed, and hands them to the loaders above."""
+    """Finds neural-tangents' modules where they are installed, and hands them to the loader above."""
 
     def __init__(self) -> None:
-        self._private = {**vars(builtins), "__import__": _private_import(), "print": _log.debug}
+        self._private = {**vars(builtins), "__import__": _private_import()}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -222,7 +210,7 @@ class _Finder(MetaPathFinder):
         if fullname.split(".")[0] != "neural_tangents":
             return None
         if fullname == "neural_tangents.experimental":
-            return ModuleSpec(fullname, _EmptyLoader())
+            return ModuleSpec(fullname, None, is_package=True)  # an empty package: this one imports TensorFlow
         spec = PathFinder.find_spec(fullname, path)
         if spec is not None and spec.origin is not None:
             spec.loader = _AdaptedLoader(fullname, spec.origin, self._private)
@@ -239,8 +227,8 @@ def _mend(package: Any, empirical: Any, predict: Any) -> None:
     empirical._get_primals_out_and_pullback = functools.partial(_primals_out_and_pullback, empirical._backward_pass)
     empirical._eqn_vjp_fn = _equation_vjp
     empirical._eqn_jvp_fn = functools.partial(_equation_jvp, empirical._eqn_jvp_fn)
-    empirical._get_flops = _flops
-    empirical._to_tuple_tree = _hashable
+    automatic = empirical.NtkImplementation.AUTO
+    empirical._implementation_to_ntk_fn[automatic] = functools.partial(_cheapest, empirical)
     rules = empirical.rules
     rules.get_structure_cache = functools.partial(_common_structures, rules.get_structure_cache, rules.get_structure)
     # abstract arrays are no longer arrays to these three
@@ -253,6 +241,10 @@ def _mend(package: Any, empirical: Any, predict: Any) -> None:
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(value.shape) if hasattr(value, "shape") else np.shape(value)
+
+
+def _abstract(value: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(_shape(value), value.dtype if hasattr(value, "dtype") else jnp.result_type(value))
 
 
 def _primals_out_and_pullback(
@@ -268,7 +260,6 @@ def _primals_out_and_pullback(
 
     Where reverse mode would return cotangents, ``backward_pass`` collects df/dy or dy/dw, as ``mode`` says.
     """
-    leaves, structure = jax.tree.flatten(primals_in)
     # loops unroll and jitted functions dissolve into primitives, which is what the structure rules know
     with jax.disable_jit():
         primals_out, pushforward = jax.linearize(function, *primals_in)
@@ -285,8 +276,7 @@ def _primals_out_and_pullback(
             _s_rules=_s_rules,
             _fwd=_fwd,
         )
-        assert len(collected) == len(leaves)
-        return jax.tree.unflatten(structure, collected)
+        return jax.tree.unflatten(jax.tree.structure(primals_in), collected)
 
     return primals_out, pullback
 
@@ -297,8 +287,7 @@ def _linear_program(pushforward: Callable[..., Any], primals_in: Any) -> tuple[A
     Returns:
       The Jaxpr, and the values of its constants.
     """
-    tangents = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), primals_in)
-    nested = jax.make_jaxpr(pushforward)(*tangents)
+    nested = jax.make_jaxpr(pushforward)(*jax.tree.map(_abstract, primals_in))
     flat = jax.make_jaxpr(functools.partial(_evaluate, nested.jaxpr, nested.consts))(*nested.in_avals)
     jaxpr = flat.jaxpr
 
@@ -456,22 +445,37 @@ def _common_structures(
     }
 
 
-def _flops(function: Callable[..., Any], optimize: bool, *arguments: Any, **options: Any) -> float:
-    """What the compiler estimates a call to cost, for the automatic choice; infinite where it cannot be traced."""
+def _cheapest(empirical: Any, **options: Any) -> Callable[..., Any]:
+    """The automatic implementation: every other one is compiled, and that with the fewest flops is used."""
+    candidates = [
+        jax.jit(empirical.empirical_ntk_fn(**options, implementation=implementation))
+        for implementation in empirical.NtkImplementation
+        if implementation != empirical.NtkImplementation.AUTO
+    ]
+    chosen: dict[Any, Callable[..., Any]] = {}
+
+    def kernel_function(x1: Any, x2: Any, params: Any, **keywords: Any) -> Any:
+        abstract = jax.tree.map(_abstract, (x1, x2, params, keywords))
+        leaves, structure = jax.tree.flatten(abstract)
+        key = structure, tuple(leaves)
+        if key not in chosen:
+            costs = [_flops(candidate, *abstract[:3], **abstract[3]) for candidate in candidates]
+            _log.debug("flops of implementations 1, 2, 3: %s", costs)
+            chosen[key] = candidates[costs.index(min(costs))]
+        return chosen[key](x1, x2, params, **keywords)
+
+    return kernel_function
+
+
+def _flops(function: Any, *arguments: Any, **keywords: Any) -> float:
+    """What the compiler estimates a call to cost; infinite where structured derivatives do not know the function."""
     try:
-        lowered = jax.jit(function).lower(*arguments, **options)
+        analysis = function.lower(*arguments, **keywords).compile().cost_analysis()
     except NotImplementedError as error:
         _log.debug("an implementation of the kernel does not support this function: %s", error)
         return float("inf")
-    analysis = (lowered.compile() if optimize else lowered).cost_analysis()
     # a program that computes nothing has no such entry
     return float((analysis or {}).get("flops", 0.0))
-
-
-def _hashable(shapes: Any) -> Any:
-    """A key for a tree of shapes, whatever containers (``nnx.State`` among them) it is made of."""
-    leaves, structure = jax.tree.flatten(shapes)
-    return tuple(leaves), structure
 
 
 def _max_learning_rate(

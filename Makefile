@@ -1,0 +1,44 @@
+# Both commands set up what they need: a virtual environment with the locked, hashed packages.
+PYTHON ?= python3
+ENVIRONMENT := .venv
+READY := $(ENVIRONMENT)/ready
+
+.PHONY: verify verify-full test test-slow test-gpu lint bench lock clean
+
+verify: $(READY)  ## check the theory claim by claim, minutes on two cores; report in runs/theory
+	$(ENVIRONMENT)/bin/python -m theory --profile quick
+
+verify-full: $(READY)  ## the same at the sizes a paper would show
+	$(ENVIRONMENT)/bin/python -m theory --profile full --out runs/theory-full
+
+test: $(READY) lint  ## linters, types, quick tests
+	$(ENVIRONMENT)/bin/python -m pytest
+
+test-slow: $(READY)  ## tests that take minutes
+	$(ENVIRONMENT)/bin/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(READY)  ## tests that need an accelerator
+	$(ENVIRONMENT)/bin/python -m pytest -m gpu
+
+lint: $(READY)  ## ruff and mypy
+	$(ENVIRONMENT)/bin/ruff check --output-format concise
+	$(ENVIRONMENT)/bin/ruff format --check
+	$(ENVIRONMENT)/bin/mypy
+
+bench: $(READY)  ## time the prefix kernel against neural-tangents
+	$(ENVIRONMENT)/bin/python -m tests.bench.bench_prefix_ntk
+
+lock:  ## write requirements.lock anew (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url \
+		--fork-strategy fewest --python-version 3.11 \
+		--custom-compile-command "make lock" --output-file requirements.lock
+
+clean:
+	rm -rf $(ENVIRONMENT) runs
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, got %s: run make PYTHON=python3.11" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(ENVIRONMENT)
+	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,141 @@
+"""``python -m theory``: verify the theory of infinitely long prefixes and write a report one can read and trust."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from theory.claim import Claim, examine
+from theory.problem import Problem, Profile, load
+from theory.report import Folder, Outcome, configuration, number
+
+NAMES = (
+    "gradients",
+    "kernel",
+    "limit",
+    "positivity",
+    "perturbation",
+    "convergence",
+    "lazy",
+    "dynamics",
+    "real_layer",
+)
+
+
+def claims(names: tuple[str, ...] = ()) -> list[Claim]:
+    """The named claims, all of them for none, in the order of the report.
+
+    Raises:
+      ValueError: a name that is no claim.
+    """
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        raise ValueError(f"CLAIM: expected names out of {', '.join(NAMES)}, got {', '.join(unknown)}.")
+    return [importlib.import_module(f"theory.{name}").CLAIM for name in NAMES if not names or name in names]
+
+
+def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console) -> Outcome:
+    """Test every claim and write the report; take over what an interrupted run of the same configuration finished."""
+    folder = Folder(out, configuration(problem, chosen))
+    records = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with folder.held(), Progress(*columns, console=console) as progress:
+        task = progress.add_task("claims", total=len(chosen))
+        for claim in chosen:
+            progress.update(task, description=f"{claim.name}: {claim.title}")
+            record = folder.finished(claim)
+            resumed = record is not None
+            if record is None:
+                record = folder.keep(examine(claim, problem))
+            records.append(record)
+            progress.console.print(
+                f"{'[green]holds[/]' if record['holds'] else '[red]FAILS[/]'}  {claim.name:<13} "
+                f"{record['seconds']:6.1f} s  {'(from the interrupted run)' if resumed else ''}"
+            )
+            progress.advance(task)
+        page = folder.publish(chosen, records)
+    return Outcome(page, records)
+
+
+def summary(outcome: Outcome) -> Table:
+    """The report's table, for the terminal."""
+    table = Table("claim", "verdict", "measured", "bound", "margin", "control", "seconds")
+    for record in outcome.records:
+        table.add_row(
+            record["name"],
+            "[green]holds[/]" if record["holds"] else "[red]fails[/]",
+            number(record["measured"]),
+            number(record["bound"]),
+            number(record["margin"]),
+            "[green]fails[/]" if record["control_failed"] else "[red]holds[/]",
+            f"{record['seconds']:.1f}",
+        )
+    return table
+
+
+def main(
+    claim: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    profile: Profile = "quick",
+    data: str = "digits",
+    out: Path = Path("runs/theory"),
+    seed: int = 0,
+    inputs: int | None = None,
+    width: int = 8,
+    sigma: float = 1.0,
+    list_claims: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False,
+) -> int:
+    """Verify the theory of infinitely long prefixes, claim by claim, each with a negative control that must fail.
+
+    Writes index.html (self-contained), report.md, claims.json, configuration.json and figures/ to OUT. An interrupted
+    run goes on where it stopped. Exits with 1 if a claim does not hold or a control does not fail, with 2 on bad input.
+
+    Args:
+      claim: claims to test; none means all.
+      profile: "quick" takes minutes on two cores, "full" shows the sizes of a paper.
+      data: "digits", or a .npy file with your own floats [n, d], rows distinct and in the unit ball.
+      out: folder of the report.
+      seed: of the data's choice and of every prefix.
+      inputs: rows to take; the default is 16 of the digits, all of a file.
+      width: principal components of the digits.
+      sigma: standard deviation of a prefix token's coordinates.
+      list_claims: list the claims and stop.
+    """
+    console = Console()
+    try:
+        chosen = claims(claim)
+        if list_claims:
+            for entry in chosen:
+                console.print(
+                    f"[bold]{entry.name:<13}[/] {entry.title}\n{' ' * 14}[dim]{escape(entry.statement)}[/]",
+                    highlight=False,
+                )
+            return 0
+        with jax.enable_x64(True):
+            problem = load(data, inputs=inputs, width=width, sigma=sigma, seed=seed, profile=profile)
+        outcome = verify(problem, chosen, out, console)
+    except ValueError as error:
+        console.print(f"[red]{escape(str(error))}[/]", highlight=False)
+        return 2
+    console.print(summary(outcome))
+    console.print(f"report: {outcome.page}")
+    return 0 if outcome.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, prog="python -m theory"))

@@ -1,0 +1,94 @@
+"""Gradient descent on a stylised model with everything the theory speaks of recorded on the way."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from ntk_prefix.kernels import limit_ntk
+from ntk_prefix.one_layer import FixedValuePrefixModel, ModelName, TiedPrefixModel
+from ntk_prefix.training import Trainer, TrainState, half_squared_error
+from ntk_prefix.typing import Array, Float, Inputs
+from theory.problem import Problem
+
+MODELS: tuple[ModelName, ...] = ("tied", "fixed")
+Model = TiedPrefixModel | FixedValuePrefixModel
+
+
+class Trajectory(NamedTuple):
+    """Gradient descent from step 0 to T."""
+
+    outputs: Float[Array, "steps n d"]
+    """F(t) at t = 0..T."""
+    movement: Float[Array, "steps"]
+    """max_r |w_r(t) - w_r(0)| at t = 0..T."""
+    final: Float[Array, "m d"]
+    """W(T)."""
+
+    def squared_error(self, targets: Array) -> Float[Array, "steps"]:
+        """|F(t) - Y|_F^2 at t = 0..T."""
+        return jnp.square(self.outputs - targets[None]).sum((1, 2))
+
+
+def build(problem: Problem, model: ModelName, m: int, *labels: int | str, symmetric: bool = True) -> Model:
+    """A freshly drawn model of m prefix tokens for a problem."""
+    rngs = nnx.Rngs(problem.key(model, m, *labels))
+    if model == "tied":
+        return TiedPrefixModel(problem.d, m, problem.sigma, symmetric, rngs=rngs)
+    return FixedValuePrefixModel(problem.d, m, None, problem.sigma, symmetric, rngs=rngs)
+
+
+# one optimizer for every step size (it lives in the state), so that a step compiles once per shape
+_TRAINER = Trainer(
+    loss=half_squared_error, optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=1.0), reduction="sum"
+)
+
+
+def descend(model: Model, inputs: Inputs, targets: Array, *, step_size: float, steps: int) -> Trajectory:
+    """Plain gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 with the package's own train step."""
+    state = _TRAINER.init(model)
+    state.optimizer.hyperparams["learning_rate"] = jnp.asarray(step_size, inputs.dtype)
+    return _descend(nnx.graphdef(model), state, (inputs, targets), steps)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "steps"))
+def _descend(graph: nnx.GraphDef[Model], state: TrainState, batch: tuple[Array, Array], steps: int) -> Trajectory:
+    model = nnx.merge(graph, state.trained, state.frozen)
+    start = model.weights[...]
+    update = _TRAINER.update(model)
+
+    def observe(state: TrainState) -> tuple[Array, Array]:
+        current = nnx.merge(graph, state.trained, state.frozen)
+        return current(batch[0]), jnp.linalg.norm(current.weights[...] - start, axis=1).max()
+
+    final, before = jax.lax.scan(lambda state, _: (update(state, batch)[0], observe(state)), state, length=steps)
+    outputs, movement = jax.tree.map(lambda old, last: jnp.concatenate([old, last[None]]), before, observe(final))
+    return Trajectory(outputs, movement, nnx.merge(graph, final.trained, final.frozen).weights[...])
+
+
+def gram(kernel: Array) -> Float[Array, "nd nd"]:
+    """The Gram matrix of a kernel [n, d, n, d]."""
+    rows = kernel.shape[0] * kernel.shape[1]
+    return kernel.reshape(rows, -1)
+
+
+def spectrum(kernel: Array) -> Float[Array, "nd"]:
+    """Eigenvalues of a kernel [n, d, n, d], ascending."""
+    return jnp.linalg.eigvalsh(gram(kernel))
+
+
+def limit_of(problem: Problem, model: ModelName) -> Float[Array, "n d n d"]:
+    """H* on the problem's inputs."""
+    return limit_ntk(problem.inputs, sigma=problem.sigma, model=model)
+
+
+def with_weights(model: Model, weights: Array) -> Model:
+    """The same model at other weights."""
+    same = nnx.clone(model)
+    same.weights[...] = weights
+    return same

@@ -1,0 +1,130 @@
+"""The longer the prefix, the less its tokens move and its kernel changes: the lazy regime, and its exponents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+
+from ntk_prefix import FixedValuePrefixModel, TiedPrefixModel, bounds
+from ntk_prefix.kernels import prefix_ntk
+from ntk_prefix.one_layer import ModelName
+from ntk_prefix.typing import Array, Inputs
+from theory import figures, fits
+from theory.claim import Check, Claim, Evidence, relative_error
+from theory.convergence import lengths
+from theory.descent import MODELS, Model, build, descend, spectrum, with_weights
+from theory.problem import Problem
+
+STEPS = 400
+FALLING = -0.3
+"""An exponent is called falling when its whole interval lies below this; a regime that is not lazy sits near 0."""
+
+
+class _TiedAverage(TiedPrefixModel):
+    """The tied model without its factor m: softmax attention as it is used, the mean-field scaling."""
+
+    def __call__(self, inputs: Inputs) -> Array:
+        return super().__call__(inputs) / self.m
+
+
+class _FixedAverage(FixedValuePrefixModel):
+    """The fixed model without its factor m."""
+
+    def __call__(self, inputs: Inputs) -> Array:
+        return super().__call__(inputs) / self.m
+
+
+Draw = Callable[[Problem, ModelName, int], Model]
+
+
+def _build_average(problem: Problem, name: ModelName, m: int) -> Model:
+    rngs = nnx.Rngs(problem.key(name, m, "lazy"))
+    if name == "tied":
+        return _TiedAverage(problem.d, m, problem.sigma, rngs=rngs)
+    return _FixedAverage(problem.d, m, None, problem.sigma, rngs=rngs)
+
+
+def _train(problem: Problem, draw: Draw, speed: Callable[[int], float]) -> Evidence:
+    """Train at each length, with ``speed(m)`` times the largest stable step of the model that has the factor m."""
+    checks: list[Check] = []
+    found: dict[tuple[str, str], np.ndarray] = {}
+    slopes: dict[tuple[str, str], fits.Exponent] = {}
+    for name in MODELS:
+        movements, drifts, allowed = [], [], []
+        for m in lengths(problem):
+            model = draw(problem, name, m)
+            start = prefix_ntk(model, problem.inputs)
+            eigenvalues = spectrum(start)
+            step_size = speed(m) * bounds.largest_stable_step(largest=float(eigenvalues[-1]), tokens=m)
+            path = descend(model, problem.inputs, problem.targets, step_size=step_size, steps=STEPS)
+            trained = with_weights(model, path.final)
+            movements.append(float(path.movement.max()))
+            drifts.append(relative_error(prefix_ntk(trained, problem.inputs), start))
+            steepest = max(
+                float(jnp.linalg.norm(at.token_gradient_norms(problem.inputs), axis=0).max()) for at in (model, trained)
+            )
+            error = float(jnp.sqrt(path.squared_error(problem.targets)[0]))
+            allowed.append(
+                bounds.token_movement(smallest=float(eigenvalues[0]), tokens=m, initial_error=error, steepest=steepest)
+            )
+        for what, values in (("movement", movements), ("drift", drifts)):
+            found[name, what] = np.array(values)
+            slopes[name, what] = fits.exponent(lengths(problem), values)
+            text = f"{name}: exponent of the {'largest movement' if what == 'movement' else 'relative kernel drift'}"
+            checks.append(Check(f"{text}, upper end of {slopes[name, what]}", slopes[name, what].high, FALLING))
+        found[name, "allowed"] = np.array(allowed)
+        checks.append(
+            Check(f"{name}: largest movement / derived bound", float((found[name, "movement"] / allowed).max()), 1.0)
+        )
+    parameters = {"tokens": lengths(problem)[-1], "shortest": lengths(problem)[0], "steps": STEPS}
+    return Evidence(tuple(checks), parameters, {"lengths": lengths(problem), "found": found, "slopes": slopes})
+
+
+def _draw(evidence: Evidence, control: Evidence) -> Figure:
+    figure, axes = figures.panels(2)
+    for axis, what, title in zip(
+        axes, ("movement", "drift"), ("max_r |w_r(T) - w_r(0)|", "|H(T) - H(0)| / |H(0)|"), strict=True
+    ):
+        for name in MODELS:
+            values = {
+                m: np.array([v])
+                for m, v in zip(evidence.series["lengths"], evidence.series["found"][name, what], strict=True)
+            }
+            figures.power_law(axis, values, name, figures.COLOURS[name], evidence.series["slopes"][name, what])
+            if what == "movement":
+                axis.plot(list(values), evidence.series["found"][name, "allowed"], "--", color=figures.COLOURS["bound"])
+            axis.plot(
+                list(values),
+                control.series["found"][name, what],
+                ":",
+                color=figures.COLOURS[name],
+                label=f"{name}, without the factor m",
+            )
+        figures.label(
+            axis,
+            title="Tokens move less" if what == "movement" else "The kernel changes less",
+            x="prefix length m",
+            y=title,
+            log="xy",
+        )
+    return figure
+
+
+CLAIM = Claim(
+    name="lazy",
+    title="Long prefixes train lazily",
+    statement="max_r |w_r(t) - w_r(0)| and |H(W(t)) - H(W(0))| fall as powers of m; the movement stays below "
+    "4 max_r |J_r| |F(0) - Y| / (m lambda)",
+    source="that they fall: after [P]; the bound: derived (theory/README.md); the exponents are measured",
+    measure=lambda problem: _train(problem, lambda problem, name, m: build(problem, name, m, "lazy"), lambda m: 0.25),
+    # dividing the outputs by m divides the NTK by m^2; the factor 1/40 keeps the descent stable as tokens move
+    control=lambda problem: _train(problem, _build_average, lambda m: 0.25 / 40 * m**2),
+    control_statement="the same models without the factor m (mean-field scaling), with steps to match: tokens must move",
+    draw=_draw,
+    caption="Largest movement of a token and relative change of the kernel over training; dashed: the bound on the "
+    "movement; dotted: the same models without the factor m, which learn features instead.",
+)

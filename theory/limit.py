@@ -1,0 +1,123 @@
+"""The kernel of a drawn prefix tends to the closed-form limit at the Monte-Carlo rate."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from ntk_prefix import RandomPrefix
+from ntk_prefix.kernels import limit_ntk, prefix_ntk
+from ntk_prefix.one_layer import ModelName
+from ntk_prefix.typing import Kernel
+from theory import figures, fits
+from theory.claim import Check, Claim, Evidence, relative_error
+from theory.descent import MODELS
+from theory.problem import Problem
+
+AIMED = {1.0: 5e-3, 0.5: 1e-3}
+"""By sigma: the relative error aimed at for m = 2^24; at another m it is scaled by m^{-1/2}."""
+
+LONGEST = 2**24
+REPEATS = (3, 24)
+"""Fewest and most draws of one length; between them as many as share the tokens of the fewest at the longest."""
+
+
+def _asymptotic(problem: Problem, sigma: float) -> float:
+    """The prefix length from which the rate can be seen.
+
+    The kernel's largest entries average T_i T_j, log-normal with s = sigma |x_i + x_j| <= 2 sigma max|x|. Their variance
+    is carried by tokens 2 s standard deviations out: a prefix shorter than 1 / P(Z > 2 s) has mostly seen none of them,
+    and its error is still too small.
+    """
+    farthest = 2 * sigma * float(np.linalg.norm(problem.inputs, axis=1).max())
+    return 1 / float(stats.norm.sf(2 * farthest))
+
+
+def _approach(problem: Problem, repeats: tuple[int, int] = REPEATS, wrong_sigma: float = 1.0) -> Evidence:
+    """Errors against the limit, for both models; ``wrong_sigma`` multiplies the sigma of the limit."""
+    lengths = [2**power for power in (range(6, 25) if problem.full else range(6, 20))]
+    fewest, most = repeats
+    checks: list[Check] = []
+    errors: dict[str, dict[int, np.ndarray]] = {}
+    slopes: dict[str, fits.Exponent] = {}
+    for sigma in [problem.sigma] + ([0.5] if problem.full and problem.sigma != 0.5 else []):
+        start = _asymptotic(problem, sigma)
+        for model in MODELS:
+            name = f"{model}, sigma = {sigma:g}"
+            limit = limit_ntk(problem.inputs, sigma=sigma * wrong_sigma, model=model)
+            errors[name] = {
+                m: np.array(
+                    [
+                        _error(problem, model, sigma, m, repeat, limit)
+                        for repeat in range(min(most, fewest * lengths[-1] // m))
+                    ]
+                )
+                for m in lengths
+            }
+            points = [(m, error) for m, found in errors[name].items() if m >= start for error in found]
+            slopes[name] = fits.exponent(*zip(*points, strict=True))
+            slope = slopes[name]
+            gap = max(slope.low + 0.5, -0.5 - slope.high, 0.0)
+            checks.append(Check(f"{name}: distance of the slope's interval {slope} from -1/2", gap, 0.02))
+            if problem.full:  # enough draws for the estimate itself to be held to a tolerance
+                checks.append(Check(f"{name}: |slope + 1/2|", abs(slope.value + 0.5), 0.05))
+            if sigma in AIMED:
+                aim = AIMED[sigma] * (LONGEST / lengths[-1]) ** 0.5
+                last = float(np.median(errors[name][lengths[-1]]))
+                checks.append(Check(f"{name}: median relative error at m = 2^{np.log2(lengths[-1]):.0f}", last, aim))
+    parameters = {
+        "tokens": lengths[-1],
+        "fitted_from": _asymptotic(problem, problem.sigma),
+        "repeats": f"{fewest}-{most}",
+    }
+    return Evidence(tuple(checks), parameters, {"errors": errors, "slopes": slopes})
+
+
+def _error(problem: Problem, model: ModelName, sigma: float, m: int, repeat: int, limit: Kernel) -> float:
+    prefix = RandomPrefix(key=problem.key("limit", model, m, repeat), d=problem.d, m=m, sigma=sigma, model=model)
+    return relative_error(prefix_ntk(prefix, problem.inputs), limit)
+
+
+def _draw(evidence: Evidence, control: Evidence) -> Figure:
+    figure, axes = figures.panels(len(evidence.series["errors"]) // 2)
+    for index, (name, errors) in enumerate(evidence.series["errors"].items()):
+        axis, model = axes[index // 2], name.split(",")[0]
+        figures.power_law(axis, errors, model, figures.COLOURS[model], evidence.series["slopes"][name])
+        wrong = control.series["errors"][name]
+        axis.plot(
+            list(wrong),
+            [np.median(found) for found in wrong.values()],
+            ":",
+            color=figures.COLOURS[model],
+            label=f"{model}, control",
+        )
+        if index % 2:
+            last = max(errors)
+            figures.guide(
+                axis, list(errors), 0.6 * np.median(errors[last]) * (last / min(errors)) ** 0.5, -0.5, "slope -1/2"
+            )
+            figures.label(
+                axis,
+                title=name.split(", ")[1],
+                x="prefix length m",
+                y="|H(W(0)) - H*| / |H*|  (Frobenius)",
+                log="xy",
+            )
+    return figure
+
+
+CLAIM = Claim(
+    name="limit",
+    title="The kernel of an infinite prefix",
+    statement="H(W(0)) -> H* as m^(-1/2);  tied: H* = e^(s c)[(1 + s c) I + x_j mu^T + mu x_i^T + c mu mu^T], "
+    "fixed: H* = c e^(s c) I, with s = sigma^2, c = x_i.x_j, mu = s (x_i + x_j)",
+    source="derived (theory/README.md); the paper assumes a limit and gives no formula",
+    measure=_approach,
+    control=lambda problem: _approach(problem, repeats=(1, 3), wrong_sigma=1.1),
+    control_statement="the same limit at a sigma that is 10 % too large",
+    draw=_draw,
+    caption="Relative distance between the kernel of a drawn prefix and the closed-form limit: median over draws, band "
+    "from the smallest to the largest; slopes are fitted from the length at which the variance is seen (theory/limit.py), "
+    "with 95 % intervals. Dotted: the limit at a wrong sigma.",
+)
