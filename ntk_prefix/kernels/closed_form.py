@@ -4,20 +4,25 @@ The derivative of an output by a prefix token is known (``one_layer.tied_jacobia
 
     H(W)_{(i,k),(j,l)} = (1/m) sum_r < dF_k(x_i)/dw_r , dF_l(x_j)/dw_r >
 
-is one Gram matrix of a thin feature matrix with one column per token. With T = m S and c_ij = x_i . x_j
+needs no Jacobian. Write u_r for what a token contributes to the output (tied: w_r, fixed: its signs), s_r for the sign
+in front (tied: a_r, fixed: 1), T = m S and v_i = <s u, S_i>, the model's output over m. With c_ij = x_i . x_j
 
-    fixed   phi_{(i,k)} = T_i (a_k - <a_k, S_i>)
-                                               H = c_ij G / m
-    tied    phi_{(i,0)} = T_i ,  phi_{(i,k)} = T_i (w_k - a v_{i,k})
-                                               H = (G_00 delta_kl + x_{j,k} G_0l + G_k0 x_{i,l} + c_ij G_kl) / m
+    fixed   H = c_ij G_kl / m
+    tied    H = (G_00 delta_kl + x_{j,k} G_0l + G_k0 x_{i,l} + c_ij G_kl) / m
 
-where v_i = <a w, S_i> is the model's output over m, and a^2 = 1 has been used. Columns are made block by block and
-forgotten: memory is O(p^2 + p * block) with p = n (d + 1), whatever m is, and the work is the matrix product, 2 m p^2
-flops (half of it when x2 is None: the kernel is symmetric and only one triangle is computed).
+    G_kl = sum_r T_i T_j (u_k - s v_{i,k}) (u_l - s v_{j,l})
+    G_0l = sum_r T_i T_j (u_l - s v_{j,l}) ,     G_k0 = sum_r T_i T_j (u_k - s v_{i,k}) ,     G_00 = sum_r T_i T_j
+
+and multiplied out, every G is a combination of moments ``sum_r T_i T_j f_r`` with f = u_k u_l (k <= l), s u, u, s, 1.
+They depend on the pair of inputs and on the pair of coordinates separately and symmetrically, so all of them are one
+matrix product over the tokens, [pairs of inputs, m] x [m, pairs of coordinates]: m n^2 o^2 / 2 flops when x2 is None,
+a quarter of what the Gram matrix of the Jacobian's n o rows takes. It is made block by block of tokens and memory is
+O((n^2 + o^2) (block + o^2)), whatever m is. Tokens are first moved by a common centre, so that what is multiplied out
+does not cancel unless single inputs have outputs far apart.
 
 A symmetric prefix described by its seed needs one pass: the centre is zero, the normaliser is near its expectation
 and a pair of tokens contributes twice the same. Any other prefix is passed over twice: first the normalisers and
-centres, then the Gram matrix of the centred features, so nothing is lost to cancellation.
+centres, then the moments.
 """
 
 from __future__ import annotations
@@ -47,14 +52,11 @@ __all__ = ["KernelPart", "prefix_ntk"]
 
 KernelPart = Literal["full", "key"]
 
-BLOCK_BYTES = 2**24
-"""Bytes of the feature block held at once when ``block`` is left open: larger ones leave the caches (1.2x slower)."""
+BLOCK_BYTES = 2**23
+"""Bytes of the two factors held at once when ``block`` is left open: larger ones leave the caches."""
 
-BANDS = 4
-"""Row bands of the triangle: the work is (1 + 1/BANDS) / 2 of the square's."""
-
-SMALLEST_BAND = 64
-"""Rows under which a band no longer reaches the machine's matrix-product rate."""
+SMALLEST_BLOCK = 256
+"""Tokens under which a matrix product no longer reaches the machine's rate."""
 
 WIDEST_SCORES = 5.0
 """Standard deviation sigma |x| of Gaussian scores up to which exp(score - sigma^2 |x|^2 / 2), squared and summed over
@@ -80,9 +82,9 @@ def prefix_ntk(
       model_or_prefix: a model with its current weights, or a ``RandomPrefix``: then the tokens are drawn block by
         block and never stored, so m = 10^9 is a matter of time only.
       x1: [n1, d] inputs, finite. Nothing is assumed of their norms.
-      x2: [n2, d] inputs; None means x1, and one triangle of the kernel is computed.
-      block: prefix tokens held at once; None chooses it so that the features take 16 MiB. A ``RandomPrefix`` is always
-        streamed by the 8192 rows of its counter.
+      x2: [n2, d] inputs; None means x1, and only pairs i <= j are computed.
+      block: prefix tokens multiplied at once; None chooses it so that the factors take 8 MiB. For a ``RandomPrefix``,
+        whose counter draws 8192 rows at a time, it is rounded down to a power of two.
       mesh: devices to share the tokens among, over all axes of the mesh; None is one device.
       part: "full" is the kernel that governs gradient descent. "key" keeps only the derivative through the key (the
         x x^T part), which is the form recalled from Liang et al. for the tied model; the two agree for the fixed one.
@@ -97,7 +99,10 @@ def prefix_ntk(
 
     Numerics: scores are shifted by their log-sum-exp, or by its expectation sigma^2 |x|^2 / 2 where they are known to
     be Gaussian and of moderate width (sigma |x| <= 5; inputs traced by a surrounding ``jax.jit`` are not known), so
-    the exponentials are of order one.
+    the exponentials are of order one. The error is a few eps of the largest entry. It is more only where the attention
+    of given weights is all on single tokens, different ones for different inputs: then eps m |x|^2 |u|^2, which the
+    centred kernel itself can be far below. Products run with JAX's default precision: on a GPU or TPU wrap a float32
+    call in ``jax.default_matmul_precision("highest")``.
 
     Source: derived from the gradients in ``one_layer``; checked against autodiff by the claim ``kernel``.
     """
@@ -126,23 +131,25 @@ def prefix_ntk(
         # jax.make_mesh makes explicit axes; here the compiler places the data
         mesh = Mesh(mesh.devices, mesh.axis_names)
     devices = 1 if mesh is None else mesh.size
+    outputs = width if model == "tied" else _outputs(prefix)
+    pairs = len(x1) * (len(x1) + 1) // 2 if x2 is None else len(x1) * len(x2)
+    if block is None:
+        factor_rows = pairs + outputs * (outputs + 5) // 2 + 2
+        block = max(SMALLEST_BLOCK, BLOCK_BYTES // (factor_rows * dtype.itemsize))
     if isinstance(prefix, RandomPrefix):
+        tile_rows = TILE
+        block = 1 << (min(block, TILE).bit_length() - 1)
         tiles = -(-prefix.tiles // devices) * devices
         stream: _Stream = (jnp.arange(tiles), None)
-        tile_rows = TILE
     else:
-        signs = prefix.signs[...]
-        columns = (1 + width if model == "tied" else signs.shape[1]) * max(len(x1), 0 if x2 is None else len(x2))
-        if block is None:
-            block = max(256, BLOCK_BYTES // (columns * dtype.itemsize))
-        tile_rows = min(block, -(-rows // devices))
+        tile_rows = block = min(block, -(-rows // devices))
         tiles = -(-rows // (tile_rows * devices)) * devices
 
         def split(array: Array) -> Array:
             padded = jnp.pad(array, ((0, tiles * tile_rows - rows), (0, 0)))
             return padded.reshape(tiles, tile_rows, array.shape[1])
 
-        stream = (jnp.arange(tiles), (split(prefix.weights[...]), split(signs)))
+        stream = (jnp.arange(tiles), (split(prefix.weights[...]), split(prefix.signs[...])))
 
     return _streamed_kernel(
         # how long the prefix is travels as `rows` alone, so that lengths of one tile count share a compiled program
@@ -153,10 +160,16 @@ def prefix_ntk(
         (*divmod(rows, tile_rows), jnp.asarray(rows, dtype)),
         model=model,
         tile_rows=tile_rows,
+        block=block,
         mesh=mesh,
         part=part,
         one_pass=isinstance(prefix, RandomPrefix) and prefix.symmetric and _moderate(prefix.sigma, x1, x2),
     )
+
+
+def _outputs(prefix: TiedPrefixModel | FixedValuePrefixModel | RandomPrefix) -> int:
+    """Outputs of a fixed model."""
+    return (prefix.outputs or prefix.d) if isinstance(prefix, RandomPrefix) else prefix.signs.shape[1]
 
 
 def _moderate(sigma: float, *inputs: OtherInputs | None) -> bool:
@@ -179,11 +192,11 @@ _Tile = Callable[[_Stream], _Rows]
 _Length = tuple[Array | int, Array | int, Array]
 """Whole tiles, rows of the tile after them, and all rows as a float: an integer of them may not fit 32 bits."""
 
-_Moments = tuple[Array, Array, Array]
+_Running = tuple[Array, Array, Array]
 """Per input: the running maximum of the scores, the sum of exponentials under it, the sum of values so weighted."""
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tile_rows", "mesh", "part", "one_pass"))
+@functools.partial(jax.jit, static_argnames=("model", "tile_rows", "block", "mesh", "part", "one_pass"))
 def _streamed_kernel(
     drawn: RandomPrefix | None,
     stream: _Stream,
@@ -193,6 +206,7 @@ def _streamed_kernel(
     *,
     model: ModelName,
     tile_rows: int,
+    block: int,
     mesh: Mesh | None,
     part: KernelPart,
     one_pass: bool,
@@ -203,7 +217,7 @@ def _streamed_kernel(
 
     def local_sums(
         drawn: RandomPrefix | None, stream: _Stream, inputs: tuple[OtherInputs, ...]
-    ) -> tuple[list[Array], list[Array]]:
+    ) -> tuple[list[Array], Array, list[Array]]:
         def tile(entry: _Stream) -> _Rows:
             index, stored = entry
             weights, signs = drawn.tile(index) if stored is None else stored  # type: ignore[union-attr]
@@ -218,7 +232,9 @@ def _streamed_kernel(
             shifts, centres = _normalisers(tile, stream, inputs, model, rows, axes)
             if drawn is not None and drawn.symmetric:  # of a pair one token is drawn, and the two cancel
                 centres = [jnp.zeros_like(centre) for centre in centres]
-        return _gram(tile, stream, inputs, shifts, centres, model, axes)
+        common = jnp.concatenate(centres).mean(0)
+        totals, moments = _moments(tile, stream, inputs, shifts, common, model, tile_rows // block, axes)
+        return totals, moments, [centre - common[None] for centre in centres]
 
     if mesh is not None:
         local_sums = jax.shard_map(
@@ -228,14 +244,29 @@ def _streamed_kernel(
             out_specs=PartitionSpec(),
             check_vma=False,
         )
-    totals, bands = local_sums(drawn, stream, inputs)
-    width = 1 + x1.shape[1] if model == "tied" else bands[0].shape[1] // len(inputs[-1])
-    gram = _assemble(bands, symmetric=x2 is None)
-    scale = rows / (totals[0][:, None] * totals[-1][None, :])
-    gram = gram.reshape(len(x1), width, len(inputs[-1]), width) * scale[:, None, :, None]
-    kernel = _contract(gram, x1, inputs[-1], model, part)
-    # the contraction may round its two mirrored halves apart (fused multiply-adds)
-    return kernel if x2 is not None else (kernel + kernel.transpose(2, 3, 0, 1)) / 2
+    totals, moments, centres = local_sums(drawn, stream, inputs)
+    left, right = _pairs(inputs)
+    moments = moments * (rows / (totals[0][left] * totals[-1][right]))[:, None]
+    blocks = _contract(
+        moments, (x1[left], inputs[-1][right]), (centres[0][left], centres[-1][right]), model=model, part=part
+    )
+    outputs = blocks.shape[1]
+    if x2 is not None:
+        return blocks.reshape(len(x1), len(x2), outputs, outputs).transpose(0, 2, 1, 3)
+    place = np.zeros((len(x1), len(x1)), int)  # of (i, j) in the list of pairs i <= j
+    place[left, right] = place[right, left] = np.arange(len(left))
+    i, j, k, l = np.ix_(*map(np.arange, (len(x1), len(x1), outputs, outputs)))  # noqa: E741
+    # the lower triangle is read from the upper one, which makes the two the same to the last bit
+    upper = (jnp.asarray(i) < j) | ((i == j) & (jnp.asarray(k) <= l))
+    return jnp.where(upper, blocks[place], blocks.swapaxes(1, 2)[place]).transpose(0, 2, 1, 3)
+
+
+def _pairs(inputs: tuple[OtherInputs, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Which inputs each pair is made of: i <= j of one set, or all of two."""
+    if len(inputs) == 1:
+        return np.triu_indices(len(inputs[0]))
+    first, second = np.indices((len(inputs[0]), len(inputs[1]))).reshape(2, -1)
+    return first, second
 
 
 def _normalisers(
@@ -247,7 +278,7 @@ def _normalisers(
     def values(weights: Array, signs: Array) -> Array:
         return signs * weights if model == "tied" else signs
 
-    def step(carry: list[_Moments], entry: _Stream) -> tuple[list[_Moments], None]:
+    def step(carry: list[_Running], entry: _Stream) -> tuple[list[_Running], None]:
         weights, signs, valid = tile(entry)
         updated = []
         for x, (top, total, moment) in zip(inputs, carry, strict=True):
@@ -282,76 +313,80 @@ def _normalisers(
     return shifts, centres
 
 
-def _gram(
+def _moments(
     tile: _Tile,
     stream: _Stream,
     inputs: tuple[OtherInputs, ...],
     shifts: list[Array],
-    centres: list[Array],
+    common: Float[Array, " o"],
     model: ModelName,
+    pieces: int,
     axes: tuple[str, ...],
-) -> tuple[list[Array], list[Array]]:
-    """Second pass: attention mass per input, and the features' Gram matrix in bands of its upper triangle."""
+) -> tuple[list[Array], Float[Array, "pairs f"]]:
+    """Second pass: attention mass per input, and ``sum_r T_i T_j f_r`` in the order that ``_contract`` takes apart."""
     dtype = inputs[0].dtype
+    left, right = _pairs(inputs)
+    first, second = np.triu_indices(len(common))
 
-    def features(rows: _Rows, x: Inputs, shift: Array, centre: Array) -> tuple[Array, Array]:
+    def factor(weights: Array, signs: Array) -> Float[Array, "f block"]:
+        """What is summed over the tokens, u already moved by the common centre: u_k u_l, s u, and tied: u, s; 1."""
+        one = jnp.ones((1, len(weights)), dtype)
+        if model == "fixed":
+            moved = signs.T - common[:, None]
+            return jnp.concatenate([moved[first] * moved[second], moved, one])
+        sign = signs.T
+        moved = weights.T - sign * common[:, None]
+        return jnp.concatenate([moved[first] * moved[second], sign * moved, moved, sign, one])
+
+    def piece(carry: tuple[list[Array], Array], rows: _Rows) -> tuple[tuple[list[Array], Array], None]:
+        totals, moments = carry
         weights, signs, valid = rows
-        mass = jnp.where(valid[None], jnp.exp(jnp.matmul(x, weights.T) - shift[:, None]), 0)
-        if model == "tied":
-            through_key = weights.T[None] - signs.T[None] * centre[:, :, None]
-            columns = jnp.concatenate([jnp.ones_like(mass)[:, None], through_key], axis=1)
-        else:
-            columns = signs.T[None] - centre[:, :, None]
-        return mass.sum(1), (mass[:, None] * columns).reshape(-1, mass.shape[1])
-
-    def step(carry: tuple[list[Array], list[Array]], entry: _Stream) -> tuple[tuple[list[Array], list[Array]], None]:
-        totals, bands = carry
-        rows = tile(entry)
-        made = [features(rows, x, shift, centre) for x, shift, centre in zip(inputs, shifts, centres, strict=True)]
-        totals = [total + mass for total, (mass, _) in zip(totals, made, strict=True)]
-        left, right = made[0][1], made[-1][1]
-        starts = _band_starts(left.shape[0], symmetric=len(inputs) == 1)
-        products = [
-            jnp.matmul(left[start:stop], right[start if len(inputs) == 1 else 0 :].T)
-            for start, stop in zip(starts, [*starts[1:], left.shape[0]], strict=True)
+        masses = [
+            jnp.where(valid[None], jnp.exp(jnp.matmul(x, weights.T) - shift[:, None]), 0)
+            for x, shift in zip(inputs, shifts, strict=True)
         ]
-        return (totals, [band + product for band, product in zip(bands, products, strict=True)]), None
+        totals = [total + mass.sum(1) for total, mass in zip(totals, masses, strict=True)]
+        products = masses[0][left] * masses[-1][right]
+        return (totals, moments + jnp.matmul(products, factor(weights, signs).T)), None
 
-    width = (1 if model == "tied" else 0) + centres[0].shape[1]
-    p1, p2 = len(inputs[0]) * width, len(inputs[-1]) * width
-    starts = _band_starts(p1, symmetric=len(inputs) == 1)
-    bands = [
-        jnp.zeros((stop - start, p2 - (start if len(inputs) == 1 else 0)), dtype)
-        for start, stop in zip(starts, [*starts[1:], p1], strict=True)
-    ]
-    (totals, bands), _ = jax.lax.scan(step, ([jnp.zeros(len(x), dtype) for x in inputs], bands), stream)
-    return jax.lax.psum((totals, bands), axes) if axes else (totals, bands)
+    def step(carry: tuple[list[Array], Array], entry: _Stream) -> tuple[tuple[list[Array], Array], None]:
+        rows = jax.tree.map(lambda leaf: leaf.reshape(pieces, -1, *leaf.shape[1:]), tile(entry))
+        return jax.lax.scan(piece, carry, rows)
 
-
-def _band_starts(size: int, *, symmetric: bool) -> list[int]:
-    """First rows of the bands: one band for a rectangle, up to BANDS for the triangle of a symmetric kernel."""
-    count = max(1, min(BANDS, size // SMALLEST_BAND)) if symmetric else 1
-    return [size * band // count for band in range(count)]
+    columns = len(first) + len(common) + 1 + (len(common) + 1 if model == "tied" else 0)
+    start = ([jnp.zeros(len(x), dtype) for x in inputs], jnp.zeros((len(left), columns), dtype))
+    (totals, moments), _ = jax.lax.scan(step, start, stream)
+    return jax.lax.psum((totals, moments), axes) if axes else (totals, moments)
 
 
-def _assemble(bands: list[Array], *, symmetric: bool) -> Float[Array, "p1 p2"]:
-    """The whole Gram matrix from its bands; a symmetric one is mirrored from its upper triangle."""
-    if not symmetric:
-        return bands[0]
-    size = bands[0].shape[1]
-    upper = jnp.concatenate([jnp.pad(band, ((0, 0), (size - band.shape[1], 0))) for band in bands])
-    upper = jnp.triu(upper)
-    return upper + jnp.triu(upper, 1).T
+def _contract(
+    moments: Float[Array, "pairs f"],
+    x: tuple[Float[Array, "pairs d"], Float[Array, "pairs d"]],
+    centre: tuple[Float[Array, "pairs o"], Float[Array, "pairs o"]],
+    *,
+    model: ModelName,
+    part: KernelPart,
+) -> Float[Array, "pairs o o"]:
+    """From the moments to the kernel, pair by pair: the formulas in this module's docstring."""
+    outputs = centre[0].shape[1]
+    first, second = np.triu_indices(outputs)
+    entry = np.zeros((outputs, outputs), int)
+    entry[first, second] = entry[second, first] = np.arange(len(first))
+    quadratic, linear, *rest = jnp.split(
+        moments, np.cumsum([len(first), outputs] + [outputs, 1] * (model == "tied")), 1
+    )
+    mass = rest[-1][:, :, None]
 
+    def outer(rows: Array, columns: Array) -> Array:
+        return rows[:, :, None] * columns[:, None, :]
 
-def _contract(gram: Array, x1: Array, x2: Array, model: ModelName, part: KernelPart) -> Kernel:
-    """From the Gram matrix of the features to the kernel: the two formulas in this module's docstring."""
-    inner = jnp.matmul(x1, x2.T)[:, None, :, None]
-    if model == "fixed":
-        return inner * gram
-    through_key = inner * gram[:, 1:, :, 1:]
-    if part == "key":
+    inner = (x[0] * x[1]).sum(1)[:, None, None]
+    through_key = inner * (
+        quadratic[:, entry] - outer(linear, centre[1]) - outer(centre[0], linear) + mass * outer(*centre)
+    )
+    if model == "fixed" or part == "key":
         return through_key
-    through_value = gram[:, :1, :, :1] * jnp.eye(x1.shape[1], dtype=gram.dtype)[None, :, None, :]
-    mixed = x2.T[None, :, :, None] * gram[:, :1, :, 1:] + gram[:, 1:, :, :1] * x1[:, None, None, :]
+    plain, sign, _ = rest
+    through_value = mass * jnp.eye(outputs, dtype=moments.dtype)[None]
+    mixed = outer(x[1], plain - sign * centre[1]) + outer(plain - sign * centre[0], x[0])
     return through_value + mixed + through_key
