@@ -237,6 +237,7 @@ def _attend_forward(
 ) -> tuple[Array, Any]:
     parts = [_forward(flash, query, source) for flash, source in zip(flashes, sources, strict=True)]
     statistics = _merge(parts, linear)
+    statistics = statistics._replace(output=statistics.output.astype(query.dtype))
     linear_dtypes = None if linear is None else jax.tree.map(lambda x: jnp.zeros((), x.dtype), linear)
     return statistics.output, (query, sources, statistics, linear_dtypes)
 
@@ -284,7 +285,7 @@ def _merge(parts: list[Statistics], linear: _Linear | None) -> Statistics:
     output = functools.reduce(
         jnp.add, [(w / total).transpose(0, 2, 1)[..., None] * v for w, v in zip(weights, values, strict=True)]
     )
-    return Statistics(output.astype(parts[0].output.dtype), largest + jnp.log(total))
+    return Statistics(output, largest + jnp.log(total))
 
 
 def _linear_weight(log_mass: Array) -> Array:

@@ -19,6 +19,7 @@ Layouts are those of ``jax.nn.dot_product_attention``; ``lse`` is [B, N, T] in t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,8 @@ their rate, small enough (8 MiB) that scores, probabilities and their gradients 
 class Statistics(NamedTuple):
     """What a flash forward returns: ``output = softmax(scores) V`` and ``lse = logsumexp(scores)``.
 
-    A row without any key (all masked, or S = 0) has ``lse = -inf`` and output 0.
+    A row without any key (all masked, or S = 0) has ``lse = -inf`` and output 0.  The output is in the
+    accumulation dtype if the library gives it so (``xla``), for whoever merges to round once.
     """
 
     output: Float[Array, "B T N H"]
@@ -243,7 +245,7 @@ class _Blocks:
 
     def scores(
         self, query: Array, key: Array, bias: Array | None, mask: Array | None, i: Array, j: Array
-    ) -> Float[Array, "B K rows columns"]:
+    ) -> Float[Array, "B K grouped columns"]:
         """Return one block of scores, of a query that carries the scale."""
         result = jnp.einsum("bkrh,bksh->bkrs", query, key)
         if bias is None and mask is None and not self.is_causal and self.key_length % self.columns == 0:
@@ -261,7 +263,7 @@ class _Blocks:
             grouped = grouped + self.window(bias, i, j).astype(grouped.dtype)
         return jnp.where(keep, grouped, -jnp.inf).reshape(result.shape)
 
-    def ungroup(self, x: Float[Array, "B K rows columns"]) -> Float[Array, "B K G rows columns"]:
+    def ungroup(self, x: Float[Array, "B K grouped columns"]) -> Float[Array, "B K G rows columns"]:
         batch, heads, _, columns = x.shape
         return x.reshape(batch, heads, self.groups, self.rows, columns)
 
@@ -313,12 +315,12 @@ def _xla_forward(
         jnp.zeros(queries.shape[:-1], dtype),
         jnp.zeros(queries.shape, dtype),
     )
-    (maxima, sums, outputs), _ = jax.lax.scan(visit, start, jnp.asarray(blocks.pairs()))
+    maxima, sums, outputs = _scan(visit, start, blocks.pairs())
     empty = sums == 0
     sums = jnp.where(empty, 1, sums)
     lse = jnp.where(empty, -jnp.inf, maxima + jnp.log(sums))
     output = blocks.join_queries(outputs / sums[..., None])
-    return Statistics(output.astype(query.dtype), blocks.join_rows(lse))
+    return Statistics(output, blocks.join_rows(lse))
 
 
 def _xla_backward(
@@ -363,13 +365,17 @@ def _xla_backward(
         jnp.zeros(values.shape, dtype),
         None if cut_bias is None else jnp.zeros(cut_bias.shape, dtype),
     )
-    (d_queries, d_keys, d_values, d_bias), _ = jax.lax.scan(visit, start, jnp.asarray(blocks.pairs()))
+    d_queries, d_keys, d_values, d_bias = _scan(visit, start, blocks.pairs())
     return Gradients(
         blocks.join_queries(d_queries).astype(query.dtype),
         blocks.join_keys(d_keys).astype(key.dtype),
         blocks.join_keys(d_values).astype(value.dtype),
         None if bias is None or d_bias is None else blocks.join_scores(d_bias, bias.shape).astype(bias.dtype),
     )
+
+
+def _scan(visit: Callable[[Any, Array], tuple[Any, None]], start: Any, pairs: np.ndarray) -> Any:
+    return jax.lax.scan(visit, start, jnp.asarray(pairs))[0] if len(pairs) else start
 
 
 def _even_block(length: int, target: int) -> int:
