@@ -1,7 +1,7 @@
 """What NTK-Attention and prefix attention are, said as tests.
 
-Tolerances: 1e-12 in float64 and 2e-6 in float32, relative to the largest output, are a few hundred and a few tens of
-roundings; 1e-8 for gradients is set by central differences of step 1e-5 (error 1e-10 from the step, 1e-11 from rounding).
+Tolerances: 1e-12 in float64 and 2e-6 in float32, relative to the largest output, are thousands and tens of
+roundings; 1e-8 for gradients is set by central differences of step 1e-5 (error 1e-10).
 """
 
 import dataclasses
@@ -23,6 +23,9 @@ from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
 from ntk_prefix.feature_maps import feature_map
 
 CPU_IMPLEMENTATIONS = ["reference", "xla"]
+STATIC = ("feature_map", "is_causal", "scale", "implementation")
+attend = jax.jit(ntk_attention, static_argnames=STATIC)
+attend_prefix = jax.jit(prefix_attention, static_argnames=STATIC[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,10 @@ class Case:
 
     def arrays(self, dtype=jnp.float64):
         draw = np.random.default_rng(self.seed)
-        normal = lambda *shape: jnp.asarray(draw.standard_normal(shape), dtype)
+
+        def normal(*shape):
+            return jnp.asarray(draw.standard_normal(shape), dtype)
+
         features = feature_map(self.phi).dim(self.head_dim)
         arrays = dict(
             query=normal(self.batch, self.queries, self.heads, self.head_dim),
@@ -78,7 +84,7 @@ def features_of(name, x):
 
 
 def literal(case: Case, dtype=jnp.float64) -> np.ndarray:
-    """(A V + phi(q) Z) / (A 1 + phi(q) k), in numpy and float64, one head at a time, exactly as it is written."""
+    """(A V + phi(q) Z) / (A 1 + phi(q) k), in numpy and float64, a head at a time, as it is written."""
     a = {name: np.asarray(x, np.float64) for name, x in case.arrays(dtype).items()}
     mask = case.options()["mask"]
     full = (case.batch, case.heads, case.queries, case.keys)
@@ -103,9 +109,7 @@ def literal(case: Case, dtype=jnp.float64) -> np.ndarray:
 
 
 def run(case: Case, implementation: str, dtype=jnp.float64):
-    return jax.jit(functools.partial(ntk_attention, implementation=implementation, **case.options()))(
-        **case.arrays(dtype)
-    )
+    return attend(**case.arrays(dtype), implementation=implementation, **case.options())
 
 
 @pytest.fixture(autouse=True)
@@ -131,13 +135,21 @@ cases = st.builds(
     phi=st.sampled_from(["elu1", "taylor"]),
     seed=st.integers(0, 1000),
 )
-sweep = settings(max_examples=12, deadline=None, derandomize=True)
+sweep = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 class TestAgainstTheFormula:
     @sweep
     @given(case=cases, implementation=st.sampled_from(CPU_IMPLEMENTATIONS))
     def test_float64(self, case, implementation):
+        expected = literal(case)
+        error = np.max(np.abs(run(case, implementation) - expected))
+        assert error <= 1e-12 * max(1, np.max(np.abs(expected)))
+
+    @pytest.mark.slow
+    @settings(max_examples=200, deadline=None)
+    @given(case=cases, implementation=st.sampled_from(CPU_IMPLEMENTATIONS))
+    def test_float64_long(self, case, implementation):
         expected = literal(case)
         error = np.max(np.abs(run(case, implementation) - expected))
         assert error <= 1e-12 * max(1, np.max(np.abs(expected)))
@@ -170,20 +182,18 @@ class TestAgainstTheFormula:
         case = Case()
         arrays = case.arrays()
         quarter = case.head_dim**0.25
-        wrong = ntk_attention(
-            **{**arrays, "query": arrays["query"] * quarter, "key": arrays["key"] / quarter}
-        )
+        wrong = attend(**{**arrays, "query": arrays["query"] * quarter, "key": arrays["key"] / quarter})
         assert np.max(np.abs(wrong - literal(case))) > 1e-2
 
     def test_low_rank_z_is_its_product(self):
         arrays = Case().arrays()
         z = arrays.pop("z")
         left, right = z[..., :2], z[:, :2, :]
-        whole = ntk_attention(**arrays, z=left @ right)
-        np.testing.assert_allclose(ntk_attention(**arrays, z=LowRank(left, right)), whole, atol=1e-13)
+        whole = attend(**arrays, z=left @ right)
+        np.testing.assert_allclose(attend(**arrays, z=LowRank(left, right)), whole, atol=1e-13)
 
 
-# ------------------------------------------------------------------------------------------------ gradients, two layers
+# -------------------------------------------------------------------------------------- gradients, two layers
 
 
 def two_layers(attend, arrays):
@@ -203,7 +213,7 @@ def two_layer_arrays(case: Case):
 
 
 def merged_under_stop_gradient(query, key, value, z, k, *, is_causal=False, bias=None):
-    """The tempting version: merge on the log-sum-exp that the library returns, which it returns under stop_gradient."""
+    """The tempting version: merge on the log-sum-exp that jax.nn returns, which is under stop_gradient."""
     phi = feature_map("elu1")(query * query.shape[-1] ** -0.25)
     output, lse = jax.nn.dot_product_attention(
         query, key, value, bias, is_causal=is_causal, return_residual=True
@@ -249,14 +259,14 @@ class TestGradients:
     )
     def test_two_layers_agree_with_finite_differences(self, case, implementation):
         arrays = two_layer_arrays(case)
-        attend = functools.partial(
+        layer = functools.partial(
             ntk_attention, implementation=implementation, is_causal=case.is_causal, scale=case.scale
         )
-        loss = jax.jit(functools.partial(two_layers, attend))
+        loss = jax.jit(functools.partial(two_layers, layer))
         assert worst_directional_error(loss, jax.jit(jax.grad(loss))(arrays), arrays) <= 1e-8
 
     def test_merging_on_a_stopped_residual_fails_this_very_test(self):
-        """Negative control: right loss and right top-layer state, wrong gradients below; one layer would not see it."""
+        """Negative control: right loss, right top state, wrong below; one layer cannot see it."""
         case = Case(queries=7, keys=7, groups=1, is_causal=True)
         arrays = jax.tree.map(jnp.float32, two_layer_arrays(case))
         with jax.enable_x64(False):  # jax.nn works in float32
@@ -276,12 +286,11 @@ class TestGradients:
         assert relative["lower"]["key"] > 0.05
 
     def test_jvp_of_grad_works_for_both(self):
-        case = GRADIENT_CASES[0]
-        arrays = two_layer_arrays(case)
+        arrays = GRADIENT_CASES[0].arrays()
 
         def hessian_vector(implementation):
-            attend = functools.partial(ntk_attention, implementation=implementation, is_causal=True)
-            grad = jax.grad(functools.partial(two_layers, attend))
+            options = dict(implementation=implementation, is_causal=True)
+            grad = jax.grad(lambda a: jnp.sum(jnp.sin(ntk_attention(**a, **options))))
             return jax.jit(lambda a: jax.jvp(grad, (a,), (jax.tree.map(jnp.cos, a),))[1])(arrays)
 
         jax.tree.map(
@@ -293,7 +302,8 @@ class TestGradients:
     def test_forward_mode_alone_is_for_the_reference(self):
         arrays = Case().arrays()
         tangent = jax.tree.map(jnp.ones_like, arrays)
-        jax.jvp(lambda a: ntk_attention(**a, implementation="reference"), (arrays,), (tangent,))
+        reference = functools.partial(ntk_attention, implementation="reference")
+        jax.eval_shape(lambda a, t: jax.jvp(lambda a: reference(**a), (a,), (t,)), arrays, tangent)
         with pytest.raises(TypeError, match="custom_vjp"):
             jax.jvp(lambda a: ntk_attention(**a, implementation="xla"), (arrays,), (tangent,))
 
@@ -301,13 +311,16 @@ class TestGradients:
     def test_bfloat16_gradients_have_the_dtypes_of_their_inputs(self, implementation):
         arrays = Case(bias_axes=(False, False, True, True)).arrays(jnp.bfloat16)
         arrays |= {name: arrays[name].astype(jnp.float32) for name in ("z", "k", "bias")}
-        loss = lambda a: jnp.sum(ntk_attention(**a, implementation=implementation))
+
+        def loss(a):
+            return jnp.sum(ntk_attention(**a, implementation=implementation))
+
         grads = jax.eval_shape(jax.grad(loss), arrays)
         assert jax.tree.map(lambda x: x.dtype, grads) == jax.tree.map(lambda x: x.dtype, arrays)
 
 
 def worst_directional_error(loss, grads, arrays, step=1e-5):
-    """Return max over leaves of |central difference - gradient . direction|, along one unit direction a leaf."""
+    """Return the largest |central difference - gradient . direction|, along one unit direction a leaf."""
     leaves, tree = jax.tree.flatten(arrays)
     draw = np.random.default_rng(3)
     errors = []
@@ -322,7 +335,7 @@ def worst_directional_error(loss, grads, arrays, step=1e-5):
     return max(errors)
 
 
-# ------------------------------------------------------------------------------------------------------- the zero state
+# --------------------------------------------------------------------------------------------- the zero state
 
 
 class TestZeroState:
@@ -333,25 +346,23 @@ class TestZeroState:
         arrays = case.arrays(dtype)
         z, k = arrays.pop("z"), arrays.pop("k")
         options = dict(implementation=implementation, is_causal=True)
-        zero = jax.jit(functools.partial(ntk_attention, **options))(**arrays, z=0 * z, k=0 * k)
+        zero = attend(**arrays, z=0 * z, k=0 * k, **options)
         nothing = jnp.zeros((0, case.key_heads, case.head_dim), dtype)
-        plain = jax.jit(functools.partial(prefix_attention, **options))(
-            **arrays, prefix_key=nothing, prefix_value=nothing
-        )
+        plain = attend_prefix(**arrays, prefix_key=nothing, prefix_value=nothing, **options)
         np.testing.assert_array_equal(zero, plain)
 
     def test_is_jax_nn_up_to_rounding(self):
         arrays = Case(is_causal=True).arrays(jnp.float32)
         z, k = arrays.pop("z"), arrays.pop("k")
         np.testing.assert_allclose(
-            ntk_attention(**arrays, z=0 * z, k=0 * k, is_causal=True),
+            attend(**arrays, z=0 * z, k=0 * k, is_causal=True),
             jax.nn.dot_product_attention(**arrays, is_causal=True),
             atol=2e-6,
         )
 
     @pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
     def test_k_has_its_gradient_there(self, implementation):
-        """dT/dk at k = 0 from the right, by differences on the feasible side; |k| would give 0 (design.md, trap 2)."""
+        """By differences on the feasible side, k >= 0; through abs there would be no gradient."""
         arrays = Case().arrays()
         k = jnp.zeros_like(arrays.pop("k"))
         loss = jax.jit(
@@ -371,11 +382,11 @@ class TestZeroState:
     def test_a_mass_below_zero_counts_as_zero(self):
         arrays = Case().arrays()
         k = arrays.pop("k")
-        negative = ntk_attention(**arrays, k=-k)
-        np.testing.assert_array_equal(negative, ntk_attention(**arrays, k=0 * k))
+        negative = attend(**arrays, k=-k)
+        np.testing.assert_array_equal(negative, attend(**arrays, k=0 * k))
 
 
-# ------------------------------------------------------------------------------------------------------------- extremes
+# --------------------------------------------------------------------------------------------------- extremes
 
 
 def value_and_grads(implementation, arrays, **options):
@@ -426,7 +437,7 @@ class TestExtremes:
         arrays["query"] = arrays["query"] * 1e4
         output, grads = value_and_grads(implementation, arrays)
         assert_finite((output, grads))
-        """One key wins each row outright, and its value is the output; where no score is positive the prefix wins."""
+        """One key wins each row with a large score outright, and its value is the output."""
         scores = np.einsum("btnh,bsnh->btns", arrays["query"], arrays["key"])
         winners = np.take_along_axis(
             np.asarray(arrays["value"]), np.argmax(scores, axis=-1)[..., None], axis=1
@@ -460,7 +471,7 @@ class TestExtremes:
         )
 
 
-# ----------------------------------------------------------------------------------------------- exact prefix attention
+# ------------------------------------------------------------------------------------- exact prefix attention
 
 
 def by_concatenation(query, key, value, prefix_key, prefix_value, *, is_causal):
@@ -493,7 +504,10 @@ class TestPrefixAttention:
         arrays |= {name: jnp.asarray(draw.standard_normal(shape)) for name in ("prefix_key", "prefix_value")}
         ours = functools.partial(prefix_attention, implementation=implementation, is_causal=is_causal)
         theirs = functools.partial(by_concatenation, is_causal=is_causal)
-        weigh = lambda attend: lambda a: jnp.sum(jnp.sin(3 * attend(**a)))
+
+        def weigh(attend):
+            return lambda a: jnp.sum(jnp.sin(3 * attend(**a)))
+
         np.testing.assert_allclose(jax.jit(ours)(**arrays), jax.jit(theirs)(**arrays), atol=1e-12)
         got, expected = (jax.jit(jax.grad(weigh(attend)))(arrays) for attend in (ours, theirs))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), got, expected)
@@ -505,20 +519,20 @@ class TestPrefixAttention:
         draw = np.random.default_rng(5)
         prefix_key, prefix_value = (jnp.asarray(draw.uniform(-0.5, 0.5, (64, 2, 3))) for _ in range(2))
         slow = dict(implementation="reference")
-        exact = prefix_attention(**arrays, prefix_key=prefix_key, prefix_value=prefix_value, **slow)
+        exact = attend_prefix(**arrays, prefix_key=prefix_key, prefix_value=prefix_value, **slow)
         errors = []
         for degree in (0, 2, 4):
             phi = feature_map("taylor", degree=degree)
             features = jnp.repeat(phi(prefix_key * 3**-0.25), 2, axis=1)
             z = jnp.einsum("mnr,mnh->nrh", features, jnp.repeat(prefix_value, 2, axis=1))
             state = dict(z=z, k=jnp.sum(features, axis=0), feature_map=phi)
-            errors.append(float(jnp.max(jnp.abs(ntk_attention(**arrays, **state, **slow) - exact))))
+            errors.append(float(jnp.max(jnp.abs(attend(**arrays, **state, **slow) - exact))))
         assert errors[0] > 1e-2
         assert errors[-1] < 1e-3
         assert errors == sorted(errors, reverse=True)
 
 
-# ------------------------------------------------------------------------------------------------ living in a JAX program
+# ------------------------------------------------------------------------------------ living in a JAX program
 
 
 class TestDecoding:
@@ -526,7 +540,7 @@ class TestDecoding:
         """The cache holds the keys and nothing else; positions start at 0, prefix or not."""
         case = Case(queries=6, keys=6)
         arrays = case.arrays()
-        whole = jax.jit(functools.partial(ntk_attention, is_causal=True))(**arrays)
+        whole = attend(**arrays, is_causal=True)
         cache = {name: jnp.zeros_like(arrays[name]) for name in ("key", "value")}
 
         @jax.jit
@@ -549,19 +563,23 @@ class TestDecoding:
         np.testing.assert_allclose(jnp.concatenate(tokens, axis=1), whole, atol=1e-13)
 
 
+def causal_loss(arrays):
+    return jnp.sum(jnp.sin(ntk_attention(**arrays, is_causal=True)))
+
+
+causal_grad = jax.jit(jax.grad(causal_loss))
+
+
 class TestTransformations:
-    def loss(self, arrays):
-        return jnp.sum(jnp.sin(ntk_attention(**arrays, is_causal=True)))
-
     def one_by_one(self, cases):
-        return jax.tree.map(lambda *a: jnp.stack(a), *[jax.jit(jax.grad(self.loss))(a) for a in cases])
+        return jax.tree.map(lambda *a: np.stack(a), *[causal_grad(a) for a in cases])
 
-    def same(self, got, expected, atol=1e-12):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, expected)
+    def same(self, got, expected):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, expected)
 
     def test_remat(self):
         arrays = Case(queries=6, keys=6).arrays()
-        self.same(jax.jit(jax.grad(jax.checkpoint(self.loss)))(arrays), jax.jit(jax.grad(self.loss))(arrays))
+        self.same(jax.jit(jax.grad(jax.checkpoint(causal_loss)))(arrays), causal_grad(arrays))
 
     def test_scan_over_layers(self):
         case = Case(queries=6, keys=6, groups=1)
@@ -572,22 +590,26 @@ class TestTransformations:
         def layer(x, state):
             return x + ntk_attention(x, jnp.sin(x), jnp.cos(x), *state, is_causal=True), None
 
-        scanned = lambda states: jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, states)[0])
-        looped = lambda states: jnp.sum(
-            functools.reduce(lambda x, i: layer(x, jax.tree.map(lambda s: s[i], states))[0], range(3), x)
-        )
+        def scanned(states):
+            return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, states)[0])
+
+        def looped(states):
+            return jnp.sum(
+                functools.reduce(lambda x, i: layer(x, jax.tree.map(lambda s: s[i], states))[0], range(3), x)
+            )
+
         self.same(jax.jit(jax.grad(scanned))(states), jax.jit(jax.grad(looped))(states))
 
     def test_vmap_over_an_inner_axis(self):
         axis = 2
         cases = [Case(queries=6, keys=6, seed=s).arrays() for s in range(2)]
         stacked = jax.tree.map(lambda *a: jnp.stack(a, axis), *cases)
-        self.same(jax.jit(jax.vmap(jax.grad(self.loss), in_axes=axis))(stacked), self.one_by_one(cases))
+        self.same(jax.jit(jax.vmap(jax.grad(causal_loss), in_axes=axis))(stacked), self.one_by_one(cases))
 
     def test_pmap(self):
         cases = [Case(queries=6, keys=6, seed=s).arrays() for s in range(2)]
         stacked = jax.tree.map(lambda *a: jnp.stack(a), *cases)
-        got = jax.pmap(jax.grad(self.loss), devices=jax.devices()[:2])(stacked)
+        got = jax.pmap(jax.grad(causal_loss), devices=jax.devices()[:2])(stacked)
         self.same(got, self.one_by_one(cases))
 
     def test_jit_with_sharded_batch_and_heads_needs_no_communication(self):
@@ -597,14 +619,13 @@ class TestTransformations:
         tokens, state = PartitionSpec("data", None, "model"), PartitionSpec("model")
         specs = {"query": tokens, "key": tokens, "value": tokens, "z": state, "k": state}
         placed = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
-        attend = jax.jit(functools.partial(ntk_attention, is_causal=True))
-        got = attend(**placed)
-        self.same(got, attend(**arrays))
+        got = attend(**placed, is_causal=True)
+        self.same(got, attend(**arrays, is_causal=True))
         assert got.sharding.is_equivalent_to(NamedSharding(mesh, tokens), got.ndim)
-        program = attend.lower(**placed).compile().as_text()
+        program = attend.lower(**placed, is_causal=True).compile().as_text()
         assert "all-gather" not in program
         assert "all-to-all" not in program
-        self.same(jax.jit(jax.grad(self.loss))(placed), jax.jit(jax.grad(self.loss))(arrays))
+        self.same(causal_grad(placed), causal_grad(arrays))
 
 
 class TestMemory:
@@ -616,7 +637,10 @@ class TestMemory:
             "z": jax.ShapeDtypeStruct((2, 8, 8), jnp.float32),
             "k": jax.ShapeDtypeStruct((2, 8), jnp.float32),
         }
-        loss = lambda a: jnp.sum(ntk_attention(**a, implementation=implementation))
+
+        def loss(a):
+            return jnp.sum(ntk_attention(**a, implementation=implementation))
+
         compiled = jax.jit(jax.value_and_grad(loss)).lower(shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -624,7 +648,7 @@ class TestMemory:
         monkeypatch.setattr(flash, "QUERY_BLOCK", 64)
         monkeypatch.setattr(flash, "KEY_BLOCK", 64)
         growth = {
-            i: self.temporary_bytes(i, 2048) / self.temporary_bytes(i, 1024) for i in CPU_IMPLEMENTATIONS
+            i: self.temporary_bytes(i, 1024) / self.temporary_bytes(i, 512) for i in CPU_IMPLEMENTATIONS
         }
         assert growth["xla"] < 2.2
         assert growth["reference"] > 3.5  # the control: T x S arrays
@@ -636,7 +660,10 @@ class TestLowering:
     def lower(self, platform, implementation, dtype, **options):
         arrays = Case(queries=8, keys=8, head_dim=8, bias_axes=(False, True, True, True)).arrays(dtype)
         arrays |= {name: arrays[name].astype(jnp.float32) for name in ("z", "k")}
-        loss = lambda a: jnp.sum(ntk_attention(**a, implementation=implementation, **options))
+
+        def loss(a):
+            return jnp.sum(ntk_attention(**a, implementation=implementation, **options))
+
         calls = [
             f"__cudnn$fmha{kind}{half}"
             for kind in ("Softmax", "ScaleBiasSoftmax")
@@ -664,7 +691,10 @@ class TestLowering:
     def test_cudnn_prefix_attention_lowers_as_two_passes(self):
         arrays = Case(queries=8, keys=8, head_dim=8).arrays(jnp.bfloat16)
         prefix = jnp.ones((6, 2, 8), jnp.bfloat16)
-        call = lambda q, p: prefix_attention(q, arrays["key"], arrays["value"], p, p, implementation="cudnn")
+
+        def call(q, p):
+            return prefix_attention(q, arrays["key"], arrays["value"], p, p, implementation="cudnn")
+
         exported = export.export(
             jax.jit(call),
             platforms=["cuda"],
