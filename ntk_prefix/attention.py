@@ -225,9 +225,7 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    flashes: tuple[Flash, ...], query: Array, sources: tuple[_Source, ...], linear: _Linear | None
-) -> Array:
+def _attend(flashes: tuple[Flash, ...], query: Array, sources: tuple[_Source, ...], linear: _Linear | None) -> Array:
     """Attention over all sources and the linear part at once: one softmax, one denominator."""
     return _attend_forward(flashes, query, sources, linear)[0]
 
@@ -255,9 +253,7 @@ def _attend_backward(flashes: tuple[Flash, ...], residuals: Any, d_output: Array
         weight = _linear_weight(statistics.lse).transpose(1, 0, 2)
         d_total = d_output.astype(weight.dtype)
         projection = jnp.sum(d_total * statistics.output.astype(weight.dtype), axis=-1)
-        d_linear = _Linear(
-            weight[..., None] * d_total.transpose(2, 0, 1, 3), -weight * projection.transpose(2, 0, 1)
-        )
+        d_linear = _Linear(weight[..., None] * d_total.transpose(2, 0, 1, 3), -weight * projection.transpose(2, 0, 1))
     return d_query.astype(query.dtype), tuple(d_sources), d_linear
 
 
@@ -305,16 +301,10 @@ def _backward(
     flash: Flash, query: Array, source: _Source, statistics: Statistics, d_output: Array
 ) -> tuple[Array, _Source]:
     if source.key.ndim == 4:
-        grads = flash.backward(
-            query, source.key, source.value, source.bias, source.mask, statistics, d_output
-        )
+        grads = flash.backward(query, source.key, source.value, source.bias, source.mask, statistics, d_output)
         return grads.query, _Source(grads.key, grads.value, grads.bias, None)
-    folded = Statistics(
-        _fold(statistics.output), statistics.lse.transpose(1, 0, 2).reshape(1, query.shape[2], -1)
-    )
-    grads = flash.backward(
-        _fold(query), source.key[None], source.value[None], None, None, folded, _fold(d_output)
-    )
+    folded = Statistics(_fold(statistics.output), statistics.lse.transpose(1, 0, 2).reshape(1, query.shape[2], -1))
+    grads = flash.backward(_fold(query), source.key[None], source.value[None], None, None, folded, _fold(d_output))
     return grads.query.reshape(query.shape), _Source(grads.key[0], grads.value[0], None, None)
 
 
@@ -348,9 +338,7 @@ def _reference(
 # -------------------------------------------------------------------------------------------------- arguments
 
 
-def _choose(
-    implementation: str | None, query: Array, key: Array, bias: Array | None, mask: Array | None
-) -> str:
+def _choose(implementation: str | None, query: Array, key: Array, bias: Array | None, mask: Array | None) -> str:
     """Return the implementation to use: the one asked for, or cuDNN where it can run and xla elsewhere."""
     if implementation is None:
         problem = cudnn_problem(query, key, bias, mask)
@@ -373,9 +361,7 @@ def _check(
 ) -> float:
     """Raise unless the shapes are those of attention; return the scale."""
     if query.ndim != 4 or key.ndim != 4:
-        raise ValueError(
-            f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}"
-        )
+        raise ValueError(f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}")
     batch, length, heads, head_dim = query.shape
     if value.shape != key.shape:
         raise ValueError(f"expected value of the key's shape {key.shape}, got {value.shape}")
@@ -386,16 +372,12 @@ def _check(
         )
     full = (batch, heads, length, key.shape[1])
     for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None and (
-            x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True))
-        ):
+        if x is not None and (x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True))):
             raise ValueError(
                 f"expected {name} of shape {full}, each axis possibly 1, got {x.shape}: add axes of size 1"
             )
     if mask is not None and mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"expected a boolean mask, True where a key is seen, got {mask.dtype}: use bias for numbers"
-        )
+        raise ValueError(f"expected a boolean mask, True where a key is seen, got {mask.dtype}: use bias for numbers")
     return _scale(scale, head_dim)
 
 

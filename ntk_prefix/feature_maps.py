@@ -206,9 +206,7 @@ def feature_map(name: str | FeatureMap, **options: Any) -> FeatureMap:
     """
     if isinstance(name, FeatureMap):
         if options:
-            raise ValueError(
-                f"expected no options beside a feature map, got {options}: use dataclasses.replace"
-            )
+            raise ValueError(f"expected no options beside a feature map, got {options}: use dataclasses.replace")
         return name
     if name not in _REGISTRY:
         raise ValueError(f"expected a feature map among {sorted(_REGISTRY)}, got {name!r}")

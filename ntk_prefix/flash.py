@@ -296,9 +296,7 @@ def _xla_forward(
         maxima, sums, outputs = carry
         i, j = pair
         old_maximum = _at(maxima, i)
-        block = blocks.scores(
-            _at(queries, i).astype(dtype) * flash.scale, _at(keys, j).astype(dtype), bias, mask, i, j
-        )
+        block = blocks.scores(_at(queries, i).astype(dtype) * flash.scale, _at(keys, j).astype(dtype), bias, mask, i, j)
         maximum = jnp.maximum(old_maximum, jnp.max(block, axis=-1))
         shift = jnp.where(maximum == -jnp.inf, 0, maximum)  # a row without keys so far: exp(-inf - 0) = 0
         weights = jnp.exp(block - shift[..., None])
@@ -407,9 +405,7 @@ def _add(x: Array, index: Array, block: Array) -> Array:
 # ------------------------------------------------------------------------------------------------------ cudnn
 
 
-def cudnn_problem(
-    query: Array, key: Array, bias: Array | None = None, mask: Array | None = None
-) -> str | None:
+def cudnn_problem(query: Array, key: Array, bias: Array | None = None, mask: Array | None = None) -> str | None:
     """Return why cuDNN flash attention cannot take these arguments on this machine, or None if it can."""
     return _cudnn_shape_problem(query, key, bias, mask) or _cudnn_machine_problem(query.shape[-1])
 

@@ -401,9 +401,7 @@ def _held_out(batch: int, length: int, fraction: float, seed: int) -> np.ndarray
     return np.repeat(chosen, batch * length // groups)
 
 
-def _fit_head(
-    samples: _Head, positive: bool, iterations: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, float]:
+def _fit_head(samples: _Head, positive: bool, iterations: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Return z and k in natural units, and the ridge that did best on a quarter of the samples."""
     test = _held_out(1, len(samples.features), 0.25, seed + 1)
     fit, check = samples.take(~test), samples.take(test)

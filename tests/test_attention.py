@@ -215,9 +215,7 @@ def two_layer_arrays(case: Case):
 def merged_under_stop_gradient(query, key, value, z, k, *, is_causal=False, bias=None):
     """The tempting version: merge on the log-sum-exp that jax.nn returns, which is under stop_gradient."""
     phi = feature_map("elu1")(query * query.shape[-1] ** -0.25)
-    output, lse = jax.nn.dot_product_attention(
-        query, key, value, bias, is_causal=is_causal, return_residual=True
-    )
+    output, lse = jax.nn.dot_product_attention(query, key, value, bias, is_causal=is_causal, return_residual=True)
     mass = jnp.exp(lse)[..., None]
     prefix = jnp.einsum("btnr,nrh->btnh", phi, z)
     return (mass * output + prefix) / (mass + jnp.einsum("btnr,nr->btn", phi, k)[..., None])
@@ -254,9 +252,7 @@ class TestGradients:
             np.testing.assert_allclose(got, expected, atol=1e-8, err_msg=str(path))
             assert np.max(np.abs(expected)) > 1e-4, f"{path}: a zero gradient tests nothing"
 
-    @pytest.mark.parametrize(
-        ("case", "implementation"), [(GRADIENT_CASES[0], "reference"), (GRADIENT_CASES[1], "xla")]
-    )
+    @pytest.mark.parametrize(("case", "implementation"), [(GRADIENT_CASES[0], "reference"), (GRADIENT_CASES[1], "xla")])
     def test_two_layers_agree_with_finite_differences(self, case, implementation):
         arrays = two_layer_arrays(case)
         layer = functools.partial(
@@ -271,11 +267,9 @@ class TestGradients:
         arrays = jax.tree.map(jnp.float32, two_layer_arrays(case))
         with jax.enable_x64(False):  # jax.nn works in float32
             right, wrong = (
-                jax.jit(
-                    jax.value_and_grad(
-                        functools.partial(two_layers, functools.partial(attend, is_causal=True))
-                    )
-                )(arrays)
+                jax.jit(jax.value_and_grad(functools.partial(two_layers, functools.partial(attend, is_causal=True))))(
+                    arrays
+                )
                 for attend in (ntk_attention, merged_under_stop_gradient)
             )
         relative = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(a), right[1], wrong[1])
@@ -365,9 +359,7 @@ class TestZeroState:
         """By differences on the feasible side, k >= 0; through abs there would be no gradient."""
         arrays = Case().arrays()
         k = jnp.zeros_like(arrays.pop("k"))
-        loss = jax.jit(
-            lambda k: jnp.sum(jnp.sin(ntk_attention(**arrays, k=k, implementation=implementation)))
-        )
+        loss = jax.jit(lambda k: jnp.sum(jnp.sin(ntk_attention(**arrays, k=k, implementation=implementation))))
         direction = jnp.abs(jnp.cos(jnp.arange(k.size, dtype=k.dtype))).reshape(k.shape)
         slope = jnp.sum(jax.grad(loss)(k) * direction)
         step = 1e-5  # second-order one-sided difference
@@ -375,9 +367,7 @@ class TestZeroState:
         difference = (-3 * values[0] + 4 * values[1] - values[2]) / (2 * step)
         assert abs(slope) > 1e-2
         assert abs(slope - difference) < 1e-8
-        assert jnp.all(
-            jax.grad(lambda k: loss(jnp.abs(k) * jnp.sign(k)))(k) == 0
-        )  # the control: |k| = k sign(k)
+        assert jnp.all(jax.grad(lambda k: loss(jnp.abs(k) * jnp.sign(k)))(k) == 0)  # the control: |k| = k sign(k)
 
     def test_a_mass_below_zero_counts_as_zero(self):
         arrays = Case().arrays()
@@ -424,9 +414,7 @@ class TestExtremes:
         output, grads = value_and_grads(implementation, {**arrays, "bias": bias})
         assert_finite((output, grads))
         if sign > 0 or not prefix:
-            expected = jax.nn.dot_product_attention(
-                *(jnp.float32(arrays[name]) for name in ("query", "key", "value"))
-            )
+            expected = jax.nn.dot_product_attention(*(jnp.float32(arrays[name]) for name in ("query", "key", "value")))
         else:
             expected = prefix_alone(arrays)
         # float32 scores of 1e4 carry an absolute error of 1e-3, whichever way attention is computed
@@ -439,9 +427,7 @@ class TestExtremes:
         assert_finite((output, grads))
         """One key wins each row with a large score outright, and its value is the output."""
         scores = np.einsum("btnh,bsnh->btns", arrays["query"], arrays["key"])
-        winners = np.take_along_axis(
-            np.asarray(arrays["value"]), np.argmax(scores, axis=-1)[..., None], axis=1
-        )
+        winners = np.take_along_axis(np.asarray(arrays["value"]), np.argmax(scores, axis=-1)[..., None], axis=1)
         clear = np.max(scores, axis=-1) > 1e3
         assert np.sum(clear) > 10
         np.testing.assert_allclose(output[clear], winners[clear], atol=1e-6)
@@ -466,9 +452,7 @@ class TestExtremes:
         output, grads = value_and_grads(implementation, case.arrays(dtype), is_causal=True)
         assert_finite((output, grads))
         tolerance = 2e-6
-        np.testing.assert_allclose(
-            output, literal(case), atol=tolerance * (1 + np.max(np.abs(literal(case))))
-        )
+        np.testing.assert_allclose(output, literal(case), atol=tolerance * (1 + np.max(np.abs(literal(case)))))
 
 
 # ------------------------------------------------------------------------------------- exact prefix attention
@@ -479,14 +463,13 @@ def by_concatenation(query, key, value, prefix_key, prefix_value, *, is_causal):
     batch, length = query.shape[:2]
     shape = (batch, *prefix_key.shape[-3:])
     keys, values = (
-        jnp.concatenate([jnp.broadcast_to(p, shape), x], axis=1)
-        for p, x in ((prefix_key, key), (prefix_value, value))
+        jnp.concatenate([jnp.broadcast_to(p, shape), x], axis=1) for p, x in ((prefix_key, key), (prefix_value, value))
     )
     seen = jnp.ones((length, shape[1]), bool)
     own = jnp.tri(length, key.shape[1], dtype=bool) if is_causal else jnp.ones((length, key.shape[1]), bool)
-    scores = jnp.einsum(
-        "btnh,bsnh->bnts", query, jnp.repeat(keys, query.shape[2] // key.shape[2], axis=2)
-    ) / math.sqrt(query.shape[-1])
+    scores = jnp.einsum("btnh,bsnh->bnts", query, jnp.repeat(keys, query.shape[2] // key.shape[2], axis=2)) / math.sqrt(
+        query.shape[-1]
+    )
     allowed = jnp.concatenate([seen, own], axis=1)[None, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(values, query.shape[2] // key.shape[2], axis=2))
@@ -630,9 +613,7 @@ class TestTransformations:
 
 class TestMemory:
     def temporary_bytes(self, implementation, length):
-        shapes = {
-            name: jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32) for name in ("query", "key", "value")
-        }
+        shapes = {name: jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32) for name in ("query", "key", "value")}
         shapes |= {
             "z": jax.ShapeDtypeStruct((2, 8, 8), jnp.float32),
             "k": jax.ShapeDtypeStruct((2, 8), jnp.float32),
@@ -647,9 +628,7 @@ class TestMemory:
     def test_is_linear_in_length_forward_and_backward(self, monkeypatch):
         monkeypatch.setattr(flash, "QUERY_BLOCK", 64)
         monkeypatch.setattr(flash, "KEY_BLOCK", 64)
-        growth = {
-            i: self.temporary_bytes(i, 1024) / self.temporary_bytes(i, 512) for i in CPU_IMPLEMENTATIONS
-        }
+        growth = {i: self.temporary_bytes(i, 1024) / self.temporary_bytes(i, 512) for i in CPU_IMPLEMENTATIONS}
         assert growth["xla"] < 2.2
         assert growth["reference"] > 3.5  # the control: T x S arrays
 
@@ -664,11 +643,7 @@ class TestLowering:
         def loss(a):
             return jnp.sum(ntk_attention(**a, implementation=implementation, **options))
 
-        calls = [
-            f"__cudnn$fmha{kind}{half}"
-            for kind in ("Softmax", "ScaleBiasSoftmax")
-            for half in ("", "Backward")
-        ]
+        calls = [f"__cudnn$fmha{kind}{half}" for kind in ("Softmax", "ScaleBiasSoftmax") for half in ("", "Backward")]
         exported = export.export(
             jax.jit(jax.value_and_grad(loss)),
             platforms=[platform],

@@ -105,9 +105,7 @@ class TestFromPrefix:
         exact = prefix_attention(query, own_key, own_value, key, value, scale=0.2)
         np.testing.assert_allclose(scaled.attend(query, own_key, own_value), exact, atol=2e-2)
         unscaled = PrefixState.from_prefix(key, value, feature_map=Taylor(4))
-        wrong = ntk_attention(
-            query, own_key, own_value, unscaled.z, unscaled.k, feature_map=Taylor(4), scale=0.2
-        )
+        wrong = ntk_attention(query, own_key, own_value, unscaled.z, unscaled.k, feature_map=Taylor(4), scale=0.2)
         assert np.max(np.abs(wrong - exact)) > 2e-2
 
     def test_is_a_pytree_of_z_and_k(self):
@@ -155,9 +153,7 @@ class TestFit:
         query, own_key, own_value = layer()
         state, report = PrefixState.fit_with_report(query, key, value, own_key, own_value)
         fresh = layer(seed=77)
-        np.testing.assert_allclose(
-            state.error(fresh[0], key, value, *fresh[1:]), report.held_out_error, rtol=0.5
-        )
+        np.testing.assert_allclose(state.error(fresh[0], key, value, *fresh[1:]), report.held_out_error, rtol=0.5)
 
     def test_recovers_a_state_that_is_exact(self):
         """Scores below 1/2 are a state of Taylor features up to 1e-4: fit and sums must both find it."""
@@ -181,9 +177,7 @@ class TestFit:
         key, value = prefix(50)
         query, own_key, own_value = layer()
         query, shift = query.at[..., 0].set(10.0), jnp.zeros((1, 1, 4)).at[..., 0].set(12.0)
-        state, report = PrefixState.fit_with_report(
-            query, key + shift, value, own_key + shift[None], own_value
-        )
+        state, report = PrefixState.fit_with_report(query, key + shift, value, own_key + shift[None], own_value)
         assert np.all(np.isfinite(state.z))
         assert np.max(report.held_out_error) < 0.5
 
@@ -192,9 +186,7 @@ class TestFit:
         query = jnp.concatenate([layer()[0], layer(seed=5)[0]], axis=2)
         _, own_key, own_value = layer()
         mask = jnp.ones((6, 1, 1, 32), bool).at[:, :, :, 20:].set(False)
-        state, report = PrefixState.fit_with_report(
-            query, key, value, own_key, own_value, mask=mask, is_causal=True
-        )
+        state, report = PrefixState.fit_with_report(query, key, value, own_key, own_value, mask=mask, is_causal=True)
         assert state.z.shape == (4, 4, 4)
         error = state.error(query, key, value, own_key, own_value, mask=mask, is_causal=True)
         assert np.max(error) < 2 * np.max(report.held_out_error)

@@ -107,9 +107,7 @@ def on_cpu(rounds: int) -> None:
     block = draw.standard_normal((2, 10_000, 8, 64)).astype(np.float32)
     states = {
         "a state made from 10 tokens": PrefixState.from_blocks([(block[0][:10], block[1][:10])]),
-        "a state made from 1,000,000 tokens": PrefixState.from_blocks(
-            (block[0], block[1]) for _ in range(100)
-        ),
+        "a state made from 1,000,000 tokens": PrefixState.from_blocks((block[0], block[1]) for _ in range(100)),
     }
     run = lambda query, key, value, state: state.attend(query, key, value)  # noqa: E731
     compare(
@@ -118,8 +116,7 @@ def on_cpu(rounds: int) -> None:
         rounds,
     )
     exact = {
-        f"exact prefix attention, {m} tokens": (prefix_attention, (*short[:3], *block[:, :m]))
-        for m in (512, 4096)
+        f"exact prefix attention, {m} tokens": (prefix_attention, (*short[:3], *block[:, :m])) for m in (512, 4096)
     }
     compare("exact prefix attention beside it", {**exact, "ntk_attention": (ntk_attention, short)}, few)
 
@@ -127,9 +124,7 @@ def on_cpu(rounds: int) -> None:
 def on_gpu(rounds: int) -> None:
     """Print the lines of the issue for a GPU: bfloat16 against cuDNN, beside the measured peak."""
     square = jnp.ones((8192, 8192), jnp.bfloat16)
-    compare(
-        "matrix product, the measured peak", {"8192^3": (jnp.matmul, (square, square))}, rounds, 2 * 8192**3
-    )
+    compare("matrix product, the measured peak", {"8192^3": (jnp.matmul, (square, square))}, rounds, 2 * 8192**3)
     batch, length, heads, size = 8, 4096, 16, 128
     arguments, cotangent = arrays(batch, length, heads, size, jnp.bfloat16)
     for is_causal in (False, True):
@@ -149,9 +144,7 @@ def accuracy_on_gpu() -> None:
     arguments, cotangent = arrays(1, 512, 4, 128, jnp.bfloat16)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), (cotangent, *arguments))
-        exact = with_gradient(functools.partial(ntk_attention, implementation="reference", is_causal=True))(
-            *wide
-        )
+        exact = with_gradient(functools.partial(ntk_attention, implementation="reference", is_causal=True))(*wide)
         got = with_gradient(functools.partial(ntk_attention, implementation="cudnn", is_causal=True))(
             cotangent, *arguments
         )
