@@ -109,7 +109,7 @@ def compare(model: str, n: int, d: int, m: int, rounds: int, console: Console) -
 
     device = jax.devices()[0]
     table = Table(title=f"Kernel of the {model} model, n = {n}, d = {d}, m = {m:,}, float32, {device}")
-    for column in ("", "median s", "min .. max", "against neural-tangents", "peak MiB", "of its memory"):
+    for column in ("", "median s", "min .. max s", "speed", "peak MiB", "memory"):
         table.add_column(column, justify="left" if not column else "right")
     ratios = {}
     for name in names:
@@ -119,9 +119,9 @@ def compare(model: str, n: int, d: int, m: int, rounds: int, console: Console) -
             name,
             f"{statistics.median(taken):.2f}",
             f"{min(taken):.2f} .. {max(taken):.2f}",
-            f"{ratios[name]:.2f}x as fast",
+            f"{ratios[name]:.2f}x",
             f"{memory[name] / 2**20:.0f}",
-            f"{memory[name] / memory[THEIRS]:.2f}",
+            f"{memory[name] / memory[THEIRS]:.2f}x",
         )
     console.print(table)
     work = flops(n, d, m)
