@@ -29,9 +29,8 @@ def worst_targets(kernel: Array, problem: Problem) -> Array:
     return slowest * jnp.linalg.norm(problem.targets) / jnp.linalg.norm(slowest)
 
 
-def _train(problem: Problem, stability: float) -> Evidence:
+def _train(problem: Problem, stability: float, used: list[int], steps: int) -> Evidence:
     """Descend at ``stability`` times the largest stable step of each drawn kernel."""
-    steps = 2000 if problem.full else 400
     checks: list[Check] = []
     curves: dict[tuple[str, str, int], np.ndarray] = {}
     envelopes: dict[tuple[str, int], np.ndarray] = {}
@@ -44,15 +43,13 @@ def _train(problem: Problem, stability: float) -> Evidence:
         asked[name] = bounds.log10_prefix_length(
             smallest=smallest, inputs=problem.n, outputs=problem.d, scale=scale, failure=FAILURE
         )
-        models = {m: build(problem, name, m, "convergence") for m in lengths(problem)}
+        models = {m: build(problem, name, m, "convergence") for m in used}
         spectra = {m: np.asarray(spectrum(prefix_ntk(model, problem.inputs))) for m, model in models.items()}
         # the first step of the proof: the drawn kernel is at least half as well conditioned as its limit
         regime[name] = [m for m in models if spectra[m][0] >= smallest / 2]
-        checks.append(
-            Check(f"{name}: prefix lengths with lambda_min(H(W(0))) >= lambda / 2", len(regime[name]), 2, at_least=True)
-        )
         for kind, targets in (("data", problem.targets), ("slowest", worst_targets(limit, problem))):
-            worst = 0.0
+            # fewer than two lengths in that regime test nothing
+            worst = 0.0 if len(regime[name]) >= 2 else np.inf
             for m, model in models.items():
                 step_size = stability * bounds.largest_stable_step(largest=float(spectra[m][-1]), tokens=m)
                 error = np.asarray(
@@ -73,13 +70,13 @@ def _train(problem: Problem, stability: float) -> Evidence:
                     worst = max(worst, float(ratio.max()))
             checks.append(Check(f"{name}, {kind} targets: largest loss / envelope, all steps, those m", worst, 1.0))
     parameters = {
-        "tokens": lengths(problem)[-1],
+        "tokens": used[-1],
         **{f"shortest_in_regime_{name}": min(regime[name], default=None) for name in MODELS},
         "steps": steps,
         "step_over_largest_stable": stability,
         **{f"theory_tokens_log10_{name}": asked[name] for name in MODELS},
     }
-    series = {"curves": curves, "envelopes": envelopes, "lengths": lengths(problem)}
+    series = {"curves": curves, "envelopes": envelopes, "lengths": used}
     return Evidence(tuple(checks), parameters, series)
 
 
@@ -107,9 +104,10 @@ CLAIM = Claim(
     title="Gradient descent converges at the stated rate",
     statement="|F(t) - Y|^2 <= (1 - m eta lambda / 2)^t |F(0) - Y|^2 at every step, lambda = lambda_min(H*), for every m "
     "whose drawn kernel has lambda_min >= lambda / 2",
-    source="form after [P] (arXiv 2406.14036), constants not verified against the text; checked far below its m",
-    measure=lambda problem: _train(problem, stability=0.25),
-    control=lambda problem: _train(problem, stability=1.3),
+    source="form after arXiv 2406.14036, constants not verified against the text; checked far below its m",
+    measure=lambda problem: _train(problem, 0.25, lengths(problem), 2000 if problem.full else 400),
+    # it leaves the envelope within a few steps
+    control=lambda problem: _train(problem, 1.3, lengths(problem)[-2:], 60),
     control_statement="a step size 30 % beyond 2 / (m lambda_max)",
     draw=_draw,
     caption="Squared error of full-batch gradient descent for each prefix length (darker: longer), on the data's targets "

@@ -18,7 +18,7 @@ from theory.descent import MODELS, build, descend, limit_of, spectrum
 from theory.problem import Problem
 
 STEPS = 200
-REPEATS = 4
+REPEATS = 3
 LARGEST_SIGMA = 0.5
 """At sigma = 1 the kernel reaches its rate only from m = 2^15 on (claim ``limit``), longer than is trained here."""
 
@@ -107,7 +107,7 @@ CLAIM = Claim(
     statement="max_t |F(t) - F_kernel(t)| / |Y| falls as m^(-1/2) when predicted by H*, and faster by H(W(0))",
     source="rate: derived from the claims limit and lazy; predictions by ntk_prefix.kernels.predict",
     measure=_follow,
-    control=lambda problem: _follow(problem, repeats=2, wrong_sigma=1.2),
+    control=lambda problem: _follow(problem, repeats=1, wrong_sigma=1.2),
     control_statement="predictions by the limit kernel at a sigma that is 20 % too large",
     draw=_draw,
     caption="Left: squared error of trained prefixes and the prediction of the infinite-prefix kernel. Right: largest "

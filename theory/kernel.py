@@ -67,7 +67,8 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
 CLAIM = Claim(
     name="kernel",
     title="The closed form is the empirical kernel",
-    statement="H(W)_(ik),(jl) = (1/m) sum_r <dF_k(x_i)/dw_r, dF_l(x_j)/dw_r> = contraction of one streamed Gram matrix",
+    statement="H(W)_(ik),(jl) = (1/m) sum_r <dF_k(x_i)/dw_r, dF_l(x_j)/dw_r>, computed from moments over pairs of inputs "
+    "and pairs of coordinates",
     source="derived (ntk_prefix/kernels/closed_form.py); neural-tangents 0.6.5, all four implementations",
     measure=lambda problem: _compare(problem, "full"),
     control=_control,

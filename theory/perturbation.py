@@ -106,7 +106,7 @@ CLAIM = Claim(
     title="The kernel near initialisation",
     statement="|w_r - w_r(0)| <= R for all r implies |H(W) - H(W(0))|_F <= 2 sqrt(lambda_max) delta(R) + delta(R)^2, "
     "delta explicit in W(0), and <= R n d e^(10B)",
-    source="first bound derived (theory/README.md); second: form after [P], constants not verified against the text",
+    source="first bound derived (theory/README.md); second: form after arXiv 2406.14036, constants not verified",
     measure=_measure,
     control=lambda problem: _measure(problem, overstep=30.0),
     control_statement="tokens move 30 times farther than the bound is told",

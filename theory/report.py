@@ -220,23 +220,22 @@ def webpage(
     for record in records:
         shown = _tightest(record)
         used, asked = lengths(record)
+        verdict = f'<span class="{"good" if record["holds"] else "bad"}">{_verdict(record)}</span>'
+        failed = "It failed, as it must." if record["control_failed"] else '<span class="bad">It did not fail.</span>'
         cells = [
-            f'<a href="#{record["name"]}">{record["name"]}</a>',
-            f'<span class="{"good" if record["holds"] else "bad"}">{_verdict(record)}</span>',
-            html.escape(record["statement"]),
-            html.escape(record["source"]),
+            f'<a href="#{record["name"]}">{record["name"]}</a><br>{verdict}',
+            f'{html.escape(record["statement"])}<br><span class="quiet">{html.escape(record["source"])}</span>',
             html.escape(shown["what"]),
             number(shown["measured"]),
             f"{'&ge;' if shown['at_least'] else '&le;'} {number(shown['bound'])}",
             number(shown["margin"]),
             used,
             asked,
-            html.escape(record["control"])
-            + (" <b>Failed, as it must.</b>" if record["control_failed"] else ' <b class="bad">It did not fail.</b>'),
+            f"{html.escape(record['control'])}. {failed}",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = ("claim", "verdict", "statement", "source", "tightest check", "measured", "bound", "margin", "m used",
-             "m the theory asks for", "negative control")  # fmt: skip
+    heads = ("claim", "statement", "tightest check", "measured", "bound", "margin", "m used", "m the theory asks for",
+             "negative control")  # fmt: skip
     sections = [_section(claim, record, pictures[claim.name]) for claim, record in zip(claims, records, strict=True)]
     settings = "".join(
         f"<tr><td>{html.escape(key)}</td><td>{html.escape(json.dumps(value))}</td></tr>"
@@ -300,12 +299,14 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Verification of the infinite-prefix theory</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1180px; margin: 2em auto; padding: 0 1em; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1280px; margin: 2em auto; padding: 0 1em; }}
 h1 {{ font-size: 1.6em; }} h2 {{ font-size: 1.15em; margin-top: 2.2em; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 13px; }}
 th, td {{ text-align: left; vertical-align: top; padding: .35em .6em; border-bottom: 1px solid #ddd; }}
 th {{ border-bottom: 2px solid #888; }}
+.claims td:nth-child(2) {{ min-width: 26em; }} .claims td:nth-child(3), .claims td:nth-child(9) {{ min-width: 13em; }}
+.claims td:nth-child(n+4):nth-child(-n+7) {{ white-space: nowrap; }}
 .good {{ color: #1b6e3c; font-weight: 600; }} .bad {{ color: #b3261e; font-weight: 600; }}
 .quiet, figcaption {{ color: #555; font-size: 13px; }}
 figure {{ margin: 1em 0; }} img {{ max-width: 100%; }}
@@ -313,7 +314,7 @@ figure {{ margin: 1em 0; }} img {{ max-width: 100%; }}
 <h1>Verification of the infinite-prefix theory</h1>
 <p><b>{summary}</b></p><p class="quiet">Data: {data}. A claim holds when all of its checks hold and its negative control
 does not; the row shows the check with the smallest margin.</p>
-<div class="wide"><table><tr>{head}</tr>{rows}</table></div>
+<div class="wide"><table class="claims"><tr>{head}</tr>{rows}</table></div>
 {sections}
 <section><h2>Configuration</h2><div class="wide"><table>{settings}</table></div></section>
 </body></html>

@@ -63,7 +63,8 @@ def empirical_ntk(
       x2: second inputs, [n2, ...]. None means x1: the result is then symmetric to the last bit.
       wrt: the parameters that count: any nnx filter, or the name of a Linen collection ("params" if left alone).
       implementation: how it is computed; all agree to rounding.
-        "structured": structured derivatives, the fastest here by far where outputs are many;
+        "structured": structured derivatives, the fastest by far where outputs are many and a parameter is used in one
+        way (the fixed-value prefix); one used in several (the tied prefix) costs what its Jacobian costs;
         "auto": the same, and "jacobian" with a ``KernelFallbackWarning`` for a model it does not know;
         "jacobian": both Jacobians and their product. The plainest; memory n d times the number of parameters;
         "vector_products": no stored Jacobian with ``vmap_axes=None``, more forward passes;

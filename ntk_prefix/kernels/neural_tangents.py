@@ -8,7 +8,9 @@ and does not import on anything newer than 0.5. ``load`` returns it in working o
 - its ``experimental`` package, the only importer of TensorFlow, is an empty stand-in: ``empirical_ntk_fn_tf`` is lost
   and nothing else;
 - functions whose private JAX machinery is gone are rebuilt on ``jax.linearize``, ``jax.make_jaxpr`` and
-  ``jax.linear_transpose``. On the way structured derivatives learn ``jax.checkpoint``, ``jnp.split``, ``custom_vjp``.
+  ``jax.linear_transpose``: ``linear_program`` next door prepares models for structured derivatives, which so learn
+  ``jax.checkpoint``, ``jnp.split``, ``custom_vjp`` and parameters used in several ways;
+- predictions of singular kernels are finite.
 
 Nothing happens at import: neural-tangents may be absent, and then only ``load`` raises.
 """
@@ -19,7 +21,6 @@ import builtins
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import logging
 import math
 import re
@@ -39,7 +40,8 @@ import jax.extend.source_info_util
 import jax.interpreters.ad
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+from ntk_prefix.kernels.linear_program import equation_jvp, equation_vjp, linear_program
 
 __all__ = ["TESTED_JAX", "UntestedJaxWarning", "load"]
 
@@ -173,9 +175,7 @@ def _private_import() -> Callable[..., ModuleType]:
         safe_zip=lambda *sequences: list(zip(*sequences, strict=True)),
     )
 
-    def import_(
-        name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] | None = (), level: int = 0
-    ) -> ModuleType:
+    def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> ModuleType:
         if level == 0 and name == "jax.util":
             return util
         module = builtins.__import__(name, globals, locals, fromlist or (), level)
@@ -224,13 +224,11 @@ class _Finder(MetaPathFinder):
 
 def _mend(package: Any, empirical: Any, predict: Any) -> None:
     """Replace the functions of neural-tangents that cannot work as they are; same names, same signatures."""
-    empirical._get_primals_out_and_pullback = functools.partial(_primals_out_and_pullback, empirical._backward_pass)
-    empirical._eqn_vjp_fn = _equation_vjp
-    empirical._eqn_jvp_fn = functools.partial(_equation_jvp, empirical._eqn_jvp_fn)
+    empirical._get_primals_out_and_pullback = functools.partial(_primals_out_and_pullback, empirical)
+    empirical._eqn_vjp_fn = equation_vjp
+    empirical._eqn_jvp_fn = functools.partial(equation_jvp, empirical._eqn_jvp_fn)
     automatic = empirical.NtkImplementation.AUTO
     empirical._implementation_to_ntk_fn[automatic] = functools.partial(_cheapest, empirical)
-    rules = empirical.rules
-    rules.get_structure_cache = functools.partial(_common_structures, rules.get_structure_cache, rules.get_structure)
     # abstract arrays are no longer arrays to these three
     empirical.jnp = _Overlay(jnp, shape=_shape, size=lambda value: math.prod(_shape(value)), dtype=jnp.result_type)
     # "No Jacobian rule found": the derivative is then taken by autodiff, as exact, only dearer
@@ -248,7 +246,7 @@ def _abstract(value: Any) -> jax.ShapeDtypeStruct:
 
 
 def _primals_out_and_pullback(
-    backward_pass: Callable[..., Any],
+    empirical: Any,
     function: Callable[..., Any],
     mode: Any,
     _j_rules: bool,
@@ -258,19 +256,21 @@ def _primals_out_and_pullback(
 ) -> tuple[Any, Callable[[Any], Any]]:
     """Outputs of ``function`` and the map that neural-tangents walks backwards through its linearisation.
 
-    Where reverse mode would return cotangents, ``backward_pass`` collects df/dy or dy/dw, as ``mode`` says.
+    Where reverse mode would return cotangents, ``_backward_pass`` collects df/dy or dy/dw, as ``mode`` says.
     """
     # loops unroll and jitted functions dissolve into primitives, which is what the structure rules know
     with jax.disable_jit():
         primals_out, pushforward = jax.linearize(function, *primals_in)
-        jaxpr, consts = _linear_program(pushforward, primals_in)
+        program, consts = linear_program(
+            pushforward, primals_in, functools.partial(empirical.rules.get_structure, _s_rules=_s_rules)
+        )
 
     def pullback(cotangents: Any) -> Any:
-        collected = backward_pass(
-            jaxpr,
+        collected = empirical._backward_pass(
+            program,
             mode=mode,
             consts=consts,
-            primals_in=[jax.interpreters.ad.UndefinedPrimal(variable.aval) for variable in jaxpr.invars],
+            primals_in=[jax.interpreters.ad.UndefinedPrimal(variable.aval) for variable in program.invars],
             cotangents_in=tuple(jax.tree.leaves(cotangents)),
             _j_rules=_j_rules,
             _s_rules=_s_rules,
@@ -279,170 +279,6 @@ def _primals_out_and_pullback(
         return jax.tree.unflatten(jax.tree.structure(primals_in), collected)
 
     return primals_out, pullback
-
-
-def _linear_program(pushforward: Callable[..., Any], primals_in: Any) -> tuple[Any, list[Any]]:
-    """A linear map as one flat program of single-output equations, each of which depends on its inputs.
-
-    Returns:
-      The Jaxpr, and the values of its constants.
-    """
-    nested = jax.make_jaxpr(pushforward)(*jax.tree.map(_abstract, primals_in))
-    flat = jax.make_jaxpr(functools.partial(_evaluate, nested.jaxpr, nested.consts))(*nested.in_avals)
-    jaxpr = flat.jaxpr
-
-    # what does not depend on the inputs is a constant here, and is computed once: in `values`
-    values = dict(zip(jaxpr.constvars, flat.consts, strict=True))
-    linear = set(jaxpr.invars)
-    equations = []
-    for equation in jaxpr.eqns:
-        if any(not _is_literal(atom) and atom in linear for atom in equation.invars):
-            linear.update(equation.outvars)
-            equations.append(equation)
-        else:
-            operands = [atom.val if _is_literal(atom) else values[atom] for atom in equation.invars]
-            values.update(zip(equation.outvars, _apply(equation, operands), strict=True))
-
-    equations = _live(equations, jaxpr.outvars)
-    for equation in equations:
-        if len(equation.outvars) > 1:
-            raise NotImplementedError(
-                f"structured derivatives expect primitives with one output, got {equation.primitive.name!r} with "
-                f'{len(equation.outvars)}. Use implementation="jacobian" for this function.'
-            )
-    return jaxpr.replace(constvars=list(values), eqns=equations), list(values.values())
-
-
-def _is_literal(atom: Any) -> bool:
-    return isinstance(atom, jax.extend.core.Literal)
-
-
-def _live(equations: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-    """The equations that an output depends on: a dead one would cost, and could be one that has no rule."""
-    needed = {atom for atom in outputs if not _is_literal(atom)}
-    kept = []
-    for equation in reversed(equations):
-        if any(variable in needed for variable in equation.outvars):
-            needed.update(atom for atom in equation.invars if not _is_literal(atom))
-            kept.append(equation)
-    return kept[::-1]
-
-
-# primitives that only wrap a program, and the parameter that holds it
-_WRAPPERS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-
-
-def _evaluate(jaxpr: Any, consts: Sequence[Any], *arguments: Any) -> list[Any]:
-    """Run a program equation by equation, going into whatever only wraps another program."""
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if _is_literal(atom) else values[atom]
-
-    for equation in jaxpr.eqns:
-        outputs = _apply(equation, [read(atom) for atom in equation.invars])
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _apply(equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
-    """The outputs of one equation, with wrappers opened and ``split`` as slices (one output each)."""
-    primitive, parameters = equation.primitive, equation.params
-    if primitive.name in _WRAPPERS:
-        inner = parameters[_WRAPPERS[primitive.name]]
-        if isinstance(inner, jax.extend.core.ClosedJaxpr):
-            return _evaluate(inner.jaxpr, inner.consts, *operands)
-        return _evaluate(inner, (), *operands)
-    if primitive.name == "split":
-        (operand,) = operands
-        pieces, start = [], 0
-        for size in parameters["sizes"]:
-            pieces.append(lax.slice_in_dim(operand, start, start + size, axis=parameters["axis"]))
-            start += size
-        return pieces
-    outputs = primitive.bind(*operands, **parameters)
-    return outputs if primitive.multiple_results else [outputs]
-
-
-def _equation_jvp(original: Callable[..., Any], equation: Any, index: int, tangent: Any, *operands: Any) -> Any:
-    """One linear equation applied to a tangent of one of its operands."""
-    ad = jax.interpreters.ad
-    if equation is None or equation.primitive in ad.primitive_jvps:
-        return original(equation, index, tangent, *operands)
-    # the tangent of a custom_vjp is known by its transpose only: transpose that once more
-    output = equation.outvars[0].aval
-    transposed = jax.linear_transpose(
-        lambda cotangent: _equation_vjp(equation, cotangent, *operands)[index],
-        jax.ShapeDtypeStruct(output.shape, output.dtype),
-    )
-    return transposed(tangent)[0]
-
-
-def _equation_vjp(equation: Any, cotangent: Any, *operands: Any) -> Sequence[Any]:
-    """Cotangents of one linear equation's operands; the equation None is the identity.
-
-    An operand is a value, an ``UndefinedPrimal`` (linear in it), or a bare shape whose value does not matter.
-    """
-    if equation is None:
-        return (cotangent,)
-    ad = jax.interpreters.ad
-    linear = [index for index, operand in enumerate(operands) if ad.is_undefined_primal(operand)]
-    outputs: list[Any] = [None] * len(operands)
-    if isinstance(cotangent, ad.Zero):
-        for index in linear:
-            outputs[index] = ad.Zero(operands[index].aval)
-        return outputs
-
-    known = [
-        jnp.zeros(operand.shape, operand.dtype) if isinstance(operand, jax.core.ShapedArray) else operand
-        for operand in operands
-    ]
-
-    def apply(*arguments: Any) -> Any:
-        merged = list(known)
-        for index, argument in zip(linear, arguments, strict=True):
-            merged[index] = argument
-        outputs = equation.primitive.bind(*merged, **equation.params)
-        return outputs[0] if equation.primitive.multiple_results else outputs
-
-    avals = [operands[index].aval for index in linear]
-    transposed = jax.linear_transpose(apply, *[jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals])
-    for index, value in zip(linear, transposed(cotangent), strict=True):
-        outputs[index] = value
-    return outputs
-
-
-def _common_structures(
-    original: Callable[..., dict[Any, Any]], get_structure: Callable[..., Any], jaxpr: Any, _s_rules: bool
-) -> dict[Any, Any]:
-    """The structure that all uses of a parameter share.
-
-    neural-tangents compares the block-diagonal axes of two uses by the axis of the *output*. Where a parameter's axis
-    comes out in different places (``w * x + einsum("ij,ij->j", w, x)``) that pairs wrong axes and fails. Dropping them
-    is exact, and costs a little more.
-    """
-    structures = original(jaxpr, _s_rules)
-    uses: dict[Any, set[Any]] = {variable: set() for variable in structures}
-    for equation in jaxpr.eqns:
-        avals = [atom.aval for atom in equation.invars]
-        for index, atom in enumerate(equation.invars):
-            if not _is_literal(atom) and atom in uses:
-                use = get_structure(equation, avals, index, _s_rules)
-                pairs = zip(use.out_diagonal, use.in_diagonal, strict=True)
-                uses[atom].add(tuple((output, axes[index]) for output, axes in pairs))
-    return {
-        variable: structure if len(uses[variable]) < 2 else structure.replace(out_diagonal=(), in_diagonal=())
-        for variable, structure in structures.items()
-    }
 
 
 def _cheapest(empirical: Any, **options: Any) -> Callable[..., Any]:

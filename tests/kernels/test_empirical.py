@@ -218,6 +218,19 @@ def test_only_one_triangle_of_blocks_is_computed(monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 4 + 3 + 2 + 1
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_structured_derivatives_store_no_more_than_they_must(name: str) -> None:
+    """fixed: the keys' structure is followed, through ``x @ w.T``. tied: key and value differ, one Jacobian is stored."""
+    n, d, m = 8, 8, 512
+    options = {"symmetric": False, "rngs": nnx.Rngs(0)}
+    model = TiedPrefixModel(d, m, **options) if name == "tied" else FixedValuePrefixModel(d, m, **options)
+    program = jax.jit(lambda x: empirical_ntk(model, x)).lower(inputs(1, n, d)).compile()
+    used = program.memory_analysis().temp_size_in_bytes
+    jacobian, dense_block = 8 * n * d * m * d, 8 * n * m * m
+    assert used < (0.5 * jacobian if name == "fixed" else 4 * jacobian)
+    assert used < 0.5 * dense_block  # what neural-tangents as released would store for tied
+
+
 def test_a_second_call_compiles_nothing() -> None:
     from ntk_prefix.kernels import empirical
 

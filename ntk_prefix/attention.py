@@ -1,0 +1,394 @@
+r"""Attention with an infinitely long prefix: NTK-Attention, and the exact prefix attention it stands for.
+
+A prefix enters softmax attention only through a numerator and a mass per query,
+
+.. math::  T = \frac{A V + N}{A 1 + E}, \qquad A = e^{scores}, \quad N = \phi(q) Z, \quad E = \phi(q) \cdot k
+
+(or, exactly, :math:`N = \sum_j e^{q \cdot p_j} v_j` and :math:`E = \sum_j e^{q \cdot p_j}`).  So no attention
+kernel of our own is needed.  Forward: any flash attention returns ``o`` and ``lse``; with
+``L = logaddexp(lse, log E)``,
+
+.. math::  T = e^{lse - L} o + e^{-L} N .
+
+Backward: with ``P = exp(scores - L)`` (its rows sum to less than 1),
+
+.. math::
+    dV = P^T dT, \quad dS = P \circ (dT V^T - rowsum(dT \circ T)), \quad dN = e^{-L} dT, \quad
+    dE = -e^{-L} rowsum(dT \circ T),
+
+and the first two are what the *ordinary* flash backward computes when it is handed ``T`` and ``L`` as its
+output and log-sum-exp.  Merging outside, on the ``lse`` that
+``jax.nn.dot_product_attention(return_residual=True)`` returns, gives the same loss and wrong gradients for q
+and k, because that ``lse`` is under ``stop_gradient``.
+
+Nothing is added to the keys: no virtual tokens, no cache entries, no shift of positions, no change of masks.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ntk_prefix.feature_maps import FeatureMap
+from ntk_prefix.feature_maps import feature_map as resolve_feature_map
+from ntk_prefix.flash import Flash, Statistics, accumulation_dtype, cudnn_problem, scores
+from ntk_prefix.typing import Array, Bool, Float
+
+__all__ = ["IMPLEMENTATIONS", "LowRank", "ntk_attention", "prefix_attention"]
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("reference", "xla", "cudnn")
+
+
+class LowRank(NamedTuple):
+    """``Z = left @ right`` of rank s: ``R s + s H`` numbers a head in the place of ``R H``.
+
+    Source: (recalled), paper.md section 1; it answers the complaint that ``R H + R`` is more than a short
+    prefix.
+    """
+
+    left: Float[Array, "N R rank"]
+    right: Float[Array, "N rank H"]
+
+
+def ntk_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    z: Float[Array, "N R H"] | LowRank,
+    k: Float[Array, "N R"],
+    *,
+    feature_map: str | FeatureMap = "elu1",
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    r"""Softmax attention in which a prefix of any length is summed up in ``z`` and ``k``.
+
+    ``T = (A V + phi(q) Z) / (A 1 + phi(q) . k)`` with ``A = exp(scale q . k' + bias)``, masked; ``phi`` is
+    applied to ``q * sqrt(scale)``, which is ``q / H**0.25`` by default.
+
+    ``z = 0, k = 0`` is attention without a prefix, bit for bit, and has a gradient there for both; so start
+    there and keep k >= 0 by projection (``optax.projections.projection_non_negative``) rather than through
+    ``abs`` or ``exp``.
+
+    Args:
+        query: [B, T, N, H], not scaled: 1/sqrt(H) is applied here.
+        key, value: [B, S, K, H] with N a multiple of K; query head n meets key head n // (N // K).
+        z: [N, R, H], the prefix's values summed with features, or a :class:`LowRank` pair.
+        k: [N, R], the prefix's features summed; it stands in the denominator.
+        feature_map: a name known to :func:`ntk_prefix.feature_maps.feature_map`, or a map.
+        bias: added to the scaled scores, as in ``jax.nn``; every axis may be 1.
+        mask: True where a query may see a key; it concerns the keys only, the prefix is always seen.
+        is_causal: query t sees keys s <= t, both counted from 0, as in ``jax.nn``.
+        scale: > 0, of scores and of feature maps alike; 1/sqrt(H) if None.
+        implementation: "reference" (T x S arrays, plain autodiff), "xla" (blockwise), "cudnn" (CUDA), or
+            None: cuDNN where it can run, else xla; the reason for the choice is logged at level INFO.
+
+    Returns:
+        [B, T, N, H] in the dtype of ``query``.
+
+    Raises:
+        ValueError: shapes do not fit together, or the named implementation cannot take them.
+
+    Numerics: scores, softmax, features and sums are in float32 (float64 for float64 inputs).  The two parts
+    are weighed in log space, so scores of any finite size are safe.  ``phi(q) . k`` below zero, which k >= 0
+    rules out for a positive map, counts as zero (and then has no gradient).  A row that sees neither a key
+    nor prefix mass is 0, with gradient 0.  The weight ``e^{-L}`` of ``phi(q) Z`` is capped at the largest
+    float over ``e^20``, which matters only where own keys and prefix together have a mass below ``e^-68`` in
+    float32 (``e^-689`` in float64).
+
+    Differentiation: reverse mode everywhere; forward mode on top of it (``jax.jvp`` of ``jax.grad``) for
+    "reference" and "xla".  Forward mode alone is for "reference"; elsewhere JAX raises its TypeError about
+    ``custom_vjp``.
+
+    Source: the operator and elu1 are arXiv 2406.14036 (its public code); the stable form and the backward are
+    derived.
+    """
+    scale = _check(query, key, value, bias, mask, scale)
+    phi = resolve_feature_map(feature_map)
+    linear = _linear(query, z, k, phi, scale)
+    implementation = _choose(implementation, query, key, bias, mask)
+    if implementation == "reference":
+        own = scores(query, key, bias, mask, is_causal=is_causal, scale=scale)
+        return _reference(own, value, linear).astype(query.dtype)
+    flash = Flash(implementation, scale, is_causal)
+    return _attend((flash,), query, (_Source(key, value, bias, mask),), linear)
+
+
+def prefix_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    prefix_key: Float[Array, "M K H"] | Float[Array, "B M K H"],
+    prefix_value: Float[Array, "M K H"] | Float[Array, "B M K H"],
+    *,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    r"""Exact attention over a prefix and the keys: ``softmax(scale q [P; K']^T) [P_V; V]``.
+
+    Every query sees the whole prefix, whatever ``bias``, ``mask`` and ``is_causal`` say about the keys.
+    Prefix and keys are two flash passes, merged as in :func:`ntk_attention`; a prefix [M, K, H] shared by the
+    batch is never repeated.
+
+    Args:
+        query: [B, T, N, H], not scaled: 1/sqrt(H) is applied here.
+        key, value: [B, S, K, H] with N a multiple of K.
+        prefix_key, prefix_value: [M, K, H] for all, or [B, M, K, H]; M = 0 is attention without a prefix, bit
+            for bit.
+        bias, mask, is_causal, scale, implementation: as in :func:`ntk_attention`.
+
+    Returns:
+        [B, T, N, H] in the dtype of ``query``.
+
+    Raises:
+        ValueError: shapes do not fit together, or the named implementation cannot take them.
+
+    Numerics: time and memory as attention over M + S keys; no T x M array, except for "reference".
+
+    Source: arXiv 2406.14036, section on prefix attention; the merge of the two passes is derived.
+    """
+    scale = _check(query, key, value, bias, mask, scale)
+    _check_prefix(query, key, prefix_key, prefix_value)
+    own = _Source(key, value, bias, mask)
+    prefix = _Source(prefix_key, prefix_value, None, None)
+    implementation = _choose(implementation, query, key, bias, mask)
+    if implementation == "reference":
+        shape = (query.shape[0], *prefix_key.shape[-3:])
+        prefix_key, prefix_value = jnp.broadcast_to(prefix_key, shape), jnp.broadcast_to(prefix_value, shape)
+        both = jnp.concatenate(
+            [
+                scores(query, prefix_key, None, None, is_causal=False, scale=scale),
+                scores(query, key, bias, mask, is_causal=is_causal, scale=scale),
+            ],
+            axis=-1,
+        )
+        return _reference(both, jnp.concatenate([prefix_value, value], axis=1)).astype(query.dtype)
+    flash = Flash(implementation, scale, is_causal)
+    if prefix_key.shape[-3] == 0:
+        return _attend((flash,), query, (own,), None)
+    return _attend((flash, Flash(implementation, scale)), query, (own, prefix), None)
+
+
+# ----------------------------------------------------------------------------------------- the one custom_vjp
+
+
+class _Source(NamedTuple):
+    """Keys that queries are compared with; a key and value without a batch axis are shared by the batch."""
+
+    key: Array
+    value: Array
+    bias: Array | None
+    mask: Array | None
+
+
+class _Linear(NamedTuple):
+    """What stands beside the softmax sums: a numerator and its mass >= 0.
+
+    Heads come first: one matrix product a head over all rows, and no copy between the features and the
+    product.
+    """
+
+    numerator: Float[Array, "N B T H"]
+    mass: Float[Array, "N B T"]
+
+
+def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: float) -> _Linear:
+    """Return what a state says about the prefix: ``N = phi(q) Z`` and ``E = max(phi(q) . k, 0)``."""
+    heads, head_dim = query.shape[2:]
+    factors = z if isinstance(z, LowRank) else (z,)
+    shape = (heads, phi.dim(head_dim))
+    if k.shape != shape or any(f.shape[0] != heads for f in factors) or factors[0].shape[1] != shape[1]:
+        raise ValueError(
+            f"expected k {shape} and z {(*shape, head_dim)} for {heads} heads and {phi}, "
+            f"got k {k.shape} and z {[f.shape for f in factors]}: use the state's own map and heads"
+        )
+    dtype = accumulation_dtype(query.dtype)
+    features = phi(query.transpose(2, 0, 1, 3).astype(dtype) * math.sqrt(scale))
+    numerator = features
+    for factor in factors:
+        numerator = jnp.einsum("nbtr,nrh->nbth", numerator, factor.astype(dtype))
+    mass = jnp.einsum("nbtr,nr->nbt", features, k.astype(dtype))
+    return _Linear(numerator, jnp.where(mass < 0, 0, mass))  # `maximum` would halve the gradient at k = 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(flashes: tuple[Flash, ...], query: Array, sources: tuple[_Source, ...], linear: _Linear | None) -> Array:
+    """Attention over all sources and the linear part at once: one softmax, one denominator."""
+    return _attend_forward(flashes, query, sources, linear)[0]
+
+
+def _attend_forward(
+    flashes: tuple[Flash, ...], query: Array, sources: tuple[_Source, ...], linear: _Linear | None
+) -> tuple[Array, Any]:
+    parts = [_forward(flash, query, source) for flash, source in zip(flashes, sources, strict=True)]
+    statistics = _merge(parts, linear)
+    statistics = statistics._replace(output=statistics.output.astype(query.dtype))
+    linear_dtypes = None if linear is None else jax.tree.map(lambda x: jnp.zeros((), x.dtype), linear)
+    return statistics.output, (query, sources, statistics, linear_dtypes)
+
+
+def _attend_backward(flashes: tuple[Flash, ...], residuals: Any, d_output: Array) -> tuple[Any, ...]:
+    query, sources, statistics, linear = residuals
+    d_query = jnp.zeros(query.shape, accumulation_dtype(query.dtype))
+    d_sources = []
+    for flash, source in zip(flashes, sources, strict=True):
+        d_part, d_source = _backward(flash, query, source, statistics, d_output)
+        d_query = d_query + d_part
+        d_sources.append(d_source)
+    d_linear = None
+    if linear is not None:
+        weight = _linear_weight(statistics.lse).transpose(1, 0, 2)
+        d_total = d_output.astype(weight.dtype)
+        projection = jnp.sum(d_total * statistics.output.astype(weight.dtype), axis=-1)
+        d_linear = _Linear(weight[..., None] * d_total.transpose(2, 0, 1, 3), -weight * projection.transpose(2, 0, 1))
+    return d_query.astype(query.dtype), tuple(d_sources), d_linear
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _merge(parts: list[Statistics], linear: _Linear | None) -> Statistics:
+    """Return output and log-mass of all parts together; a part of mass 0 leaves the others' bits alone."""
+    dtype = parts[0].lse.dtype
+    logs = [part.lse for part in parts]
+    mass = None if linear is None else linear.mass.transpose(1, 0, 2)
+    if mass is not None:
+        logs.append(jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)), -jnp.inf))
+    largest = functools.reduce(jnp.maximum, logs)
+    empty = largest == -jnp.inf
+    largest = jnp.where(empty, jnp.inf, largest)  # every weight below becomes exp(-inf) = 0
+    weights = [jnp.exp(part.lse - largest) for part in parts]
+    values = [part.output.astype(dtype) for part in parts]
+    total = functools.reduce(jnp.add, weights)
+    if linear is not None and mass is not None:
+        weights.append(_linear_weight(largest))
+        values.append(linear.numerator.transpose(1, 2, 0, 3))
+        total = total + weights[-1] * mass
+    total = jnp.where(empty, 1, total)
+    output = functools.reduce(
+        jnp.add, [(w / total).transpose(0, 2, 1)[..., None] * v for w, v in zip(weights, values, strict=True)]
+    )
+    return Statistics(output, largest + jnp.log(total))
+
+
+def _linear_weight(log_mass: Array) -> Array:
+    """Return ``exp(-log_mass)``, capped with room for sums: the cap keeps 0 * infinity from happening."""
+    return jnp.exp(jnp.minimum(-log_mass, math.log(jnp.finfo(log_mass.dtype).max) - 20))
+
+
+def _forward(flash: Flash, query: Array, source: _Source) -> Statistics:
+    if source.key.ndim == 4:
+        return flash.forward(query, source.key, source.value, source.bias, source.mask)
+    output, lse = flash.forward(_fold(query), source.key[None], source.value[None])
+    batch, length, heads, _ = query.shape
+    return Statistics(output.reshape(query.shape), lse.reshape(heads, batch, length).transpose(1, 0, 2))
+
+
+def _backward(
+    flash: Flash, query: Array, source: _Source, statistics: Statistics, d_output: Array
+) -> tuple[Array, _Source]:
+    if source.key.ndim == 4:
+        grads = flash.backward(query, source.key, source.value, source.bias, source.mask, statistics, d_output)
+        return grads.query, _Source(grads.key, grads.value, grads.bias, None)
+    folded = Statistics(_fold(statistics.output), statistics.lse.transpose(1, 0, 2).reshape(1, query.shape[2], -1))
+    grads = flash.backward(_fold(query), source.key[None], source.value[None], None, None, folded, _fold(d_output))
+    return grads.query.reshape(query.shape), _Source(grads.key[0], grads.value[0], None, None)
+
+
+def _fold(x: Array) -> Array:
+    """Make one long row of queries of a batch that shares its keys: [B, T, N, H] -> [1, B T, N, H]."""
+    return x.reshape(1, -1, *x.shape[2:])
+
+
+def _reference(
+    all_scores: Float[Array, "B N T S"], value: Float[Array, "B S K H"], linear: _Linear | None = None
+) -> Float[Array, "B T N H"]:
+    """The formula as it stands, ``(A V + N) / (A 1 + E)``, up to a common factor; plain autodiff."""
+    dtype = all_scores.dtype
+    values = jnp.repeat(value, all_scores.shape[1] // value.shape[2], axis=2).astype(dtype)
+    largest = jnp.max(all_scores, axis=-1, initial=-jnp.inf)
+    if linear is not None:
+        mass = linear.mass.transpose(1, 0, 2)
+        largest = jnp.maximum(largest, jnp.log(mass))
+    largest = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, jnp.inf, largest))
+    attention = jnp.exp(all_scores - largest[..., None])
+    above = jnp.einsum("bnts,bsnh->bnth", attention, values)
+    below = jnp.sum(attention, axis=-1)
+    if linear is not None:
+        weight = _linear_weight(largest)
+        above = above + weight[..., None] * linear.numerator.transpose(1, 0, 2, 3)
+        below = below + weight * mass
+    below = jnp.where(below == 0, 1, below)
+    return (above / below[..., None]).transpose(0, 2, 1, 3)
+
+
+# -------------------------------------------------------------------------------------------------- arguments
+
+
+def _choose(implementation: str | None, query: Array, key: Array, bias: Array | None, mask: Array | None) -> str:
+    """Return the implementation to use: the one asked for, or cuDNN where it can run and xla elsewhere."""
+    if implementation is None:
+        problem = cudnn_problem(query, key, bias, mask)
+        logger.info("attention runs on %s", "cudnn" if problem is None else f"xla: {problem}")
+        return "cudnn" if problem is None else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"expected implementation among {IMPLEMENTATIONS} or None, got {implementation!r}")
+    return implementation
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"expected scale > 0, got {scale}: feature maps are applied to q * sqrt(scale)")
+    return scale
+
+
+def _check(
+    query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None, scale: float | None
+) -> float:
+    """Raise unless the shapes are those of attention; return the scale."""
+    if query.ndim != 4 or key.ndim != 4:
+        raise ValueError(f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}")
+    batch, length, heads, head_dim = query.shape
+    if value.shape != key.shape:
+        raise ValueError(f"expected value of the key's shape {key.shape}, got {value.shape}")
+    if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[2] == 0 or heads % key.shape[2]:
+        raise ValueError(
+            f"expected key [{batch}, S, K, {head_dim}] with K a divisor of {heads}, got {key.shape}: "
+            f"key and query share batch and head dimension, and key heads divide query heads"
+        )
+    full = (batch, heads, length, key.shape[1])
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is not None and (x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True))):
+            raise ValueError(
+                f"expected {name} of shape {full}, each axis possibly 1, got {x.shape}: add axes of size 1"
+            )
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise ValueError(f"expected a boolean mask, True where a key is seen, got {mask.dtype}: use bias for numbers")
+    return _scale(scale, head_dim)
+
+
+def _check_prefix(query: Array, key: Array, prefix_key: Array, prefix_value: Array) -> None:
+    batch = {3: (), 4: (query.shape[0],)}.get(prefix_key.ndim)
+    if batch is None or prefix_key.shape != (*batch, prefix_key.shape[-3], *key.shape[2:]):
+        raise ValueError(
+            f"expected prefix_key [M, {key.shape[2]}, {key.shape[3]}], or that with a leading batch axis of "
+            f"{query.shape[0]}, got {prefix_key.shape}: a prefix has the key's heads, not the query's"
+        )
+    if prefix_value.shape != prefix_key.shape:
+        raise ValueError(
+            f"expected prefix_value of the prefix_key's shape {prefix_key.shape}, got {prefix_value.shape}"
+        )

@@ -1,0 +1,519 @@
+r"""Softmax attention that hands its statistics out, and takes them back in.
+
+Flash attention has two halves.  The forward returns the output ``o`` and, per row, the log of the softmax
+denominator, ``lse = logsumexp(scores)``.  The backward takes both back in, recomputes ``P = exp(scores -
+lse)`` block by block, and never needs to know that ``o`` and ``lse`` came from these keys alone.
+:mod:`ntk_prefix.attention` lives on that: it merges a prefix into ``o`` and ``lse`` and hands the *merged*
+pair to the ordinary backward, which then returns exactly the gradients of the merged attention.
+
+Two libraries' halves are offered, under one signature:
+
+=========  ==================================================================================================
+``xla``    jax.numpy, blockwise over queries and keys; any platform and float dtype, memory linear in T and S
+``cudnn``  cuDNN flash attention through JAX's own primitives; CUDA, bfloat16 and float16
+=========  ==================================================================================================
+
+Layouts are those of ``jax.nn.dot_product_attention``; ``lse`` is [B, N, T] in the accumulation dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntk_prefix.typing import Array, Bool, Float
+
+__all__ = ["Flash", "Gradients", "Statistics", "accumulation_dtype", "cudnn_problem", "scores"]
+
+
+QUERY_BLOCK = 512
+KEY_BLOCK = 512
+SCORES_PER_BLOCK = 2**21
+"""Target shape of one block of scores, and the number of scores above which fewer queries go into it.
+
+Measured on a CPU (2 cores, float32, H = 64; see tests/bench): large enough that XLA's matrix products run at
+their rate, small enough (8 MiB) that scores, probabilities and their gradients stay in the last-level cache.
+"""
+
+
+class Statistics(NamedTuple):
+    """What a flash forward returns: ``output = softmax(scores) V`` and ``lse = logsumexp(scores)``.
+
+    A row without any key (all masked, or S = 0) has ``lse = -inf`` and output 0.  The output is in the
+    accumulation dtype if the library gives it so (``xla``), for whoever merges to round once.
+    """
+
+    output: Float[Array, "B T N H"]
+    lse: Float[Array, "B N T"]
+
+
+class Gradients(NamedTuple):
+    """What a flash backward returns."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    bias: Float[Array, "#B #N #T #S"] | None
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """Return the dtype that softmax and feature sums accumulate in: float32, and float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flash:
+    """One flash attention: what is static about it, and its two halves.
+
+    ``scores = scale * query . key + bias``, minus infinity where ``mask`` is False or, if causal, where s >
+    t.
+    """
+
+    implementation: str
+    scale: float
+    is_causal: bool = False
+
+    def forward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        bias: Float[Array, "#B #N #T #S"] | None = None,
+        mask: Bool[Array, "#B #N #T #S"] | None = None,
+    ) -> Statistics:
+        """Return ``softmax(scores) V`` and ``logsumexp(scores)``."""
+        half = {"xla": _xla_forward, "cudnn": _cudnn_forward}[self.implementation]
+        return half(self, query, key, value, bias, mask)
+
+    def backward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        bias: Float[Array, "#B #N #T #S"] | None,
+        mask: Bool[Array, "#B #N #T #S"] | None,
+        statistics: Statistics,
+        d_output: Float[Array, "B T N H"],
+    ) -> Gradients:
+        """Return the gradients, given the statistics that the rows were *finally* normalised with.
+
+        ``P = exp(scores - lse)``, ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O))``.
+
+        Args:
+            query, key, value, bias, mask: as in :meth:`forward`.
+            statistics: the pair the layer's output was made of.  Handing in a merged pair is the point: rows
+                of P then sum to less than 1, and the gradients are those of the merged attention.  ``lse =
+                +inf`` switches a row off.
+            d_output: the cotangent of the layer's output.
+        """
+        half = {"xla": _xla_backward, "cudnn": _cudnn_backward}[self.implementation]
+        return half(self, query, key, value, bias, mask, statistics, d_output)
+
+
+def scores(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    bias: Float[Array, "#B #N #T #S"] | None,
+    mask: Bool[Array, "#B #N #T #S"] | None,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> Float[Array, "B N T S"]:
+    """Return all T x S scores at once, in the accumulation dtype: the definition."""
+    dtype = accumulation_dtype(query.dtype)
+    groups = query.shape[2] // max(key.shape[2], 1)
+    keys = jnp.repeat(key, groups, axis=2).astype(dtype)
+    result = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(dtype), keys)
+    if bias is not None:
+        result = result + bias.astype(dtype)
+    if mask is not None:
+        result = jnp.where(mask, result, -jnp.inf)
+    if is_causal:
+        keep = (np.tri(result.shape[2], result.shape[3]) > 0)[None, None]
+        result = jnp.where(keep, result, -jnp.inf)
+    return result
+
+
+# -------------------------------------------------------------------------------------------------------- xla
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """The schedule: which block of queries meets which block of keys, and how arrays are cut for it.
+
+    Cut queries are [blocks, B, K, G * rows, H] and cut keys [blocks, B, K, columns, H]: the G query heads
+    that share a key head become rows of one matrix product, no axis of size one stands between batch and rows
+    (that is what makes ``jax.nn.dot_product_attention`` transpose all its probabilities on a CPU), and B and
+    K stay whole, so that arrays sharded over them need no communication.
+    """
+
+    query_length: int
+    key_length: int
+    key_heads: int
+    groups: int
+    is_causal: bool
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, query: Array, key: Array, is_causal: bool) -> _Blocks:
+        batch, query_length, heads, _ = query.shape
+        key_length, key_heads = key.shape[1], key.shape[2]
+        columns = _even_block(key_length, KEY_BLOCK)
+        affordable = SCORES_PER_BLOCK // max(batch * heads * columns, 1)
+        rows = _even_block(query_length, min(QUERY_BLOCK, max(affordable, QUERY_BLOCK // 8)))
+        return cls(query_length, key_length, key_heads, heads // key_heads, is_causal, rows, columns)
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.query_length // self.rows)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.key_length // self.columns)
+
+    def pairs(self) -> np.ndarray:
+        """Return the (query, key) block pairs to visit, [pairs, 2]; none above the diagonal if causal."""
+        visit = [
+            (i, j)
+            for i in range(self.query_blocks)
+            for j in range(self.key_blocks)
+            if not (self.is_causal and j * self.columns >= (i + 1) * self.rows)
+        ]
+        return np.array(visit, np.int32).reshape(-1, 2)
+
+    def cut_queries(self, x: Float[Array, "B T N H"]) -> Float[Array, "blocks B K rows H"]:
+        x = _pad(x, 1, self.query_blocks * self.rows)
+        batch, _, _, size = x.shape
+        x = x.reshape(batch, self.query_blocks, self.rows, self.key_heads, self.groups, size)
+        return x.transpose(1, 0, 3, 4, 2, 5).reshape(*self._cut_shape(batch), size)
+
+    def join_queries(self, x: Float[Array, "blocks B K rows H"]) -> Float[Array, "B T N H"]:
+        blocks, batch, heads, _, size = x.shape
+        x = x.reshape(blocks, batch, heads, self.groups, self.rows, size).transpose(1, 0, 4, 2, 3, 5)
+        return x.reshape(batch, blocks * self.rows, heads * self.groups, size)[:, : self.query_length]
+
+    def cut_rows(self, x: Float[Array, "B N T"], fill: float) -> Float[Array, "blocks B K rows"]:
+        x = _pad(x, 2, self.query_blocks * self.rows, fill)
+        x = x.reshape(x.shape[0], self.key_heads, self.groups, self.query_blocks, self.rows)
+        return x.transpose(3, 0, 1, 2, 4).reshape(self._cut_shape(x.shape[0]))
+
+    def join_rows(self, x: Float[Array, "blocks B K rows"]) -> Float[Array, "B N T"]:
+        blocks, batch, heads, _ = x.shape
+        x = x.reshape(blocks, batch, heads, self.groups, self.rows).transpose(1, 2, 3, 0, 4)
+        return x.reshape(batch, heads * self.groups, blocks * self.rows)[..., : self.query_length]
+
+    def cut_keys(self, x: Float[Array, "B S K H"]) -> Float[Array, "blocks B K columns H"]:
+        x = _pad(x, 1, self.key_blocks * self.columns)
+        batch, _, heads, size = x.shape
+        return x.reshape(batch, self.key_blocks, self.columns, heads, size).transpose(1, 0, 3, 2, 4)
+
+    def join_keys(self, x: Float[Array, "blocks B K columns H"]) -> Float[Array, "B S K H"]:
+        blocks, batch, heads, _, size = x.shape
+        x = x.transpose(1, 0, 3, 2, 4)
+        return x.reshape(batch, blocks * self.columns, heads, size)[:, : self.key_length]
+
+    def cut_scores(self, x: Array | None) -> Array | None:
+        """Split the heads of a bias or mask [#B, #N, #T, #S] into [#K, #G]; pad T and S to whole blocks."""
+        if x is None:
+            return None
+        batch, heads, queries, keys = x.shape
+        x = x.reshape(batch, *((1, 1) if heads == 1 else (self.key_heads, self.groups)), queries, keys)
+        if queries > 1:
+            x = _pad(x, 3, self.query_blocks * self.rows)
+        return _pad(x, 4, self.key_blocks * self.columns) if keys > 1 else x
+
+    def join_scores(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """Undo :meth:`cut_scores`, for the gradient of a bias."""
+        return x[..., : shape[2], : shape[3]].reshape(shape)
+
+    def window(self, x: Array, i: Array, j: Array) -> Array:
+        """Return block (i, j) of an array from :meth:`cut_scores`."""
+        return jax.lax.dynamic_slice(x, *self._window(x, i, j))
+
+    def add_to_window(self, x: Array, i: Array, j: Array, block: Array) -> Array:
+        """Add the gradient of block (i, j) to that of a bias, summed over the axes it was broadcast along."""
+        start, size = self._window(x, i, j)
+        repeated = tuple(axis for axis in range(5) if x.shape[axis] == 1)
+        block = jnp.sum(block, axis=repeated, keepdims=True) + jax.lax.dynamic_slice(x, start, size)
+        return jax.lax.dynamic_update_slice(x, block, start)
+
+    def scores(
+        self, query: Array, key: Array, bias: Array | None, mask: Array | None, i: Array, j: Array
+    ) -> Float[Array, "B K grouped columns"]:
+        """Return one block of scores, of a query that carries the scale."""
+        result = jnp.einsum("bkrh,bksh->bkrs", query, key)
+        if bias is None and mask is None and not self.is_causal and self.key_length % self.columns == 0:
+            return result
+        grouped = self.ungroup(result)
+        row = (i * self.rows + jnp.arange(self.rows, dtype=np.int32))[:, None]
+        column = (j * self.columns + jnp.arange(self.columns, dtype=np.int32))[None, :]
+        keep = column < self.key_length
+        if self.is_causal:
+            keep = keep & (column <= row)
+        keep = keep[None, None, None]
+        if mask is not None:
+            keep = keep & self.window(mask, i, j)
+        if bias is not None:
+            grouped = grouped + self.window(bias, i, j).astype(grouped.dtype)
+        return jnp.where(keep, grouped, -jnp.inf).reshape(result.shape)
+
+    def ungroup(self, x: Float[Array, "B K grouped columns"]) -> Float[Array, "B K G rows columns"]:
+        batch, heads, _, columns = x.shape
+        return x.reshape(batch, heads, self.groups, self.rows, columns)
+
+    def _cut_shape(self, batch: int) -> tuple[int, int, int, int]:
+        return self.query_blocks, batch, self.key_heads, self.groups * self.rows
+
+    def _window(self, x: Array, i: Array, j: Array) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        rows, columns = min(self.rows, x.shape[3]), min(self.columns, x.shape[4])
+        zero = np.int32(0)
+        start = (
+            zero,
+            zero,
+            zero,
+            i * self.rows if rows > 1 else zero,
+            j * self.columns if columns > 1 else zero,
+        )
+        return start, (*x.shape[:3], rows, columns)
+
+
+def _xla_forward(
+    flash: Flash, query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
+) -> Statistics:
+    dtype = accumulation_dtype(query.dtype)
+    blocks = _Blocks.of(query, key, flash.is_causal)
+    queries, keys, values = blocks.cut_queries(query), blocks.cut_keys(key), blocks.cut_keys(value)
+    bias, mask = blocks.cut_scores(bias), blocks.cut_scores(mask)
+
+    def visit(carry: tuple[Array, Array, Array], pair: Array) -> tuple[tuple[Array, Array, Array], None]:
+        """Online softmax: rescale what was summed so far to the new row maximum, then add this block."""
+        maxima, sums, outputs = carry
+        i, j = pair
+        old_maximum = _at(maxima, i)
+        block = blocks.scores(_at(queries, i).astype(dtype) * flash.scale, _at(keys, j).astype(dtype), bias, mask, i, j)
+        maximum = jnp.maximum(old_maximum, jnp.max(block, axis=-1))
+        shift = jnp.where(maximum == -jnp.inf, 0, maximum)  # a row without keys so far: exp(-inf - 0) = 0
+        weights = jnp.exp(block - shift[..., None])
+        decay = jnp.exp(old_maximum - shift)
+        added = jnp.einsum("bkrs,bksh->bkrh", weights, _at(values, j).astype(dtype))
+        return (
+            _put(maxima, i, maximum),
+            _put(sums, i, _at(sums, i) * decay + jnp.sum(weights, axis=-1)),
+            _put(outputs, i, _at(outputs, i) * decay[..., None] + added),
+        ), None
+
+    start = (
+        jnp.full(queries.shape[:-1], -jnp.inf, dtype),
+        jnp.zeros(queries.shape[:-1], dtype),
+        jnp.zeros(queries.shape, dtype),
+    )
+    maxima, sums, outputs = _scan(visit, start, blocks.pairs())
+    empty = sums == 0
+    sums = jnp.where(empty, 1, sums)
+    lse = jnp.where(empty, -jnp.inf, maxima + jnp.log(sums))
+    output = blocks.join_queries(outputs / sums[..., None])
+    return Statistics(output, blocks.join_rows(lse))
+
+
+def _xla_backward(
+    flash: Flash,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    mask: Array | None,
+    statistics: Statistics,
+    d_output: Array,
+) -> Gradients:
+    dtype = accumulation_dtype(query.dtype)
+    blocks = _Blocks.of(query, key, flash.is_causal)
+    queries, keys, values = blocks.cut_queries(query), blocks.cut_keys(key), blocks.cut_keys(value)
+    d_outputs, outputs = blocks.cut_queries(d_output), blocks.cut_queries(statistics.output)
+    lse = blocks.cut_rows(statistics.lse, fill=jnp.inf)
+    projection = jnp.sum(d_outputs.astype(dtype) * outputs.astype(dtype), axis=-1)
+    cut_bias, cut_mask = blocks.cut_scores(bias), blocks.cut_scores(mask)
+
+    def visit(carry: tuple[Array, Array, Array, Array | None], pair: Array) -> tuple[Any, None]:
+        d_queries, d_keys, d_values, d_bias = carry
+        i, j = pair
+        block_query, block_key = _at(queries, i).astype(dtype) * flash.scale, _at(keys, j).astype(dtype)
+        d_block_output = _at(d_outputs, i).astype(dtype)
+        block = blocks.scores(block_query, block_key, cut_bias, cut_mask, i, j)
+        weights = jnp.exp(block - _at(lse, i)[..., None])
+        d_weights = jnp.einsum("bkrh,bksh->bkrs", d_block_output, _at(values, j).astype(dtype))
+        d_scores = weights * (d_weights - _at(projection, i)[..., None])
+        if d_bias is not None:
+            d_bias = blocks.add_to_window(d_bias, i, j, blocks.ungroup(d_scores))
+        return (
+            _add(d_queries, i, flash.scale * jnp.einsum("bkrs,bksh->bkrh", d_scores, block_key)),
+            _add(d_keys, j, jnp.einsum("bkrs,bkrh->bksh", d_scores, block_query)),
+            _add(d_values, j, jnp.einsum("bkrs,bkrh->bksh", weights, d_block_output)),
+            d_bias,
+        ), None
+
+    start = (
+        jnp.zeros(queries.shape, dtype),
+        jnp.zeros(keys.shape, dtype),
+        jnp.zeros(values.shape, dtype),
+        None if cut_bias is None else jnp.zeros(cut_bias.shape, dtype),
+    )
+    d_queries, d_keys, d_values, d_bias = _scan(visit, start, blocks.pairs())
+    return Gradients(
+        blocks.join_queries(d_queries).astype(query.dtype),
+        blocks.join_keys(d_keys).astype(key.dtype),
+        blocks.join_keys(d_values).astype(value.dtype),
+        None if bias is None or d_bias is None else blocks.join_scores(d_bias, bias.shape).astype(bias.dtype),
+    )
+
+
+def _scan(visit: Callable[[Any, Array], tuple[Any, None]], start: Any, pairs: np.ndarray) -> Any:
+    return jax.lax.scan(visit, start, jnp.asarray(pairs))[0] if len(pairs) else start
+
+
+def _even_block(length: int, target: int) -> int:
+    """Return the size that cuts ``length`` into blocks of at most ``target``, equal but for the last."""
+    count = max(-(-length // target), 1)
+    return max(-(-length // count), 1)
+
+
+def _pad(x: Array, axis: int, length: int, fill: float = 0) -> Array:
+    missing = length - x.shape[axis]
+    if missing == 0:
+        return x
+    widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def _at(x: Array, index: Array) -> Array:
+    return x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+
+
+def _put(x: Array, index: Array, block: Array) -> Array:
+    return block[None] if x.shape[0] == 1 else jax.lax.dynamic_update_index_in_dim(x, block, index, 0)
+
+
+def _add(x: Array, index: Array, block: Array) -> Array:
+    return _put(x, index, _at(x, index) + block)
+
+
+# ------------------------------------------------------------------------------------------------------ cudnn
+
+
+def cudnn_problem(query: Array, key: Array, bias: Array | None = None, mask: Array | None = None) -> str | None:
+    """Return why cuDNN flash attention cannot take these arguments on this machine, or None if it can."""
+    return _cudnn_shape_problem(query, key, bias, mask) or _cudnn_machine_problem(query.shape[-1])
+
+
+def _cudnn_shape_problem(query: Array, key: Array, bias: Array | None, mask: Array | None) -> str | None:
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN takes bfloat16 and float16, got {query.dtype}: cast, or use implementation='xla'"
+    if query.shape[-1] % 8 or query.shape[-1] > 256:
+        return f"cuDNN takes head dimensions that are multiples of 8 up to 256, got {query.shape[-1]}"
+    if (bias is not None or mask is not None) and (query.shape[1] % 2 or key.shape[1] % 2):
+        return f"cuDNN takes a bias or mask over even lengths only, got T={query.shape[1]}, S={key.shape[1]}"
+    if key.shape[1] == 0:
+        return "cuDNN needs at least one key, got S=0"
+    return None
+
+
+def _cudnn_machine_problem(head_dim: int) -> str | None:
+    if jax.default_backend() != "gpu":
+        return f"cuDNN runs on CUDA, and the default backend is {jax.default_backend()!r}"
+    capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "0.0")
+    if float(capability) < 8.0:
+        return f"cuDNN flash attention needs compute capability 8.0, got {capability}"
+    if head_dim > 128 and float(capability) < 9.0:
+        return f"cuDNN takes head dimensions above 128 from compute capability 9.0, got {capability}"
+    missing = [name for name in _CUDNN_NAMES if not hasattr(_cudnn(), name)]
+    if missing:
+        return f"JAX {jax.__version__} has moved its cuDNN primitives with residuals: {missing} not found"
+    return None
+
+
+_CUDNN_NAMES = (
+    "_dot_product_attention_fwd_p_wrapper",
+    "_dot_product_attention_bwd_p_wrapper",
+    "AttentionLayout",
+    "MaskType",
+)
+
+_CUDNN_MASKED = {"bfloat16": -(2.0**41), "float16": -(2.0**15)}
+"""What stands for minus infinity in a cuDNN bias: two infinities would be subtracted inside the kernel."""
+
+
+def _cudnn() -> Any:
+    """Return JAX's private module of cuDNN attention; no public one takes residuals back in."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
+
+
+def _cudnn_arguments(
+    flash: Flash, query: Array, key: Array, bias: Array | None, mask: Array | None
+) -> tuple[list[Array], dict[str, Any]]:
+    """Return what both primitives take: the unused operands as empty arrays, mask folded into the bias."""
+    problem = _cudnn_shape_problem(query, key, bias, mask)
+    if problem:
+        raise ValueError(problem)
+    unused = jnp.zeros(0, query.dtype)
+    has_bias = bias is not None or mask is not None
+    combined = unused
+    if has_bias:
+        combined = jnp.zeros((), query.dtype) if bias is None else bias.astype(query.dtype)
+        if mask is not None:
+            combined = jnp.where(mask, combined, jnp.asarray(_CUDNN_MASKED[query.dtype.name], query.dtype))
+        lengths = (query.shape[1], key.shape[1])
+        combined = jnp.broadcast_to(combined, (*combined.shape[:2], *lengths))
+    mask_type = _cudnn().MaskType.CAUSAL if flash.is_causal else _cudnn().MaskType.NO_MASK
+    parameters = dict(
+        scale=float(flash.scale),
+        seed=42,
+        dropout_rate=0.0,
+        variadic_args=(has_bias, has_bias),
+        mask_type=mask_type,
+        layout=_cudnn().AttentionLayout.BTNH.value,
+        sliding_window_length=None,
+    )
+    # bias, query lengths, key lengths, query offsets, key offsets, page table of keys, page table of values
+    return [combined, *[unused] * 6], parameters
+
+
+def _cudnn_forward(
+    flash: Flash, query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
+) -> Statistics:
+    operands, parameters = _cudnn_arguments(flash, query, key, bias, mask)
+    output, lse = _cudnn()._dot_product_attention_fwd_p_wrapper.bind(
+        query, key, value, *operands, is_training=True, **parameters
+    )
+    if mask is None:
+        return Statistics(output, lse)
+    empty = lse < _CUDNN_MASKED[query.dtype.name] / 2
+    output = jnp.where(empty.transpose(0, 2, 1)[..., None], 0, output)
+    return Statistics(output, jnp.where(empty, -jnp.inf, lse))
+
+
+def _cudnn_backward(
+    flash: Flash,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    mask: Array | None,
+    statistics: Statistics,
+    d_output: Array,
+) -> Gradients:
+    operands, parameters = _cudnn_arguments(flash, query, key, bias, mask)
+    lse = jnp.where(statistics.lse == jnp.inf, 0, statistics.lse)  # masked scores stay far below 0
+    d_query, d_key, d_value, *d_bias = _cudnn()._dot_product_attention_bwd_p_wrapper.bind(
+        query, key, value, *operands, lse, statistics.output, d_output, **parameters
+    )
+    if bias is None:
+        return Gradients(d_query, d_key, d_value, None)
+    repeated = tuple(axis for axis in range(4) if bias.shape[axis] != d_bias[0].shape[axis])
+    return Gradients(d_query, d_key, d_value, jnp.sum(d_bias[0], repeated, keepdims=True).astype(bias.dtype))

@@ -1,0 +1,163 @@
+"""Feature maps: their kernels, their dimensions, and bounds that hold and are not idle."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntk_prefix.feature_maps import (
+    Elu1,
+    PositiveRandom,
+    Taylor,
+    attention_error_bound,
+    feature_map,
+)
+
+MAPS = [Elu1(), Taylor(0), Taylor(1), Taylor(2), Taylor(3), PositiveRandom(17)]
+
+
+def vectors(count, size, norm, seed=0):
+    """Vectors of norm at most ``norm``, the first at exactly that norm."""
+    x = np.random.default_rng(seed).standard_normal((count, size))
+    return jnp.asarray(norm * x / np.linalg.norm(x, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("phi", MAPS)
+class TestEveryMap:
+    def test_has_the_dimension_it_states(self, phi):
+        for size in (1, 3, 4):
+            assert phi(jnp.ones((2, 5, size))).shape == (2, 5, phi.dim(size))
+
+    def test_is_positive_exactly_if_it_says_so(self, phi):
+        assert bool(jnp.all(phi(vectors(200, 3, 2.0)) > 0)) == phi.positive
+
+    def test_is_a_static_argument(self, phi):
+        run = jax.jit(lambda phi, x: phi(x), static_argnums=0)
+        assert run(phi, jnp.ones((1, 2))).shape == (1, phi.dim(2))
+        assert hash(phi) == hash(type(phi)(**vars(phi)))
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_follows_the_dtype(self, phi, dtype):
+        assert phi(jnp.ones((1, 2), dtype)).dtype == dtype
+
+    def test_keeps_its_bound(self, phi):
+        norm = 0.8
+        x = vectors(60, 3, norm)
+        exact = jnp.exp(x @ x.T)
+        error = jnp.abs(phi(x) @ phi(x).T / exact - 1)
+        if isinstance(phi, PositiveRandom):  # a bound in probability, for one pair
+            assert jnp.mean(error > phi.error_bound(norm)) <= phi.failure_probability
+        else:
+            assert jnp.max(error) <= phi.error_bound(norm)
+
+
+class TestElu1:
+    def test_is_elu_plus_one(self):
+        x = jnp.linspace(-30, 30, 101)
+        np.testing.assert_allclose(Elu1()(x), jax.nn.elu(x) + 1, atol=1e-15)
+
+    def test_keeps_the_digits_of_small_features(self):
+        """elu(x) + 1 computed as such is exactly 0 at -40 in float32: a feature that never learns."""
+        x = jnp.float32([-40.0])
+        assert jax.nn.elu(x)[0] + 1 == 0
+        np.testing.assert_allclose(Elu1()(x), np.exp(-40.0), rtol=1e-5)
+        assert jax.grad(lambda x: Elu1()(x)[0])(x)[0] > 0
+
+    def test_approximates_nothing(self):
+        assert Elu1().error_bound(1e-3) == math.inf
+        x = vectors(10, 4, 1e-3)
+        assert jnp.min(Elu1()(x) @ Elu1()(x).T) > 3.9  # exp(q . k) is 1 there
+
+
+class TestTaylor:
+    @pytest.mark.parametrize("degree", range(5))
+    def test_kernel_is_the_truncated_series(self, degree):
+        x, y = vectors(20, 3, 1.5, seed=1), vectors(20, 3, 1.5, seed=2)
+        series = sum((x @ y.T) ** t / math.factorial(t) for t in range(degree + 1))
+        np.testing.assert_allclose(Taylor(degree)(x) @ Taylor(degree)(y).T, series, atol=1e-13)
+
+    def test_monomials_are_merged(self):
+        assert Taylor(2).dim(64) == math.comb(66, 2)
+        assert Taylor(2).dim(64) < 1 + 64 + 64**2  # the control: without merging
+
+    def test_even_degrees_give_a_positive_kernel_and_odd_ones_do_not(self):
+        x = vectors(200, 2, 2.0)
+        assert jnp.min(Taylor(2)(x) @ Taylor(2)(x).T) > 0
+        assert jnp.min(Taylor(3)(x) @ Taylor(3)(x).T) < 0
+
+    def test_bound_has_the_order_of_the_error(self):
+        """Slope of log error against log norm is 2 (g + 1), for the error and for its bound."""
+        norms = np.geomspace(0.05, 0.4, 6)
+        for degree in (1, 2, 3):
+            errors, bounds = [], []
+            for norm in norms:
+                x = vectors(1, 3, norm)
+                exact = jnp.exp(x @ x.T)
+                errors.append(jnp.abs(Taylor(degree)(x) @ Taylor(degree)(x).T / exact - 1)[0, 0])
+                bounds.append(Taylor(degree).error_bound(norm))
+            slopes = [np.polyfit(np.log(norms), np.log(np.array(y)), 1)[0] for y in (errors, bounds)]
+            np.testing.assert_allclose(slopes, 2 * (degree + 1), atol=0.25)
+
+    def test_bound_of_huge_and_of_no_vectors(self):
+        assert Taylor(4).error_bound(100.0) == math.inf
+        assert Taylor(4).error_bound(0.0) == 0
+
+
+class TestPositiveRandom:
+    def test_is_unbiased_and_its_error_falls_as_one_over_the_root(self):
+        x = vectors(1, 4, 0.7)
+        y = vectors(1, 4, 0.7, seed=1)
+        exact = float(jnp.exp(x @ y.T)[0, 0])
+        counts = [16, 64, 256]
+        spread = []
+        for count in counts:
+            maps = [PositiveRandom(count, seed=seed) for seed in range(60)]
+            estimates = np.array([float((phi(x) @ phi(y).T)[0, 0]) for phi in maps])
+            deviation = np.std(estimates)
+            assert abs(np.mean(estimates) - exact) < 4 * deviation / math.sqrt(len(maps))
+            spread.append(deviation)
+        slope = np.polyfit(np.log(counts), np.log(spread), 1)[0]
+        assert -0.75 < slope < -0.25
+
+    def test_directions_are_orthogonal_in_blocks_and_a_function_of_the_seed(self):
+        phi = PositiveRandom(6, seed=3)
+        basis = jnp.log(phi(jnp.eye(3)) * math.sqrt(6)) + 0.5  # [H, R]: rows of W, transposed
+        gram = basis.T @ basis
+        np.testing.assert_allclose(gram[:3, :3] - jnp.diag(jnp.diag(gram[:3, :3])), 0, atol=1e-12)
+        x = jnp.ones((1, 3))
+        np.testing.assert_array_equal(phi(x), PositiveRandom(6, seed=3)(x))
+        assert jnp.max(jnp.abs(phi(x) - PositiveRandom(6, seed=4)(x))) > 1e-3
+
+
+class TestRegistry:
+    def test_makes_maps_by_name(self):
+        assert feature_map("elu1") == Elu1()
+        assert feature_map("taylor", degree=4) == Taylor(4)
+        assert feature_map("positive_random", features=8, seed=1) == PositiveRandom(8, seed=1)
+        assert feature_map(Taylor(4)) == Taylor(4)
+
+    def test_names_what_it_does_not_know(self):
+        with pytest.raises(ValueError, match="among"):
+            feature_map("softmax")
+        with pytest.raises(ValueError, match="no options"):
+            feature_map(Elu1(), degree=2)
+        with pytest.raises(ValueError, match="degree >= 0"):
+            feature_map("taylor", degree=-1)
+        with pytest.raises(ValueError, match="features >= 1"):
+            feature_map("positive_random", features=0)
+
+
+def test_kernel_error_bounds_the_error_of_attention():
+    """|T - PrefixAttn|_max <= 2 eps / (1 - eps) max|V|, for prefix-only attention with Taylor features."""
+    norm, phi = 0.7, Taylor(2)
+    query, key = vectors(30, 3, norm, seed=1), vectors(50, 3, norm, seed=2)
+    value = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (50, 3)))
+    exact = jax.nn.softmax(query @ key.T, axis=-1) @ value
+    kernel = phi(query) @ phi(key).T
+    error = jnp.max(jnp.abs(kernel @ value / jnp.sum(kernel, axis=1, keepdims=True) - exact))
+    bound = attention_error_bound(phi.error_bound(norm), float(jnp.max(jnp.abs(value))))
+    assert error <= bound < math.inf
+    assert error > bound / 100
+    assert attention_error_bound(1.0, 1.0) == math.inf

@@ -1,0 +1,199 @@
+"""PrefixState: sums over any length, and the fit that makes them good."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntk_prefix.attention import ntk_attention, prefix_attention
+from ntk_prefix.feature_maps import Elu1, Taylor
+from ntk_prefix.prefix_state import PrefixState
+
+
+def prefix(tokens, heads=2, size=4, seed=0, spread=1.0, dtype=jnp.float64):
+    draw = np.random.default_rng(seed)
+    return tuple(jnp.asarray(spread * draw.standard_normal((tokens, heads, size)), dtype) for _ in range(2))
+
+
+def related(tokens, heads=2, size=4, seed=0):
+    """A prefix as real ones are: a value that has to do with its key, v = A k + b + noise."""
+    draw = np.random.default_rng(seed)
+    key = draw.standard_normal((tokens, heads, size))
+    matrix, offset = draw.standard_normal((heads, size, size)), draw.standard_normal((1, heads, size))
+    value = np.einsum("mnr,nrh->mnh", key, matrix) + offset + 0.3 * draw.standard_normal(key.shape)
+    return jnp.asarray(key), jnp.asarray(value)
+
+
+def layer(batch=6, length=32, heads=2, size=4, seed=1):
+    draw = np.random.default_rng(seed)
+    return tuple(jnp.asarray(draw.standard_normal((batch, length, heads, size))) for _ in range(3))
+
+
+class TestFromPrefix:
+    @pytest.mark.parametrize("phi", [Elu1(), Taylor(2)])
+    def test_is_the_sums(self, phi):
+        key, value = prefix(23)
+        state = PrefixState.from_prefix(key, value, feature_map=phi, block=5)
+        features = phi(key / math.sqrt(2.0))  # H = 4, H ** 0.25
+        np.testing.assert_allclose(state.z, jnp.einsum("mnr,mnh->nrh", features, value), atol=1e-12)
+        np.testing.assert_allclose(state.k, jnp.sum(features, axis=0), atol=1e-12)
+
+    def test_does_not_depend_on_how_it_is_streamed(self):
+        key, value = prefix(23)
+        whole = PrefixState.from_prefix(key, value)
+        pieces = PrefixState.from_blocks((key[i : i + 7], value[i : i + 7]) for i in range(0, 23, 7))
+        for other in (pieces, PrefixState.from_prefix(key, value, block=4)):
+            np.testing.assert_allclose(other.z, whole.z, atol=1e-12)
+            np.testing.assert_allclose(other.k, whole.k, atol=1e-12)
+
+    def test_a_generator_of_any_length_needs_one_block_of_memory(self):
+        block = prefix(64, dtype=jnp.float32)
+        taken = []
+        stream = (taken.append(i) or block for i in itertools.count())
+        state = PrefixState.from_blocks(itertools.islice(stream, 50))
+        assert len(taken) == 50
+        once = PrefixState.from_prefix(*block)
+        np.testing.assert_allclose(state.k, 50 * once.k, rtol=1e-6)
+
+    def test_rounding_does_not_grow_with_the_prefix(self):
+        """50,000 blocks in float32: a plain running sum is off by 1e-4, the compensated one by a rounding."""
+        key, value = prefix(1, heads=1, size=2, dtype=jnp.float32)
+        tokens = 50_000
+        many = (jnp.tile(key, (tokens, 1, 1)), jnp.tile(value, (tokens, 1, 1)))
+        one = np.asarray(Elu1()(jnp.asarray(key, jnp.float64) / 2**0.25))[0]
+        state = PrefixState.from_prefix(*many, block=1)
+        np.testing.assert_allclose(state.k, tokens * one, rtol=2e-7)
+        plain, _ = jax.lax.scan(
+            lambda s, _: (s + jnp.float32(one), None), jnp.zeros((1, 2), jnp.float32), length=tokens
+        )
+        assert np.max(np.abs(plain / (tokens * one) - 1)) > 5e-6
+
+    def test_an_empty_prefix_is_the_zero_state(self):
+        state = PrefixState.from_prefix(*prefix(0))
+        assert not np.any(state.z)
+        assert not np.any(state.k)
+        with pytest.raises(ValueError, match="at least one block"):
+            PrefixState.from_blocks([])
+
+    def test_grouped_heads_share_their_keys_state(self):
+        state = PrefixState.from_prefix(*prefix(9), num_heads=6)
+        np.testing.assert_array_equal(state.k[0], state.k[2])
+        assert state.z.shape == (6, 4, 4)
+        with pytest.raises(ValueError, match="multiple of the 2 key heads"):
+            PrefixState.from_prefix(*prefix(9), num_heads=3)
+
+    def test_gradients_reach_the_prefix(self):
+        key, value = prefix(7)
+
+        def loss(key, block):
+            return jnp.sum(jnp.sin(PrefixState.from_prefix(key, value, block=block).z))
+
+        np.testing.assert_allclose(jax.grad(loss)(key, 3), jax.grad(loss)(key, 7), atol=1e-12)
+
+    def test_size_does_not_depend_on_the_prefix(self):
+        small, large = (jax.tree.leaves(PrefixState.from_prefix(*prefix(m))) for m in (10, 1000))
+        assert [x.shape for x in small] == [x.shape for x in large]
+
+    def test_scale_is_that_of_the_scores(self):
+        """The scale of the scores is that of the features: a state made with another one is a wrong state."""
+        key, value = prefix(30, spread=0.5)
+        query, own_key, own_value = layer(batch=1)
+        scaled = PrefixState.from_prefix(key, value, feature_map=Taylor(4), scale=0.2)
+        exact = prefix_attention(query, own_key, own_value, key, value, scale=0.2)
+        np.testing.assert_allclose(scaled.attend(query, own_key, own_value), exact, atol=2e-2)
+        unscaled = PrefixState.from_prefix(key, value, feature_map=Taylor(4))
+        wrong = ntk_attention(query, own_key, own_value, unscaled.z, unscaled.k, feature_map=Taylor(4), scale=0.2)
+        assert np.max(np.abs(wrong - exact)) > 2e-2
+
+    def test_is_a_pytree_of_z_and_k(self):
+        state = PrefixState.from_prefix(*prefix(5))
+        assert len(jax.tree.leaves(state)) == 2
+        doubled = jax.jit(lambda s: jax.tree.map(lambda x: 2 * x, s))(state)
+        assert doubled.feature_map == state.feature_map
+        np.testing.assert_array_equal(doubled.k, 2 * state.k)
+
+
+class TestError:
+    def test_falls_to_zero_as_the_features_become_exact(self):
+        key, value = prefix(40, spread=0.5)
+        query, own_key, own_value = layer(batch=1)
+        errors = []
+        for degree in (0, 2, 4):
+            state = PrefixState.from_prefix(key, value, feature_map=Taylor(degree))
+            errors.append(float(np.max(state.error(0.5 * query, key, value, own_key, own_value))))
+        assert errors[0] > 10 * errors[1] > 100 * errors[2]
+
+    def test_is_the_relative_norm_per_head(self):
+        key, value = prefix(40)
+        query, own_key, own_value = layer(batch=2)
+        state = PrefixState.from_prefix(key, value)
+        exact = np.asarray(prefix_attention(query, own_key, own_value, key, value))
+        distance = np.asarray(state.attend(query, own_key, own_value)) - exact
+        expected = [np.linalg.norm(distance[:, :, n]) / np.linalg.norm(exact[:, :, n]) for n in range(2)]
+        np.testing.assert_allclose(state.error(query, key, value, own_key, own_value), expected, rtol=1e-10)
+
+
+class TestFit:
+    @pytest.mark.parametrize("own_keys", [True, False])
+    def test_elu1_is_several_times_closer_than_its_raw_sums(self, own_keys):
+        """How many times depends on the layer: elu1 has no more to give than its H features."""
+        key, value = related(1000, size=32)
+        query, *own = layer(size=32, length=100)
+        state, report = PrefixState.fit_with_report(0.5 * query, key, value, *(own if own_keys else ()))
+        assert np.all(state.k >= 0)
+        assert np.median(report.raw_error / report.held_out_error) > 4
+        if own_keys:
+            assert np.all(report.held_out_error < report.no_prefix_error)
+
+    def test_what_it_reports_holds_on_queries_it_never_saw(self):
+        key, value = related(500)
+        query, own_key, own_value = layer()
+        state, report = PrefixState.fit_with_report(query, key, value, own_key, own_value)
+        fresh = layer(seed=77)
+        np.testing.assert_allclose(state.error(fresh[0], key, value, *fresh[1:]), report.held_out_error, rtol=0.5)
+
+    def test_recovers_a_state_that_is_exact(self):
+        """Scores below 1/2 are a state of Taylor features up to 1e-4: fit and sums must both find it."""
+        key, value = prefix(3, spread=0.4)
+        query, own_key, own_value = layer()
+        query = 0.4 * query
+        phi = Taylor(4)
+        _, report = PrefixState.fit_with_report(query, key, value, own_key, own_value, feature_map=phi)
+        assert np.max(report.held_out_error) < 1e-4
+        assert np.max(report.raw_error) < 1e-3
+
+    def test_descent_improves_on_the_fit_of_the_masses(self):
+        key, value = related(500)
+        query, own_key, own_value = layer()
+        _, start = PrefixState.fit_with_report(query, key, value, own_key, own_value, iterations=0)
+        _, found = PrefixState.fit_with_report(query, key, value, own_key, own_value)
+        assert np.all(found.training_error <= start.training_error * (1 + 1e-6))
+
+    def test_scores_far_from_zero_are_no_trouble(self):
+        """Masses of e^60 beside masses of e^60: only ratios matter."""
+        key, value = prefix(50)
+        query, own_key, own_value = layer()
+        query, shift = query.at[..., 0].set(10.0), jnp.zeros((1, 1, 4)).at[..., 0].set(12.0)
+        state, report = PrefixState.fit_with_report(query, key + shift, value, own_key + shift[None], own_value)
+        assert np.all(np.isfinite(state.z))
+        assert np.max(report.held_out_error) < 0.5
+
+    def test_grouped_heads_and_masks(self):
+        key, value = prefix(100)
+        query = jnp.concatenate([layer()[0], layer(seed=5)[0]], axis=2)
+        _, own_key, own_value = layer()
+        mask = jnp.ones((6, 1, 1, 32), bool).at[:, :, :, 20:].set(False)
+        state, report = PrefixState.fit_with_report(query, key, value, own_key, own_value, mask=mask, is_causal=True)
+        assert state.z.shape == (4, 4, 4)
+        error = state.error(query, key, value, own_key, own_value, mask=mask, is_causal=True)
+        assert np.max(error) < 2 * np.max(report.held_out_error)
+
+    def test_too_few_samples_are_refused(self):
+        key, value = prefix(20)
+        with pytest.raises(ValueError, match="samples to fit 4 features"):
+            PrefixState.fit(layer(batch=1, length=4)[0], key, value)
+        with pytest.raises(ValueError, match="key and value, or neither"):
+            PrefixState.fit(layer()[0], key, value, layer()[1])
