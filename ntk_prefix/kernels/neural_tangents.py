@@ -45,7 +45,7 @@ from ntk_prefix.kernels.linear_program import equation_jvp, equation_vjp, linear
 
 __all__ = ["TESTED_JAX", "UntestedJaxWarning", "load"]
 
-TESTED_JAX = ("0.10.2", "0.12.0.1")
+TESTED_JAX = ("0.10.2", "0.11.2", "0.12.0.1")
 """The JAX versions that the tests of this adapter were run on."""
 
 _OLDEST_JAX = "0.10.2"
