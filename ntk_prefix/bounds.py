@@ -162,6 +162,7 @@ def kernel_drift(*, radius: float, inputs: int, outputs: int, scale: float, expo
     Source: recalled; the claim ``perturbation`` measures the drift against it, and the exponent of R.
     """
     _check_sizes(inputs, outputs)
+    _check_radius(radius)
     return radius * inputs * outputs * math.exp(exponent * scale)
 
 
@@ -187,6 +188,7 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
     Source: derived, proof in theory/README.md. A score moves by at most R |x_i|, so a softmax weight by a factor within
     e^{+-2 R |x_i|}; the rest is the triangle inequality.
     """
+    _check_radius(radius)
     weights = model.weights[...]
     mass = attention_mass(weights, inputs)
     lengths = jnp.linalg.norm(inputs, axis=1)
@@ -242,6 +244,11 @@ def _contraction(smallest: float, tokens: int, step_size: float) -> float:
 def _check_failure(failure: float) -> None:
     if not 0 < failure < 1:
         raise ValueError(f"failure: expected a probability in (0, 1), got {failure}.")
+
+
+def _check_radius(radius: float) -> None:
+    if not (math.isfinite(radius) and radius >= 0):
+        raise ValueError(f"radius: expected a finite number >= 0, got {radius}.")
 
 
 def _check_sizes(inputs: int, outputs: int) -> None:

@@ -23,7 +23,7 @@ positive = st.floats(1e-3, 1e3)
 sizes = st.integers(1, 10**4)
 probabilities = st.floats(1e-6, 0.5)
 
-# one valid call of every function; the tests below change an argument at a time
+# one valid call of every function of numbers alone; the tests below change an argument at a time
 CALLS: dict[str, dict[str, float]] = {
     "weight_scale": {"sigma": 1.0, "inputs": 16, "outputs": 8, "failure": 0.1},
     "log10_prefix_length": {"smallest": 0.01, "inputs": 16, "outputs": 8, "scale": 2.0, "failure": 0.1},
@@ -43,7 +43,7 @@ def call(name: str, **changes: float) -> float:
 
 
 def test_every_function_is_here() -> None:
-    assert sorted(CALLS) == sorted(bounds.__all__)
+    assert sorted([*CALLS, "measured_kernel_drift"]) == sorted(bounds.__all__)
 
 
 class TestValuesByHand:
@@ -192,6 +192,14 @@ class TestWrongUseIsTold:
         with pytest.raises(ValueError, match=r"failure: expected a probability in \(0, 1\)"):
             call(name, failure=failure)
 
+    @pytest.mark.parametrize("radius", [-0.1, math.inf, math.nan])
+    def test_a_radius_that_is_none(self, radius: float) -> None:
+        with pytest.raises(ValueError, match=r"radius: expected a finite number >= 0"):
+            call("kernel_drift", radius=radius)
+        model = TiedPrefixModel(D, M, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"radius: expected a finite number >= 0"):
+            bounds.measured_kernel_drift(model, jnp.ones((N, D)), radius=radius)
+
     def test_a_step_beyond_the_envelope(self) -> None:
         with pytest.raises(ValueError, match=r"expected m eta lambda / 2 <= 1, got 5.12\. Take a smaller step"):
             call("loss_envelope", step_size=1.0)
@@ -201,6 +209,9 @@ class TestWrongUseIsTold:
 class Run:
     """A short gradient descent of a small model: what the bounds speak about."""
 
+    model: TiedPrefixModel | FixedValuePrefixModel
+    """At the start."""
+    inputs: jax.Array
     kernel: np.ndarray
     step_size: float
     losses: np.ndarray
@@ -241,7 +252,7 @@ def descend(kind: str, step: float = 0.5) -> Run:
             state, metrics = advance(state, (x, y))
             losses.append(2 * float(metrics["loss"]))
         drift = np.linalg.norm(prefix_ntk(trainer.model(model, state), x).reshape(N * D, N * D) - kernel)  # type: ignore[arg-type]
-        return Run(kernel, step_size, np.array(losses), max(movements), max(norms), float(drift))
+        return Run(model, x, kernel, step_size, np.array(losses), max(movements), max(norms), float(drift))
 
 
 @pytest.mark.parametrize("kind", ["tied", "fixed"])
@@ -274,6 +285,21 @@ class TestARunIsDominated:
         assert 0 < run.drift <= bounds.kernel_drift(radius=run.movement, inputs=N, outputs=D, scale=scale)
         # control: at a thousandth of the radius and without the exponential the form is no bound
         assert run.drift > bounds.kernel_drift(radius=run.movement / 1e3, inputs=N, outputs=D, scale=0)
+
+    def test_the_drift_by_what_is_measured_at_the_start(self, kind: str) -> None:
+        run = descend(kind)
+        drift = functools.partial(bounds.measured_kernel_drift, run.model, run.inputs)
+        assert 0 < run.drift <= drift(radius=run.movement)
+        # not vacuous: moving every token outward by as much comes within a factor of 30 of it
+        outward = nnx.clone(run.model)
+        weights = outward.weights[...]
+        outward.weights[...] = weights + run.movement * weights / jnp.linalg.norm(weights, axis=1, keepdims=True)
+        worst = np.linalg.norm(prefix_ntk(outward, run.inputs).reshape(N * D, N * D) - run.kernel)
+        assert drift(radius=run.movement) / 30 < worst <= drift(radius=run.movement)
+        # nothing moves within radius 0, and the bound grows from there, at first in proportion
+        assert drift(radius=0.0) == 0
+        assert drift(radius=2e-9) == pytest.approx(2 * drift(radius=1e-9), rel=1e-6)
+        assert drift(radius=0.2) > 2 * drift(radius=0.1)
 
     def test_the_largest_stable_step(self, kind: str) -> None:
         kernel = descend(kind).kernel

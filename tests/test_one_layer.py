@@ -172,6 +172,17 @@ class TestStylisedModels:
         assert slope(closed * 1.001) < 1.5
 
     @both_models
+    def test_gradient_norms_are_those_of_the_jacobian(self, model: str) -> None:
+        _, jacobian, weights, signs = parts(model, symmetric=False)
+        kinds = {
+            "tied": lambda: TiedPrefixModel(D, M, symmetric=False, rngs=nnx.Rngs(0)),
+            "fixed": lambda: FixedValuePrefixModel(D, M, OUTPUTS, symmetric=False, rngs=nnx.Rngs(0)),
+        }
+        expected = np.sqrt(np.square(jacobian(weights, signs, inputs())).sum((1, 3)))
+        # the square is a sum of terms of both signs, of order one to ten
+        np.testing.assert_allclose(kinds[model]().token_gradient_norms(inputs()), expected, rtol=1e-12)
+
+    @both_models
     def test_the_module_is_the_function(self, model: str) -> None:
         outputs, _, weights, signs = parts(model)
         module = (
