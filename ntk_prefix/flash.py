@@ -28,7 +28,7 @@ import numpy as np
 
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["Flash", "Gradients", "Statistics", "accumulation_dtype", "cudnn_problem", "scores"]
+__all__ = ["Flash", "Gradients", "Statistics", "accumulation_dtype", "cudnn_problem"]
 
 
 QUERY_BLOCK = 512
@@ -113,30 +113,6 @@ class Flash:
         """
         half = {"xla": _xla_backward, "cudnn": _cudnn_backward}[self.implementation]
         return half(self, query, key, value, bias, mask, statistics, d_output)
-
-
-def scores(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    bias: Float[Array, "#B #N #T #S"] | None,
-    mask: Bool[Array, "#B #N #T #S"] | None,
-    *,
-    is_causal: bool,
-    scale: float,
-) -> Float[Array, "B N T S"]:
-    """Return all T x S scores at once, in the accumulation dtype: the definition."""
-    dtype = accumulation_dtype(query.dtype)
-    groups = query.shape[2] // max(key.shape[2], 1)
-    keys = jnp.repeat(key, groups, axis=2).astype(dtype)
-    result = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(dtype), keys)
-    if bias is not None:
-        result = result + bias.astype(dtype)
-    if mask is not None:
-        result = jnp.where(mask, result, -jnp.inf)
-    if is_causal:
-        keep = (np.tri(result.shape[2], result.shape[3]) > 0)[None, None]
-        result = jnp.where(keep, result, -jnp.inf)
-    return result
 
 
 # -------------------------------------------------------------------------------------------------------- xla
