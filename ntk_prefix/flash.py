@@ -406,7 +406,7 @@ def _cudnn_machine_problem(head_dim: int) -> str | None:
     if jax.default_backend() != "gpu":
         return f"cuDNN runs on CUDA, and the default backend is {jax.default_backend()!r}"
     capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "0.0")
-    if float(capability) < 8.0:
+    if not capability.replace(".", "").isdigit() or float(capability) < 8.0:  # ROCm says "gfx..."
         return f"cuDNN flash attention needs compute capability 8.0, got {capability}"
     if head_dim > 128 and float(capability) < 9.0:
         return f"cuDNN takes head dimensions above 128 from compute capability 9.0, got {capability}"
