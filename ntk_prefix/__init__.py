@@ -4,17 +4,27 @@
 >>> model = npx.TiedPrefixModel(d=8, m=4096, rngs=nnx.Rngs(0))
 >>> npx.kernels.prefix_ntk(model, x)        # the kernel of this prefix          [n, d, n, d]
 >>> npx.kernels.limit_ntk(x)                # the kernel of an infinite one      [n, d, n, d]
+>>> npx.ntk_attention(query, key, value, z, k)      # attention with a prefix of any length, in two small arrays
 """
 
 from ntk_prefix import bounds, kernels, training
+from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
+from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.one_layer import FixedValuePrefixModel, PrefixAttentionLayer, RandomPrefix, TiedPrefixModel
+from ntk_prefix.prefix_state import PrefixState
 
 __all__ = [
+    "FeatureMap",
     "FixedValuePrefixModel",
+    "LowRank",
     "PrefixAttentionLayer",
+    "PrefixState",
     "RandomPrefix",
     "TiedPrefixModel",
     "bounds",
+    "feature_map",
     "kernels",
+    "ntk_attention",
+    "prefix_attention",
     "training",
 ]

@@ -33,10 +33,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
-from ntk_prefix.flash import Flash, Statistics, accumulation_dtype, cudnn_problem, scores
+from ntk_prefix.flash import Flash, Statistics, cudnn_problem
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["IMPLEMENTATIONS", "LowRank", "ntk_attention", "prefix_attention"]
@@ -118,7 +120,7 @@ def ntk_attention(
     linear = _linear(query, z, k, phi, scale)
     implementation = _choose(implementation, query, key, bias, mask)
     if implementation == "reference":
-        own = scores(query, key, bias, mask, is_causal=is_causal, scale=scale)
+        own = _scores(query, key, bias, mask, is_causal=is_causal, scale=scale)
         return _reference(own, value, linear).astype(query.dtype)
     flash = Flash(implementation, scale, is_causal)
     return _attend((flash,), query, (_Source(key, value, bias, mask),), linear)
@@ -170,8 +172,8 @@ def prefix_attention(
         prefix_key, prefix_value = jnp.broadcast_to(prefix_key, shape), jnp.broadcast_to(prefix_value, shape)
         both = jnp.concatenate(
             [
-                scores(query, prefix_key, None, None, is_causal=False, scale=scale),
-                scores(query, key, bias, mask, is_causal=is_causal, scale=scale),
+                _scores(query, prefix_key, None, None, is_causal=False, scale=scale),
+                _scores(query, key, bias, mask, is_causal=is_causal, scale=scale),
             ],
             axis=-1,
         )
@@ -225,7 +227,9 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(flashes: tuple[Flash, ...], query: Array, sources: tuple[_Source, ...], linear: _Linear | None) -> Array:
+def _attend_once(
+    flashes: tuple[Flash, ...], query: Array, sources: tuple[_Source, ...], linear: _Linear | None
+) -> Array:
     """Attention over all sources and the linear part at once: one softmax, one denominator."""
     return _attend_forward(flashes, query, sources, linear)[0]
 
@@ -257,7 +261,8 @@ def _attend_backward(flashes: tuple[Flash, ...], residuals: Any, d_output: Array
     return d_query.astype(query.dtype), tuple(d_sources), d_linear
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend_once.defvjp(_attend_forward, _attend_backward)
+_attend = jax.jit(_attend_once, static_argnums=0)  # one program, also when called outside of jit
 
 
 def _merge(parts: list[Statistics], linear: _Linear | None) -> Statistics:
@@ -313,6 +318,31 @@ def _fold(x: Array) -> Array:
     return x.reshape(1, -1, *x.shape[2:])
 
 
+def _scores(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    bias: Float[Array, "#B #N #T #S"] | None,
+    mask: Bool[Array, "#B #N #T #S"] | None,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> Float[Array, "B N T S"]:
+    """Return all T x S scores at once, in the accumulation dtype: the definition."""
+    dtype = accumulation_dtype(query.dtype)
+    groups = query.shape[2] // max(key.shape[2], 1)
+    keys = jnp.repeat(key, groups, axis=2).astype(dtype)
+    result = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(dtype), keys)
+    if bias is not None:
+        result = result + bias.astype(dtype)
+    if mask is not None:
+        result = jnp.where(mask, result, -jnp.inf)
+    if is_causal:
+        keep = (np.tri(result.shape[2], result.shape[3]) > 0)[None, None]
+        result = jnp.where(keep, result, -jnp.inf)
+    return result
+
+
+@jax.jit
 def _reference(
     all_scores: Float[Array, "B N T S"], value: Float[Array, "B S K H"], linear: _Linear | None = None
 ) -> Float[Array, "B T N H"]:

@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["Flash", "Gradients", "Statistics", "accumulation_dtype", "cudnn_problem", "scores"]
+__all__ = ["Flash", "Gradients", "Statistics", "cudnn_problem"]
 
 
 QUERY_BLOCK = 512
@@ -59,11 +60,6 @@ class Gradients(NamedTuple):
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
     bias: Float[Array, "#B #N #T #S"] | None
-
-
-def accumulation_dtype(dtype: Any) -> Any:
-    """Return the dtype that softmax and feature sums accumulate in: float32, and float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,30 +109,6 @@ class Flash:
         """
         half = {"xla": _xla_backward, "cudnn": _cudnn_backward}[self.implementation]
         return half(self, query, key, value, bias, mask, statistics, d_output)
-
-
-def scores(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    bias: Float[Array, "#B #N #T #S"] | None,
-    mask: Bool[Array, "#B #N #T #S"] | None,
-    *,
-    is_causal: bool,
-    scale: float,
-) -> Float[Array, "B N T S"]:
-    """Return all T x S scores at once, in the accumulation dtype: the definition."""
-    dtype = accumulation_dtype(query.dtype)
-    groups = query.shape[2] // max(key.shape[2], 1)
-    keys = jnp.repeat(key, groups, axis=2).astype(dtype)
-    result = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(dtype), keys)
-    if bias is not None:
-        result = result + bias.astype(dtype)
-    if mask is not None:
-        result = jnp.where(mask, result, -jnp.inf)
-    if is_causal:
-        keep = (np.tri(result.shape[2], result.shape[3]) > 0)[None, None]
-        result = jnp.where(keep, result, -jnp.inf)
-    return result
 
 
 # -------------------------------------------------------------------------------------------------------- xla
@@ -426,7 +398,7 @@ def _cudnn_machine_problem(head_dim: int) -> str | None:
     if jax.default_backend() != "gpu":
         return f"cuDNN runs on CUDA, and the default backend is {jax.default_backend()!r}"
     capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "0.0")
-    if float(capability) < 8.0:
+    if not capability.replace(".", "").isdigit() or float(capability) < 8.0:  # ROCm says "gfx..."
         return f"cuDNN flash attention needs compute capability 8.0, got {capability}"
     if head_dim > 128 and float(capability) < 9.0:
         return f"cuDNN takes head dimensions above 128 from compute capability 9.0, got {capability}"

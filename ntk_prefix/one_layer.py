@@ -36,6 +36,7 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from ntk_prefix.checks import check_inputs, check_positive
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray, Signs, Weights
 
 __all__ = [
@@ -60,11 +61,6 @@ TILE = 8192
 
 class Frozen(nnx.Variable):
     """An array that belongs to a model and is never trained: signs, projections."""
-
-
-def accumulation_dtype(*arrays: Array | jnp.dtype) -> jnp.dtype:
-    """float64 for float64, float32 for anything narrower: the dtype sums are carried in."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ import scipy.optimize
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
 from ntk_prefix.feature_maps import Elu1, FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
-from ntk_prefix.flash import Flash, accumulation_dtype
+from ntk_prefix.flash import Flash
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["FitReport", "PrefixState"]

@@ -28,6 +28,9 @@ NAMES = (
     "lazy",
     "dynamics",
     "real_layer",
+    "approximation",
+    "gaussian_prefix",
+    "complexity",
 )
 
 

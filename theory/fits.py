@@ -37,5 +37,6 @@ def exponent(sizes: ArrayLike, errors: ArrayLike) -> Exponent:
       the exponent and the regression's own 95 % interval (Student's t), which takes the points as independent.
     """
     fit = stats.linregress(np.log(np.asarray(sizes, float)), np.log(np.asarray(errors, float)))
-    spread = fit.stderr * stats.t.ppf(0.975, np.size(sizes) - 2)
+    # without any scatter scipy divides zero by zero
+    spread = np.nan_to_num(fit.stderr) * stats.t.ppf(0.975, np.size(sizes) - 2)
     return Exponent(float(fit.slope), float(fit.slope - spread), float(fit.slope + spread))

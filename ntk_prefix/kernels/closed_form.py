@@ -44,8 +44,8 @@ from ntk_prefix.one_layer import (
     ModelName,
     RandomPrefix,
     TiedPrefixModel,
-    accumulation_dtype,
 )
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
 
 __all__ = ["KernelPart", "prefix_ntk"]
