@@ -151,9 +151,9 @@ def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float,
     Source: recalled; that it holds at every step is what the claim ``convergence`` measures.
     """
     contraction = _contraction(smallest, tokens, step_size) / 2
-    if contraction > 1:
+    if contraction > 1 + 1e-12:  # a step of 2 / (m lambda), rounded, is still one
         raise ValueError(f"step_size: expected m eta lambda / 2 <= 1, got {contraction:.3g}. Take a smaller step.")
-    return initial * (1 - contraction) ** steps
+    return initial * (1 - min(contraction, 1.0)) ** steps
 
 
 def kernel_drift(*, radius: float, inputs: int, outputs: int, scale: float, exponent: float = 10.0) -> float:

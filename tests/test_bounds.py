@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ntk_prefix import FixedValuePrefixModel, TiedPrefixModel, bounds
@@ -141,6 +141,7 @@ LEANINGS: list[tuple[str, str, int, st.SearchStrategy]] = [
 @pytest.mark.parametrize(
     ("name", "argument", "sign", "values"), LEANINGS, ids=[f"{name}-{argument}" for name, argument, *_ in LEANINGS]
 )
+@settings(deadline=None)
 @given(data=st.data())
 def test_each_bound_leans_the_right_way(
     name: str, argument: str, sign: int, values: st.SearchStrategy, data: st.DataObject
@@ -149,11 +150,13 @@ def test_each_bound_leans_the_right_way(
     assert sign * (call(name, **{argument: high}) - call(name, **{argument: low})) >= 0
 
 
+@settings(deadline=None)
 @given(sigma=positive, inputs=sizes, outputs=sizes, failure=probabilities)
 def test_the_scale_is_at_least_one(sigma: float, inputs: int, outputs: int, failure: float) -> None:
     assert bounds.weight_scale(sigma=sigma, inputs=inputs, outputs=outputs, failure=failure) >= 1
 
 
+@settings(deadline=None)
 @given(
     smallest=st.floats(1e-6, 1.0), tokens=st.integers(1, 10**6), ratio=st.floats(1, 100), accuracy=st.floats(1e-8, 1)
 )
