@@ -124,7 +124,7 @@ def _figure(evidence: Evidence, control: Evidence) -> Figure:
         [evidence.parameters["elu1_raw"], evidence.parameters["elu1_fit"]],
         color=[figures.COLOURS["control"], figures.COLOURS["bound"]],
     )
-    figures.label(elu, title="elu1, d = 16, m = 512", x="", y="held-out relative error", log="y")
+    figures.label(elu, title="elu1, d = 16, m = 512", x="", y="held-out relative error")
     return figure
 
 

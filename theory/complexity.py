@@ -119,6 +119,7 @@ def _figure(evidence: Evidence, control: Evidence) -> Figure:
     counts.barh(list(shown), list(shown.values()), color=figures.COLOURS["tied"])
     counts.invert_yaxis()
     figures.label(counts, title="Trained parameters, ViT-B/16", x="parameters", y="", log="x")
+    counts.set_xlim(left=1e4)
     return figure
 
 
