@@ -142,6 +142,7 @@ def examine(claim: Claim, problem: Problem) -> Result:
     start = time.perf_counter()
     with jax.enable_x64(True):
         evidence, control = claim.measure(problem), claim.control(problem)
+    jax.clear_caches()  # no claim runs another's programs, and together they take more memory than any one of them
     return Result(claim=claim, evidence=evidence, control=control, seconds=time.perf_counter() - start)
 
 
