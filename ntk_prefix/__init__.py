@@ -8,7 +8,7 @@
 """
 
 from ntk_prefix import bounds, kernels, training
-from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
+from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention, softmax_attention
 from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.one_layer import FixedValuePrefixModel, PrefixAttentionLayer, RandomPrefix, TiedPrefixModel
 from ntk_prefix.prefix_state import PrefixState
@@ -26,5 +26,6 @@ __all__ = [
     "kernels",
     "ntk_attention",
     "prefix_attention",
+    "softmax_attention",
     "training",
 ]

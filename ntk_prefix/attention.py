@@ -41,7 +41,7 @@ from ntk_prefix.flash import Flash, Statistics, cudnn_problem
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["IMPLEMENTATIONS", "LowRank", "ntk_attention", "prefix_attention"]
+__all__ = ["IMPLEMENTATIONS", "LowRank", "ntk_attention", "prefix_attention", "softmax_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,29 @@ def prefix_attention(
     if prefix_key.shape[-3] == 0:
         return _attend((flash,), query, (own,), None)
     return _attend((flash, Flash(implementation, scale)), query, (own, prefix), None)
+
+
+def softmax_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention without a prefix: what :func:`ntk_attention` is at ``z = 0, k = 0``, bit for bit.
+
+    Arguments, result and errors are those of :func:`ntk_attention`.
+    """
+    scale = _check(query, key, value, bias, mask, scale)
+    implementation = _choose(implementation, query, key, bias, mask)
+    if implementation == "reference":
+        own = _scores(query, key, bias, mask, is_causal=is_causal, scale=scale)
+        return _reference(own, value).astype(query.dtype)
+    return _attend((Flash(implementation, scale, is_causal),), query, (_Source(key, value, bias, mask),), None)
 
 
 # ----------------------------------------------------------------------------------------- the one custom_vjp

@@ -1,0 +1,1 @@
+"""Pretrained backbones in Flax NNX."""

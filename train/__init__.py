@@ -1,0 +1,1 @@
+"""Fine-tuning of real pretrained transformers: `python -m train`."""
