@@ -71,12 +71,18 @@ def ntk_attention(
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    mass: str = "absolute",
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     r"""Softmax attention in which a prefix of any length is summed up in ``z`` and ``k``.
 
     ``T = (A V + phi(q) Z) / (A 1 + phi(q) . k)`` with ``A = exp(scale q . k' + bias)``, masked; ``phi`` is
     applied to ``q * sqrt(scale)``, which is ``q / H**0.25`` by default.
+
+    With ``mass="relative"``, z and k are in units of each query's own mass ``A 1``, so that with ``o`` the
+    attention without a prefix ``T = (o + phi(q) Z) / (1 + phi(q) . k)``.  A prefix made of real tokens is
+    absolute; for training, relative keeps the factor ``e^{-lse}``, which spans many orders between heads, out
+    of the gradient.
 
     ``z = 0, k = 0`` is attention without a prefix, bit for bit, and has a gradient there for both; so start
     there and keep k >= 0 by projection (``optax.projections.projection_non_negative``) rather than through
@@ -92,6 +98,7 @@ def ntk_attention(
         mask: True where a query may see a key; it concerns the keys only, the prefix is always seen.
         is_causal: query t sees keys s <= t, both counted from 0, as in ``jax.nn``.
         scale: > 0, of scores and of feature maps alike; 1/sqrt(H) if None.
+        mass: "absolute" (the paper's) or "relative"; what the numbers in z and k are units of.
         implementation: "reference" (T x S arrays, plain autodiff), "xla" (blockwise), "cudnn" (CUDA), or
             None: cuDNN where it can run, else xla; the reason for the choice is logged at level INFO.
 
@@ -118,6 +125,14 @@ def ntk_attention(
     scale = _check(query, key, value, bias, mask, scale)
     phi = resolve_feature_map(feature_map)
     linear = _linear(query, z, k, phi, scale)
+    if mass == "relative":
+        own_output = softmax_attention(
+            query, key, value, bias=bias, mask=mask, is_causal=is_causal, scale=scale, implementation=implementation
+        )
+        total = (own_output + linear.numerator.transpose(1, 2, 0, 3)) / (1 + linear.mass.transpose(1, 2, 0)[..., None])
+        return total.astype(query.dtype)
+    if mass != "absolute":
+        raise ValueError(f'expected mass "absolute" or "relative", got {mass!r}')
     implementation = _choose(implementation, query, key, bias, mask)
     if implementation == "reference":
         own = _scores(query, key, bias, mask, is_causal=is_causal, scale=scale)

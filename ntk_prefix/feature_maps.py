@@ -10,6 +10,7 @@ prefix.
 ``"elu1"``                      H             yes       no: Z and k must be trained or fitted
 ``"taylor", degree=g``          C(H + g, g)   no        yes, deterministically; use an even degree
 ``"positive_random", features``  features     yes       yes, in probability
+``"elu"``, ``"gelu"``           H             no        no: the maps of Prefix-Tuning+, without a mass
 ==============================  ============  ========  =====================================================
 
 Every map takes the *scaled* vector: attention calls ``phi(q * sqrt(scale))`` and ``phi(k * sqrt(scale))``, so
@@ -26,12 +27,13 @@ import itertools
 import math
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["Elu1", "FeatureMap", "PositiveRandom", "Taylor", "attention_error_bound", "feature_map"]
+__all__ = ["Elu", "Elu1", "FeatureMap", "Gelu", "PositiveRandom", "Taylor", "attention_error_bound", "feature_map"]
 
 
 class FeatureMap:
@@ -86,6 +88,44 @@ class Elu1(FeatureMap):
     def error_bound(self, norm: float) -> float:
         """Return infinity: there is no bound."""
         return math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Elu(FeatureMap):
+    """``phi(x) = elu(x)``, elementwise, R = H: a map for numerators only.
+
+    Source: Prefix-Tuning+, arXiv 2506.13674 (code), which has neither ``k`` nor a denominator.
+    """
+
+    name: ClassVar[str] = "elu"
+
+    @property
+    def positive(self) -> bool:
+        """False."""
+        return False
+
+    def dim(self, head_dim: int) -> int:
+        """Return ``head_dim``."""
+        return head_dim
+
+    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
+        """Return ``elu(x)``."""
+        return jax.nn.elu(x)
+
+    def error_bound(self, norm: float) -> float:
+        """Return infinity: there is no bound."""
+        return math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Gelu(Elu):
+    """``phi(x) = gelu(x)``, elementwise, R = H: Prefix-Tuning+'s other map."""
+
+    name: ClassVar[str] = "gelu"
+
+    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
+        """Return ``gelu(x)``, exact."""
+        return jax.nn.gelu(x, approximate=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +230,14 @@ class PositiveRandom(FeatureMap):
         return math.sqrt(math.expm1(4 * norm**2) / (self.features * self.failure_probability))
 
 
-_REGISTRY: dict[str, type[FeatureMap]] = {cls.name: cls for cls in (Elu1, Taylor, PositiveRandom)}
+_REGISTRY: dict[str, type[FeatureMap]] = {cls.name: cls for cls in (Elu1, Taylor, PositiveRandom, Elu, Gelu)}
 
 
 def feature_map(name: str | FeatureMap, **options: Any) -> FeatureMap:
     """Return the feature map of that name; a map is returned as it is.
 
     Args:
-        name: "elu1", "taylor" or "positive_random"; or a map of your own, made by subclassing
+        name: "elu1", "taylor", "positive_random", "elu" or "gelu"; or a map of your own, made by subclassing
             :class:`FeatureMap`.
         options: the map's fields, such as ``degree=2`` or ``features=256, seed=0``.
 

@@ -1,0 +1,50 @@
+"""Adapters on frozen transformers, trained by type: NTK-Attention, LoRA, prefix tuning and their neighbours.
+
+>>> model = npx.models.from_pretrained(folder, task="sequence-classification", num_labels=2)
+>>> npx.peft.apply(model, npx.peft.NTKAttentionConfig())
+>>> optimizer = nnx.Optimizer(model, npx.peft.non_negative(optax.adamw(1e-3)), wrt=npx.peft.AdapterParam)
+"""
+
+from ntk_prefix.peft.base import AdapterConfig, AdapterParam, NonNegativeParam
+from ntk_prefix.peft.inject import (
+    activate,
+    apply,
+    configs,
+    delete_adapter,
+    disable_adapter,
+    merge,
+    mixed,
+    non_negative,
+    print_trainable_parameters,
+    trainable_parameters,
+)
+from ntk_prefix.peft.methods.lora import LoraConfig
+from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig, PrefixTuningPlusConfig
+from ntk_prefix.peft.methods.prefix_tuning import PrefixTuningConfig
+from ntk_prefix.peft.methods.weights import BitFitConfig, FullConfig, HeadConfig
+from ntk_prefix.peft.record import LayerRecord, record
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterParam",
+    "BitFitConfig",
+    "FullConfig",
+    "HeadConfig",
+    "LayerRecord",
+    "LoraConfig",
+    "NTKAttentionConfig",
+    "NonNegativeParam",
+    "PrefixTuningConfig",
+    "PrefixTuningPlusConfig",
+    "activate",
+    "apply",
+    "configs",
+    "delete_adapter",
+    "disable_adapter",
+    "merge",
+    "mixed",
+    "non_negative",
+    "print_trainable_parameters",
+    "record",
+    "trainable_parameters",
+]

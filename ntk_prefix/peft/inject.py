@@ -1,0 +1,284 @@
+"""Adapters on a model: put on, switched, mixed, merged, counted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from ntk_prefix.models.attention import AttentionLayer
+from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Calibration, Host, NonNegativeParam, RestingParam
+from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig
+from ntk_prefix.peft.methods.prefix_tuning import PrefixTuningConfig
+from ntk_prefix.peft.methods.weights import HeadConfig
+from ntk_prefix.peft.record import record
+from ntk_prefix.typing import Array, Int
+
+__all__ = [
+    "activate",
+    "apply",
+    "configs",
+    "delete_adapter",
+    "disable_adapter",
+    "merge",
+    "mixed",
+    "non_negative",
+    "print_trainable_parameters",
+    "trainable_parameters",
+]
+
+PARAMETERS = (AdapterParam, NonNegativeParam, RestingParam)
+
+
+def apply(
+    model: Any,
+    config: AdapterConfig | Sequence[AdapterConfig],
+    *,
+    name: str = "default",
+    calibration: Mapping[str, Any] | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> Any:
+    """Put an adapter on a model, make it the active one, and make it the only thing that is trained.
+
+    Args:
+        model: any model of :mod:`ntk_prefix.models`; it is changed and returned.
+        config: one method's configuration, or several that act together, such as LoRA and NTK-Attention.
+        name: of the adapter; a model can host many.
+        calibration: a small batch of real inputs (keyword arguments of the model) for methods that measure
+            something first.
+        rngs: for random starts; ``nnx.Rngs(0)`` if None.
+
+    Returns:
+        The model. Its trained weights are those of type :class:`AdapterParam`, so
+        ``nnx.Optimizer(model, tx, wrt=AdapterParam)``; wrap ``tx`` in :func:`non_negative`.
+
+    Raises:
+        ValueError: a target that matches nothing; a name that is taken; a method that changes weights in place
+            beside another adapter; two methods that replace the same attention.
+    """
+    chosen = [config] if isinstance(config, AdapterConfig) else list(config)
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    _check(model, chosen, name)
+    plan = [(each, _targets(model, each)) for each in chosen]
+    if hasattr(model, "head") and any(each.train_head for each in chosen):
+        head = HeadConfig()
+        plan.append((head, _targets(model, head)))
+    wanted = [each for each in chosen if isinstance(each, NTKAttentionConfig) and each.needs_calibration]
+    records = record(model, calibration) if wanted and calibration is not None else {}
+    for each, targets in plan:
+        for path in targets:
+            module = _module(model, path)
+            if isinstance(each, NTKAttentionConfig):
+                changed = each.inject(module, name, rngs, records.get(path))
+            else:
+                changed = each.inject(module, name, rngs)
+            if changed is not module:
+                _replace(model, path, changed)
+    model.adapter_configs = (*configs(model).items(), (name, tuple(chosen)))
+    activate(model, name)
+    return model
+
+
+def configs(model: Any) -> dict[str, tuple[AdapterConfig, ...]]:
+    """Return the configurations of the adapters on a model, by name."""
+    return dict(getattr(model, "adapter_configs", ()))
+
+
+def activate(model: Any, name: str | None) -> None:
+    """Make one adapter the active and trained one; None switches all of them off and trains nothing.
+
+    Raises:
+        ValueError: there is no such adapter, or the one there changes the model's own weights.
+    """
+    known = configs(model)
+    if name is not None and name not in known:
+        raise ValueError(f"expected an adapter among {sorted(known)}, got {name!r}")
+    in_place = [n for n, cs in known.items() if any(c.in_place for c in cs)]
+    if in_place and name not in in_place:
+        raise ValueError(
+            f"expected adapters beside frozen weights, got {in_place}, which changed the weights themselves: "
+            "there is nothing to switch back to, so load the model anew"
+        )
+    for host in _hosts(model):
+        host.active = name
+        for other, adapter in host.adapters.items():
+            _retype(adapter, trained=other == name)
+    _shift_positions(model, known.get(name, ()) if name is not None else ())
+
+
+@contextlib.contextmanager
+def disable_adapter(model: Any) -> Iterator[None]:
+    """Within it, the model is the frozen model.
+
+    Raises:
+        ValueError: as :func:`activate`.
+    """
+    active = {host.active for host in _hosts(model)}
+    activate(model, None)
+    try:
+        yield
+    finally:
+        activate(model, active.pop() if active else None)
+
+
+@contextlib.contextmanager
+def mixed(model: Any, rows: Int[Array, "B"], names: Sequence[str]) -> Iterator[None]:
+    """Within it, row b of a batch goes through adapter ``names[rows[b]]``, and through none where ``rows[b] = -1``.
+
+    ``rows`` may be traced, so one compiled program serves every assignment.
+
+    Raises:
+        ValueError: an unknown name, adapters of different shapes, or of prefixes that shift positions.
+    """
+    known = configs(model)
+    if unknown := set(names) - set(known):
+        raise ValueError(f"expected adapters among {sorted(known)}, got {sorted(unknown)}")
+    if any(isinstance(c, PrefixTuningConfig) and c.shift_positions for name in names for c in known[name]):
+        raise ValueError("expected adapters that leave positions alone in a mixed batch, got shift_positions=True")
+    hosts = _hosts(model)
+    before = [host.names for host in hosts]
+    if missing := [name for host in hosts for name in names if name not in host.adapters]:
+        raise ValueError(f"expected adapters on the same modules in a mixed batch, got {set(missing)} on some only")
+    try:
+        for host in hosts:
+            host.names, host.rows = tuple(names), rows
+        yield
+    finally:
+        for host, all_names in zip(hosts, before, strict=True):
+            host.names, host.rows = all_names, None
+
+
+def delete_adapter(model: Any, name: str) -> None:
+    """Take an adapter off the model; if it was the active one, none is active afterwards."""
+    activate(model, None)
+    for host in _hosts(model):
+        if name in host.adapters:
+            host.remove(name)
+    model.adapter_configs = tuple(pair for pair in configs(model).items() if pair[0] != name)
+
+
+def merge(model: Any) -> Any:
+    """Write the active LoRA adapter, and its head, into the weights, and take all adapters off.
+
+    Raises:
+        ValueError: an adapter that no weight can stand for.
+    """
+    foreign = sorted(
+        {type(host).__name__ for host in _hosts(model) if host.current() is not None and not hasattr(host, "merge")}
+    )
+    if foreign:
+        raise ValueError(
+            f"expected an adapter that is an addition to weights, got {foreign}: phi(q) Z / (A 1 + phi(q) k) is a "
+            "nonlinear function of the query with a denominator shared with attention, so no matrix of the model "
+            "computes it; keep the adapter beside the model"
+        )
+    for path, host in list(nnx.iter_modules(model)):
+        if isinstance(host, Host) and hasattr(host, "merge"):
+            _replace(model, ".".join(map(str, path)), host.merge())
+    model.adapter_configs = ()
+    return model
+
+
+def non_negative(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return the optimizer followed by the projection of every :class:`NonNegativeParam` to >= 0.
+
+    ``k`` starts at 0, where ``abs`` and ``exp`` have no gradient or no zero; projected descent has both.
+    """
+
+    def mask(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: isinstance(leaf, NonNegativeParam), tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
+
+    return optax.chain(optimizer, optax.masked(optax.keep_params_nonnegative(), mask))
+
+
+def trainable_parameters(model: Any) -> tuple[int, int]:
+    """Return how many numbers are trained, and how many the model has in all (calibration not counted)."""
+
+    def count(of: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, of)))
+
+    return count(AdapterParam), count(nnx.Param)
+
+
+def print_trainable_parameters(model: Any) -> None:
+    """Print what is trained, in the line that users of peft know."""
+    trained, whole = trainable_parameters(model)
+    print(f"trainable params: {trained:,} || all params: {whole:,} || trainable%: {100 * trained / whole:.4f}")
+
+
+# ----------------------------------------------------------------------------------------------- surgery
+
+
+def _check(model: Any, chosen: list[AdapterConfig], name: str) -> None:
+    if not chosen:
+        raise ValueError("expected at least one configuration, got none")
+    if not name or "." in name:
+        raise ValueError(f"expected an adapter name without dots, got {name!r}")
+    known = configs(model)
+    if name in known:
+        raise ValueError(f"expected a new adapter name, got {name!r}, which is there already: delete it first")
+    if known and any(c.in_place for cs in (*known.values(), chosen) for c in cs):
+        raise ValueError(
+            "expected adapters beside frozen weights, got one that changes the weights themselves beside another: "
+            "full fine-tuning and bitfit stand alone"
+        )
+
+
+def _targets(model: Any, config: AdapterConfig) -> list[str]:
+    """Return the dotted paths of the modules that a configuration selects; those inside a host are not looked at."""
+    candidates = []
+    inside: list[str] = []
+    for path, module in sorted(nnx.iter_modules(model), key=lambda item: len(item[0])):
+        dotted = ".".join(map(str, path))
+        if any(dotted.startswith(host + ".") for host in inside):
+            continue
+        if isinstance(module, Host):
+            inside.append(dotted)
+        if config.hosts(module):
+            candidates.append((dotted, module))
+    found = [dotted for dotted, module in candidates if config.selects(dotted, module)]
+    if not found:
+        raise ValueError(
+            f"expected a target that matches modules, got {config.target!r} ({config.method}), which matches none of "
+            f"{[dotted for dotted, _ in candidates][:8]} ..."
+        )
+    return found
+
+
+def _module(model: Any, path: str) -> Any:
+    for key in filter(None, path.split(".")):
+        model = model[int(key)] if key.isdigit() else getattr(model, key)
+    return model
+
+
+def _replace(model: Any, path: str, module: nnx.Module) -> None:
+    parent, _, last = path.rpartition(".")
+    setattr(_module(model, parent), last, module)
+
+
+def _hosts(model: Any) -> list[Host]:
+    return [module for _, module in nnx.iter_modules(model) if isinstance(module, Host)]
+
+
+def _retype(adapter: nnx.Module, *, trained: bool) -> None:
+    """Give an adapter's weights the type that says whether they are trained."""
+    for attribute, variable in list(vars(adapter).items()):
+        if not isinstance(variable, PARAMETERS) or isinstance(variable, Calibration):
+            continue
+        kind = (NonNegativeParam if attribute == "k" else AdapterParam) if trained else RestingParam
+        if type(variable) is not kind:
+            setattr(adapter, attribute, kind(variable[...]))
+
+
+def _shift_positions(model: Any, active: Sequence[AdapterConfig]) -> None:
+    """Count a prefix in the positions of the tokens where its configuration says so."""
+    shift = sum(c.num_tokens for c in active if isinstance(c, PrefixTuningConfig) and c.shift_positions)
+    for _, module in nnx.iter_modules(model):
+        if hasattr(module, "position_offset") and not isinstance(module, AttentionLayer):
+            module.position_offset = shift

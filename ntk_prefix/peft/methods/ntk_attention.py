@@ -1,0 +1,247 @@
+r"""NTK-Attention as an adapter: an infinitely long trained prefix, in ``R H + R`` numbers a head.
+
+The state that a layer attends with is ``z = basis @ z'`` and ``k = unit k'``, where z' and k' are trained, from zero,
+and basis and unit are measured once and then fixed.  They cost nothing and vanish in the saved file, which holds z and
+k; they are there because the published coordinates (both 1) are badly scaled for training in two ways that the
+empirical neural tangent kernel shows:
+
+1.  features of ``elu1`` are nearly constant over the queries of a real model (their second moments have a condition
+    number above 1e3), so almost all of the gradient points one way;
+2.  with ``mass="absolute"`` the prefix enters with the factor ``e^{-lse}``, many orders apart between heads.
+
+``whiten`` takes ``basis = rms(o) E[phi phi^T]^{-1/2}``: in it features have second moment 1 and a unit step of z'
+changes the head's output by its own size.  ``mass="relative"`` weighs the prefix against each query's own mass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ntk_prefix.attention import LowRank, ntk_attention, softmax_attention
+from ntk_prefix.feature_maps import FeatureMap, feature_map
+from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Calibration, Host, NonNegativeParam, stacked
+from ntk_prefix.peft.methods.prefix_tuning import host_core
+from ntk_prefix.peft.record import LayerRecord
+from ntk_prefix.prefix_state import PrefixState
+from ntk_prefix.typing import Array, Bool, Float
+
+__all__ = ["NTKAttentionConfig", "PrefixTuningPlusConfig", "StateCore"]
+
+RIDGE = 1e-3
+"""Added to the features' second moments, relative to their largest eigenvalue: what lies below is not amplified."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NTKAttentionConfig(AdapterConfig):
+    """``T = (A V + phi(q) Z) / (A 1 + phi(q) k)`` with Z and k trained: ``N (R H + R)`` weights a layer.
+
+    Args:
+        target: which attention layers.
+        feature_map: name of the map, see :func:`ntk_prefix.feature_map`.
+        feature_map_options: its options, as pairs, such as ``(("degree", 2),)``.
+        rank: of Z, ``rank (R + H) + R`` weights a head; None is full.
+        mass: "absolute", the published form, or "relative", see :func:`ntk_prefix.ntk_attention`.
+        whiten: train in coordinates in which features are white and the output's unit is the head's own; needs a
+            calibration batch.
+        train_k: False leaves the denominator alone, k = 0.
+        init: "zero" is the frozen model; "from_prefix" the state fitted to a prefix, the first sequence of the
+            calibration batch, on the queries of the others (mass "absolute" only).
+
+    Source: arXiv 2406.14036 for the published form; the coordinates and the relative mass are ours.
+    """
+
+    method: ClassVar[str] = "ntk_attention"
+    target: str = r"\.attention$"
+    feature_map: str = "elu1"
+    feature_map_options: tuple[tuple[str, float], ...] = ()
+    rank: int | None = None
+    mass: Literal["absolute", "relative"] = "absolute"
+    whiten: bool = False
+    train_k: bool = True
+    init: Literal["zero", "from_prefix"] = "zero"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that mean nothing together."""
+        super().__post_init__()
+        phi = self.phi
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"expected rank >= 1 or None, got {self.rank}")
+        if self.train_k and not phi.positive:
+            raise ValueError(f"expected a positive feature map with train_k=True, got {phi}: set train_k=False")
+        if self.init == "from_prefix" and (self.mass != "absolute" or self.whiten or self.rank is not None):
+            raise ValueError(
+                'expected mass="absolute", whiten=False and rank=None with init="from_prefix": '
+                "a prefix of real tokens has an absolute mass and a full Z"
+            )
+
+    @property
+    def phi(self) -> FeatureMap:
+        """The feature map itself."""
+        return feature_map(self.feature_map, **dict(self.feature_map_options))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether :func:`ntk_prefix.peft.apply` wants a calibration batch."""
+        return self.whiten or self.init == "from_prefix"
+
+    def hosts(self, module: nnx.Module) -> bool:
+        """Attention layers."""
+        return isinstance(module, AttentionLayer)
+
+    def inject(
+        self, module: nnx.Module, name: str, rngs: nnx.Rngs, layer_record: LayerRecord | None = None
+    ) -> nnx.Module:
+        """Replace the layer's core, or add to the one that is there."""
+        assert isinstance(module, AttentionLayer)
+        host_core(module, StateCore).add(
+            name, State(module.num_heads, module.head_dim, self, rngs=rngs, layer_record=layer_record)
+        )
+        return module
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixTuningPlusConfig(NTKAttentionConfig):
+    """``o + phi(q) M``: Prefix-Tuning+, ``N R H`` weights a layer; NTK-Attention of relative mass without k.
+
+    Source: arXiv 2506.13674 (code).
+    """
+
+    method: ClassVar[str] = "prefix_tuning_plus"
+    feature_map: str = "elu"
+    mass: Literal["absolute", "relative"] = "relative"
+    train_k: bool = False
+
+
+class State(nnx.Module):
+    """The trained z', k' of one layer and the fixed coordinates they are given in."""
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        config: NTKAttentionConfig,
+        *,
+        rngs: nnx.Rngs,
+        layer_record: LayerRecord | None = None,
+    ):
+        self.phi, self.mass = config.phi, config.mass
+        features = self.phi.dim(head_dim)
+        z, k = jnp.zeros((heads, features, head_dim)), jnp.zeros((heads, features))
+        if config.needs_calibration and layer_record is None:
+            raise ValueError(
+                "expected a calibration batch for whiten=True or init='from_prefix': give apply(..., calibration=...)"
+            )
+        basis: Any = None
+        unit: Any = None
+        if layer_record is not None and config.whiten:
+            basis, unit = map(Calibration, _coordinates(layer_record, self.phi, config.mass))
+        self.basis, self.unit = basis, unit
+        if layer_record is not None and config.init == "from_prefix":
+            z, k = _state_of_first_sequence(layer_record, self.phi)
+        self.k = NonNegativeParam(k) if config.train_k else None
+        if config.rank is None:
+            self.z = AdapterParam(z)
+        else:
+            # one factor random, the other zero: Z starts at 0 and has a gradient
+            shape = (heads, features, config.rank)
+            left = jax.random.normal(rngs.params(), shape) / np.sqrt(features)
+            self.z_left = AdapterParam(left)
+            self.z_right = AdapterParam(jnp.zeros((heads, config.rank, head_dim)))
+
+    def state(self) -> tuple[Array | LowRank, Array]:
+        """Return z [N, R, H] (or a low-rank pair) and k [N, R], as attention takes them."""
+        z = LowRank(self.z_left[...], self.z_right[...]) if hasattr(self, "z_left") else self.z[...]
+        heads, features = (z.left if isinstance(z, LowRank) else z).shape[:2]
+        k = jnp.zeros((heads, features)) if self.k is None else self.k[...]
+        if self.basis is None:
+            return z, k
+        if isinstance(z, LowRank):
+            return LowRank(self.basis[...] @ z.left, z.right), k * self.unit[...][:, None]
+        return self.basis[...] @ z, k * self.unit[...][:, None]
+
+
+class StateCore(Host, AttentionCore):
+    """NTK-Attention with the active adapter's state; also Prefix-Tuning+."""
+
+    def __call__(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        *,
+        mask: Bool[Array, "#B #N #T #S"] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Array, "B T N H"]:
+        """Return :func:`~ntk_prefix.attention.ntk_attention`."""
+        if self.rows is not None:
+            return self._mixed(query, key, value, mask, is_causal)
+        state = self.current()
+        if state is None:
+            return softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
+        z, k = state.state()
+        return ntk_attention(
+            query, key, value, z, k, feature_map=state.phi, mask=mask, is_causal=is_causal, mass=state.mass
+        )
+
+    def _mixed(self, query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool) -> Array:
+        """A state for each row; a row of -1 has the zero state, which is no prefix."""
+        assert self.rows is not None
+        rows = self.rows
+        hosted: list[Any] = [self.adapters[name] for name in self.names]
+        kinds = {(state.phi, state.mass) for state in hosted}
+        if len(kinds) > 1:
+            raise ValueError(f"expected one feature map and one mass in a mixed batch, got {kinds}: train them alike")
+        z, k = (stacked(list(part), rows) for part in zip(*(state.state() for state in hosted), strict=True))
+
+        def one(query: Array, key: Array, value: Array, mask: Array | None, z: Any, k: Array) -> Array:
+            return ntk_attention(
+                query[None],
+                key[None],
+                value[None],
+                z,
+                k,
+                feature_map=hosted[0].phi,
+                mask=None if mask is None else mask[None],
+                is_causal=is_causal,
+                mass=hosted[0].mass,
+            )[0]
+
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
+        return jax.vmap(one)(query, key, value, mask, z, k)
+
+
+def _coordinates(seen: LayerRecord, phi: FeatureMap, mass: str) -> tuple[Float[Array, "N R R"], Float[Array, "N"]]:
+    """Return ``basis = rms(o) E[phi phi^T]^{-1/2}`` and ``unit = 1 / E[phi . 1]``, both times the head's mass.
+
+    The mass of a head is 1 if it is relative, else the median of ``e^{lse}`` over its tokens.
+    """
+    scaled = seen.query.astype(jnp.float32) * seen.query.shape[-1] ** -0.25
+    tokens = np.asarray(seen.seen)
+    features = np.asarray(phi(scaled), np.float64)[tokens]  # [tokens, N, R]
+    moments = np.einsum("qnr,qns->nrs", features, features) / len(features)
+    eigenvalues, vectors = np.linalg.eigh(moments)
+    inverse_root = 1 / np.sqrt(eigenvalues + RIDGE * eigenvalues[:, -1:])
+    size = np.sqrt(np.mean(np.asarray(seen.output, np.float64)[tokens] ** 2, axis=(0, 2)))  # [N]
+    own = np.ones_like(size) if mass == "relative" else np.exp(np.median(np.asarray(seen.log_mass())[tokens], axis=0))
+    basis = (size * own)[:, None, None] * np.einsum("nrs,ns,nts->nrt", vectors, inverse_root, vectors)
+    unit = own / np.abs(features.sum(axis=2)).mean(axis=0)
+    return jnp.asarray(basis, jnp.float32), jnp.asarray(unit, jnp.float32)
+
+
+def _state_of_first_sequence(seen: LayerRecord, phi: FeatureMap) -> tuple[Array, Array]:
+    """Return the state fitted to the batch's first sequence as a prefix, on the others' queries and keys."""
+    real = np.asarray(seen.seen[0])
+    others = [x[1:] for x in (seen.query, seen.key, seen.value)]
+    state = PrefixState.fit(
+        others[0], seen.key[0][real], seen.value[0][real], *others[1:], feature_map=phi, mask=seen.mask[1:]
+    )
+    assert not isinstance(state.z, LowRank)
+    return state.z, jnp.maximum(state.k, 0)

@@ -1,0 +1,89 @@
+"""What a frozen model's attention layers see on real inputs: for calibration, and for prefixes made of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.typing import Array, Bool, Float
+
+__all__ = ["LayerRecord", "record"]
+
+
+class LayerRecord(NamedTuple):
+    """The inputs and the output of one attention core on one batch."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    mask: Bool[Array, "B N T S"]
+    output: Float[Array, "B T N H"]
+
+    @property
+    def seen(self) -> Bool[Array, "B T"]:
+        """Tokens that other tokens may see: all but the padding."""
+        return self.mask.any(axis=(1, 2))
+
+    def log_mass(self) -> Float[Array, "B T N"]:
+        """Return ``lse``: the log of what the layer's own keys add up to, ``log sum_s exp(q . k_s / sqrt(H))``."""
+        groups = self.query.shape[2] // self.key.shape[2]
+        scores = jnp.einsum("btnh,bsnh->bnts", self.query, jnp.repeat(self.key, groups, axis=2))
+        scores = jnp.where(self.mask, scores / jnp.sqrt(self.query.shape[-1]), -jnp.inf)
+        return jax.nn.logsumexp(scores, axis=-1).transpose(0, 2, 1)
+
+
+class _Recorder(AttentionCore):
+    """Stands in the place of a core, and remembers."""
+
+    def __init__(self, core: AttentionCore, path: str, records: dict[str, LayerRecord]):
+        self.core, self.path = core, path
+        self.remember = lambda seen: records.__setitem__(path, seen)
+
+    def __call__(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        *,
+        mask: Bool[Array, "#B #N #T #S"] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Array, "B T N H"]:
+        output = self.core(query, key, value, mask=mask, is_causal=is_causal)
+        shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+        whole = jnp.broadcast_to(True if mask is None else mask, shape)
+        if is_causal:
+            whole = whole & jnp.tri(*shape[2:], dtype=bool)
+        self.remember(LayerRecord(query, key, value, whole, output))
+        return output
+
+
+def record(model: Any, inputs: Mapping[str, Any]) -> dict[str, LayerRecord]:
+    """Run the model once and return what each attention layer saw, by the layer's dotted path.
+
+    Args:
+        model: any backbone or classifier of :mod:`ntk_prefix.models`; it is left as it was.
+        inputs: its keyword arguments, a small batch of real inputs.
+
+    Raises:
+        ValueError: there is no attention layer, or the model recomputes its layers (``remat``).
+    """
+    layers = {
+        ".".join(map(str, path)): layer for path, layer in nnx.iter_modules(model) if isinstance(layer, AttentionLayer)
+    }
+    if not layers:
+        raise ValueError(f"expected a model with attention layers, got {type(model).__name__} without any")
+    records: dict[str, LayerRecord] = {}
+    cores = {path: layer.core for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            layer.core = _Recorder(cores[path], path, records)
+        model(**inputs)
+    finally:
+        for path, layer in layers.items():
+            layer.core = cores[path]
+    return records
