@@ -20,6 +20,7 @@ from ntk_prefix.typing import Array, Int
 
 __all__ = [
     "activate",
+    "active_adapter",
     "apply",
     "configs",
     "delete_adapter",
@@ -92,6 +93,12 @@ def configs(model: Any) -> dict[str, tuple[AdapterConfig, ...]]:
     return dict(getattr(model, "adapter_configs", ()))
 
 
+def active_adapter(model: Any) -> str | None:
+    """Return the name of the active adapter, None if there is none."""
+    in_place = [name for name, chosen in configs(model).items() if any(each.in_place for each in chosen)]
+    return next((host.active for host in _hosts(model)), in_place[0] if in_place else None)
+
+
 def activate(model: Any, name: str | None) -> None:
     """Make one adapter the active and trained one; None switches all of them off and trains nothing.
 
@@ -121,12 +128,12 @@ def disable_adapter(model: Any) -> Iterator[None]:
     Raises:
         ValueError: as :func:`activate`.
     """
-    active = {host.active for host in _hosts(model)}
+    active = active_adapter(model)
     activate(model, None)
     try:
         yield
     finally:
-        activate(model, active.pop() if active else None)
+        activate(model, active)
 
 
 @contextlib.contextmanager
@@ -147,7 +154,7 @@ def mixed(model: Any, rows: Int[Array, "B"], names: Sequence[str]) -> Iterator[N
         raise ValueError("expected adapters that leave positions alone in a mixed batch, got shift_positions=True")
     hosts = _hosts(model)
     before = [host.names for host in hosts]
-    active = next((host.active for host in hosts), None)
+    active = active_adapter(model)
     if missing := [name for host in hosts for name in names if name not in host.adapters]:
         raise ValueError(f"expected adapters on the same modules in a mixed batch, got {set(missing)} on some only")
     try:
@@ -191,8 +198,8 @@ def merge(model: Any) -> Any:
         )
     for path, module in list(nnx.iter_modules(model)):
         if isinstance(module, Host):
-            merged = hasattr(module, "merge") and module.current() is not None
-            _replace(model, _dotted(path), module.merge() if merged else _bare(module))  # type: ignore[operator]
+            merged = getattr(module, "merge", None)
+            _replace(model, dotted(path), merged() if merged and module.current() is not None else _bare(module))
         else:
             for attribute, variable in list(vars(module).items()):
                 # what an in-place method trained is from here on a weight like any other
@@ -254,18 +261,18 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
     candidates = []
     inside: list[str] = []
     for path, module in sorted(nnx.iter_modules(model), key=lambda item: len(item[0])):
-        dotted = _dotted(path)
-        if any(dotted.startswith(host + ".") for host in inside):
+        place = dotted(path)
+        if any(place.startswith(host + ".") for host in inside):
             continue
         if isinstance(module, Host):
-            inside.append(dotted)
+            inside.append(place)
         if config.hosts(module):
-            candidates.append((dotted, module))
-    found = [dotted for dotted, module in candidates if config.selects(dotted, module)]
+            candidates.append((place, module))
+    found = [place for place, module in candidates if config.selects(place, module)]
     if not found:
         raise ValueError(
             f"expected a target that matches modules, got {config.target!r} ({config.method}), which matches none of "
-            f"{[dotted for dotted, _ in candidates][:8]} ..."
+            f"{[place for place, _ in candidates][:8]} ..."
         )
     return found
 
@@ -285,7 +292,8 @@ def _replace(model: Any, path: str, module: nnx.Module) -> None:
         setattr(module_at(model, parent), last, module)
 
 
-def _dotted(path: Sequence[Any]) -> str:
+def dotted(path: Sequence[Any]) -> str:
+    """Return a module's path as it is written: ``layers.0.attention``."""
     return ".".join(map(str, path))
 
 
@@ -301,7 +309,7 @@ def _remove(model: Any, name: str) -> None:
             if name in module.adapters:
                 module.remove(name)
             if not module.adapters:
-                _replace(model, _dotted(path), _bare(module))
+                _replace(model, dotted(path), _bare(module))
 
 
 def _hosts(model: Any) -> list[Host]:
