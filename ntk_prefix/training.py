@@ -119,10 +119,8 @@ class Trainer:
         Raises:
           ValueError: the number of rows does not divide by the number of devices.
         """
-        if self.mesh is not None:
-            shares = len(self.mesh.local_devices)
-        else:
-            shares = len(self._devices) if self.parallel == "pmap" else 1
+        devices = self.mesh.local_devices if self.mesh is not None else self._devices
+        shares = 1 if self.parallel == "jit" and self.mesh is None else len(devices)
         rows = len(jax.tree.leaves(batch)[0])
         if rows % shares:
             raise ValueError(
