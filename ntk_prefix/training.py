@@ -103,15 +103,24 @@ class Trainer:
                 f"wrt: expected a filter that selects something to train, got {self.wrt!r}, which matches nothing."
             )
         # copies: the model keeps its own arrays when the state's are donated
-        state = jax.tree.map(
-            jnp.copy, TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained))
+        return self.lay_out(
+            jax.tree.map(jnp.copy, TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained)))
         )
+
+    def lay_out(self, tree: Any) -> Any:
+        """Put a state, or a part of one, where the step wants it: once a device, or over the mesh."""
         if self.parallel == "pmap":
             devices = self._devices
-            return jax.tree.map(lambda leaf: _replicate(leaf, devices), state)
+            return jax.tree.map(lambda leaf: _replicate(leaf, devices), tree)
         if self.mesh is not None:
-            return jax.tree.map(lambda leaf: jax.device_put(leaf, self._weight_sharding(leaf)), state)
-        return state
+            return jax.tree.map(lambda leaf: jax.device_put(leaf, self._weight_sharding(leaf)), tree)
+        return tree
+
+    def single(self, tree: Any) -> Any:
+        """The opposite of :meth:`lay_out` for replicas: one of them; arrays over a mesh stay where they are."""
+        if self.parallel == "pmap":
+            return jax.tree.map(lambda leaf: leaf.addressable_data(0)[0], tree)
+        return tree
 
     def place(self, batch: Batch) -> Batch:
         """Lay a batch out over the devices, rows divided among them; each process gives its own rows.
@@ -192,9 +201,7 @@ class Trainer:
     def model(self, model: nnx.Module, state: TrainState) -> nnx.Module:
         """The model with the state's weights: a new module; the one given tells the structure."""
         graph = nnx.split(model, self.wrt, ...)[0]
-        if self.parallel == "pmap":
-            state = jax.tree.map(lambda leaf: leaf[0], state)
-        return nnx.merge(graph, state.trained, state.frozen)
+        return nnx.merge(graph, *self.single((state.trained, state.frozen)))
 
     def _weight_sharding(self, leaf: Array) -> NamedSharding:
         """Where a weight lies on the mesh: its longest axis that divides is shared over "fsdp", if there is one."""
