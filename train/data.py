@@ -132,7 +132,9 @@ def train_batches(
     lengths = _lengths(split, buckets)
     # grain shuffles epoch e with seed + e: neighbouring seeds would share epochs
     (order_seed,) = np.random.SeedSequence(seed).generate_state(1)
-    order = grain.MapDataset.range(split.rows).shuffle(seed=int(order_seed)).repeat().batch(batch_size)
+    # as good as endless: grain's own endless repeat overflows with one row a batch
+    rows = grain.MapDataset.range(split.rows).shuffle(seed=int(order_seed)).repeat((1 << 53) // split.rows)
+    order = rows.batch(batch_size)
     weight = np.ones(batch_size, np.float32)
 
     def collate(rows: np.ndarray) -> Batch:
