@@ -1,1 +1,41 @@
-"""Pretrained backbones in Flax NNX."""
+"""Pretrained backbones in Flax NNX: BERT, vision transformers, Llama, loaded from Hugging Face folders, GGUF and ONNX.
+
+>>> model = models.from_pretrained("all-MiniLM-L6-v2")                          # a Hugging Face folder
+>>> model(input_ids, attention_mask).last_hidden_state                          # [B, T, D]
+>>> model = models.from_pretrained("SmolLM2-135M-Instruct.Q4_1.gguf", "causal-lm")
+>>> models.generate(model, input_ids, attention_mask, max_new_tokens=32, eos_token_id=2)
+
+Why these are our own: every attention layer needs one exchangeable core (:mod:`.attention`), under one name in text,
+images and language models, and no kept JAX library offers that. transformers has dropped Flax; jax-ml/bonsai is a
+collection of examples to copy (no BERT, nothing on the package index); jax-image-models has ViT only, around
+flax's own attention; EasyDeL and MaxText are whole training stacks around attention of theirs.
+"""
+
+from ntk_prefix.models.attention import AttentionCore, AttentionLayer, KeyValueCache, Rotary
+from ntk_prefix.models.backbone import Backbone, Classifier, Output
+from ntk_prefix.models.bert import Bert, BertConfig
+from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer
+from ntk_prefix.models.llama import Llama, LlamaConfig, generate
+from ntk_prefix.models.loading import from_pretrained, module_names
+from ntk_prefix.models.vit import Vit, VitConfig
+
+__all__ = [
+    "AttentionCore",
+    "AttentionLayer",
+    "Backbone",
+    "Bert",
+    "BertConfig",
+    "Classifier",
+    "KeyValueCache",
+    "Llama",
+    "LlamaConfig",
+    "Output",
+    "Rotary",
+    "Vit",
+    "VitConfig",
+    "from_pretrained",
+    "generate",
+    "gguf_chat_template",
+    "gguf_tokenizer",
+    "module_names",
+]

@@ -6,8 +6,10 @@
 """
 
 from ntk_prefix.peft.base import AdapterConfig, AdapterParam, NonNegativeParam
+from ntk_prefix.peft.files import load_adapter, save_pretrained
 from ntk_prefix.peft.inject import (
     activate,
+    active_adapter,
     apply,
     configs,
     delete_adapter,
@@ -37,14 +39,17 @@ __all__ = [
     "PrefixTuningConfig",
     "PrefixTuningPlusConfig",
     "activate",
+    "active_adapter",
     "apply",
     "configs",
     "delete_adapter",
     "disable_adapter",
+    "load_adapter",
     "merge",
     "mixed",
     "non_negative",
     "print_trainable_parameters",
     "record",
+    "save_pretrained",
     "trainable_parameters",
 ]

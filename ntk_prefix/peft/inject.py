@@ -10,7 +10,7 @@ import jax
 import optax
 from flax import nnx
 
-from ntk_prefix.models.attention import AttentionLayer
+from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Calibration, Host, NonNegativeParam, RestingParam
 from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig
 from ntk_prefix.peft.methods.prefix_tuning import PrefixTuningConfig
@@ -20,6 +20,7 @@ from ntk_prefix.typing import Array, Int
 
 __all__ = [
     "activate",
+    "active_adapter",
     "apply",
     "configs",
     "delete_adapter",
@@ -63,21 +64,25 @@ def apply(
     chosen = [config] if isinstance(config, AdapterConfig) else list(config)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     _check(model, chosen, name)
-    plan = [(each, _targets(model, each)) for each in chosen]
+    plan = [(each, targets(model, each)) for each in chosen]
     if hasattr(model, "head") and any(each.train_head for each in chosen):
-        head = HeadConfig()
-        plan.append((head, _targets(model, head)))
+        plan = [(each, [path for path in paths if path != "head"]) for each, paths in plan]
+        plan.append((HeadConfig(), ["head"]))
     wanted = [each for each in chosen if isinstance(each, NTKAttentionConfig) and each.needs_calibration]
     records = record(model, calibration) if wanted and calibration is not None else {}
-    for each, targets in plan:
-        for path in targets:
-            module = _module(model, path)
-            if isinstance(each, NTKAttentionConfig):
-                changed = each.inject(module, name, rngs, records.get(path))
-            else:
-                changed = each.inject(module, name, rngs)
-            if changed is not module:
-                _replace(model, path, changed)
+    try:
+        for each, paths in plan:
+            for path in paths:
+                module = module_at(model, path)
+                if isinstance(each, NTKAttentionConfig):
+                    changed = each.inject(module, name, rngs, records.get(path))
+                else:
+                    changed = each.inject(module, name, rngs)
+                if changed is not module:
+                    _replace(model, path, changed)
+    except ValueError:
+        _remove(model, name)
+        raise
     model.adapter_configs = (*configs(model).items(), (name, tuple(chosen)))
     activate(model, name)
     return model
@@ -86,6 +91,12 @@ def apply(
 def configs(model: Any) -> dict[str, tuple[AdapterConfig, ...]]:
     """Return the configurations of the adapters on a model, by name."""
     return dict(getattr(model, "adapter_configs", ()))
+
+
+def active_adapter(model: Any) -> str | None:
+    """Return the name of the active adapter, None if there is none."""
+    in_place = [name for name, chosen in configs(model).items() if any(each.in_place for each in chosen)]
+    return next((host.active for host in _hosts(model)), in_place[0] if in_place else None)
 
 
 def activate(model: Any, name: str | None) -> None:
@@ -117,12 +128,12 @@ def disable_adapter(model: Any) -> Iterator[None]:
     Raises:
         ValueError: as :func:`activate`.
     """
-    active = {host.active for host in _hosts(model)}
+    active = active_adapter(model)
     activate(model, None)
     try:
         yield
     finally:
-        activate(model, active.pop() if active else None)
+        activate(model, active)
 
 
 @contextlib.contextmanager
@@ -137,27 +148,36 @@ def mixed(model: Any, rows: Int[Array, "B"], names: Sequence[str]) -> Iterator[N
     known = configs(model)
     if unknown := set(names) - set(known):
         raise ValueError(f"expected adapters among {sorted(known)}, got {sorted(unknown)}")
+    if any(c.in_place for name in names for c in known[name]):
+        raise ValueError(f"expected adapters beside frozen weights in a mixed batch, got {sorted(names)}")
     if any(isinstance(c, PrefixTuningConfig) and c.shift_positions for name in names for c in known[name]):
         raise ValueError("expected adapters that leave positions alone in a mixed batch, got shift_positions=True")
     hosts = _hosts(model)
     before = [host.names for host in hosts]
+    active = active_adapter(model)
     if missing := [name for host in hosts for name in names if name not in host.adapters]:
         raise ValueError(f"expected adapters on the same modules in a mixed batch, got {set(missing)} on some only")
     try:
+        _shift_positions(model, ())
         for host in hosts:
             host.names, host.rows = tuple(names), rows
         yield
     finally:
         for host, all_names in zip(hosts, before, strict=True):
             host.names, host.rows = all_names, None
+        _shift_positions(model, known.get(active, ()) if active is not None else ())
 
 
 def delete_adapter(model: Any, name: str) -> None:
-    """Take an adapter off the model; if it was the active one, none is active afterwards."""
+    """Take an adapter off the model; none is active afterwards.
+
+    Raises:
+        ValueError: as :func:`activate`.
+    """
+    if name not in configs(model):
+        raise ValueError(f"expected an adapter among {sorted(configs(model))}, got {name!r}")
     activate(model, None)
-    for host in _hosts(model):
-        if name in host.adapters:
-            host.remove(name)
+    _remove(model, name)
     model.adapter_configs = tuple(pair for pair in configs(model).items() if pair[0] != name)
 
 
@@ -176,9 +196,15 @@ def merge(model: Any) -> Any:
             "nonlinear function of the query with a denominator shared with attention, so no matrix of the model "
             "computes it; keep the adapter beside the model"
         )
-    for path, host in list(nnx.iter_modules(model)):
-        if isinstance(host, Host) and hasattr(host, "merge"):
-            _replace(model, ".".join(map(str, path)), host.merge())
+    for path, module in list(nnx.iter_modules(model)):
+        if isinstance(module, Host):
+            merged = getattr(module, "merge", None)
+            _replace(model, dotted(path), merged() if merged and module.current() is not None else _bare(module))
+        else:
+            for attribute, variable in list(vars(module).items()):
+                # what an in-place method trained is from here on a weight like any other
+                if type(variable) is AdapterParam:
+                    setattr(module, attribute, nnx.Param(variable[...]))
     model.adapter_configs = ()
     return model
 
@@ -230,28 +256,29 @@ def _check(model: Any, chosen: list[AdapterConfig], name: str) -> None:
         )
 
 
-def _targets(model: Any, config: AdapterConfig) -> list[str]:
+def targets(model: Any, config: AdapterConfig) -> list[str]:
     """Return the dotted paths of the modules that a configuration selects; those inside a host are not looked at."""
     candidates = []
     inside: list[str] = []
     for path, module in sorted(nnx.iter_modules(model), key=lambda item: len(item[0])):
-        dotted = ".".join(map(str, path))
-        if any(dotted.startswith(host + ".") for host in inside):
+        place = dotted(path)
+        if any(place.startswith(host + ".") for host in inside):
             continue
         if isinstance(module, Host):
-            inside.append(dotted)
+            inside.append(place)
         if config.hosts(module):
-            candidates.append((dotted, module))
-    found = [dotted for dotted, module in candidates if config.selects(dotted, module)]
+            candidates.append((place, module))
+    found = [place for place, module in candidates if config.selects(place, module)]
     if not found:
         raise ValueError(
             f"expected a target that matches modules, got {config.target!r} ({config.method}), which matches none of "
-            f"{[dotted for dotted, _ in candidates][:8]} ..."
+            f"{[place for place, _ in candidates][:8]} ..."
         )
     return found
 
 
-def _module(model: Any, path: str) -> Any:
+def module_at(model: Any, path: str) -> Any:
+    """Return the module at a dotted path."""
     for key in filter(None, path.split(".")):
         model = model[int(key)] if key.isdigit() else getattr(model, key)
     return model
@@ -259,7 +286,30 @@ def _module(model: Any, path: str) -> Any:
 
 def _replace(model: Any, path: str, module: nnx.Module) -> None:
     parent, _, last = path.rpartition(".")
-    setattr(_module(model, parent), last, module)
+    if last.isdigit():
+        module_at(model, parent)[int(last)] = module
+    else:
+        setattr(module_at(model, parent), last, module)
+
+
+def dotted(path: Sequence[Any]) -> str:
+    """Return a module's path as it is written: ``layers.0.attention``."""
+    return ".".join(map(str, path))
+
+
+def _bare(host: Host) -> Any:
+    """Return what stood in a host's place: the linear map it wraps, or a plain core."""
+    return host.base if hasattr(host, "base") else AttentionCore()
+
+
+def _remove(model: Any, name: str) -> None:
+    """Forget an adapter; hosts without any are no longer needed, and would be in the way of another method's."""
+    for path, module in list(nnx.iter_modules(model)):
+        if isinstance(module, Host):
+            if name in module.adapters:
+                module.remove(name)
+            if not module.adapters:
+                _replace(model, dotted(path), _bare(module))
 
 
 def _hosts(model: Any) -> list[Host]:

@@ -1,5 +1,7 @@
 """A small transformer with the house's attention layer: enough for everything that adapters touch."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -18,7 +20,18 @@ class Block(nnx.Module):
 
 
 class Tiny(nnx.Module):
-    """x [B, T, D], attention_mask [B, T] -> logits [B, 3]."""
+    """x [B, T, D], attention_mask [B, T] -> logits [B, 3]; in a Hugging Face checkpoint it would be called like BERT."""
+
+    hugging_face_names: ClassVar[dict[str, str]] = {
+        "layers.{i}.attention.query": "encoder.layer.{i}.attention.self.query",
+        "layers.{i}.attention.key": "encoder.layer.{i}.attention.self.key",
+        "layers.{i}.attention.value": "encoder.layer.{i}.attention.self.value",
+        "layers.{i}.attention.out": "encoder.layer.{i}.attention.output.dense",
+        "layers.{i}.norm": "encoder.layer.{i}.attention.output.LayerNorm",
+    }
+    hugging_face_prefix: ClassVar[str] = "tiny."
+    hugging_face_ignored: ClassVar[str] = r"pooler\."
+    hugging_face_head: ClassVar[str] = "classifier"
 
     def __init__(self, seed: int = 0, head: bool = True):
         rngs = nnx.Rngs(seed)
@@ -29,6 +42,8 @@ class Tiny(nnx.Module):
 
     def __call__(self, x, attention_mask=None):
         mask = None if attention_mask is None else attention_mask[:, None, None, :].astype(bool)
+        # positions do enter, so that a shift of them shows
+        x = x + jnp.sin(jnp.arange(x.shape[1], dtype=x.dtype) + self.position_offset)[None, :, None]
         for layer in self.layers:
             x = layer(x, mask)
         pooled = jnp.mean(x, axis=1)

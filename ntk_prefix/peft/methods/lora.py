@@ -42,10 +42,14 @@ class LoraConfig(AdapterConfig):
             raise ValueError(f"expected r >= 1, got {self.r}")
 
     @property
+    def numerator(self) -> float:
+        """``alpha``, or what stands for it."""
+        return self.r if self.alpha is None else self.alpha
+
+    @property
     def scale(self) -> float:
         """What ``A B`` is multiplied by."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return self.numerator / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def hosts(self, module: nnx.Module) -> bool:
         """Linear maps, also those that host other LoRA adapters."""

@@ -105,4 +105,12 @@ class HeadHost(Host):
             return jnp.where(frozen, self.base(x), output)
         if head is None:
             return self.base(x)
-        return x @ head.kernel[...].astype(x.dtype) + head.bias[...].astype(x.dtype)
+        output = x @ head.kernel[...].astype(x.dtype)
+        return output + head.bias[...].astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
+
+    def merge(self) -> nnx.Linear:
+        """Return a linear map with the active copy's weights."""
+        head = self.current()
+        self.base.kernel[...] = head.kernel[...]
+        self.base.bias = nnx.Param(head.bias[...])
+        return self.base

@@ -1,0 +1,318 @@
+"""What the backbones share: their layers, how a stack of layers runs, what a call returns, and the classifier on top.
+
+Attribute names are the same in every backbone, so that one regular expression selects the same thing in all::
+
+    embeddings...   layers.<i>.attention.{query,key,value,out}   layers.<i>.mlp.{up,down[,gate]}   final_norm
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
+from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.typing import Array, Bool, Float, Int
+
+__all__ = ["Backbone", "BackboneConfig", "Classifier", "Mlp", "Output", "Pooling", "TransformerLayer"]
+
+Pooling = Literal["mean", "cls", "last"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+"""By Hugging Face name."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a model returns; a pytree.
+
+    Args:
+        last_hidden_state: [B, T, D] in the computation's dtype, after the final norm.
+        logits: [B, T, V] of a causal language model, [B, labels] of a classifier; None of a bare backbone.
+        cache: one :class:`KeyValueCache` a layer, if one was handed in; else None.
+    """
+
+    # not annotated with shapes: JAX also rebuilds a pytree around things that are not arrays
+    last_hidden_state: Any
+    logits: Any = None
+    cache: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """What every backbone is told; the names are those of Hugging Face's config.json.
+
+    Raises:
+        ValueError: heads that do not divide the features, or an unknown activation.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act: expected one of {sorted(ACTIVATIONS)}, got {self.hidden_act!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, "
+                f"got {self.num_attention_heads}"
+            )
+
+    @classmethod
+    def from_hugging_face(cls, config: Mapping[str, Any]) -> Self:
+        """Take what is known here from a config.json.
+
+        Raises:
+            ValueError: a value is missing, or asks for an architecture that is not built here.
+        """
+        fields = dataclasses.fields(cls)
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and config.get(f.name) is None]
+        if missing:
+            raise ValueError(f"config.json: expected {missing} for a {cls.__name__}, got {sorted(config)}")
+        return cls(**{f.name: config[f.name] for f in fields if config.get(f.name) is not None})
+
+
+def layer_norm(features: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> Callable[[], nnx.Module]:
+    """Return what makes a LayerNorm: statistics, scale and bias in float32, the result in ``dtype``."""
+    norm = functools.partial(nnx.LayerNorm, features, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    return functools.partial(norm, promote_dtype=keep_dtypes, use_fast_variance=False)
+
+
+def keep_dtypes(arrays: Any, **_: Any) -> Any:
+    """Leave a norm's scale and bias in float32 beside narrower inputs; flax would round them first."""
+    return arrays
+
+
+class Mlp(nnx.Module):
+    """``down(act(up(x)))``, or gated, ``down(act(gate(x)) * up(x))``.
+
+    Args:
+        config: the backbone's.
+        gated: with a third map.
+        use_bias: of all maps.
+        dtype: of the computation.
+        rngs: for weights that a checkpoint will replace.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        *,
+        gated: bool = False,
+        use_bias: bool = True,
+        dtype: DTypeLike | None,
+        rngs: nnx.Rngs,
+    ):
+        linear = functools.partial(nnx.Linear, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.hidden_act = config.hidden_act
+        self.up = linear(config.hidden_size, config.intermediate_size)
+        self.gate = linear(config.hidden_size, config.intermediate_size) if gated else None
+        self.down = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return the layer's update."""
+        activation = ACTIVATIONS[self.hidden_act]
+        if self.gate is None:
+            return self.down(activation(self.up(x)))
+        return self.down(activation(self.gate(x)) * self.up(x))
+
+
+class TransformerLayer(nnx.Module):
+    """Attention and an MLP, each with a residual connection and a norm.
+
+    Before (``post_norm=False``) ``x + scale * f(norm(x))``; after ``norm(x + f(x))``, as in BERT.
+
+    Args:
+        attention, mlp: the two maps.
+        norm: makes a norm of [B, T, D].
+        post_norm: where the norm stands.
+        layer_scale: multiply the updates by learned vectors [D] (DINOv2).
+    """
+
+    def __init__(
+        self,
+        attention: AttentionLayer,
+        mlp: Mlp,
+        norm: Callable[[], nnx.Module],
+        *,
+        post_norm: bool = False,
+        layer_scale: bool = False,
+    ):
+        self.attention = attention
+        self.attention_norm = norm()
+        self.mlp = mlp
+        self.mlp_norm = norm()
+        self.post_norm = post_norm
+        features = attention.out.out_features
+        self.attention_scale = nnx.Param(jnp.ones(features, jnp.float32)) if layer_scale else None
+        self.mlp_scale = nnx.Param(jnp.ones(features, jnp.float32)) if layer_scale else None
+
+    def __call__(self, x: Float[Array, "B T D"], **options: Any) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
+        """Return the layer's output and its cache; options are those of :class:`AttentionLayer`."""
+        attention_norm, mlp_norm = (cast(Callable[[Array], Array], n) for n in (self.attention_norm, self.mlp_norm))
+        if self.post_norm:
+            update, cache = self.attention(x, **options)
+            x = attention_norm(x + update)
+            return mlp_norm(x + self.mlp(x)), cache
+        update, cache = self.attention(attention_norm(x), **options)
+        x = x + _scaled(update, self.attention_scale)
+        return x + _scaled(self.mlp(mlp_norm(x)), self.mlp_scale), cache
+
+
+def _scaled(update: Float[Array, "B T D"], scale: nnx.Param | None) -> Float[Array, "B T D"]:
+    return update if scale is None else update * scale[...].astype(update.dtype)[None, None]
+
+
+class Backbone(nnx.Module):
+    """A stack of layers.
+
+    Attributes that may be set at any time:
+        remat: recompute each layer in the backward pass instead of keeping its activations; same numbers.
+        position_offset: added to all positions. Hugging Face's prefix tuning numbers the first token M.
+
+    Class attributes:
+        hugging_face_names: our module's path -> the module in a Hugging Face checkpoint; ``{i}`` is the layer. The
+            loader goes by it, and adapter files are written by it.
+        hugging_face_prefix: what a Hugging Face task model puts before these names, or the bare model leaves out.
+        hugging_face_ignored: regular expression of tensors (without that prefix) that have no place here.
+        hugging_face_head: the module of the classifier's linear map, if it is one that :class:`Classifier` has.
+        tasks: what ``from_pretrained(task=...)`` may ask for.
+        pooling: what a classifier pools by unless told otherwise.
+    """
+
+    hugging_face_names: ClassVar[dict[str, str]]
+    hugging_face_prefix: ClassVar[str]
+    hugging_face_ignored: ClassVar[str]
+    hugging_face_head: ClassVar[str | None] = None
+    tasks: ClassVar[tuple[str, ...]]
+    pooling: ClassVar[Pooling]
+
+    layers: nnx.List
+    config: BackboneConfig
+
+    def __init__(self, config: BackboneConfig, *, dtype: DTypeLike | None):
+        self.config = config
+        self.dtype = jnp.dtype(dtype or jnp.float32)
+        self.remat = False
+        self.position_offset = 0
+
+    def run_layers(
+        self, x: Float[Array, "B T D"], cache: tuple[KeyValueCache, ...] | None = None, **options: Any
+    ) -> tuple[Float[Array, "B T D"], tuple[KeyValueCache, ...] | None]:
+        """Send x through all layers; options are those of :class:`AttentionLayer`."""
+        if cache is not None:
+            new_cache = []
+            for layer, layer_cache in zip(self.layers, cache, strict=True):
+                x, written = layer(x, cache=layer_cache, **options)
+                new_cache.append(written)
+            return x, tuple(new_cache)
+
+        def run(layer: TransformerLayer, x: Array) -> Array:
+            return layer(x, **options)[0]
+
+        # nnx's, not jax's: an adapter in the layer may hold state of any type
+        run_layer = nnx.remat(run) if self.remat else run
+        for layer in self.layers:
+            x = run_layer(layer, x)
+        return x, None
+
+    def positions(
+        self, positions: Int[Array, "#B T"], offset: Int[Array, " #B"] | Int[Array, ""] | int
+    ) -> Int[Array, "#B T"]:
+        """Shift positions by the model's offset and by the call's, which may differ from row to row."""
+        return positions + jnp.asarray(self.position_offset + offset, positions.dtype).reshape(-1, 1)
+
+
+class Classifier(nnx.Module):
+    """A linear map on a pooled backbone, for sequences and images alike: logits [B, labels].
+
+    Args:
+        backbone: any of the three.
+        num_labels: >= 1.
+        pooling: "mean" over the tokens that are attended to, "cls" the first token, "last" the last one attended to.
+        rngs: for the head.
+
+    Raises:
+        ValueError: an unknown pooling, or fewer than one label.
+
+    Numerics: pooling and head are in float32 whatever the backbone computes in.
+    """
+
+    def __init__(self, backbone: Backbone, num_labels: int, *, pooling: Pooling = "mean", rngs: nnx.Rngs):
+        if pooling not in ("mean", "cls", "last"):
+            raise ValueError(f'pooling: expected "mean", "cls" or "last", got {pooling!r}')
+        if num_labels < 1:
+            raise ValueError(f"num_labels: expected at least 1, got {num_labels}")
+        self.backbone = backbone
+        self.pooling = pooling
+        # as small as transformers are initialised: the first loss is that of a guess
+        init = nnx.initializers.normal(0.02)
+        self.head = nnx.Linear(backbone.config.hidden_size, num_labels, kernel_init=init, rngs=rngs)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"] | Float[Array, "B height width channels"],
+        attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> Output:
+        """Return hidden states and logits; inputs and options are those of the backbone."""
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+        hidden = cast(Callable[..., Output], self.backbone)(inputs, **options).last_hidden_state
+        return Output(last_hidden_state=hidden, logits=self.head(self._pool(hidden, attention_mask)))
+
+    def _pool(self, hidden: Float[Array, "B T D"], mask: Array | None) -> Float[Array, "B D"]:
+        hidden = hidden.astype(accumulation_dtype(hidden.dtype))
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            if mask is None:
+                return hidden[:, -1]
+            last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1].astype(bool), axis=1)
+            return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        if mask is None:
+            return hidden.mean(axis=1)
+        weights = mask.astype(hidden.dtype)
+        return jnp.einsum("btd,bt->bd", hidden, weights) / jnp.maximum(weights.sum(axis=1), 1)[:, None]
+
+    # what a training loop sets on a model, it may set here
+
+    @property
+    def config(self) -> BackboneConfig:
+        """The backbone's."""
+        return self.backbone.config
+
+    @property
+    def remat(self) -> bool:
+        """The backbone's."""
+        return self.backbone.remat
+
+    @remat.setter
+    def remat(self, value: bool) -> None:
+        self.backbone.remat = value
+
+    @property
+    def position_offset(self) -> int:
+        """The backbone's."""
+        return self.backbone.position_offset
+
+    @position_offset.setter
+    def position_offset(self, value: int) -> None:
+        self.backbone.position_offset = value

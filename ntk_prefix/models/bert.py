@@ -1,0 +1,143 @@
+"""BERT: learned positions, token types, norms after the residual sums, exact GELU.
+
+Source: arXiv 1810.04805; the layout and the names are those of Hugging Face's ``bert``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ntk_prefix.models.attention import AttentionLayer
+from ntk_prefix.models.backbone import Backbone, BackboneConfig, Mlp, Output, Pooling, TransformerLayer, layer_norm
+from ntk_prefix.typing import Array, Bool, Float, Int
+
+__all__ = ["Bert", "BertConfig"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig(BackboneConfig):
+    """Sizes of a BERT; the names and defaults are those of Hugging Face's config.json."""
+
+    vocab_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+
+    @classmethod
+    def from_hugging_face(cls, config: Mapping[str, Any]) -> Self:
+        """Take what is known here from a config.json.
+
+        Raises:
+            ValueError: a value is missing, positions are not absolute, or the model is a decoder.
+        """
+        if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
+            raise ValueError(
+                "config.json: expected a BERT encoder with absolute positions, got "
+                f"position_embedding_type {config.get('position_embedding_type')!r}, "
+                f"is_decoder {config.get('is_decoder')!r}"
+            )
+        return super().from_hugging_face(config)
+
+
+class BertEmbeddings(nnx.Module):
+    """``norm(token + token type + position)``."""
+
+    def __init__(self, config: BertConfig, norm: Any, *, rngs: nnx.Rngs):
+        # no dtype: nnx.Embed would convert its whole table in every step
+        embed = functools.partial(nnx.Embed, features=config.hidden_size, rngs=rngs)
+        self.tokens = embed(config.vocab_size)
+        self.positions = embed(config.max_position_embeddings)
+        self.token_types = embed(config.type_vocab_size)
+        self.norm = norm()
+
+    def __call__(
+        self, input_ids: Int[Array, "B T"], token_type_ids: Int[Array, "B T"] | None, positions: Int[Array, "#B T"]
+    ) -> Float[Array, "B T D"]:
+        """Return the layers' input."""
+        first = jnp.zeros((1, 1), jnp.int32)
+        types = self.token_types(first if token_type_ids is None else token_type_ids)
+        return self.norm(self.tokens(input_ids) + types + self.positions(positions))
+
+
+class Bert(Backbone):
+    """A BERT encoder: ids [B, T] -> hidden states [B, T, D].
+
+    Args:
+        config: the sizes.
+        dtype: of the computation (float32 if None); parameters stay in float32.
+        rngs: for weights that a checkpoint will replace.
+    """
+
+    hugging_face_names: ClassVar[dict[str, str]] = {
+        "embeddings.tokens": "embeddings.word_embeddings",
+        "embeddings.positions": "embeddings.position_embeddings",
+        "embeddings.token_types": "embeddings.token_type_embeddings",
+        "embeddings.norm": "embeddings.LayerNorm",
+        "layers.{i}.attention.query": "encoder.layer.{i}.attention.self.query",
+        "layers.{i}.attention.key": "encoder.layer.{i}.attention.self.key",
+        "layers.{i}.attention.value": "encoder.layer.{i}.attention.self.value",
+        "layers.{i}.attention.out": "encoder.layer.{i}.attention.output.dense",
+        "layers.{i}.attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
+        "layers.{i}.mlp.up": "encoder.layer.{i}.intermediate.dense",
+        "layers.{i}.mlp.down": "encoder.layer.{i}.output.dense",
+        "layers.{i}.mlp_norm": "encoder.layer.{i}.output.LayerNorm",
+    }
+    hugging_face_prefix: ClassVar[str] = "bert."
+    hugging_face_ignored: ClassVar[str] = r"pooler\.|cls\.|classifier\.|embeddings\.position_ids$"
+    tasks: ClassVar[tuple[str, ...]] = ("sequence-classification",)
+    pooling: ClassVar[Pooling] = "mean"
+
+    config: BertConfig
+
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype)
+        norm = layer_norm(config.hidden_size, config.layer_norm_eps, self.dtype, rngs)
+        self.embeddings = BertEmbeddings(config, norm, rngs=rngs)
+        self.layers = nnx.List(
+            TransformerLayer(
+                AttentionLayer(config.hidden_size, config.num_attention_heads, dtype=self.dtype, rngs=rngs),
+                Mlp(config, dtype=self.dtype, rngs=rngs),
+                norm,
+                post_norm=True,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | None = None,
+        token_type_ids: Int[Array, "B T"] | None = None,
+        position_offset: Int[Array, " #B"] | Int[Array, ""] | int = 0,
+    ) -> Output:
+        """Encode a batch.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], nonzero or True at tokens, zero at padding; all tokens if None.
+            token_type_ids: [B, T]; zeros if None.
+            position_offset: added to the positions 0 .. T - 1, on top of the model's own ``position_offset``; a
+                number, or one per row.
+
+        Raises:
+            ValueError: more positions than the model has.
+        """
+        length = input_ids.shape[1]
+        offset = self.position_offset + (position_offset if isinstance(position_offset, int) else 0)
+        if length + offset > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids: expected at most {self.config.max_position_embeddings} positions, got {length} tokens "
+                f"with a position offset of {offset}. Truncate them."
+            )
+        positions = self.positions(jnp.arange(length, dtype=jnp.int32)[None], position_offset)
+        x = self.embeddings(input_ids, token_type_ids, positions)
+        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
+        x, _ = self.run_layers(x, mask=mask)
+        return Output(last_hidden_state=x)

@@ -1,0 +1,315 @@
+"""Llama: grouped-query attention with rotary positions, RMSNorm, gated SiLU; greedy generation with a cache.
+
+Source: arXiv 2302.13971 and 2307.09288 (grouped queries); the layout and the names are those of Hugging Face's
+``llama``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ntk_prefix.models.attention import AttentionLayer, KeyValueCache, Rotary
+from ntk_prefix.models.backbone import Backbone, BackboneConfig, Mlp, Output, Pooling, TransformerLayer, keep_dtypes
+from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.typing import Array, Bool, Float, Int
+
+__all__ = ["Llama", "LlamaConfig", "generate"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(BackboneConfig):
+    """Sizes of a Llama; the names and defaults are those of Hugging Face's config.json.
+
+    ``num_key_value_heads`` and ``head_dim`` follow from the others where they are 0.
+
+    Raises:
+        ValueError: key-value heads that do not divide the query heads, or an odd head dimension.
+    """
+
+    vocab_size: int
+    hidden_act: str = "silu"
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected a divisor of the {self.num_attention_heads} query heads, "
+                f"got {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number, got {self.head_dim}: rotary positions turn pairs")
+
+    @classmethod
+    def from_hugging_face(cls, config: Mapping[str, Any]) -> Self:
+        """Take what is known here from a config.json.
+
+        Raises:
+            ValueError: a value is missing, or rotary positions are scaled.
+        """
+        # transformers 5 writes rope_parameters; before, rope_theta stood alone and rope_scaling beside it
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"config.json: expected rotary positions of rope_type 'default', got {kind!r}")
+        return super().from_hugging_face({**config, **{k: rope[k] for k in ("rope_theta",) if k in rope}})
+
+
+class Llama(Backbone):
+    """A Llama decoder: ids [B, T] -> hidden states [B, T, D] and, with ``causal_lm``, logits [B, T, V].
+
+    Args:
+        config: the sizes.
+        causal_lm: compute logits, with the embeddings' table if the config ties them.
+        dtype: of the computation (float32 if None); parameters stay in float32.
+        rngs: for weights that a checkpoint will replace.
+    """
+
+    hugging_face_names: ClassVar[dict[str, str]] = {
+        "embeddings": "model.embed_tokens",
+        "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+        "layers.{i}.attention.query": "model.layers.{i}.self_attn.q_proj",
+        "layers.{i}.attention.key": "model.layers.{i}.self_attn.k_proj",
+        "layers.{i}.attention.value": "model.layers.{i}.self_attn.v_proj",
+        "layers.{i}.attention.out": "model.layers.{i}.self_attn.o_proj",
+        "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+        "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
+        "layers.{i}.mlp.up": "model.layers.{i}.mlp.up_proj",
+        "layers.{i}.mlp.down": "model.layers.{i}.mlp.down_proj",
+        "final_norm": "model.norm",
+        "lm_head": "lm_head",
+    }
+    hugging_face_prefix: ClassVar[str] = "model."
+    hugging_face_ignored: ClassVar[str] = r"score\.|lm_head\.weight$|.*rotary_emb\.inv_freq$"
+    hugging_face_head: ClassVar[str | None] = "score"
+    tasks: ClassVar[tuple[str, ...]] = ("causal-lm", "sequence-classification")
+    pooling: ClassVar[Pooling] = "last"
+
+    config: LlamaConfig
+
+    def __init__(self, config: LlamaConfig, *, causal_lm: bool = True, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype)
+        norm = functools.partial(
+            nnx.RMSNorm,
+            config.hidden_size,
+            epsilon=config.rms_norm_eps,
+            dtype=self.dtype,
+            promote_dtype=keep_dtypes,
+            rngs=rngs,
+        )
+        self.causal_lm = causal_lm
+        # no dtype: nnx.Embed would convert its whole table in every step
+        self.embeddings = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = nnx.List(
+            TransformerLayer(
+                AttentionLayer(
+                    config.hidden_size,
+                    config.num_attention_heads,
+                    num_key_heads=config.num_key_value_heads,
+                    head_dim=config.head_dim,
+                    use_bias=config.attention_bias,
+                    use_out_bias=config.attention_bias,
+                    dtype=self.dtype,
+                    rngs=rngs,
+                ),
+                Mlp(config, gated=True, use_bias=config.mlp_bias, dtype=self.dtype, rngs=rngs),
+                norm,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.final_norm = norm()
+        self.lm_head = (
+            nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, dtype=self.dtype, rngs=rngs)
+            if causal_lm and not config.tie_word_embeddings
+            else None
+        )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B S"] | Bool[Array, "B S"] | None = None,
+        cache: tuple[KeyValueCache, ...] | None = None,
+        start: Int[Array, ""] | int = 0,
+        position_offset: Int[Array, " #B"] | Int[Array, ""] | int = 0,
+    ) -> Output:
+        """Decode a batch.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, S], nonzero or True at tokens, zero at padding, on either side; all tokens if None.
+                S = T, or the cache's length with a cache. Positions count tokens only, so padding on the left
+                changes nothing.
+            cache: from :meth:`empty_cache`; these tokens are written at ``start`` and see all tokens before them.
+            start: where in the cache.
+            position_offset: added to the positions, on top of the model's own ``position_offset``; a number, or
+                one per row.
+
+        Raises:
+            ValueError: a mask that does not fit.
+        """
+        x, cache = self.hidden(input_ids, attention_mask, cache, start, position_offset)
+        return Output(last_hidden_state=x, logits=self.logits(x) if self.causal_lm else None, cache=cache)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B S"] | Bool[Array, "B S"] | None = None,
+        cache: tuple[KeyValueCache, ...] | None = None,
+        start: Int[Array, ""] | int = 0,
+        position_offset: Int[Array, " #B"] | Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], tuple[KeyValueCache, ...] | None]:
+        """Return what comes before the logits, and the cache; arguments as in :meth:`__call__`."""
+        length = input_ids.shape[1]
+        seen = length if cache is None else cache[0].key.shape[1]
+        if attention_mask is not None and attention_mask.shape != (input_ids.shape[0], seen):
+            raise ValueError(
+                f"attention_mask: expected [{input_ids.shape[0]}, {seen}], the ids' shape or, with a cache, that of "
+                f"its slots, got {attention_mask.shape}"
+            )
+        if attention_mask is None:
+            mask = None
+            positions = start + jnp.arange(length, dtype=jnp.int32)[None]
+        else:
+            mask = attention_mask.astype(bool)
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+            positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
+            mask = mask[:, None, None, :]
+        if cache is not None:
+            # the buffer is longer than what is written: causality has to count from `start`
+            slots = jnp.arange(seen)[None, :]
+            written = (slots <= start + jnp.arange(length)[:, None])[None, None]
+            mask = written if mask is None else mask & written
+        x = self.embeddings(input_ids).astype(self.dtype)
+        x, cache = self.run_layers(
+            x,
+            cache,
+            mask=mask,
+            is_causal=cache is None,
+            rotary=self._rotary(self.positions(positions, position_offset)),
+            start=start,
+        )
+        return self.final_norm(x), cache
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Return next-token logits in float32; apply it to the positions that are wanted, the vocabulary is wide.
+
+        Raises:
+            ValueError: the model was made without ``causal_lm``.
+        """
+        if not self.causal_lm:
+            raise ValueError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
+        accumulate = accumulation_dtype(hidden.dtype)
+        if self.lm_head is not None:
+            return self.lm_head(hidden).astype(accumulate)
+        table = self.embeddings.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=accumulate)
+
+    def empty_cache(self, batch: int, length: int) -> tuple[KeyValueCache, ...]:
+        """Make a cache of ``length`` tokens for ``batch`` rows."""
+        zeros = jnp.zeros((batch, length, self.config.num_key_value_heads, self.config.head_dim), self.dtype)
+        return tuple(KeyValueCache(zeros, zeros) for _ in self.layers)
+
+    def _rotary(self, positions: Int[Array, "#B T"]) -> Rotary:
+        """Return the angles ``position * theta^(-2 j / H)``, twice: for either half of the head."""
+        head_dim = self.config.head_dim
+        dtype = accumulation_dtype(self.dtype)
+        frequencies = jnp.asarray(self.config.rope_theta ** (-np.arange(0, head_dim, 2) / head_dim), dtype)
+        angles = positions[:, :, None].astype(dtype) * frequencies[None, None]
+        angles = jnp.concatenate([angles, angles], axis=-1)
+        return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+def generate(
+    model: Llama,
+    input_ids: Int[Array, "B T"],
+    attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | None = None,
+    max_new_tokens: int = 32,
+    *,
+    eos_token_id: int | tuple[int, ...] | None = None,
+    pad_token_id: int | None = None,
+) -> Int[Array, "B new"]:
+    """Continue prompts greedily, with a key-value cache, in one compiled program per shape.
+
+    Args:
+        model: made with ``causal_lm``.
+        input_ids: [B, T] prompts, padded on the left.
+        attention_mask: [B, T], zero at padding; no padding if None.
+        max_new_tokens: length of the result.
+        eos_token_id: a row ends with this token, or one of these; the loop ends when all rows have.
+        pad_token_id: what follows the end of a row; the (first) end token if None.
+
+    Returns:
+        [B, max_new_tokens], the new tokens only, of the dtype of ``input_ids``.
+
+    Raises:
+        ValueError: prompts padded on the right, an empty prompt, no token to be made, or a model without logits.
+    """
+    if not model.causal_lm:
+        raise ValueError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if not input_ids.shape[1]:
+        raise ValueError("input_ids: expected at least one token a row, got none")
+    if attention_mask is None:
+        attention_mask = jnp.ones(input_ids.shape, bool)
+    elif not np.asarray(attention_mask)[:, -1].all():
+        raise ValueError("attention_mask: expected padding on the left, got a prompt whose last token is padding")
+    ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
+    padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
+    graph, state = nnx.split(model)
+    return _generate(graph, state, input_ids, attention_mask.astype(bool), max_new_tokens, ends, padding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _generate(
+    graph: nnx.GraphDef[Llama],
+    state: nnx.State,
+    prompts: Array,
+    mask: Array,
+    new: int,
+    ends: tuple[int, ...],
+    padding: int,
+) -> Array:
+    model = nnx.merge(graph, state)
+    batch, length = prompts.shape
+    mask = jnp.concatenate([mask, jnp.ones((batch, new), bool)], axis=1)
+
+    def best(ids: Array, cache: tuple[KeyValueCache, ...], start: Array | int) -> tuple[Array, Any]:
+        hidden, cache_after = model.hidden(ids, mask, cache, start)
+        return jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(prompts.dtype), cache_after
+
+    def ended(token: Array) -> Array:
+        return jnp.isin(token, jnp.asarray(ends, token.dtype))
+
+    def unfinished(carry: tuple[Any, ...]) -> Array:
+        step, _, _, finished, _ = carry
+        return (step < new) & ~finished.all()
+
+    def extend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, tokens, last, finished, cache = carry
+        token, cache = best(last[:, None], cache, length + step - 1)
+        token = jnp.where(finished, padding, token)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
+        return step + 1, tokens, token, finished | ended(token), cache
+
+    first, cache = best(prompts, model.empty_cache(batch, length + new), 0)
+    tokens = jnp.full((batch, new), padding, prompts.dtype).at[:, 0].set(first)
+    return jax.lax.while_loop(unfinished, extend, (jnp.int32(1), tokens, first, ended(first), cache))[1]
