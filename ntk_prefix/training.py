@@ -3,7 +3,8 @@
 A ``Trainer`` splits a Flax NNX model into what is trained, by type (``wrt``), and what is not; frozen arrays get no
 optimizer state and no gradient. The same loss then runs in two ways that give the same numbers:
 
-    jit     one program over a mesh: the batch is sharded over the mesh's axes (``NamedSharding``), weights replicated
+    jit     one program over a mesh: the batch is sharded over the mesh's axes (``NamedSharding``); weights are
+            replicated, or sharded over the axis called "fsdp" if the mesh has one
     pmap    one program per device, gradients summed with ``psum``
 
 The loss is a *sum* over the rows of a batch; ``reduction`` says what is descended: that sum (the theory's
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -56,7 +58,8 @@ class Trainer:
       wrt: nnx filter of what is trained, e.g. ``nnx.Param`` or a subclass of it.
       reduction: "sum" descends the sum over rows, "mean" the mean.
       parallel: "jit" (a mesh, shardings) or "pmap" (a replica a device).
-      mesh: devices of "jit"; the batch is sharded over all its axes. None is one device.
+      mesh: devices of "jit", of all processes; the batch is sharded over all its axes, weights and optimizer state
+        over "fsdp". None is one device.
       devices: devices of "pmap"; None is all local ones.
 
     Raises:
@@ -100,23 +103,33 @@ class Trainer:
                 f"wrt: expected a filter that selects something to train, got {self.wrt!r}, which matches nothing."
             )
         # copies: the model keeps its own arrays when the state's are donated
-        state = jax.tree.map(
-            jnp.copy, TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained))
+        return self.lay_out(
+            jax.tree.map(jnp.copy, TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained)))
         )
+
+    def lay_out(self, tree: Any) -> Any:
+        """Put a state, or a part of one, where the step wants it: once a device, or over the mesh."""
         if self.parallel == "pmap":
             devices = self._devices
-            return jax.tree.map(lambda leaf: _replicate(leaf, devices), state)
+            return jax.tree.map(lambda leaf: _replicate(leaf, devices), tree)
         if self.mesh is not None:
-            return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
-        return state
+            return jax.tree.map(lambda leaf: jax.device_put(leaf, self._weight_sharding(leaf)), tree)
+        return tree
+
+    def single(self, tree: Any) -> Any:
+        """The opposite of :meth:`lay_out` for replicas: one of them; arrays over a mesh stay where they are."""
+        if self.parallel == "pmap":
+            return jax.tree.map(lambda leaf: leaf.addressable_data(0)[0], tree)
+        return tree
 
     def place(self, batch: Batch) -> Batch:
-        """Lay a batch out over the devices, rows divided among them.
+        """Lay a batch out over the devices, rows divided among them; each process gives its own rows.
 
         Raises:
           ValueError: the number of rows does not divide by the number of devices.
         """
-        shares = self.mesh.size if self.mesh is not None else len(self._devices) if self.parallel == "pmap" else 1
+        devices = self.mesh.local_devices if self.mesh is not None else self._devices
+        shares = 1 if self.parallel == "jit" and self.mesh is None else len(devices)
         rows = len(jax.tree.leaves(batch)[0])
         if rows % shares:
             raise ValueError(
@@ -126,7 +139,8 @@ class Trainer:
         if self.parallel == "pmap":
             return jax.tree.map(lambda leaf: leaf.reshape(shares, rows // shares, *leaf.shape[1:]), batch)
         if self.mesh is not None:
-            return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)))
+            sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+            return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
         return batch
 
     def stepper(self, model: nnx.Module) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
@@ -136,8 +150,17 @@ class Trainer:
         applied), ``gradient_norm``, ``update_norm``.
         """
         update = self.update(model)
-        if self.parallel == "jit":
+        if self.parallel == "jit" and self.mesh is None:
             return jax.jit(update, donate_argnums=0)
+        if self.parallel == "jit":
+
+            def kept_in_place(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+                state, metrics = update(state, batch)
+                # what goes out lies where it came in, so that the next step is the same program
+                lie = functools.partial(jax.tree.map, lambda leaf: self._weight_sharding(leaf))
+                return jax.lax.with_sharding_constraint(state, lie(state)), metrics
+
+            return jax.jit(kept_in_place, donate_argnums=0)
         mapped = jax.pmap(
             functools.partial(update, axis="rows"), axis_name="rows", devices=self._devices, donate_argnums=0
         )
@@ -178,9 +201,17 @@ class Trainer:
     def model(self, model: nnx.Module, state: TrainState) -> nnx.Module:
         """The model with the state's weights: a new module; the one given tells the structure."""
         graph = nnx.split(model, self.wrt, ...)[0]
-        if self.parallel == "pmap":
-            state = jax.tree.map(lambda leaf: leaf[0], state)
-        return nnx.merge(graph, state.trained, state.frozen)
+        return nnx.merge(graph, *self.single((state.trained, state.frozen)))
+
+    def _weight_sharding(self, leaf: Array) -> NamedSharding:
+        """Where a weight lies on the mesh: its longest axis that divides is shared over "fsdp", if there is one."""
+        assert self.mesh is not None
+        shares = self.mesh.shape.get("fsdp", 1)
+        axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % shares == 0]
+        if shares == 1 or not axes:
+            return NamedSharding(self.mesh, PartitionSpec())
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(self.mesh, PartitionSpec(*(None,) * longest, "fsdp"))
 
     @property
     def _devices(self) -> tuple[jax.Device, ...]:

@@ -54,6 +54,18 @@ def test_every_way_and_device_count_trains_alike(reduction: str, x64: bool) -> N
         np.testing.assert_allclose(weights, alone_weights, rtol=tolerance, atol=tolerance, err_msg=str(way))
 
 
+def test_fsdp_shares_weights_and_optimizer_state_and_one_program_serves_all_steps() -> None:
+    model = TiedPrefixModel(3, 32, rngs=nnx.Rngs(0))
+    way = trainer(mesh=mesh(2, 4))
+    state, step = way.init(model), way.stepper(model)
+    for _ in range(3):
+        state, _ = step(state, way.place(data()))
+        for leaf in jax.tree.leaves((state.trained, state.optimizer)):
+            share = 4 if leaf.ndim else 1
+            assert leaf.addressable_shards[0].data.size == leaf.size // share, leaf.shape
+    assert step._cache_size() == 1
+
+
 def test_sum_is_rows_times_mean() -> None:
     """Plain gradient descent on the sum with step eta is that on the mean with n eta: the reduction is what it says."""
     summed = run(trainer(optimizer=optax.sgd(1e-3), reduction="sum"))

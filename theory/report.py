@@ -10,30 +10,22 @@ import base64
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import html
-import importlib.metadata
 import json
-import math
-import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ntk_prefix.results import json_text, provenance, write_whole
 from theory.claim import Claim, Result
 from theory.problem import Problem
 
 UNFINISHED = ".unfinished"
-CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def configuration(problem: Problem, claims: list[Claim]) -> dict[str, Any]:
     """What a run is: data, sizes, versions and sources. Two runs of the same configuration measure the same."""
-    packages = ("jax", "jaxlib", "flax", "optax", "neural-tangents", "numpy", "scipy")
-    sources = sorted([*CHECKOUT.glob("ntk_prefix/**/*.py"), *CHECKOUT.glob("theory/*.py")])
     return {
         "claims": [claim.name for claim in claims],
         "data": problem.name,
@@ -43,23 +35,8 @@ def configuration(problem: Problem, claims: list[Claim]) -> dict[str, Any]:
         "sigma": problem.sigma,
         "seed": problem.seed,
         "profile": problem.profile,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "git": _git(),
-        "sources_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        **provenance("neural-tangents", sources=("ntk_prefix/**/*.py", "theory/*.py")),
     }
-
-
-def _git() -> str:
-    """The commit, with a mark if files differ from it."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=CHECKOUT, capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return "unknown (no git)"
-    return described.stdout.strip() or "unknown (not a checkout)"
 
 
 class Folder:
@@ -85,7 +62,7 @@ class Folder:
             if self._stored("configuration") != self.config:
                 shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir(exist_ok=True)
-            _write(self.unfinished / "configuration.json", _dump(self.config).encode())
+            write_whole(self.unfinished / "configuration.json", json_text(self.config).encode())
             yield
 
     def finished(self, claim: Claim) -> dict[str, Any] | None:
@@ -95,11 +72,11 @@ class Folder:
 
     def keep(self, result: Result) -> dict[str, Any]:
         """Store a finished claim, figure first: a record without its figure does not exist."""
-        record = json.loads(_dump(result.record()))
+        record = json.loads(json_text(result.record()))
         picture = self.unfinished / f"{result.claim.name}.png.new"
         result.claim.draw(result.evidence, result.control).savefig(picture, format="png")
         picture.replace(picture.with_suffix(""))
-        _write(self.unfinished / f"{result.claim.name}.json", _dump(record).encode())
+        write_whole(self.unfinished / f"{result.claim.name}.json", json_text(record).encode())
         return record
 
     def publish(self, claims: list[Claim], records: list[dict[str, Any]]) -> Path:
@@ -108,40 +85,18 @@ class Folder:
         figures.mkdir(exist_ok=True)
         pictures = {claim.name: (self.unfinished / f"{claim.name}.png").read_bytes() for claim in claims}
         for name, picture in pictures.items():
-            _write(figures / f"{name}.png", picture)
-        _write(self.path / "claims.json", _dump(records).encode())
-        _write(self.path / "configuration.json", _dump(self.config).encode())
-        _write(self.path / "report.md", markdown(claims, records, self.config).encode())
+            write_whole(figures / f"{name}.png", picture)
+        write_whole(self.path / "claims.json", json_text(records).encode())
+        write_whole(self.path / "configuration.json", json_text(self.config).encode())
+        write_whole(self.path / "report.md", markdown(claims, records, self.config).encode())
         page = self.path / "index.html"
-        _write(page, webpage(claims, records, self.config, pictures).encode())
+        write_whole(page, webpage(claims, records, self.config, pictures).encode())
         shutil.rmtree(self.unfinished)
         return page
 
     def _stored(self, name: str) -> dict[str, Any] | None:
         path = self.unfinished / f"{name}.json"
         return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def _dump(value: Any) -> str:
-    """JSON that any parser reads: infinities and NaN, which JSON has not, become strings."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(entry) for entry in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        return value
-
-    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

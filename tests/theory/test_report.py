@@ -16,10 +16,11 @@ import pytest
 from rich.console import Console
 
 import theory.__main__ as command
+from ntk_prefix.results import CHECKOUT
 from theory import fits
 from theory.claim import Check, Claim, Evidence
 from theory.problem import Problem, load
-from theory.report import CHECKOUT, configuration
+from theory.report import configuration
 
 CHEAP = ("gradients", "positivity")
 

@@ -1,0 +1,189 @@
+"""A run: from a configuration to a summary, broken off anywhere, the same numbers."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ntk_prefix.results import CHECKOUT
+from train import loop
+from train.config import CONFIGS, TrainConfig, adapter_config
+from train.loop import run
+
+TINY = dataclasses.replace(
+    CONFIGS["tiny"][1],
+    method="lora",
+    steps=8,
+    batch_size=16,
+    train_size=200,
+    validation_size=40,
+    test_size=40,
+    evaluate_every=4,
+    checkpoint_every=4,
+    devices=1,
+)
+
+
+def weights(workdir: Path) -> dict[str, np.ndarray]:
+    return load_file(workdir / "adapter" / "adapter_model.safetensors")
+
+
+def metrics(workdir: Path) -> list[dict]:
+    """What was logged, without times, which no two runs share."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds_a_step"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("unbroken")
+    run(TINY, workdir)
+    return workdir
+
+
+class TestAFinishedRun:
+    def test_leaves_its_result_with_configuration_versions_and_commit(self, unbroken: Path) -> None:
+        summary = json.loads((unbroken / "summary.json").read_text())
+        assert summary["config"] == json.loads((unbroken / "config.json").read_text())
+        assert summary["git"]
+        assert summary["versions"]["jax"] == jax.__version__
+        assert summary["steps"] == TINY.steps
+        assert 0 <= summary["test_score"] <= 1
+        assert summary["test_rows"] == TINY.test_size
+        assert summary["adapter_bytes"] == (unbroken / "adapter" / "adapter_model.safetensors").stat().st_size
+        assert sum(w.size for w in weights(unbroken).values()) >= summary["trainable_parameters"]
+
+    def test_is_not_run_again(self, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(loop, "build", lambda config: pytest.fail("it was set up again"))
+        assert run(TINY, unbroken) == json.loads((unbroken / "summary.json").read_text())
+
+    def test_learns(self, unbroken: Path) -> None:
+        losses = [line["loss"] for line in metrics(unbroken) if "loss" in line]
+        assert losses[-1] < losses[0]
+
+
+class TestABrokenRun:
+    def test_goes_on_bit_for_bit(self, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Asked(loop._Signals):
+            """SIGTERM at the first step."""
+
+            def __enter__(self) -> "Asked":
+                self.received = True
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_Signals", Asked)
+            for step in (1, 2, 3):
+                with pytest.raises(loop.Interrupted, match=f"step {step} of 8"):
+                    run(TINY, tmp_path)
+        run(TINY, tmp_path)
+        ours, theirs = weights(tmp_path), weights(unbroken)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+        looks = [[line for line in metrics(w) if "validation_score" in line] for w in (tmp_path, unbroken)]
+        assert looks[0] == looks[1]
+
+    def test_another_configuration_does_not_take_the_folder_over(self, unbroken: Path) -> None:
+        with pytest.raises(ValueError, match=r"differs in learning_rate, seed"):
+            run(dataclasses.replace(TINY, seed=1, learning_rate=1.0), unbroken)
+
+    def test_a_loss_that_is_not_finite_ends_it_and_is_not_saved(self, tmp_path: Path) -> None:
+        wild = dataclasses.replace(TINY, method="full", learning_rate=1e30, head_learning_rate=1e30, clip=0)
+        with pytest.raises(FloatingPointError, match="lower --learning-rate"):
+            run(wild, tmp_path)
+        assert not (tmp_path / "summary.json").exists()
+
+    @pytest.mark.slow
+    def test_sigterm_saves_and_exits_with_zero(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "train", "tiny", "--workdir", str(tmp_path), "--steps", "4000"]
+        process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+        while not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.2)
+            assert process.poll() is None
+        os.kill(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert "the same command goes on" in output
+        assert any((tmp_path / "checkpoints").iterdir())
+
+
+class TestEarlyStop:
+    def test_stops_after_looks_without_improvement_and_keeps_the_best(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        still = dataclasses.replace(
+            TINY, learning_rate=0.0, head_learning_rate=0.0, evaluate_every=1, patience=2, checkpoint_every=100
+        )
+        summary = run(still, tmp_path)
+        assert (summary["best_step"], summary["steps"]) == (1, 3)
+
+    def test_the_test_split_is_looked_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = []
+        whole = loop.Evaluator.__call__
+
+        def counted(self: loop.Evaluator, state: object, split: object, **options: object) -> object:
+            looks.append(split is self.setup.task.test)
+            return whole(self, state, split, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(loop.Evaluator, "__call__", counted)
+        run(TINY, tmp_path)
+        assert looks.count(True) == 1
+        assert looks[-1]
+
+
+@pytest.mark.parametrize("way", [{"parallel": "pmap"}, {"parallel": "jit", "fsdp": 2}], ids=["pmap", "jit"])
+def test_devices_train_alike(way: dict, unbroken: Path, tmp_path: Path) -> None:
+    """8 devices against one: gradients are summed in another order, and Adam divides small ones by their size."""
+    run(dataclasses.replace(TINY, devices=8, **way), tmp_path)
+    ours, theirs = ([line["loss"] for line in metrics(w) if "loss" in line] for w in (tmp_path, unbroken))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_accumulated_parts_are_one_batch(unbroken: Path, tmp_path: Path) -> None:
+    """The same rows in two halves: the same gradients up to rounding, so the same looks at the validation split."""
+    run(dataclasses.replace(TINY, accumulate=2), tmp_path)
+    ours, theirs = (
+        [line["validation_loss"] for line in metrics(w) if "validation_loss" in line] for w in (tmp_path, unbroken)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"method": "magic"}, "--method: expected one of full, head"),
+            ({"steps": 0}, "--steps: expected at least 1"),
+            ({"accumulate": 3}, "--accumulate: expected a divisor"),
+            ({"fsdp": 2, "parallel": "pmap"}, "--fsdp"),
+            ({"warmup": 1.0}, "--warmup"),
+            ({"adapter": ("r",)}, "expected field=value"),
+            ({"adapter": ("rank=2",)}, "expected one of .* for lora, got 'rank'"),
+            ({"adapter": ("r=0",)}, "expected r >= 1"),
+        ],
+    )
+    def test_nonsense_is_refused_before_anything_is_loaded(self, change: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(TINY, **change)
+
+    def test_adapter_fields_are_read_as_json_or_text(self) -> None:
+        (config,) = adapter_config("ntk_attention", ("rank=4", "target=layers.0", "whiten=false"))
+        assert (config.rank, config.target, config.whiten) == (4, "layers.0", False)  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_every_named_configuration_is_whole(self, name: str) -> None:
+        assert isinstance(CONFIGS[name][1], TrainConfig)
+        assert CONFIGS[name][0]

@@ -1,0 +1,342 @@
+"""``python -m train.compare``: methods x tasks x seeds, one table and one figure; run it again to go on.
+
+Each cell is one run of ``python -m train`` in a folder and a process of its own: a crash costs one cell, memory is
+measured for each, and a finished cell is never run again.  Every row gets the same tuning budget: the same grid of
+learning rates, one run each with the first seed; the rate with the best *validation* score is then run with the other
+seeds.  Test scores are of the chosen rate only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ntk_prefix.results import CHECKOUT, json_text, provenance, write_whole
+from train.config import CONFIGS
+
+Row = tuple[str, str, tuple[str, ...]]
+"""Label, method, changes of its configuration."""
+
+SHARED_ROWS: tuple[Row, ...] = (
+    ("full", "full", ()),
+    ("head", "head", ()),
+    ("bitfit", "bitfit", ()),
+)
+
+ROWS: dict[str, tuple[Row, ...]] = {
+    # 12 heads of 32 in 6 layers: r = 8, 16 tokens and a full state are within 4 % of each other
+    "minilm": (
+        *SHARED_ROWS,
+        ("lora r=8", "lora", ()),
+        ("prefix 16", "prefix_tuning", ("num_tokens=16",)),
+        ("prefix-tuning+", "prefix_tuning_plus", ()),
+        ("ntk published", "ntk_attention_published", ()),
+        ("ntk", "ntk_attention", ()),
+    ),
+    # 6 heads of 64 in 12 layers: a state is as much as r = 16 or 32 tokens; rank 16 as much as r = 8
+    "vit": (
+        *SHARED_ROWS,
+        ("lora r=8", "lora", ()),
+        ("lora r=16", "lora", ("r=16",)),
+        ("prefix 32", "prefix_tuning", ("num_tokens=32",)),
+        ("prefix-tuning+", "prefix_tuning_plus", ()),
+        ("ntk published", "ntk_attention_published", ()),
+        ("ntk rank 16", "ntk_attention", ("rank=16",)),
+        ("ntk", "ntk_attention", ()),
+    ),
+}
+"""The rows of a task's table, by its model; count-matched groups as the comments say."""
+
+TASKS: dict[str, dict[str, dict[str, Any]]] = {
+    # 4,000 examples, 16 a step: about four hours of two cores in all
+    "small": {
+        "rte": {"steps": 200, "validation_size": 250},
+        "sst2": {"steps": 200},
+        "newsgroups": {"steps": 200, "test_size": 1500},
+        "fashion_mnist": {"steps": 200, "test_size": 1500},
+    },
+    # everything there is, for a GPU
+    "full": {
+        name: {"train_size": None, "test_size": None, "steps": steps, "batch_size": 32, "evaluate_every": steps // 20}
+        for name, steps in {
+            "rte": 2000,
+            "sst2": 6000,
+            "newsgroups": 4000,
+            "rotten_tomatoes": 2000,
+            "fashion_mnist": 6000,
+            "cifar10": 3000,
+        }.items()
+    },
+}
+"""What a profile changes in the tasks' configurations; the same for every method."""
+
+SMALL = {"batch_size": 16, "train_size": 4000, "evaluate_every": 50, "checkpoint_every": 200, "patience": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    task: str
+    row: Row
+    learning_rate: float
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, in the table's folder."""
+        return Path("cells", self.task, self.row[0].replace(" ", "_"), f"{self.learning_rate:g}-seed{self.seed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Methods x tasks x seeds, one table, one figure."""
+
+    profile: Literal["small", "full"] = "small"
+    """small: samples sized for four hours of two cores; full: all data and two more tasks, for a GPU."""
+    tasks: tuple[str, ...] = ()
+    """Some of the profile's tasks; all for none."""
+    rows: tuple[str, ...] = ()
+    """Some of the rows, by label; all for none."""
+    seeds: int = 3
+    """How many."""
+    grid: tuple[float, ...] = (2e-4, 1e-3, 5e-3, 2.5e-2)
+    """Learning rates that every row is tuned over."""
+    data_dir: tuple[str, ...] = ()
+    """task=folder pairs, for tasks that no asset carries."""
+    set: tuple[str, ...] = ()
+    """field=value pairs of TrainConfig that every cell gets, such as steps=20."""
+    out: Path = Path("runs/compare")
+    """Folder of the table and its cells."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run, before the first cell."""
+        tasks = TASKS[self.profile]
+        if unknown := set(self.tasks) - set(tasks):
+            raise ValueError(f"--tasks: expected some of {', '.join(tasks)}, got {', '.join(sorted(unknown))}.")
+        labels = {row[0] for rows in ROWS.values() for row in rows}
+        if unknown := set(self.rows) - labels:
+            raise ValueError(f"--rows: expected some of {sorted(labels)}, got {sorted(unknown)}.")
+        if self.seeds < 1 or not self.grid:
+            raise ValueError("--seeds, --grid: expected at least one of each.")
+        for pair in (*self.data_dir, *self.set):
+            if "=" not in pair:
+                raise ValueError(f"--data-dir, --set: expected name=value, got {pair!r}.")
+
+    def chosen_tasks(self) -> tuple[str, ...]:
+        """The tasks of this table."""
+        return self.tasks or tuple(TASKS[self.profile])
+
+    def rows_of(self, task: str) -> list[Row]:
+        """The rows of a task."""
+        return [row for row in ROWS[CONFIGS[task][1].model] if not self.rows or row[0] in self.rows]
+
+    def fields(self, cell: Cell) -> dict[str, Any]:
+        """The configuration of a cell, beyond its task's own."""
+        shared = SMALL if self.profile == "small" else {}
+        data = dict(pair.split("=", 1) for pair in self.data_dir)
+        return {
+            **shared,
+            **TASKS[self.profile][cell.task],
+            "method": cell.row[1],
+            "adapter": cell.row[2],
+            "learning_rate": cell.learning_rate,
+            "seed": cell.seed,
+            **({"data_dir": data[cell.task]} if cell.task in data else {}),
+            **dict(pair.split("=", 1) for pair in self.set),
+        }
+
+
+def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
+    """Run what is not there yet, write table and figure after every row, and return the table's lines."""
+    comparison.out.mkdir(parents=True, exist_ok=True)
+    pairs = [(task, row) for task in comparison.chosen_tasks() for row in comparison.rows_of(task)]
+    each = len(comparison.grid) + comparison.seeds - 1
+    lines: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("cells", total=each * len(pairs))
+        for task, row in pairs:
+            finished: dict[Cell, dict[str, Any]] = {}
+            for cell in _cells(comparison, task, row, finished):
+                progress.update(bar, description=f"{task} {row[0]} {cell.learning_rate:g} seed {cell.seed}")
+                finished[cell] = _run(comparison, cell, progress.console)
+                progress.advance(bar)
+            lines.append(_line(task, row, finished, _best_rate(finished)))
+            write_whole(comparison.out / "table.json", json_text(_document(comparison, lines)).encode())
+            write_whole(comparison.out / "table.md", _markdown(comparison, lines).encode())
+            draw(lines).savefig(comparison.out / "table.png", dpi=150)
+    return lines
+
+
+def _cells(comparison: Comparison, task: str, row: Row, finished: dict[Cell, dict[str, Any]]) -> Iterator[Cell]:
+    """The grid with the first seed, then the best rate with the others."""
+    for rate in comparison.grid:
+        yield Cell(task, row, rate, 0)
+    for seed in range(1, comparison.seeds):
+        yield Cell(task, row, _best_rate(finished), seed)
+
+
+def _best_rate(finished: dict[Cell, dict[str, Any]]) -> float:
+    tuned = {cell.learning_rate: summary for cell, summary in finished.items() if cell.seed == 0}
+    return max(tuned, key=lambda rate: (tuned[rate]["validation_score"], -tuned[rate]["validation_loss"]))
+
+
+def _run(comparison: Comparison, cell: Cell, console: Console) -> dict[str, Any]:
+    """Run a cell, or read it; a run that diverged counts as a score of 0, said in the table."""
+    folder = comparison.out / cell.folder
+    summary, failed = folder / "summary.json", folder / "diverged.txt"
+    if not summary.is_file() and not failed.is_file():
+        arguments: list[str] = []
+        for name, value in comparison.fields(cell).items():
+            values = [str(entry) for entry in value] if isinstance(value, tuple) else [str(value)]
+            if values:
+                arguments += [f"--{name.replace('_', '-')}", *values]
+        begun = time.perf_counter()
+        process = subprocess.run(
+            [sys.executable, "-m", "train", cell.task, *arguments, "--workdir", str(folder)],
+            cwd=CHECKOUT,
+            env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str((comparison.out / "compiled").resolve())},
+            capture_output=True,
+            text=True,
+        )
+        output = process.stdout + process.stderr
+        if process.returncode and "finite loss" in output:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(failed, output.encode())
+        elif not summary.is_file():
+            raise RuntimeError(f"{cell.folder}: the run ended with {process.returncode}:\n{output[-2000:]}")
+        console.print(f"{cell.folder}: {time.perf_counter() - begun:.0f} s")
+    if failed.is_file():
+        return {"validation_score": 0.0, "validation_loss": float("inf"), "test_score": 0.0, "diverged": True}
+    return json.loads(summary.read_text())
+
+
+def _line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: float) -> dict[str, Any]:
+    """One line of the table: the runs of the chosen rate."""
+    runs = [
+        summary for cell, summary in sorted(finished.items(), key=lambda i: i[0].seed) if cell.learning_rate == rate
+    ]
+    scores = [run["test_score"] for run in runs]
+    whole = [run for run in runs if not run.get("diverged")] or [{}]
+
+    def median(name: str) -> Any:
+        values = [run[name] for run in whole if run.get(name) is not None]
+        return statistics.median(values) if values else None
+
+    return {
+        "task": task,
+        "row": row[0],
+        "method": row[1],
+        "scores": scores,
+        "mean": statistics.fmean(scores),
+        "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+        "diverged": sum(bool(run.get("diverged")) for run in runs),
+        "learning_rate": rate,
+        "grid": {f"{c.learning_rate:g}": s["validation_score"] for c, s in finished.items() if c.seed == 0},
+        "trainable_parameters": median("trainable_parameters"),
+        "test_rows": median("test_rows"),
+        "seconds_a_step": median("seconds_a_step"),
+        "peak_memory_bytes": median("peak_memory_bytes"),
+        "adapter_bytes": median("adapter_bytes"),
+    }
+
+
+def _document(comparison: Comparison, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "comparison": dataclasses.asdict(comparison),
+        "lines": lines,
+        **provenance("orbax-checkpoint", sources=("ntk_prefix/**/*.py", "train/*.py")),
+    }
+
+
+def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
+    """The table, for people."""
+    text = [
+        f"Test score, mean and standard deviation over {comparison.seeds} seeds (each draws its own training sample, order "
+        f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.grid)} with "
+        "seed 0. Parameters include the head.\n",
+        "| task | method | score | spread | parameters | learning rate | s / step | peak memory | adapter |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        spread = "" if line["spread"] is None else f"{100 * line['spread']:.1f}"
+        text.append(
+            f"| {line['task']} | {line['row']} | {100 * line['mean']:.1f} | {spread} | {_whole(line['trainable_parameters'])} "
+            f"| {line['learning_rate']:g} | {_number(line['seconds_a_step'], 1, 2)} s "
+            f"| {_number(line['peak_memory_bytes'], 2**20, 0)} MiB | {_number(line['adapter_bytes'], 2**10, 0)} KiB |"
+        )
+    return "\n".join(text) + "\n"
+
+
+def _whole(value: Any) -> str:
+    return "-" if value is None else f"{int(value):,}"
+
+
+def _number(value: Any, unit: float, digits: int) -> str:
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def draw(lines: list[dict[str, Any]]) -> Figure:
+    """Accuracy against trainable parameters, a panel a task; bars are one standard error."""
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    figure = Figure(figsize=(4.2 * len(tasks), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    for panel, task in zip(panels, tasks, strict=True):
+        for line in (line for line in lines if line["task"] == task and line["trainable_parameters"]):
+            error = 0.0 if line["spread"] is None else line["spread"] / len(line["scores"]) ** 0.5
+            color = f"C{methods.index(line['method'])}"
+            x, y = line["trainable_parameters"], 100 * line["mean"]
+            panel.errorbar(x, y, 100 * error, fmt="o", color=color, capsize=3)
+            panel.annotate(line["row"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)
+        panel.set(title=task, xscale="log", xlabel="trained parameters", ylabel="test score, %")
+        panel.margins(x=0.25)
+    return figure
+
+
+def main() -> int:
+    """Parse, run, print the table."""
+    console = Console()
+    try:
+        comparison = tyro.cli(Comparison, prog="python -m train.compare")
+        lines = compare(comparison, console)
+    except (ValueError, RuntimeError) as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return 2
+    table = Table("task", "method", "score", "spread", "parameters", "rate", "s / step")
+    for line in lines:
+        spread = "" if line["spread"] is None else f"{100 * line['spread']:.1f}"
+        parameters = _whole(line["trainable_parameters"])
+        seconds = _number(line["seconds_a_step"], 1, 2)
+        table.add_row(
+            line["task"],
+            line["row"],
+            f"{100 * line['mean']:.1f}",
+            spread,
+            parameters,
+            f"{line['learning_rate']:g}",
+            seconds,
+        )
+    console.print(table)
+    console.print(f"{comparison.out / 'table.md'}, {comparison.out / 'table.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

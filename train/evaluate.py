@@ -1,0 +1,128 @@
+"""What a model gets right on a split: accuracy, or exact match of generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ntk_prefix import models
+from ntk_prefix.training import Trainer, TrainState
+from train import data, tasks
+from train.setup import Setup, model_inputs
+
+__all__ = ["Evaluator", "Predictions"]
+
+
+class Predictions(NamedTuple):
+    """What came out for each row of a split."""
+
+    correct: np.ndarray
+    """[rows] bool."""
+    loss: float
+    """Mean cross entropy; of the answers' tokens for language."""
+    probabilities: np.ndarray | None
+    """[rows, labels]; None for language."""
+    texts: tuple[str, ...] = ()
+    """Generated answers; language only."""
+
+    @property
+    def score(self) -> float:
+        """The task's metric: accuracy, or exact match, in [0, 1]."""
+        return float(self.correct.mean())
+
+
+class Evaluator:
+    """Evaluates states of one run; compiles once for each padded length.
+
+    Every process evaluates the whole split, each with its own devices, so no result has to travel.
+    """
+
+    def __init__(self, setup: Setup, batch_size: int = 64):
+        self.setup = setup
+        self.batch_size = batch_size
+        graph = nnx.split(setup.model, setup.trainer.wrt, ...)[0]
+
+        @jax.jit
+        def logits(trained: Any, frozen: Any, batch: data.Batch) -> jax.Array:
+            return nnx.merge(graph, trained, frozen)(**model_inputs(batch)).logits.astype(jnp.float32)
+
+        self._logits: Callable[..., jax.Array] = logits
+
+    def __call__(self, state: TrainState, split: data.Dataset, *, generate: bool = True) -> Predictions:
+        """Return what the state's model predicts on a split.
+
+        Args:
+            state: of the setup's trainer.
+            split: one of the task's.
+            generate: for language, also generate answers; without, a row is correct if every answer token is the
+                most likely one given the true ones before it, which is quick and stricter than it looks.
+        """
+        if self.setup.task.kind == "causal-lm":
+            return self._language(state, split, generate)
+        trained, frozen = self._local(state)
+        rows, weights, labels = [], [], []
+        for batch in data.evaluation_batches(split, self.batch_size):
+            rows.append(np.asarray(self._logits(trained, frozen, batch)))
+            weights.append(batch["weight"] > 0)
+            labels.append(batch["labels"])
+        kept = np.concatenate(weights)
+        scores, targets = np.concatenate(rows)[kept], np.concatenate(labels)[kept]
+        log_probabilities = np.asarray(jax.nn.log_softmax(scores))
+        loss = -log_probabilities[np.arange(len(targets)), targets].mean()
+        return Predictions(scores.argmax(axis=1) == targets, float(loss), np.exp(log_probabilities))
+
+    def _language(self, state: TrainState, split: data.Dataset, generate: bool) -> Predictions:
+        trained, frozen = self._local(state)
+        losses, correct = [], []
+        for batch in data.evaluation_batches(split, self.batch_size):
+            scores = jax.nn.log_softmax(self._logits(trained, frozen, batch)[:, :-1])
+            labels = batch["labels"][:, 1:]
+            answer = labels >= 0
+            picked = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+            kept = batch["weight"] > 0
+            losses.append(-np.asarray((picked * answer).sum(axis=1) / np.maximum(answer.sum(axis=1), 1))[kept])
+            correct.append(np.asarray((scores.argmax(axis=-1) == labels) | ~answer).all(axis=1)[kept])
+        loss = float(np.concatenate(losses).mean())
+        if not generate:
+            return Predictions(np.concatenate(correct), loss, None)
+        texts = self._generate(state, split)
+        matched = [tasks.exact_match(text, truth) for text, truth in zip(texts, split["answer"], strict=True)]
+        return Predictions(np.array(matched), loss, None, tuple(texts))
+
+    def _generate(self, state: TrainState, split: data.Dataset) -> list[str]:
+        task, config = self.setup.task, self.setup.config
+        assert task.tokenizer is not None
+        trained, frozen = self._local(state)
+        model = nnx.merge(nnx.split(self.setup.model, self.setup.trainer.wrt, ...)[0], trained, frozen)
+        texts: list[str] = []
+        for batch in data.prompt_batches(split, min(self.batch_size, 32)):
+            tokens = models.generate(
+                model,
+                jnp.asarray(batch["input_ids"]),
+                jnp.asarray(batch["attention_mask"]),
+                max_new_tokens=config.max_new_tokens,
+                eos_token_id=task.end_id,
+            )
+            new = np.asarray(tokens)[:, batch["input_ids"].shape[1] :][batch["weight"] > 0]
+            texts += [task.tokenizer.decode(_until(row, task.end_id)) for row in new]
+        return texts
+
+    def _local(self, state: TrainState) -> tuple[Any, Any]:
+        """Return the trained and frozen weights as one replica on this process's devices."""
+        trainer: Trainer = self.setup.trainer
+        if trainer.parallel == "pmap" or jax.process_count() == 1:
+            return trainer.single((state.trained, state.frozen))
+        # weights are replicated, or gathered first
+        gathered = jax.jit(lambda tree: tree, out_shardings=jax.sharding.NamedSharding(trainer.mesh, jax.P()))  # type: ignore[arg-type]
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered((state.trained, state.frozen)))
+
+
+def _until(tokens: np.ndarray, end: int | None) -> list[int]:
+    """Return the tokens before the first end of text."""
+    ends = np.flatnonzero(tokens == end)
+    return tokens[: ends[0] if len(ends) else None].tolist()

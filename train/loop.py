@@ -1,0 +1,310 @@
+"""The training loop: set up, resume, step, look, keep, sum up.
+
+A run is a folder::
+
+    config.json      what was asked for          checkpoints/     adapter, optimizer, step; the last two
+    metrics.jsonl    what was seen on the way    adapter/         the best adapter, in Hugging Face form
+    summary.json     the result, with versions and commit
+
+Order of resuming: ``config.json`` must agree; the last good checkpoint gives weights, optimizer, step, the best weights
+so far and the looks since; batch number = step, so the data goes on where it was; ``metrics.jsonl`` is cut back to the
+checkpoint's step. The numbers are then bit for bit those of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ntk_prefix import peft
+from ntk_prefix.results import json_text, provenance, write_whole
+from ntk_prefix.training import TrainState
+from train import data
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig
+from train.evaluate import Evaluator
+from train.setup import Setup, build
+
+__all__ = ["Interrupted", "run"]
+
+logger = logging.getLogger(__name__)
+
+LOOK = 10
+"""Steps between readings of the loss: the device is not waited for in between."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; everything is saved, and the same command goes on."""
+
+
+def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> dict[str, Any]:
+    """Train, or go on training, what ``config`` says in ``workdir``; return the summary.
+
+    Raises:
+        ValueError: a configuration that does not fit itself, its data, its model, or what stands in the folder.
+        FloatingPointError: the loss is not finite.
+        Interrupted: SIGTERM or SIGINT; the state is saved.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    finished = _claim(config, workdir)
+    if finished is not None:
+        return finished
+    setup = build(config)
+    with Checkpoints(workdir / "checkpoints") as checkpoints, _Signals() as signals:
+        return _Run(setup, workdir, checkpoints, console or Console(quiet=True)).train(signals)
+
+
+class _Run:
+    """The state of one run, between setting up and summing up."""
+
+    def __init__(self, setup: Setup, workdir: Path, checkpoints: Checkpoints, console: Console):
+        self.setup, self.config, self.workdir, self.console = setup, setup.config, workdir, console
+        self.checkpoints = checkpoints
+        self.evaluate = Evaluator(setup)
+        self.step = setup.trainer.stepper(setup.model)
+        self.state = setup.trainer.init(setup.model)
+        self.best = jax.tree.map(jnp.copy, self.state.trained)
+        self.best_score, self.best_step, self.looks_since = -1.0, 0, 0
+        self.seconds: list[float] = []
+        self.done = 0
+        self.stopped = False
+        self.metrics = workdir / "metrics.jsonl"
+        self._resume()
+
+    def train(self, signals: _Signals) -> dict[str, Any]:
+        config = self.config
+        batches = self._batches()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            bar = progress.add_task(f"{config.task} {config.method}", total=config.steps, completed=self.done)
+            readings: list[dict[str, jax.Array]] = []
+            begun = time.perf_counter()
+            while self.done < config.steps and not self.stopped:
+                for _ in range(config.accumulate):
+                    self.state, reading = self.step(self.state, self.setup.trainer.place(next(batches)))
+                readings.append(reading)
+                self.done += 1
+                at_look = self.done % config.evaluate_every == 0 or self.done == config.steps
+                at_save = self.done % config.checkpoint_every == 0 or self.done == config.steps
+                if len(readings) == LOOK or at_look or at_save or signals.received:
+                    self._read(readings, begun)
+                    progress.update(bar, completed=self.done, description=self._line(readings))
+                    readings = []
+                    if at_look:
+                        self._look()
+                    if at_save or signals.received or self.stopped:
+                        self._save()
+                    if signals.received and self.done < config.steps and not self.stopped:
+                        self.checkpoints.wait()
+                        raise Interrupted(f"stopped at step {self.done} of {config.steps}; the same command goes on")
+                    begun = time.perf_counter()
+        return self._sum_up()
+
+    # ------------------------------------------------------------------------------------------ on the way
+
+    def _batches(self) -> Iterator[data.Batch]:
+        config = self.config
+        # a step's batch comes in `accumulate` parts; the optimizer collects them
+        parts = data.train_batches(
+            self.setup.task.train,
+            config.batch_size // config.accumulate,
+            config.seed,
+            start=self.done * config.accumulate,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return (batch for _, batch in parts)
+
+    def _read(self, readings: list[dict[str, jax.Array]], begun: float) -> None:
+        """Fetch what the device measured; a loss that is not finite ends the run before it is saved."""
+        values = [{name: float(value) for name, value in reading.items()} for reading in readings]
+        seconds = time.perf_counter() - begun
+        losses = [value["loss"] for value in values]
+        if not np.isfinite(losses).all():
+            raise FloatingPointError(
+                f"step {self.done}: expected a finite loss, got {losses}. The last checkpoint is whole; "
+                "lower --learning-rate, or use --precision float32, in another --workdir."
+            )
+        self.seconds.append(seconds / len(readings))
+        self._write(
+            step=self.done,
+            loss=statistics.fmean(losses),
+            gradient_norm=values[-1]["gradient_norm"],
+            update_norm=values[-1]["update_norm"],
+            seconds_a_step=self.seconds[-1],
+        )
+        readings[:] = [{"loss": jnp.asarray(statistics.fmean(losses))}]
+
+    def _look(self) -> None:
+        """Evaluate on the validation split; keep the best; stop if there was no better one for long."""
+        seen = self.evaluate(self.state, self.setup.task.validation, generate=False)
+        self._write(step=self.done, validation_score=seen.score, validation_loss=seen.loss)
+        # a split of a few hundred rows has ties; the loss breaks them
+        score = seen.score - 1e-6 * seen.loss if self.setup.task.kind != "causal-lm" else -seen.loss
+        if self.best_step == 0 or score > self.best_score:
+            self.best, self.best_score, self.best_step = jax.tree.map(jnp.copy, self.state.trained), score, self.done
+            self.looks_since = 0
+        else:
+            self.looks_since += 1
+        self.stopped = 0 < self.config.patience <= self.looks_since
+
+    def _line(self, readings: list[dict[str, jax.Array]]) -> str:
+        return f"{self.config.task} {self.config.method}  loss {float(readings[-1]['loss']):.4f}"
+
+    # --------------------------------------------------------------------------------------------- kept
+
+    def _tree(self) -> dict[str, Any]:
+        """What a checkpoint holds: everything that training changes, frozen weights left out."""
+        state = self.state._asdict()
+        del state["frozen"]
+        tree = self.setup.trainer.single({**state, "best": self.best})
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+    def _save(self) -> None:
+        info = {
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "looks_since": self.looks_since,
+            "stopped": self.stopped,
+            "metrics_bytes": self.metrics.stat().st_size if self.metrics.exists() else 0,
+        }
+        self.checkpoints.save(self.done, self._tree(), info)
+
+    def _resume(self) -> None:
+        like = self._tree()
+        found = self.checkpoints.restore_latest(like)
+        if found is None:
+            self.metrics.unlink(missing_ok=True)
+            return
+        self.done, flat, info = found
+        tree = {**self.state._asdict(), "best": self.best}
+        frozen = tree.pop("frozen")
+        structure = jax.tree.structure(tree)
+        tree = self.setup.trainer.lay_out(jax.tree.unflatten(structure, [flat[name] for name in like]))
+        self.best = tree.pop("best")
+        self.state = TrainState(frozen=frozen, **tree)
+        self.best_score, self.best_step = info["best_score"], info["best_step"]
+        self.looks_since, self.stopped = info["looks_since"], info["stopped"]
+        if self.metrics.exists():
+            with self.metrics.open("r+b") as file:
+                file.truncate(info["metrics_bytes"])
+        self.console.print(f"going on from step {self.done}")
+
+    def _write(self, **values: Any) -> None:
+        if jax.process_index() == 0:
+            with self.metrics.open("a") as file:
+                file.write(json_text(values, indent=None))
+
+    # --------------------------------------------------------------------------------------------- result
+
+    def _sum_up(self) -> dict[str, Any]:
+        """Look at the test split, once, with the best weights; save the adapter and the summary."""
+        config, setup = self.config, self.setup
+        best = self.state._replace(trained=self.best)
+        validation = self.evaluate(best, setup.task.validation, generate=False)
+        test = self.evaluate(best, setup.task.test)
+        model = setup.trainer.model(setup.model, best)
+        trained, whole = peft.trainable_parameters(model)
+        summary = {
+            "task": config.task,
+            "method": config.method,
+            "metric": setup.task.metric,
+            "test_score": test.score,
+            "test_loss": test.loss,
+            "test_rows": len(test.correct),
+            "validation_score": validation.score,
+            "validation_loss": validation.loss,
+            "best_step": self.best_step,
+            "steps": self.done,
+            "trainable_parameters": trained,
+            "parameters": whole,
+            "seconds_a_step": statistics.median(self.seconds) if self.seconds else None,
+            "peak_memory_bytes": _peak_memory(),
+            "adapter_bytes": None,
+            "label_names": setup.task.label_names,
+            "source": setup.task.source,
+            "config": config.as_dict(),
+            **provenance("orbax-checkpoint", sources=("ntk_prefix/**/*.py", "train/*.py")),
+        }
+        if jax.process_index() == 0:
+            if config.method != "full":
+                peft.save_pretrained(model, self.workdir / "adapter")
+                summary["adapter_bytes"] = (self.workdir / "adapter" / "adapter_model.safetensors").stat().st_size
+            write_whole(self.workdir / "summary.json", json_text(summary).encode())
+        self.checkpoints.wait()
+        return json.loads(json_text(summary))
+
+
+class _Signals:
+    """Turns SIGTERM and SIGINT into a wish to stop after the step that is running."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        try:
+            self._before = {kind: signal.signal(kind, self._hear) for kind in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: whoever runs us there has the signals
+            logger.info("signals are left to the main thread")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, before in self._before.items():
+            signal.signal(kind, before)
+
+    def _hear(self, kind: int, frame: FrameType | None) -> None:
+        if self.received:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.received = True
+
+
+def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
+    """Note the configuration in the folder; return the summary if the run is finished there.
+
+    Raises:
+        ValueError: the folder has another configuration's run.
+    """
+    path, wanted = workdir / "config.json", json.loads(json_text(config.as_dict()))
+    if path.is_file():
+        there = json.loads(path.read_text())
+        if there != wanted:
+            changed = sorted(key for key in wanted if there.get(key) != wanted[key])
+            raise ValueError(
+                f"--workdir: expected a new folder, or one of this configuration, got {workdir}, which differs in "
+                f"{', '.join(changed)}. Name another folder."
+            )
+    elif jax.process_index() == 0:
+        write_whole(path, json_text(wanted).encode())
+    summary = workdir / "summary.json"
+    return json.loads(summary.read_text()) if summary.is_file() else None
+
+
+def _peak_memory() -> int:
+    """The largest this process has been, or, on an accelerator, the most its memory held; bytes."""
+    statistics_of = jax.local_devices()[0].memory_stats()
+    if statistics_of and "peak_bytes_in_use" in statistics_of:
+        return int(statistics_of["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

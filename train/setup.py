@@ -1,0 +1,191 @@
+"""From a configuration to what a run needs: the backbone, the task's data, the adapter, the loss, the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+from flax import nnx
+from jax.sharding import Mesh
+
+from ntk_prefix import models, peft
+from ntk_prefix.training import Trainer
+from ntk_prefix.typing import Array, Float
+from train import assets, data, tasks
+from train.config import TrainConfig, adapter_config
+
+__all__ = ["Setup", "build", "model_inputs", "model_path", "optimizer"]
+
+CALIBRATION_ROWS = 32
+"""Training examples that an adapter is calibrated on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """All parts of a run, before the first step."""
+
+    config: TrainConfig
+    model: nnx.Module
+    task: tasks.Task
+    trainer: Trainer
+    tokenizer: tokenizers.Tokenizer | None
+
+
+def build(config: TrainConfig) -> Setup:
+    """Load what the configuration names.
+
+    Raises:
+        ValueError: something in it that does not fit; told before any training.
+    """
+    path = model_path(config.model)
+    tokenizer = None if path is None else load_tokenizer(path)
+    task = tasks.load(
+        config.task,
+        tokenizer=tokenizer,
+        data_dir=config.data_dir,
+        train_size=config.train_size,
+        validation_size=config.validation_size,
+        test_size=config.test_size,
+        max_length=config.max_length,
+        image_size=config.image_size,
+        seed=config.seed,
+    )
+    model = load_model(config, path, task)
+    _, first = next(data.train_batches(task.train, CALIBRATION_ROWS, config.seed))
+    peft.apply(
+        model,
+        adapter_config(config.method, config.adapter),
+        calibration=model_inputs(first),
+        rngs=nnx.Rngs(config.seed + 1),
+    )
+    model.remat = config.remat  # type: ignore[attr-defined]
+    trainer = Trainer(
+        loss=loss_of(task.kind),
+        optimizer=optimizer(config),
+        wrt=peft.AdapterParam,
+        parallel=config.parallel,
+        **_placement(config),
+    )
+    return Setup(config, model, task, trainer, tokenizer)
+
+
+def model_path(name: str) -> Path | None:
+    """Return where a model's files are: an asset's name, or a path; None for the random tiny model.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name == "tiny-vit":
+        return None
+    if name in assets.ASSETS:
+        return assets.asset(name)
+    if not Path(name).exists():
+        raise ValueError(
+            f"--model: expected an asset ({', '.join(assets.ASSETS)}), tiny-vit, or an existing path, got {name!r}."
+        )
+    return Path(name)
+
+
+def load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
+    """Return the model's own tokenizer; None for a model that has none, such as one of images."""
+    if path.suffix == ".gguf":
+        return models.gguf_tokenizer(path)
+    file = path / "tokenizer.json"
+    return tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+
+
+def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.Module:
+    """Return the pretrained model with a head for the task."""
+    rngs, dtype = nnx.Rngs(config.seed), jnp.dtype(config.precision)
+    if path is None:
+        sizes = models.VitConfig(
+            model_type="vit",
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            image_size=config.image_size,
+            patch_size=2,
+        )
+        return models.Classifier(models.Vit(sizes, dtype=dtype, rngs=rngs), task.num_labels, rngs=rngs)
+    if task.kind == "causal-lm":
+        return models.from_pretrained(path, task=task.kind, dtype=dtype, rngs=rngs)
+    model = models.from_pretrained(path, task=task.kind, num_labels=task.num_labels, dtype=dtype, rngs=rngs)
+    model.pooling = config.pooling
+    return model
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Array]:
+    """Return a batch as keyword arguments of the model."""
+    names = {"input_ids": "inputs", "pixel_values": "inputs"}
+    kept = ("input_ids", "pixel_values", "attention_mask", "token_type_ids")
+    return {names.get(key, key): jnp.asarray(batch[key]) for key in kept if key in batch}
+
+
+def loss_of(kind: str) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]:
+    """Return the loss of a kind of task, summed over the batch's rows, as :class:`Trainer` wants it.
+
+    Classification: cross entropy, no label smoothing.  Language: cross entropy of the answer's tokens, averaged over
+    each row's own, so that every example counts alike, whatever its length and whichever device holds it.
+    """
+
+    def classification(model: Any, batch: Mapping[str, Array]) -> Float[Array, ""]:
+        logits = model(**model_inputs(batch)).logits.astype(jnp.float32)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        return jnp.sum(each * batch["weight"])
+
+    def language(model: Any, batch: Mapping[str, Array]) -> Float[Array, ""]:
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.astype(jnp.float32)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.maximum(batch["labels"][:, 1:], 0))
+        answer = batch["labels"][:, 1:] >= 0
+        return jnp.sum(jnp.sum(each * answer, axis=1) / jnp.maximum(answer.sum(axis=1), 1) * batch["weight"])
+
+    return language if kind == "causal-lm" else classification
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Return AdamW with the configured schedule; a rate of its own for the head; k projected to >= 0."""
+    count = config.steps
+    shape: dict[str, Callable[[float], optax.Schedule]] = {
+        "cosine": lambda peak: optax.cosine_decay_schedule(peak, max(count - warmup, 1)),
+        "linear": lambda peak: optax.linear_schedule(peak, 0, max(count - warmup, 1)),
+        "constant": optax.constant_schedule,
+    }
+    warmup = round(config.warmup * count)
+
+    def rate(peak: float) -> optax.Schedule:
+        rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+        return optax.join_schedules([rise, shape[config.schedule](peak)], [warmup])
+
+    def group(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "head" if any(str(getattr(key, "key", "")) == "head" for key in path) else "adapter", tree
+        )
+
+    rates = {"adapter": config.learning_rate, "head": config.head_learning_rate}
+    parts = {name: optax.adamw(rate(peak), weight_decay=config.weight_decay) for name, peak in rates.items()}
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    whole = peft.non_negative(optax.chain(clip, optax.partition(parts, group)))
+    if config.accumulate == 1:
+        return whole
+    every = optax.MultiSteps(whole, config.accumulate)
+    return optax.GradientTransformation(every.init, every.update)  # type: ignore[arg-type]
+
+
+def _placement(config: TrainConfig) -> dict[str, Any]:
+    """Return the trainer's devices: a mesh (data, fsdp), a list for pmap, or nothing for one device."""
+    devices = jax.devices()[: config.devices]
+    if config.parallel == "pmap":
+        return {"devices": tuple(d for d in devices if d.process_index == jax.process_index())}
+    if len(devices) % config.fsdp:
+        raise ValueError(f"--fsdp: expected a divisor of the {len(devices)} devices, got {config.fsdp}.")
+    if len(devices) == 1:
+        return {}
+    return {"mesh": Mesh(np.array(devices).reshape(-1, config.fsdp), ("data", "fsdp"))}

@@ -1,0 +1,309 @@
+"""Tasks: how the rows of ``train.sources`` are split, and how they become tokens or images.
+
+Splits. ``test`` is the public test split, or the public dev split where that test has no labels (GLUE); look at it
+once. Where a source has no public one, a fifth of its train split is set aside, repeated inputs left out first.
+``validation`` is split off train. Both are stratified and the same for every ``seed``: that draws only the
+``train_size`` rows to train on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+from tokenizers import Tokenizer
+
+from train.data import Dataset, ImageFormat
+from train.sources import Columns, Kind, read, spec_of
+
+__all__ = ["Task", "exact_match", "extract_answer", "load"]
+
+logger = logging.getLogger(__name__)
+
+SPLIT_SEED = 20_26
+"""Draws validation and test rows: the same for every run."""
+
+TEST_FRACTION = 0.2
+"""Of a train split, set aside where there is no public test split."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """A task with its rows, ready for ``train.data``; fields as in ``load``."""
+
+    name: str
+    kind: Kind
+    label_names: tuple[str, ...]
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    source: str
+    """Where the rows come from, for the record."""
+    tokenizer: Tokenizer | None = None
+    end_id: int | None = None
+    """The token that ends an answer; causal language modelling only."""
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes; 0 for causal language modelling."""
+        return len(self.label_names)
+
+    @property
+    def metric(self) -> Literal["accuracy", "exact_match"]:
+        """What is reported."""
+        return "exact_match" if self.kind == "causal-lm" else "accuracy"
+
+
+def load(
+    name: str,
+    *,
+    tokenizer: Tokenizer | Path | str | None = None,
+    data_dir: Path | str | None = None,
+    train_size: int | None = None,
+    validation_size: int | float | None = None,
+    test_size: int | None = None,
+    max_length: int = 128,
+    image_size: int = 56,
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN,
+    image_std: tuple[float, float, float] = IMAGENET_STD,
+    seed: int = 0,
+) -> Task:
+    """A task and its three splits.
+
+    Args:
+      name: one of ``train.sources.TASKS``.
+      tokenizer: the model's: a ``Tokenizer``, a tokenizer.json, or a folder with one. None leaves text as it is.
+      data_dir: where the rows come from, see ``train.sources``.
+      train_size: rows to train on, drawn with ``seed``, stratified; all if None.
+      validation_size: rows, or a fraction of the train split; a tenth, 1,000 rows at most, if None.
+      test_size: rows of the test split, the same for every seed; all if None.
+      max_length: tokens of a row. Classification truncates (the longer sentence of a pair first); in causal language
+        modelling train rows that are longer are left out, others truncated, prompts never.
+      image_size, image_mean, image_std: what the backbone wants; ImageNet's mean and deviation by default.
+      seed: of the train rows.
+
+    Raises:
+      ValueError: an unknown task; a size larger than what there is; a missing column; an unknown or missing label; an
+        empty split or text.
+      FileNotFoundError: a folder without the task.
+      AssetError: rows that no asset has, or that cannot be fetched.
+    """
+    spec = spec_of(name)
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: expected an integer >= 0, got {seed!r}.")
+    if max_length < 8 or image_size < 1:
+        raise ValueError(f"expected max_length >= 8 and image_size >= 1, got {max_length} and {image_size}.")
+    text = spec.kind != "image-classification"
+    encoder = _tokenizer(tokenizer) if text and tokenizer is not None else None
+    raw, source = read(name, data_dir)
+    if "test" in raw:
+        train, test = raw["train"], raw["test"]
+    else:
+        train, test = _split(name, _without_repeats(raw["train"]), TEST_FRACTION, SPLIT_SEED)
+        source += f"; test: {TEST_FRACTION:.0%} of its train split, ours"
+    if validation_size is None:
+        validation_size = min(0.1, 1000 / _rows_of(train))
+    train, validation = _split(name, train, validation_size, SPLIT_SEED)
+    if train_size is not None:
+        train = _split(f"{name}, train_size", train, train_size, seed)[1]
+    if test_size is not None:
+        test = _split(f"{name}, test_size", test, test_size, SPLIT_SEED)[1]
+
+    end_id = _end_id(encoder) if encoder is not None and spec.kind == "causal-lm" else None
+    image = None if text else ImageFormat(size=image_size, mean=image_mean, std=image_std)
+    pad_id = _pad_id(encoder) if encoder is not None else 0
+
+    def dataset(columns: Columns, drop: bool = False) -> Dataset:
+        arrays = {key: _array(values) for key, values in columns.items() if key != "label"}
+        if "label" in columns:
+            arrays["labels"] = np.asarray(columns["label"], np.int32)
+        if encoder is not None:
+            encode = _encode_answers if spec.kind == "causal-lm" else _encode_texts
+            arrays |= encode(encoder, columns, max_length)
+        if drop:
+            arrays = _without_long(name, arrays, max_length)
+        return Dataset(arrays, pad_id=pad_id, image=image)
+
+    return Task(
+        name=name,
+        kind=spec.kind,
+        label_names=spec.label_names,
+        train=dataset(train, drop=end_id is not None),
+        validation=dataset(validation),
+        test=dataset(test),
+        source=source,
+        tokenizer=encoder,
+        end_id=end_id,
+    )
+
+
+def extract_answer(text: str) -> Decimal | None:
+    """The number after the first ``####``, as in GSM8K's own evaluation; None if there is none.
+
+    Commas are left out; the value counts, not its form: 18 and 18.00 are equal.
+    """
+    found = re.search(r"####\s*\$?(-?[0-9.,]+)", text)
+    try:
+        return Decimal(found.group(1).replace(",", "").rstrip(".")) if found else None
+    except InvalidOperation:
+        return None
+
+
+def exact_match(generated: str, reference: str) -> bool:
+    """Whether a generated answer ends in the same number as the reference; no number is never right."""
+    value = extract_answer(generated)
+    return value is not None and value == extract_answer(reference)
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+def _rows_of(columns: Columns) -> int:
+    return len(next(iter(columns.values())))
+
+
+def _taken(columns: Columns, rows: np.ndarray) -> Columns:
+    return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+
+def _split(where: str, columns: Columns, size: int | float, seed: int) -> tuple[Columns, Columns]:
+    """The rest and a part of ``size`` rows (or that fraction), stratified by label, both in their first order."""
+    rows = _rows_of(columns)
+    wanted = round(size * rows) if isinstance(size, float) else size
+    if not 0 < wanted <= rows:
+        raise ValueError(f"{where}: expected a size of 1 to {rows} rows, or a fraction of them, got {size}.")
+    if wanted == rows:
+        return _taken(columns, np.arange(0)), columns
+    try:
+        rest, part = train_test_split(
+            np.arange(rows), test_size=wanted, random_state=seed, stratify=columns.get("label")
+        )
+    except ValueError as error:  # too few rows of a class, or fewer rows than classes
+        raise ValueError(f"{where}: expected {wanted} of {rows} rows of all classes, but {error}") from None
+    return _taken(columns, np.sort(rest)), _taken(columns, np.sort(part))
+
+
+def _without_repeats(columns: Columns) -> Columns:
+    """Each input once: a repeated one could stand on both sides of a split."""
+    inputs = [np.asarray(columns["image"]).reshape(_rows_of(columns), -1)] if "image" in columns else None
+    keys: list[Any] = (
+        [row.tobytes() for row in inputs[0]]
+        if inputs
+        else list(zip(*(columns[name] for name in ("text", "text_pair", "question") if name in columns), strict=True))
+    )
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    if len(first) < len(keys):
+        logger.info("%d rows with a repeated input are left out", len(keys) - len(first))
+    return _taken(columns, np.sort(list(first.values())))
+
+
+# ------------------------------------------------------------------------------------------------------------ tokens
+
+
+def _tokenizer(given: Tokenizer | Path | str) -> Tokenizer:
+    """A tokenizer of our own, without the truncation and padding that the file may ask for."""
+    if isinstance(given, Tokenizer):
+        own = Tokenizer.from_str(given.to_str())
+    else:
+        path = Path(given).expanduser()
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if path.suffix != ".json" or not path.is_file():
+            raise FileNotFoundError(f"tokenizer: expected a tokenizer.json or a folder with one, got {given}.")
+        own = Tokenizer.from_file(str(path))
+    own.no_truncation()
+    own.no_padding()
+    return own
+
+
+def _first_known(tokenizer: Tokenizer, tokens: Sequence[str]) -> int | None:
+    return next((found for token in tokens if (found := tokenizer.token_to_id(token)) is not None), None)
+
+
+def _end_id(tokenizer: Tokenizer) -> int:
+    """The token that ends an answer: that of a chat model's turn, or of a text."""
+    tokens = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+    found = _first_known(tokenizer, tokens)
+    if found is None:
+        raise ValueError(f"tokenizer: expected one with a token that ends an answer ({', '.join(tokens)}), got none.")
+    return found
+
+
+def _pad_id(tokenizer: Tokenizer) -> int:
+    """Any token does, for padding is masked; some models count positions by it."""
+    return _first_known(tokenizer, ("[PAD]", "<pad>", "<|endoftext|>")) or 0
+
+
+def _array(values: Sequence[Any]) -> np.ndarray:
+    """Rows as a column: stacked if they are images of one size, else an object array."""
+    if isinstance(values[0], np.ndarray) and len({value.shape for value in values}) == 1:
+        return np.stack(values)
+    column = np.empty(len(values), object)
+    column[:] = values
+    return column
+
+
+def _token_column(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    column = np.empty(len(rows), object)
+    for row, ids in enumerate(rows):
+        column[row] = np.array(ids, np.int32)
+    return column
+
+
+def _encode_texts(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dict[str, np.ndarray]:
+    """Tokens of a sentence, or of a pair with its token types; truncated, special tokens kept."""
+    tokenizer.enable_truncation(max_length)
+    pairs = "text_pair" in columns
+    rows = list(zip(columns["text"], columns["text_pair"], strict=True)) if pairs else columns["text"]
+    encodings = tokenizer.encode_batch_fast(rows)
+    encoded = {"input_ids": _token_column([one.ids for one in encodings])}
+    if pairs:
+        encoded["token_type_ids"] = _token_column([one.type_ids for one in encodings])
+    return encoded
+
+
+def _encode_answers(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dict[str, np.ndarray]:
+    """Prompt and answer in one row; the loss is on the answer and the token that ends it."""
+    if tokenizer.token_to_id("<|im_start|>") is not None:
+        template = "<|im_start|>user\\n{}<|im_end|>\\n<|im_start|>assistant\\n"
+    else:
+        template = "Question: {}\\nAnswer: "
+    # GSM8K marks its arithmetic for a calculator, <<48/2=24>>: not part of the text
+    answers = [re.sub(r"<<[^>]*>>", "", answer) for answer in columns["answer"]]
+    prompts = [one.ids for one in tokenizer.encode_batch_fast([template.format(q) for q in columns["question"]])]
+    ends = [one.ids for one in tokenizer.encode_batch_fast(answers, add_special_tokens=False)]
+    rows = [prompt + answer + [_end_id(tokenizer)] for prompt, answer in zip(prompts, ends, strict=True)]
+    longest = max(map(len, prompts))
+    if longest >= max_length:
+        raise ValueError(
+            f"max_length: expected more than the {longest} tokens of the longest prompt, got {max_length}."
+        )
+    return {
+        "input_ids": _token_column([row[:max_length] for row in rows]),
+        "prompt_ids": _token_column(prompts),
+        "prompt_length": np.array([len(prompt) for prompt in prompts], np.int32),
+        "length": np.array([len(row) for row in rows], np.int32),
+    }
+
+
+def _without_long(name: str, columns: dict[str, np.ndarray], max_length: int) -> dict[str, np.ndarray]:
+    """Leave out rows whose answer is cut off: they would teach to stop in the middle, or never."""
+    whole = columns["length"] <= max_length
+    if not whole.any():
+        raise ValueError(
+            f"{name}: expected max_length >= {columns['length'].min()} for any row to fit, got {max_length}."
+        )
+    if not whole.all():
+        logger.warning(
+            "%s: %d of %d train rows have more than max_length = %d tokens and are left out",
+            name, (~whole).sum(), len(whole), max_length,
+        )  # fmt: skip
+    return {key: column[whole] for key, column in columns.items()}
