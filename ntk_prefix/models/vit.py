@@ -47,9 +47,9 @@ class VitConfig(BackboneConfig):
         if config.get("use_swiglu_ffn"):
             raise ValueError("config.json: expected use_swiglu_ffn false, got true: DINOv2 giant is not built here")
         if config.get("model_type") == "dinov2":
-            config = {"intermediate_size": config.get("mlp_ratio", 4) * config.get("hidden_size", 0), **config}
-            config.setdefault("layer_norm_eps", 1e-6)
-            config.setdefault("patch_size", 14)
+            config = {"layer_norm_eps": 1e-6, "patch_size": 14, **config}
+            if "mlp_ratio" in config and "hidden_size" in config:
+                config["intermediate_size"] = int(config["mlp_ratio"] * config["hidden_size"])
         return super().from_hugging_face(config)
 
     @property
