@@ -70,7 +70,7 @@ def record(model: Any, inputs: Mapping[str, Any]) -> dict[str, LayerRecord]:
         inputs: its keyword arguments, a small batch of real inputs.
 
     Raises:
-        ValueError: there is no attention layer, or the model recomputes its layers (``remat``).
+        ValueError: there is no attention layer.
     """
     layers = {
         ".".join(map(str, path)): layer for path, layer in nnx.iter_modules(model) if isinstance(layer, AttentionLayer)
@@ -79,11 +79,17 @@ def record(model: Any, inputs: Mapping[str, Any]) -> dict[str, LayerRecord]:
         raise ValueError(f"expected a model with attention layers, got {type(model).__name__} without any")
     records: dict[str, LayerRecord] = {}
     cores = {path: layer.core for path, layer in layers.items()}
+    # what a recomputed layer sees cannot be kept beyond it; without gradients there is nothing to recompute
+    recomputing = [module for _, module in nnx.iter_modules(model) if getattr(module, "remat", False)]
     try:
+        for module in recomputing:
+            module.remat = False
         for path, layer in layers.items():
             layer.core = _Recorder(cores[path], path, records)
         model(**inputs)
     finally:
         for path, layer in layers.items():
             layer.core = cores[path]
+        for module in recomputing:
+            module.remat = True
     return records

@@ -294,7 +294,7 @@ def test_jit_and_vmap_change_nothing(method):
     np.testing.assert_allclose(rows(state, x, mask), model(x, mask), **EXACT)
 
 
-@pytest.mark.parametrize("method", BASIC)
+@pytest.mark.parametrize("method", ["prefix", "lora and ntk"])
 def test_recomputing_layers_leaves_gradients_as_they_are(method):
     def gradients(remat):
         model = trained(method)
@@ -307,7 +307,7 @@ def test_recomputing_layers_leaves_gradients_as_they_are(method):
         np.testing.assert_allclose(recomputed[path], gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [*BASIC, "ntk low rank"])
+@pytest.mark.parametrize("method", ["prefix", "lora and ntk", "ntk low rank"])
 def test_bfloat16_activations(method):
     narrow = put(Tiny(dtype=jnp.dtype("bfloat16")), method)
     for path, leaf in nnx.to_flat_state(nnx.state(trained(method), peft.AdapterParam)):
@@ -342,7 +342,7 @@ def llama():
     return models.Llama(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("method", [*BASIC, "shifting prefix"])
+@pytest.mark.parametrize("method", ["lora and ntk", "shifting prefix", "ntk white and relative", "prefix tuning plus"])
 def test_decoding_token_by_token_is_the_causal_pass_over_all_tokens(llama, method):
     model = nnx.clone(llama)
     ids = jax.random.randint(jax.random.key(0), (2, 6), 0, 31)
@@ -381,8 +381,8 @@ def test_any_update_leaves_k_at_or_above_zero_and_others_free(k, update):
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, update), parameters)
     updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
     moved = optax.apply_updates(parameters, updates)
-    np.testing.assert_allclose(moved["k"][...], np.maximum(np.abs(k) + update, 0), atol=1e-12)
-    np.testing.assert_allclose(moved["z"][...], np.array(k) + update, atol=1e-12)
+    np.testing.assert_allclose(moved["k"][...], np.maximum(np.abs(k) + update, 0), atol=1e-6)
+    np.testing.assert_allclose(moved["z"][...], np.array(k) + update, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------- messages
