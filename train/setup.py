@@ -118,6 +118,7 @@ def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.
     if task.kind == "causal-lm":
         return models.from_pretrained(path, task=task.kind, dtype=dtype, rngs=rngs)
     model = models.from_pretrained(path, task=task.kind, num_labels=task.num_labels, dtype=dtype, rngs=rngs)
+    assert isinstance(model, models.Classifier)
     model.pooling = config.pooling
     return model
 
@@ -176,7 +177,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     if config.accumulate == 1:
         return whole
     every = optax.MultiSteps(whole, config.accumulate)
-    return optax.GradientTransformation(every.init, every.update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(every.init, every.update)
 
 
 def _placement(config: TrainConfig) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def test_none_good_is_an_error_and_changes_nothing(saved):
 )
 def test_one_of_another_model_is_refused(saved, change, message):
     with Checkpoints(saved) as checkpoints:
-        with pytest.raises(CheckpointError, match=f"it is of another model or optimizer: .*{message}"):
+        with pytest.raises(CheckpointError, match=rf"it is of another model or optimizer: .*{message}"):
             checkpoints.restore_latest(tree(0) | change)
         with pytest.raises(CheckpointError, match="it also has .*scale"):
             checkpoints.restore_latest({name: leaf for name, leaf in tree(0).items() if name != "scale"})
