@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,18 +75,18 @@ class BackboneConfig:
                 f"got {self.num_attention_heads}"
             )
 
-    @classmethod
-    def from_hugging_face(cls, config: Mapping[str, Any]) -> Self:
-        """Take what is known here from a config.json.
 
-        Raises:
-            ValueError: a value is missing, or asks for an architecture that is not built here.
-        """
-        fields = dataclasses.fields(cls)
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and config.get(f.name) is None]
-        if missing:
-            raise ValueError(f"config.json: expected {missing} for a {cls.__name__}, got {sorted(config)}")
-        return cls(**{f.name: config[f.name] for f in fields if config.get(f.name) is not None})
+def known_fields(config_class: type[BackboneConfig], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says about the fields of a config.
+
+    Raises:
+        ValueError: a value is missing.
+    """
+    fields = dataclasses.fields(config_class)
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and config.get(f.name) is None]
+    if missing:
+        raise ValueError(f"config.json: expected {missing} for a {config_class.__name__}, got {sorted(config)}")
+    return {f.name: config[f.name] for f in fields if config.get(f.name) is not None}
 
 
 def layer_norm(features: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> Callable[[], nnx.Module]:

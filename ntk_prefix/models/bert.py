@@ -8,14 +8,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix.models.attention import AttentionLayer
-from ntk_prefix.models.backbone import Backbone, BackboneConfig, Mlp, Output, Pooling, TransformerLayer, layer_norm
+from ntk_prefix.models.backbone import (
+    Backbone,
+    BackboneConfig,
+    Mlp,
+    Output,
+    Pooling,
+    TransformerLayer,
+    known_fields,
+    layer_norm,
+)
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["Bert", "BertConfig"]
@@ -31,7 +41,7 @@ class BertConfig(BackboneConfig):
     layer_norm_eps: float = 1e-12
 
     @classmethod
-    def from_hugging_face(cls, config: Mapping[str, Any]) -> Self:
+    def from_hugging_face(cls, config: Mapping[str, Any]) -> BertConfig:
         """Take what is known here from a config.json.
 
         Raises:
@@ -43,13 +53,14 @@ class BertConfig(BackboneConfig):
                 f"position_embedding_type {config.get('position_embedding_type')!r}, "
                 f"is_decoder {config.get('is_decoder')!r}"
             )
-        return super().from_hugging_face(config)
+        return cls(**known_fields(cls, config))
 
 
 class BertEmbeddings(nnx.Module):
-    """``norm(token + token type + position)``."""
+    """``norm(token + token type + position)``, summed before anything is rounded to a narrow dtype."""
 
-    def __init__(self, config: BertConfig, norm: Any, *, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, norm: Any, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.sum_dtype = accumulation_dtype(dtype)
         # no dtype: nnx.Embed would convert its whole table in every step
         embed = functools.partial(nnx.Embed, features=config.hidden_size, rngs=rngs)
         self.tokens = embed(config.vocab_size)
@@ -62,8 +73,15 @@ class BertEmbeddings(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Return the layers' input."""
         first = jnp.zeros((1, 1), jnp.int32)
-        types = self.token_types(first if token_type_ids is None else token_type_ids)
-        return self.norm(self.tokens(input_ids) + types + self.positions(positions))
+        tokens, types, places = (
+            table(ids).astype(self.sum_dtype)
+            for table, ids in (
+                (self.tokens, input_ids),
+                (self.token_types, first if token_type_ids is None else token_type_ids),
+                (self.positions, positions),
+            )
+        )
+        return self.norm(tokens + types + places)
 
 
 class Bert(Backbone):
@@ -99,7 +117,7 @@ class Bert(Backbone):
     def __init__(self, config: BertConfig, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype)
         norm = layer_norm(config.hidden_size, config.layer_norm_eps, self.dtype, rngs)
-        self.embeddings = BertEmbeddings(config, norm, rngs=rngs)
+        self.embeddings = BertEmbeddings(config, norm, dtype=self.dtype, rngs=rngs)
         self.layers = nnx.List(
             TransformerLayer(
                 AttentionLayer(config.hidden_size, config.num_attention_heads, dtype=self.dtype, rngs=rngs),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache, Rotary
-from ntk_prefix.models.backbone import Backbone, BackboneConfig, Mlp, Output, Pooling, TransformerLayer, keep_dtypes
+from ntk_prefix.models.backbone import (
+    Backbone,
+    BackboneConfig,
+    Mlp,
+    Output,
+    Pooling,
+    TransformerLayer,
+    keep_dtypes,
+    known_fields,
+)
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -59,7 +68,7 @@ class LlamaConfig(BackboneConfig):
             raise ValueError(f"head_dim: expected an even number, got {self.head_dim}: rotary positions turn pairs")
 
     @classmethod
-    def from_hugging_face(cls, config: Mapping[str, Any]) -> Self:
+    def from_hugging_face(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Take what is known here from a config.json.
 
         Raises:
@@ -70,7 +79,7 @@ class LlamaConfig(BackboneConfig):
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"config.json: expected rotary positions of rope_type 'default', got {kind!r}")
-        return super().from_hugging_face({**config, **{k: rope[k] for k in ("rope_theta",) if k in rope}})
+        return cls(**known_fields(cls, {**config, **{k: rope[k] for k in ("rope_theta",) if k in rope}}))
 
 
 class Llama(Backbone):

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ntk_prefix.models.backbone import Backbone, BackboneConfig, Classifier, Pooling
+from ntk_prefix.models.backbone import Backbone, Classifier, Pooling
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.formats import Checkpoint, read_checkpoint
 from ntk_prefix.models.llama import Llama, LlamaConfig
@@ -24,7 +24,7 @@ __all__ = ["from_pretrained", "module_names"]
 
 logger = logging.getLogger(__name__)
 
-MODELS: dict[str, tuple[type[BackboneConfig], type[Backbone]]] = {
+MODELS: dict[str, tuple[Any, type[Backbone]]] = {
     "bert": (BertConfig, Bert),
     "dinov2": (VitConfig, Vit),
     "llama": (LlamaConfig, Llama),

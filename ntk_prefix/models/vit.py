@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix.models.attention import AttentionLayer
-from ntk_prefix.models.backbone import Backbone, BackboneConfig, Mlp, Output, Pooling, TransformerLayer, layer_norm
+from ntk_prefix.models.backbone import (
+    Backbone,
+    BackboneConfig,
+    Mlp,
+    Output,
+    Pooling,
+    TransformerLayer,
+    known_fields,
+    layer_norm,
+)
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Vit", "VitConfig", "bicubic_matrix"]
@@ -38,7 +48,7 @@ class VitConfig(BackboneConfig):
     qkv_bias: bool = True
 
     @classmethod
-    def from_hugging_face(cls, config: Mapping[str, Any]) -> Self:
+    def from_hugging_face(cls, config: Mapping[str, Any]) -> VitConfig:
         """Take what is known here from a config.json.
 
         Raises:
@@ -47,10 +57,10 @@ class VitConfig(BackboneConfig):
         if config.get("use_swiglu_ffn"):
             raise ValueError("config.json: expected use_swiglu_ffn false, got true: DINOv2 giant is not built here")
         if config.get("model_type") == "dinov2":
-            config = {"intermediate_size": config.get("mlp_ratio", 4) * config.get("hidden_size", 0), **config}
-            config.setdefault("layer_norm_eps", 1e-6)
-            config.setdefault("patch_size", 14)
-        return super().from_hugging_face(config)
+            config = {"layer_norm_eps": 1e-6, "patch_size": 14, **config}
+            if "mlp_ratio" in config and "hidden_size" in config:
+                config["intermediate_size"] = int(config["mlp_ratio"] * config["hidden_size"])
+        return cls(**known_fields(cls, config))
 
     @property
     def grid(self) -> int:
@@ -83,14 +93,14 @@ class VitEmbeddings(nnx.Module):
         # a convolution whose stride is its width is one matrix product over patches
         patches = pixel_values.reshape(batch, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
         x = self.patches(patches.reshape(batch, rows * columns, -1))
-        positions = self._positions(rows, columns).astype(x.dtype)
+        positions = self._positions(rows, columns, accumulation_dtype(x.dtype)).astype(x.dtype)
         first = self.cls_token[...].astype(x.dtype) + positions[:, :1]
         first = jnp.broadcast_to(first, (batch, *first.shape[1:]))
         return jnp.concatenate([first, x + positions[:, 1:]], axis=1)
 
-    def _positions(self, rows: int, columns: int) -> Float[Array, "1 T D"]:
+    def _positions(self, rows: int, columns: int, dtype: jnp.dtype) -> Float[Array, "1 T D"]:
         """Resample the grid of position embeddings to the image's."""
-        embeddings = self.position_embeddings[...]
+        embeddings = self.position_embeddings[...].astype(dtype)
         grid = round((embeddings.shape[1] - 1) ** 0.5)
         if (rows, columns) == (grid, grid):
             return embeddings

@@ -1,0 +1,364 @@
+"""Each backbone against its formula in float64, and what all of them promise: hook, remat, dtypes, names."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ntk_prefix import models
+from ntk_prefix.models.vit import bicubic_matrix
+from tests.models import formulas
+
+KINDS = tuple(formulas.CONFIGS)
+RNG = np.random.default_rng(7)
+IDS = RNG.integers(0, 31, (3, 9))
+TYPES = RNG.integers(0, 2, (3, 9))
+MASK = np.arange(9) < np.array([9, 4, 6])[:, None]
+LEFT = MASK[:, ::-1]
+PIXELS = RNG.normal(size=(2, 30, 18, 3))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    configs = formulas.CONFIGS.items()
+    return {kind: formulas.write(root / kind, config, formulas.draw(config)) for kind, config in configs}
+
+
+def load(folders: dict[str, Path], kind: str, dtype: Any = None) -> models.Backbone:
+    return models.from_pretrained(folders[kind], "causal-lm" if "llama" in kind else None, dtype=dtype)
+
+
+@nnx.jit
+def call(model: Any, inputs: tuple[Any, ...]) -> models.Output:
+    return model(*inputs)
+
+
+def inputs_of(kind: str, dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
+    """A batch with padding where there can be any, and an image size that wants new positions."""
+    if kind == "bert":
+        return jnp.asarray(IDS), jnp.asarray(MASK), jnp.asarray(TYPES)
+    if "llama" in kind:
+        return jnp.asarray(IDS), jnp.asarray(LEFT.astype(np.int32))
+    return (jnp.asarray(PIXELS, dtype),)
+
+
+def formula(kind: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Hidden states, logits, and which tokens are real."""
+    config = formulas.CONFIGS[kind]
+    tensors = formulas.draw(config)
+    if kind == "bert":
+        return formulas.bert(config, tensors, IDS, MASK, TYPES, offset), None, MASK
+    if "llama" in kind:
+        return *formulas.llama(config, tensors, IDS, LEFT, offset), LEFT
+    return formulas.vit(config, tensors, PIXELS), None, np.array(True)
+
+
+def relative(ours: Any, theirs: Any, real: np.ndarray) -> float:
+    keep = np.broadcast_to(real, ours.shape[:2])
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return np.abs(ours - theirs)[keep].max() / np.abs(theirs[keep]).max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_agrees_with_the_formula(folders: dict[str, Path], kind: str, dtype: Any) -> None:
+    """float32: some tens of roundings of 6e-8; float64: the same of 1e-16 on the same float32 weights."""
+    output = call(load(folders, kind, dtype), inputs_of(kind, dtype))
+    hidden, logits, real = formula(kind)
+    limit = 1e-5 if dtype == jnp.float32 else 1e-12
+    # under x64, so a float64 constant that leaks into a float32 model would show
+    assert output.last_hidden_state.dtype == dtype
+    assert relative(output.last_hidden_state, hidden, real) < limit
+    assert (output.logits is None) == (logits is None)
+    if logits is not None:
+        assert output.logits.dtype == dtype
+        assert relative(output.logits, logits, real) < limit
+    assert output.cache is None
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+def test_images_of_the_checkpoints_size_need_no_resampling(folders: dict[str, Path], kind: str) -> None:
+    pixels = RNG.normal(size=(1, 24, 24, 3))
+    wanted = formulas.vit(formulas.CONFIGS[kind], formulas.draw(formulas.CONFIGS[kind]), pixels)
+    ours = call(load(folders, kind), (jnp.asarray(pixels, jnp.float32),)).last_hidden_state
+    assert relative(ours, wanted, np.array(True)) < 1e-5
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 4), (4, 7), (37, 16), (37, 4), (5, 1)])
+def test_bicubic_resampling(old: int, new: int) -> None:
+    grid = RNG.normal(size=(old, old, 2))
+    matrix = bicubic_matrix(old, new)
+    np.testing.assert_allclose(
+        np.einsum("ih,hwd,jw->ijd", matrix, grid, matrix), formulas.resample(grid, new, new), atol=1e-12
+    )
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-12)
+    if old == new:
+        np.testing.assert_allclose(matrix, np.eye(old), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_position_offset(folders: dict[str, Path], kind: str) -> None:
+    """As an argument, as an attribute, as one number a row, and in two parts: one meaning."""
+    model = load(folders, kind)
+    hidden, _, real = formula(kind, offset=5)
+    shifted = {
+        "argument": model(*inputs_of(kind), position_offset=5),
+        "rows": model(*inputs_of(kind), position_offset=jnp.asarray([5, 5, 5])),
+    }
+    model.position_offset = 3
+    shifted["both"] = model(*inputs_of(kind), position_offset=2)
+    model.position_offset = 5
+    shifted["attribute"] = model(*inputs_of(kind))
+    for output in shifted.values():
+        assert relative(output.last_hidden_state, hidden, real) < 1e-5
+    # rotary positions are relative: there only a prefix or a cache can tell
+    moved = relative(hidden, formula(kind)[0], real)
+    assert moved > 1e-2 if kind == "bert" else moved < 1e-10
+
+
+def test_rows_may_be_shifted_differently(folders: dict[str, Path]) -> None:
+    model = load(folders, "bert")
+    mixed = model(*inputs_of("bert"), position_offset=jnp.asarray([0, 5, 11])).last_hidden_state
+    for row, offset in enumerate((0, 5, 11)):
+        assert relative(mixed[row : row + 1], formula("bert", offset)[0][row : row + 1], MASK[row : row + 1]) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------ the hook
+
+
+class Recorder(nnx.Module):
+    """A core around a core that scales its output by a parameter and counts its calls in a variable."""
+
+    def __init__(self, core: nnx.Module):
+        self.core = core
+        self.weight = nnx.Param(jnp.ones((), jnp.float32))
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+        self.calls[...] = self.calls[...] + 1
+        heads = query.shape[2] // key.shape[2]
+        assert query.shape[2] == heads * key.shape[2]
+        assert key.shape == value.shape
+        return self.weight[...].astype(query.dtype) * self.core(query, key, value, **options)
+
+
+def hook(model: models.Backbone) -> models.Backbone:
+    for layer in model.layers:
+        layer.attention.core = Recorder(layer.attention.core)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_core_is_called_in_every_layer(folders: dict[str, Path], kind: str) -> None:
+    plain, hooked = load(folders, kind), hook(load(folders, kind))
+    inputs = inputs_of(kind)
+    np.testing.assert_array_equal(
+        call(hooked, inputs).last_hidden_state, call(plain, inputs).last_hidden_state, strict=True
+    )
+    assert [int(layer.attention.core.calls[...]) for layer in hooked.layers] == [1, 1]
+    # what a core returns is all that attention contributes
+    for layer in hooked.layers:
+        layer.attention.core.weight.set_value(jnp.zeros((), jnp.float32))
+        layer.attention.query.kernel.set_value(layer.attention.query.kernel[...] + 1)
+    silent = call(hooked, inputs).last_hidden_state
+    for layer in hooked.layers:
+        layer.attention.key.kernel.set_value(layer.attention.key.kernel[...] * 3)
+    np.testing.assert_array_equal(call(hooked, inputs).last_hidden_state, silent)
+
+
+@pytest.mark.parametrize("kind", ["bert", "dinov2", "llama"])
+def test_remat_changes_no_number(folders: dict[str, Path], kind: str) -> None:
+    model = hook(load(folders, kind))
+    inputs = inputs_of(kind)
+    real = formula(kind)[2]
+
+    def loss(model: Any) -> jax.Array:
+        keep = jnp.asarray(np.broadcast_to(real, (inputs[0].shape[0], 1 + 15 if kind == "dinov2" else 9)))
+        return jnp.sum(jnp.square(model(*inputs).last_hidden_state) * keep[:, :, None] * jnp.arange(24.0)[None, None])
+
+    results, calls, programs = [], [], []
+    for remat in (False, True):
+        model.remat = remat
+        gradient = nnx.jit(nnx.value_and_grad(loss))
+        results.append(gradient(model))
+        calls.append([int(layer.attention.core.calls[...]) for layer in model.layers])
+        graph, state = nnx.split(model)
+        programs.append(str(jax.make_jaxpr(lambda s, graph=graph: loss(nnx.merge(graph, s)))(state)))
+    (value, gradients), (value_again, gradients_again) = results
+    np.testing.assert_allclose(value_again, value, rtol=1e-6)
+    # of the largest gradient: that of a key's bias is nothing but rounding, softmax cannot see it
+    scale = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradients))
+    assert scale > 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale), gradients, gradients_again)
+    # state held in the layers survives, and the layers were in fact put under jax.checkpoint
+    assert calls == [[1, 1], [2, 2]]
+    assert [program.count("checkpoint") > 0 or program.count("remat") > 0 for program in programs] == [False, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(folders: dict[str, Path], kind: str) -> None:
+    """Eight bits of mantissa: 4e-3 a rounding, a few tens of them on the way."""
+    model = load(folders, kind, jnp.bfloat16)
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
+    output = call(model, inputs_of(kind))
+    hidden, logits, real = formula(kind)
+    assert output.last_hidden_state.dtype == jnp.bfloat16
+    assert 1e-4 < relative(output.last_hidden_state, hidden, real) < 5e-2
+    if logits is not None:
+        assert output.logits.dtype == jnp.float32
+        assert relative(output.logits, logits, real) < 5e-2
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "llama"])
+def test_norms_are_in_float32(folders: dict[str, Path], kind: str) -> None:
+    """A scale that bfloat16 cannot hold (1 + 2^-10) is not rounded away before it is used."""
+    layer = load(folders, kind, jnp.bfloat16).layers[0]
+    x = jnp.asarray(RNG.normal(size=(1, 2, 24)) * 100 + 300, jnp.bfloat16)
+    norm = layer.mlp_norm
+    norm.scale.set_value(jnp.full(24, 1 + 2**-10, jnp.float32))
+    wide = np.asarray(x, np.float64)
+    if kind != "llama":
+        norm.bias.set_value(jnp.zeros(24, jnp.float32))
+        wide = wide - wide.mean(-1, keepdims=True)
+    eps = norm.epsilon
+    exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * (1 + 2**-10)
+    ours = norm(x)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_compilation_for_one_shape(folders: dict[str, Path], kind: str) -> None:
+    model = load(folders, kind)
+    traced = 0
+
+    @jax.jit
+    def run(state: nnx.State, inputs: tuple[jax.Array, ...]) -> jax.Array:
+        nonlocal traced
+        traced += 1
+        return nnx.merge(graph, state)(*inputs).last_hidden_state
+
+    graph, state = nnx.split(model)
+    first = inputs_of(kind)
+    run(state, first)
+    run(jax.tree.map(lambda p: 2 * p, state), tuple(jnp.flip(x, axis=0) for x in first))
+    assert traced == 1
+    # and the same checkpoint, loaded again, is the same program
+    assert nnx.split(load(folders, kind))[0] == graph
+
+
+# ---------------------------------------------------------------------------------------------- names and heads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_are_uniform_and_go_both_ways(folders: dict[str, Path], kind: str) -> None:
+    model = load(folders, kind)
+    names = models.module_names(model)
+    for i in range(2):
+        for part in ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.up", "mlp.down"):
+            assert f"layers.{i}.{part}" in names
+    assert len(set(names.values())) == len(names)
+    covered = {"/".join(path.split(".")) for path in names}
+    for path, _ in nnx.to_flat_state(nnx.state(model)):
+        whole = "/".join(map(str, path))
+        assert whole in covered or whole.rpartition("/")[0] in covered
+    tensors = formulas.draw(formulas.CONFIGS[kind])
+    assert {n.removesuffix(".weight").removesuffix(".bias") for n in tensors} == set(names.values())
+
+
+POOLED = {
+    "mean": lambda h, m: (h * m[:, :, None]).sum(1) / m.sum(1)[:, None],
+    "cls": lambda h, m: h[:, 0],
+    "last": lambda h, m: np.stack([row[np.flatnonzero(keep)[-1]] for row, keep in zip(h, m, strict=True)]),
+}
+
+
+@pytest.mark.parametrize("pooling", POOLED)
+@pytest.mark.parametrize("masked", [False, True])
+def test_classifier(folders: dict[str, Path], pooling: Any, masked: bool) -> None:
+    model = models.from_pretrained(
+        folders["bert"], "sequence-classification", num_labels=5, pooling=pooling, rngs=nnx.Rngs(3)
+    )
+    assert isinstance(model, models.Classifier)
+    mask = MASK if masked else np.ones_like(MASK)
+    options = {"attention_mask": jnp.asarray(MASK)} if masked else {}
+    output = model(jnp.asarray(IDS), token_type_ids=jnp.asarray(TYPES), **options)
+    config = formulas.CONFIGS["bert"]
+    hidden = formulas.bert(config, formulas.draw(config), IDS, mask, TYPES)
+    kernel = np.asarray(model.head.kernel[...], np.float64)
+    np.testing.assert_allclose(output.logits, POOLED[pooling](hidden, mask) @ kernel, atol=1e-6)
+    assert relative(output.last_hidden_state, hidden, mask) < 1e-5
+
+
+def test_classifier_passes_settings_on(folders: dict[str, Path]) -> None:
+    model = models.from_pretrained(folders["bert"], "sequence-classification", num_labels=2)
+    assert isinstance(model, models.Classifier)
+    before = model(jnp.asarray(IDS)).logits
+    model.position_offset, model.remat = 5, True
+    assert (model.backbone.position_offset, model.backbone.remat) == (5, True)
+    assert (model.position_offset, model.remat) == (5, True)
+    assert model.config is model.backbone.config
+    assert np.abs(model(jnp.asarray(IDS)).logits - before).max() > 1e-4
+
+
+def test_images_are_classified_by_the_same_class(folders: dict[str, Path]) -> None:
+    model = models.from_pretrained(folders["dinov2"], "image-classification", num_labels=4, dtype=jnp.bfloat16)
+    output = model(*inputs_of("dinov2"))
+    assert output.logits.shape == (2, 4)
+    assert output.logits.dtype == jnp.float32
+
+
+def test_output_is_a_pytree() -> None:
+    output = models.Output(last_hidden_state=jnp.ones((1, 2, 3)))
+    assert jax.tree.map(jnp.shape, output).last_hidden_state == (1, 2, 3)
+    assert len(jax.tree.leaves(output)) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        output.logits = jnp.ones(1)  # type: ignore[misc]
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+def test_too_many_positions(folders: dict[str, Path]) -> None:
+    model = load(folders, "bert")
+    ids = jnp.zeros((1, 41), jnp.int32)
+    for arguments in ((ids, 0), (ids[:, :38], 3), (ids[:, :40], 1)):
+        with pytest.raises(ValueError, match="expected at most 40 positions"):
+            model(arguments[0], position_offset=arguments[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 25, 3), (1, 24, 24, 1), (1, 0, 24, 3)])
+def test_images_that_do_not_fit(folders: dict[str, Path], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected .* divisible by the patch size 6"):
+        load(folders, "vit")(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (functools.partial(models.BertConfig, num_attention_heads=5), "expected a divisor of hidden_size 24, got 5"),
+        (functools.partial(models.BertConfig, hidden_act="swish2"), "hidden_act: expected one of"),
+        (functools.partial(models.LlamaConfig, num_key_value_heads=3), "expected a divisor of the 4 query heads"),
+        (functools.partial(models.LlamaConfig, head_dim=7), "expected an even number, got 7"),
+    ],
+)
+def test_configs_that_cannot_be(config: Any, problem: str) -> None:
+    sizes = {k: v for k, v in formulas.TEXT.items() if k not in config.keywords}
+    with pytest.raises(ValueError, match=problem):
+        config(**sizes)
+
+
+@pytest.mark.usefixtures("without_annotations")
+def test_classifiers_that_cannot_be(folders: dict[str, Path]) -> None:
+    backbone = load(folders, "bert")
+    with pytest.raises(ValueError, match='expected "mean", "cls" or "last"'):
+        models.Classifier(backbone, 2, pooling="max", rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected at least 1"):
+        models.Classifier(backbone, 0, rngs=nnx.Rngs(0))
