@@ -82,12 +82,13 @@ class Evaluator:
         for batch in data.evaluation_batches(split, self.batch_size):
             scores = jax.nn.log_softmax(self._logits(trained, frozen, batch)[:, :-1])
             labels = batch["labels"][:, 1:]
-            answer: np.ndarray = labels >= 0
+            answer = labels >= 0
             picked = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
             kept = np.flatnonzero(batch["weight"])
-            losses.append(-np.asarray((picked * answer).sum(axis=1) / np.maximum(answer.sum(axis=1), 1))[kept])
-            right = np.asarray((scores.argmax(axis=-1) == labels) | ~answer)
-            correct.append(right.all(axis=1)[kept])
+            each = np.asarray((picked * answer).sum(axis=1) / np.maximum(answer.sum(axis=1), 1))
+            losses.append(-each[kept])
+            right = np.asarray(scores.argmax(axis=-1) == labels)
+            correct.append(np.asarray(np.all(right | ~answer, axis=1))[kept])
         loss = float(np.concatenate(losses).mean())
         if not generate:
             return Predictions(np.concatenate(correct), loss, None)
