@@ -91,12 +91,13 @@ def save_pretrained(
     tensors = {key: slot.value for key, slot in _slots(model, name, names).items()}
     form = to_form(known[name], model, names, tensors)
     form["base_model_name_or_path"] = base_model_name_or_path or getattr(names.backbone, "name_or_path", None)
-    if form["peft_type"] == "PREFIX_TUNING":
-        tensors = packed(tensors, model, names)
     if any(key.startswith("head.") for key in tensors):
         form["modules_to_save"] = [names.head]
-    data = {names.key(key): np.ascontiguousarray(value) for key, value in tensors.items()}
-    _write(Path(directory), form, data)
+    if form["peft_type"] == "PREFIX_TUNING":
+        tensors = packed(tensors, model, names)
+    else:
+        tensors = {names.key(key): value for key, value in tensors.items()}
+    _write(Path(directory), form, {key: np.ascontiguousarray(value) for key, value in tensors.items()})
 
 
 def load_adapter(model: Any, directory: str | Path, name: str = "default", *, load_head: bool = True) -> Any:
@@ -172,7 +173,7 @@ def _slots(model: Any, name: str, names: Names) -> dict[str, _Slot]:
         # a core's tensors are the attention layer's: Hugging Face's models have no cores
         place = dotted(path).removesuffix(".core")
         for attribute, value in values.items():
-            key = names.parameter(f"{place}.{attribute}")
+            key = names.parameter(f"{place}.{attribute}") if owner is module else None
             key = key or f"{names.module(place)}.{FILE_NAMES.get(attribute, attribute)}"
             slots[key] = _Slot(owner, attribute, _turned(attribute, value))
     return slots

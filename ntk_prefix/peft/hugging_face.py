@@ -112,8 +112,6 @@ class Names:
 
     def key(self, canonical: str) -> str:
         """Return a tensor's name in a file."""
-        if canonical == "prompt_embeddings":
-            return canonical
         if canonical.startswith("head."):
             return f"base_model.model.{self.head}.{canonical.removeprefix('head.')}"
         bare = self.task == "FEATURE_EXTRACTION" or canonical.startswith(self.outside)
@@ -324,11 +322,12 @@ def _attention_layers(model: Any) -> list[tuple[str, AttentionLayer]]:
 
 
 def packed(tensors: Mapping[str, Array], model: Any, names: Names) -> dict[str, Array]:
-    """Put the prefixes of all layers into ``prompt_embeddings`` [M, layers, key and value, K, H], flat but for M."""
+    """Return what a file of peft's holds: all prefixes in one array [M, layers, key and value, K, H], flat but for M."""
     keys = [f"{names.module(path)}.{part}" for path, _ in _attention_layers(model) for part in PREFIX_PARTS]
     whole = jnp.stack([tensors[key] for key in keys], axis=1)
-    others = {key: value for key, value in tensors.items() if key not in keys}
-    return {"prompt_embeddings": whole.reshape(len(whole), -1), **others}
+    # without a module that wraps the model, a head is one step nearer
+    heads = {names.key(key).replace(".model.", ".", 1): tensors[key] for key in tensors if key not in keys}
+    return {"prompt_embeddings": whole.reshape(len(whole), -1), **heads}
 
 
 def _unpacked(tensors: Mapping[str, Array], tokens: int | None, model: Any, names: Names) -> dict[str, Array]:

@@ -7,13 +7,13 @@ from flax import nnx
 
 from ntk_prefix.models.attention import AttentionLayer
 
-FEATURES, HEADS, KEY_HEADS, LAYERS, TOKENS = 16, 4, 2, 2, 6
+FEATURES, HEADS, KEY_HEADS, HEAD_DIM, LAYERS, LABELS, TOKENS = 16, 4, 2, 4, 2, 3, 6
 
 
 class Block(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.attention = AttentionLayer(FEATURES, HEADS, num_key_heads=KEY_HEADS, rngs=rngs)
-        self.norm = nnx.LayerNorm(FEATURES, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, dtype=None):
+        self.attention = AttentionLayer(FEATURES, HEADS, num_key_heads=KEY_HEADS, dtype=dtype, rngs=rngs)
+        self.norm = nnx.LayerNorm(FEATURES, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, mask):
         return self.norm(x + self.attention(x, mask=mask)[0])
@@ -33,18 +33,23 @@ class Tiny(nnx.Module):
     hugging_face_ignored: ClassVar[str] = r"pooler\."
     hugging_face_head: ClassVar[str] = "classifier"
 
-    def __init__(self, seed: int = 0, head: bool = True):
+    def __init__(self, seed: int = 0, head: bool = True, dtype=None):
         rngs = nnx.Rngs(seed)
-        self.layers = nnx.List([Block(rngs) for _ in range(LAYERS)])
+        self.layers = nnx.List([Block(rngs, dtype) for _ in range(LAYERS)])
         self.position_offset = 0
+        self.remat = False
         if head:
-            self.head = nnx.Linear(FEATURES, 3, rngs=rngs)
+            self.head = nnx.Linear(FEATURES, LABELS, rngs=rngs)
 
     def __call__(self, x, attention_mask=None):
         mask = None if attention_mask is None else attention_mask[:, None, None, :].astype(bool)
         # positions do enter, so that a shift of them shows
         x = x + jnp.sin(jnp.arange(x.shape[1], dtype=x.dtype) + self.position_offset)[None, :, None]
+
+        def run(layer, x):
+            return layer(x, mask)
+
         for layer in self.layers:
-            x = layer(x, mask)
+            x = nnx.remat(run)(layer, x) if self.remat else run(layer, x)
         pooled = jnp.mean(x, axis=1)
         return self.head(pooled) if hasattr(self, "head") else pooled

@@ -1,0 +1,150 @@
+"""Our adapters beside Hugging Face peft's: ``python -m tests.peft.interop --torch-python PYTHON --model DIR``.
+
+peft trains LoRA and prefix-tuning adapters for a few steps, on MiniLM (DIR) and on small random Llamas, saves them,
+and they are loaded here; then the same are trained here, saved, and loaded there.
+
+Errors are ``max |ours - theirs| / max |theirs|`` of hidden states or logits in float32, over tokens that are not padding.
+"effect" is how far the adapter has moved the frozen model, in the same unit: an error says something only far below it.
+Exit 1 if an error is above 1e-4 or an effect below 1e-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from ntk_prefix import models, peft
+from ntk_prefix.peft.inject import module_at
+
+LIMIT, EFFECT = 1e-4, 1e-2
+
+OURS: dict[str, tuple[str, str | None, list[peft.AdapterConfig]]] = {
+    "bert lora": ("AutoModel", None, [peft.LoraConfig(r=8, alpha=16)]),
+    "bert lora, a regex and patterns": (
+        "AutoModel",
+        None,
+        [
+            peft.LoraConfig(target=r"layers\.\d\.attention\.(query|out)$", r=4, alpha=2),
+            peft.LoraConfig(target=r"layers\.[23]\.mlp\.down$", r=2),
+        ],
+    ),
+    "bert rslora, two layers": (
+        "AutoModel",
+        None,
+        [peft.LoraConfig(target=r"layers\.[13]\..*\.(key|down)$", r=4, alpha=8, use_rslora=True)],
+    ),
+    "bert prefix": ("AutoModel", None, [peft.PrefixTuningConfig(num_tokens=10, shift_positions=True)]),
+    "bert prefix, projected": ("AutoModel", None, [peft.PrefixTuningConfig(num_tokens=5, shift_positions=True)]),
+    "llama lora": (
+        "LlamaForCausalLM",
+        "causal-lm",
+        [peft.LoraConfig(target=r"layers\..*(query|key|value|out|up|down|gate)$", r=4)],
+    ),
+    "llama prefix": (
+        "LlamaForCausalLM",
+        "causal-lm",
+        [peft.PrefixTuningConfig(num_tokens=5, shift_positions=True)],
+    ),
+    "llama classifier lora": ("LlamaForSequenceClassification", "sequence-classification", [peft.LoraConfig(r=4)]),
+    "llama classifier prefix": (
+        "LlamaForSequenceClassification",
+        "sequence-classification",
+        [peft.PrefixTuningConfig(num_tokens=5, shift_positions=True)],
+    ),
+    "bert classifier lora": (
+        "AutoModelForSequenceClassification",
+        "sequence-classification",
+        [peft.LoraConfig(target=r"layers\.[0-4]\.attention\.(query|key)$", r=4)],
+    ),
+}
+
+
+def outputs(model: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+    result = model(*inputs.values())
+    # BERT's classifier stands behind a pooler that we have not: compare what comes before it
+    if result.logits is None or isinstance(getattr(model, "backbone", None), models.Bert):
+        return result.last_hidden_state
+    return result.logits
+
+
+def train(model: Any, inputs: dict[str, jax.Array], target: jax.Array, *, bias: bool) -> None:
+    """Take five steps, as peft does; ``bias`` says whether Hugging Face's head has one."""
+    if not bias:
+        # what their head cannot have is not trained either
+        head = module_at(model, "head").adapters["default"]
+        head.bias = nnx.Param(head.bias[...])
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=peft.AdapterParam)
+
+    @nnx.jit
+    def step(model: Any, optimizer: nnx.Optimizer) -> None:
+        def loss(model: Any) -> jax.Array:
+            return jnp.mean((outputs(model, inputs) - target) ** 2)
+
+        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, peft.AdapterParam))(model))
+
+    for _ in range(5):
+        step(model, optimizer)
+
+
+def compare(folder: Path, torch_side: list[str]) -> bool:
+    subprocess.run([*torch_side, "train", str(folder)], check=True)
+    measured: dict[str, Any] = {}
+    for case, (kind, task, configs) in OURS.items():
+        arrays = dict(np.load(folder / case / "theirs.npz"))
+        theirs, frozen, target = (arrays.pop(key) for key in ("trained", "frozen", "target"))
+        inputs = {key: jnp.asarray(value) for key, value in arrays.items()}
+        bert_classifier = kind == "AutoModelForSequenceClassification"
+        model = models.from_pretrained(folder / "models" / kind, task, num_labels=2 if bert_classifier else None)
+        peft.load_adapter(model, folder / case / "theirs", "theirs", load_head=not bert_classifier)
+        ours_of_theirs = outputs(model, inputs)
+        peft.delete_adapter(model, "theirs")
+        peft.apply(model, configs)
+        train(model, inputs, jnp.asarray(target), bias=kind != "LlamaForSequenceClassification")
+        peft.save_pretrained(model, folder / case / "ours")
+        mask = arrays.get("attention_mask") if theirs.ndim == 3 else None
+        measured[case] = ours_of_theirs, theirs, outputs(model, inputs), frozen, mask
+    subprocess.run([*torch_side, "evaluate", str(folder)], check=True)
+    failed = False
+    print(f"{'':34s}{'trained there, loaded here':>30s}{'trained here, loaded there':>30s}")
+    for case, (ours_of_theirs, theirs, ours, frozen, mask) in measured.items():
+        theirs_of_ours = np.load(folder / case / "ours.npz")["trained"]
+        keep = np.ones(theirs.shape[:-1], bool) if mask is None else mask.astype(bool)
+        line = ""
+        for mine, other in ((ours_of_theirs, theirs), (ours, theirs_of_ours)):
+            unit = np.abs(other[keep]).max()
+            error = np.abs(np.asarray(mine) - other)[keep].max() / unit
+            effect = np.abs(frozen - other)[keep].max() / unit
+            failed |= not (error <= LIMIT and effect >= EFFECT)
+            line += f"   error {error:.1e}, effect {effect:.2f}"
+        print(f"{case:34s}{line}", flush=True)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-python", required=True, help="a Python with torch, transformers and peft")
+    parser.add_argument("--model", required=True, type=Path, help="MiniLM's Hugging Face folder")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "models").mkdir()
+        for kind in ("AutoModel", "AutoModelForSequenceClassification"):
+            (folder / "models" / kind).symlink_to(options.model.resolve())
+        side = [options.torch_python, "-W", "ignore", str(Path(__file__).with_name("interop_peft.py"))]
+        sys.exit(compare(folder, side))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The other side of :mod:`tests.peft.interop`: runs under torch, transformers and Hugging Face peft; knows no JAX."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+
+HIDDEN = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+LLAMA = {**HIDDEN, "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0}
+LAYERS = {"rank_pattern": {"layer.0.attention.self.query": 2}, "alpha_pattern": {"layer.1.attention.self.value": 3}}
+
+CASES = {
+    "bert lora": ("AutoModel", LoraConfig(task_type="FEATURE_EXTRACTION", r=8, lora_alpha=16)),
+    "bert lora, a regex and patterns": (
+        "AutoModel",
+        LoraConfig(
+            task_type="FEATURE_EXTRACTION", r=4, target_modules=r".*\.attention\..*(query|value|dense)", **LAYERS
+        ),
+    ),
+    "bert rslora, two layers": (
+        "AutoModel",
+        LoraConfig(
+            task_type="FEATURE_EXTRACTION",
+            r=4,
+            use_rslora=True,
+            target_modules=["key", "output.dense"],
+            layers_to_transform=[1, 3],
+        ),
+    ),
+    "bert prefix": ("AutoModel", PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=10)),
+    "bert prefix, projected": (
+        "AutoModel",
+        PrefixTuningConfig(
+            task_type="FEATURE_EXTRACTION", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=32
+        ),
+    ),
+    "llama lora": ("LlamaForCausalLM", LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")),
+    "llama prefix": ("LlamaForCausalLM", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "llama classifier lora": ("LlamaForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
+    "llama classifier prefix": (
+        "LlamaForSequenceClassification",
+        PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5),
+    ),
+    "bert classifier lora": ("AutoModelForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
+}
+
+
+def base(kind: str, folder: Path) -> torch.nn.Module:
+    """Load a model, made on the first call if it is not MiniLM."""
+    place = folder / "models" / kind
+    if not place.exists():
+        config = transformers.LlamaConfig(**LLAMA)
+        if kind == "LlamaForSequenceClassification":
+            config.num_labels = 3
+        getattr(transformers, kind)(config).save_pretrained(place)
+    return getattr(transformers, kind).from_pretrained(place).eval()
+
+
+def outputs(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    result = model(**inputs, output_hidden_states=True)
+    # BERT's classifier stands behind a pooler that we have not: compare what comes before it
+    if "logits" in result and model.config.model_type != "bert":
+        return result.logits
+    return result.hidden_states[-1]
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 99, (4, 12))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    mask[2, 4:] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def train(case: str, folder: Path) -> None:
+    inputs = batch()
+    model = base(CASES[case][0], folder)
+    with torch.no_grad():
+        frozen = outputs(model, inputs)
+    model = get_peft_model(model, CASES[case][1]).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    target = torch.randn_like(frozen)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (outputs(model, inputs) - target).square().mean().backward()
+        optimizer.step()
+    model.save_pretrained(folder / case / "theirs")
+    with torch.no_grad():
+        trained = outputs(model, inputs)
+    arrays = {key: value.numpy() for key, value in inputs.items()}
+    np.savez(folder / case / "theirs.npz", frozen=frozen, trained=trained, target=target, **arrays)
+
+
+def evaluate(case: str, folder: Path) -> None:
+    arrays = np.load(folder / case / "theirs.npz")
+    inputs = {key: torch.tensor(arrays[key]) for key in arrays if key not in ("frozen", "trained", "target")}
+    # our file of a BERT classifier is one of the bare model: its head is no head of theirs
+    kind = "AutoModel" if case == "bert classifier lora" else CASES[case][0]
+    model = PeftModel.from_pretrained(base(kind, folder), folder / case / "ours").eval()
+    with torch.no_grad():
+        np.savez(folder / case / "ours.npz", trained=outputs(model, inputs))
+
+
+if __name__ == "__main__":
+    what, where = sys.argv[1:]
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    for name in CASES:
+        (Path(where) / name).mkdir(exist_ok=True)
+        {"train": train, "evaluate": evaluate}[what](name, Path(where))
