@@ -85,7 +85,7 @@ class Host(nnx.Module):
     def __init__(self) -> None:
         self.adapters: Any = nnx.Dict()
         self.active: str | None = None
-        self.rows: Int[Array, "B"] | None = None
+        self.rows: Int[Array, "B"] | None = nnx.data(None)
         self.names: tuple[str, ...] = ()
 
     def add(self, name: str, adapter: nnx.Module) -> None:

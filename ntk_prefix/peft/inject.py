@@ -34,6 +34,9 @@ __all__ = [
 
 PARAMETERS = (AdapterParam, NonNegativeParam, RestingParam)
 
+NON_NEGATIVE = ("k",)
+"""Attributes of adapters that are trained as :class:`NonNegativeParam`."""
+
 
 def apply(
     model: Any,
@@ -215,10 +218,15 @@ def non_negative(optimizer: optax.GradientTransformation) -> optax.GradientTrans
     ``k`` starts at 0, where ``abs`` and ``exp`` have no gradient or no zero; projected descent has both.
     """
 
+    def chosen(path: tuple[Any, ...], leaf: Any) -> bool:
+        if isinstance(leaf, nnx.Variable):
+            return isinstance(leaf, NonNegativeParam)
+        # nnx.Optimizer hands over bare arrays: there the place says what the type no longer does
+        parts = [getattr(part, "key", getattr(part, "name", None)) for part in path]
+        return "adapters" in parts and parts[-1] in NON_NEGATIVE
+
     def mask(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: isinstance(leaf, NonNegativeParam), tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
-        )
+        return jax.tree.map_with_path(chosen, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     return optax.chain(optimizer, optax.masked(optax.keep_params_nonnegative(), mask))
 
@@ -321,7 +329,7 @@ def _retype(adapter: nnx.Module, *, trained: bool) -> None:
     for attribute, variable in list(vars(adapter).items()):
         if not isinstance(variable, PARAMETERS) or isinstance(variable, Calibration):
             continue
-        kind = (NonNegativeParam if attribute == "k" else AdapterParam) if trained else RestingParam
+        kind = (NonNegativeParam if attribute in NON_NEGATIVE else AdapterParam) if trained else RestingParam
         if type(variable) is not kind:
             setattr(adapter, attribute, kind(variable[...]))
 

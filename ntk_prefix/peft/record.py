@@ -57,7 +57,7 @@ class _Recorder(AttentionCore):
         shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         whole = jnp.broadcast_to(True if mask is None else mask, shape)
         if is_causal:
-            whole = whole & jnp.tri(*shape[2:], dtype=bool)
+            whole = whole & jnp.tri(*shape[2:], dtype=bool)[None, None]
         self.remember(LayerRecord(query, key, value, whole, output))
         return output
 
