@@ -271,7 +271,7 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
     text = [
         f"Test score, mean and standard deviation over {comparison.seeds} seeds (each draws its own training sample, order "
         f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.grid)} with "
-        "seed 0. Parameters include the head.\n",
+        "seed 0; the head's is always that of the task's configuration. Parameters include the head.\n",
         "| task | method | score | spread | parameters | learning rate | s / step | peak memory | adapter |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
