@@ -66,7 +66,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
 TASKS: dict[str, dict[str, dict[str, Any]]] = {
     # 4,000 examples, 16 a step: about four hours of two cores in all
     "small": {
-        "rte": {"steps": 200, "validation_size": 250},
+        "rte": {"steps": 200, "validation_size": 250, "train_size": None},
         "sst2": {"steps": 200},
         "newsgroups": {"steps": 200, "test_size": 1500},
         "fashion_mnist": {"steps": 200, "test_size": 1500},

@@ -182,9 +182,11 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def _placement(config: TrainConfig) -> dict[str, Any]:
     """Return the trainer's devices: a mesh (data, fsdp), a list for pmap, or nothing for one device."""
+    if config.devices is not None and jax.process_count() > 1:
+        raise ValueError(f"--devices: expected all of them with several processes, got {config.devices}.")
     devices = jax.devices()[: config.devices]
     if config.parallel == "pmap":
-        return {"devices": tuple(d for d in devices if d.process_index == jax.process_index())}
+        return {} if config.devices is None else {"devices": tuple(devices)}
     if len(devices) % config.fsdp:
         raise ValueError(f"--fsdp: expected a divisor of the {len(devices)} devices, got {config.fsdp}.")
     if len(devices) == 1:
