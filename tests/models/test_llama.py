@@ -11,6 +11,7 @@ import pytest
 from ntk_prefix import models
 from ntk_prefix.models import llama
 from tests.models import formulas
+from tests.models.calling import call
 
 RNG = np.random.default_rng(11)
 PROMPTS = [RNG.integers(0, 31, n) for n in (6, 2, 4)]
@@ -80,12 +81,12 @@ def test_generation_ends(model: models.Llama, greedy: np.ndarray) -> None:
 def test_the_cache_gives_the_full_passs_logits(model: models.Llama, masked: bool) -> None:
     """Four tokens at once, then token by token, into a buffer that is too long."""
     mask = jnp.asarray(MASK) if masked else None
-    whole = model(jnp.asarray(IDS), mask).logits
+    whole = call(model, jnp.asarray(IDS), mask).logits
     wide = None if mask is None else jnp.concatenate([mask, jnp.ones((3, 4), bool)], axis=1)
     cache: Any = model.empty_cache(3, 10)
     pieces, start = [], 0
     for length in (4, 1, 1):
-        output = model(jnp.asarray(IDS[:, start : start + length]), wide, cache, start)
+        output = call(model, jnp.asarray(IDS[:, start : start + length]), wide, cache, jnp.int32(start))
         cache = output.cache
         pieces.append(output.logits)
         start += length
@@ -96,9 +97,9 @@ def test_the_cache_gives_the_full_passs_logits(model: models.Llama, masked: bool
 
 
 def test_padding_changes_nothing(model: models.Llama) -> None:
-    padded = np.asarray(model(jnp.asarray(IDS), jnp.asarray(MASK)).logits)
+    padded = np.asarray(call(model, jnp.asarray(IDS), jnp.asarray(MASK)).logits)
     right = np.stack([np.concatenate([p, np.full(6 - len(p), 30)]) for p in PROMPTS])
-    padded_right = np.asarray(model(jnp.asarray(right), jnp.asarray(MASK[:, ::-1].copy())).logits)
+    padded_right = np.asarray(call(model, jnp.asarray(right), jnp.asarray(MASK[:, ::-1].copy())).logits)
     config = formulas.CONFIGS["llama"]
     for row, prompt in enumerate(PROMPTS):
         n = len(prompt)
@@ -108,10 +109,10 @@ def test_padding_changes_nothing(model: models.Llama) -> None:
 
 
 def test_logits_only_where_wanted(model: models.Llama) -> None:
-    hidden, cache = model.hidden(jnp.asarray(IDS), jnp.asarray(MASK))
-    assert cache is None
-    full = model(jnp.asarray(IDS), jnp.asarray(MASK)).logits
-    np.testing.assert_allclose(model.logits(hidden[:, -1:]), full[:, -1:], atol=1e-6)
+    output = call(model, jnp.asarray(IDS), jnp.asarray(MASK))
+    last = model.logits(output.last_hidden_state[:, -1:])
+    assert last.shape == (3, 1, 31)
+    np.testing.assert_allclose(last, output.logits[:, -1:], atol=1e-5)
 
 
 def test_errors(model: models.Llama, tmp_path: Path) -> None:
