@@ -76,6 +76,7 @@ class Reference:
       error: e(0) = F(0) - Y, flattened, [N].
       error_rounding: Frobenius norm of its rounding.
       rate: m eta.
+      relative_error: omega, of what else is between them: H^^(1/2) B H^^(1/2) with |B| <= omega.
     """
 
     kernel: Enclosure
@@ -83,6 +84,7 @@ class Reference:
     error: np.ndarray
     error_rounding: float
     rate: float
+    relative_error: float = 0.0
 
     def __post_init__(self) -> None:
         """Take the sums over all steps."""
@@ -104,15 +106,13 @@ class Reference:
             return OUTWARD * (head + float(decreasing[-1]) / smallest)
 
         roots = np.sqrt(values)[None]
-        object.__setattr__(self, "size", OUTWARD * size)
         object.__setattr__(self, "outputs", total(np.linalg.norm(above * powers, axis=1)))
         object.__setattr__(self, "weights", total(np.linalg.norm(roots * above * powers, axis=1)))
         object.__setattr__(self, "half", total((roots * powers).max(1)))
         object.__setattr__(self, "whole", total((values * powers).max(1)))
+        object.__setattr__(self, "norm", OUTWARD * float(np.sqrt((np.square(above) / values).sum())))
         object.__setattr__(self, "_polygon", self._near(coefficients, rounding, horizon))
 
-    size: float = dataclasses.field(init=False)
-    """|e(0)|."""
     outputs: float = dataclasses.field(init=False)
     """m eta sum_t |e(t)| of the linearised run."""
     weights: float = dataclasses.field(init=False)
@@ -121,22 +121,24 @@ class Reference:
     """s_1 = m eta sum_t |H^^(1/2) (I - m eta H^)^t|_op."""
     whole: float = dataclasses.field(init=False)
     """s_2 = m eta sum_t |H^ (I - m eta H^)^t|_op."""
+    norm: float = dataclasses.field(init=False)
+    """sqrt( e(0)^T H^^-1 e(0) ): sqrt(m) times the length of the linearised displacement, at most."""
     _polygon: tuple[np.ndarray, float] = dataclasses.field(init=False)
 
     @property
     def discrepancy(self) -> float:
-        """|H(W(0)) - H^|_F."""
+        """E: |H(W(0)) - H^|_F, without what ``relative_error`` covers."""
         return OUTWARD * (self.kernel_error + float(self.kernel.radius))
 
     @property
     def smallest(self) -> float:
         """A lower bound on lambda_min(H(W(0)))."""
-        return (float(self.kernel.values[0]) - self.discrepancy) / OUTWARD
+        return (float(self.kernel.values[0]) * (1 - self.relative_error) - self.discrepancy) / OUTWARD
 
     @property
     def largest(self) -> float:
         """An upper bound on lambda_max(H(W(0)))."""
-        return (float(self.kernel.values[-1]) + self.discrepancy) * OUTWARD
+        return (float(self.kernel.values[-1]) * (1 + self.relative_error) + self.discrepancy) * OUTWARD
 
     def polygon(self) -> tuple[np.ndarray, float]:
         """Points near m q(t), where J(0)^T q(t) is the linearised displacement, [k, N], and how near.
@@ -162,11 +164,12 @@ class Reference:
         return points @ self.kernel.basis.T, OUTWARD * (between + rounding / float(values[0]) + turned * furthest)
 
     def _system(self, drift: float) -> tuple[np.ndarray, float]:
-        """The matrix of ``paths``, acting on (P, G), and nu."""
-        least, error = float(self.kernel.values[0]), self.discrepancy
-        nu = OUTWARD * math.sqrt(1 + error / least)
-        to_outputs = [nu * self.half * drift + error / least, drift / least]
-        to_weights = [(nu**2 * self.whole + 1) * drift + nu * self.half * error, nu * self.half * drift]
+        """The matrix of ``paths``, acting on (P, G^), and nu."""
+        least, error, relative = float(self.kernel.values[0]), self.discrepancy, self.relative_error
+        nu = OUTWARD * math.sqrt(1 + relative + error / least)
+        excess = drift**2 + error  # what stands before P behind s_0 and s_1 alike
+        to_outputs = [nu * self.half * drift + excess / least, nu * drift / least + self.half * relative]
+        to_weights = [nu * self.whole * drift + self.half * excess, nu * self.half * drift + self.whole * relative]
         return OUTWARD * np.array([to_outputs, to_weights]), nu
 
     def steps(self, drift: float) -> tuple[Step, Step]:
@@ -182,19 +185,22 @@ class Reference:
     def paths(self, drift: float) -> Paths:
         """Solve for P, G and V at a drift Delta for which ``steps`` hold.
 
-            P <= P_lin + s_1 nu Delta P + s_0 ( Delta G + E P )
-            G <= nu G_lin + (nu^2 s_2 + 1) Delta P + nu s_1 ( Delta G + E P )
-            V  = Delta P + (nu / sqrt(lambda)) ( Delta G + E P )
+            P  <= P_lin + nu s_1 Delta P + s_0 ( Delta G + E P ) + s_1 omega G^
+            G^ <= G_lin + nu s_2 Delta P + s_1 ( Delta G + E P ) + s_2 omega G^
+            G  =  nu G^ + Delta P
+            V  =  Delta P + (nu / sqrt(lambda)) ( Delta G + E P ) + nu omega G^
 
-        s_0 = 1 / lambda, nu^2 = 1 + E / lambda, E = |H(W(0)) - H^|, lambda = lambda_min(H^).
+        s_0 = 1 / lambda, nu^2 = 1 + omega + E / lambda, lambda = lambda_min(H^). For H(W(0)) = H^ + A + H^^(1/2) B H^^(1/2),
+        E bounds |A| and omega bounds |B|.
         """
         ((a, b), (c, d)), nu = self._system(drift)
         determinant = (1 - a) * (1 - d) - b * c
-        outputs = OUTWARD * ((1 - d) * self.outputs + b * nu * self.weights) / determinant
-        weights = OUTWARD * (c * self.outputs + (1 - a) * nu * self.weights) / determinant
+        outputs = OUTWARD * ((1 - d) * self.outputs + b * self.weights) / determinant
+        reduced = OUTWARD * (c * self.outputs + (1 - a) * self.weights) / determinant
+        weights = OUTWARD * (nu * reduced + drift * outputs)
         excess = drift * weights + self.discrepancy * outputs
-        deviation = OUTWARD * (drift * outputs + nu / math.sqrt(float(self.kernel.values[0])) * excess)
-        return Paths(outputs, weights, deviation)
+        deviation = drift * outputs + nu / math.sqrt(float(self.kernel.values[0])) * excess
+        return Paths(outputs, weights, OUTWARD * (deviation + nu * self.relative_error * reduced))
 
 
 def _steps(horizon: float, ratio: float) -> int:

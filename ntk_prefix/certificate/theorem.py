@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.rounding import OUTWARD, eigen_enclosure
 from ntk_prefix.certificate.tokens import Claimed, Prefix, Tokens
@@ -159,10 +160,7 @@ def certify(
     if not isinstance(model, str):
         prefix = model
     elif delta is not None:
-        from ntk_prefix.certificate.prior import certify_prior
-
-        _check_data(x, y, model, None)
-        return certify_prior(x, y, sigma=sigma, model=model, m=m, delta=delta, symmetric=symmetric)
+        return _before_drawing(x, y, sigma, model, m, delta, symmetric, step_size)
     elif m is None:
         return find_m(x, y, sigma=sigma, model=model, key=key, symmetric=symmetric)
     else:
@@ -179,6 +177,96 @@ def certify(
     if step_size is not None:
         check_positive("step_size", step_size)
     return _certify(Tokens(prefix, x), np.asarray(y), step_size)
+
+
+def _before_drawing(
+    x: Array,
+    y: Array,
+    sigma: float,
+    model: ModelName,
+    m: int | None,
+    delta: float,
+    symmetric: bool,
+    step_size: float | None,
+) -> Certificate:
+    """The a-priori certificate at m, or at the smallest power of 2^(1/4) that has one."""
+    _check_data(x, y, model, None)
+    check_positive("sigma", sigma)
+    if not 0 < delta < 1:
+        raise ValueError(f"delta: expected a probability in (0, 1), got {delta}.")
+    if not symmetric:
+        raise ValueError(
+            "symmetric: the a-priori certificate needs pairs of tokens, which make F(0) = 0. Use symmetric=True, or "
+            "delta=None for the certificate of a given draw."
+        )
+    prior = Prior(inputs=np.asarray(x), targets=np.asarray(y), sigma=sigma, model=model, failure=delta)
+    if m is not None:
+        return _prior_certificate(prior, m, step_size)
+    for power in range(4 * 8, 4 * 80):
+        found = _prior_certificate(prior, 2 * round(2 ** (power / 4 - 1)), step_size)
+        if found.holds:
+            break
+    return found
+
+
+def _prior_certificate(prior: Prior, m: int, step_size: float | None) -> Certificate:
+    values = prior.kernel.values
+    # the drawn kernel is at most half as large again as its limit
+    rate = STABILITY / (1.6 * float(values[-1])) if step_size is None else m * step_size
+    certificate = Certificate(
+        holds=False,
+        model=prior.model,
+        m=m,
+        step_size=rate / m,
+        rate=0.0,
+        radius=math.inf,
+        deviation=math.inf,
+        smallest=float(values[0]),
+        largest=float(values[-1]),
+        drift=math.inf,
+        initial_error=OUTWARD * float(np.linalg.norm(prior.targets)),
+        steps=(
+            prior.positive,
+            Step("the step is stable: m eta lambda_max(H*)", OUTWARD * rate * float(values[-1]), 0.99),
+        ),
+        failure=prior.failure,
+    )
+    if not all(step.holds for step in certificate.steps):
+        return certificate
+    reference = prior.reference(m, rate)
+    if isinstance(reference, Step):
+        return dataclasses.replace(certificate, steps=(*certificate.steps, reference))
+    drift, total = 0.0, prior.total(m, reference, 0.0)
+    for _ in range(PASSES):
+        small, parts = prior.drift(m, total)
+        computed = sum(parts.values())
+        steps = [small, *reference.steps(drift)]
+        if drift:
+            steps.append(
+                Step("the drift implies itself: computed in the ball, over the one assumed", computed / drift, 1.0)
+            )
+        if not all(step.holds for step in steps[:3]) or (drift and steps[3].holds):
+            break
+        drift = 2 * computed
+        if not all(step.holds for step in reference.steps(drift)):
+            steps[1:3] = reference.steps(drift)
+            break
+        total = prior.total(m, reference, drift)
+    last, decrease = descent(reference, drift)
+    steps = [*certificate.steps, *steps, last]
+    holds = drift > 0 and all(step.holds for step in steps)
+    return dataclasses.replace(
+        certificate,
+        holds=holds,
+        rate=decrease if holds else 0.0,
+        radius=total,
+        deviation=total,
+        smallest=reference.smallest,
+        largest=reference.largest,
+        drift=drift,
+        steps=tuple(steps),
+        drift_parts=parts,
+    )
 
 
 def find_m(
@@ -271,7 +359,7 @@ def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Ce
             OUTWARD * float(enclosure.values[0]) - smallest,
             smallest,
         ),
-        Step("the step is stable: m eta lambda_max of the linearised run", OUTWARD * rate * top, 1.0),
+        Step("the step is stable: m eta lambda_max of the linearised run", OUTWARD * rate * top, 0.99),
     ]
     refused = Certificate(
         holds=False,

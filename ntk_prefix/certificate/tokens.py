@@ -143,12 +143,12 @@ class Tokens:
         """Bounds on lambda_max(sum_r S_ir v_r v_r^T), [n], and the rounding of the kernel ``prefix_ntk`` computes.
 
         Every entry of that kernel is a sum of products that are at most T_ir T_jr b_ir b_jr in absolute value, with
-        b_ir = sqrt(d) (tied) + |x_i| (|v_r| + 2 max|c|); an error relative to those is, in Frobenius norm, at most
+        b_ir = sqrt(d) (tied) + |x_i| (|v_r| + 3 max|c|); an error relative to those is, in Frobenius norm, at most
         slack (1/m) sum_r sum_i T_ir^2 b_ir^2.
         """
         moments: Any = 0.0
         squares = 0.0
-        reach = 2 * self.value_reach.max()
+        reach = 3 * self.value_reach.max()
         for tile in self._tiles():
             moment, square = _second_moments(*tile, *self._common(), reach, tied=self.tied)
             moments, squares = moments + np.asarray(moment), squares + float(square)
