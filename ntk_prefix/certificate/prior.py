@@ -104,7 +104,7 @@ class Prior:
         if self.model == "fixed":
             small = inverse[::o, ::o]
             pair = np.exp(s * inner)
-            kernel = absolute = 0.0
+            kernel, absolute = 0.0, 0.0
             for i, (c, t) in enumerate(zip(inner, pair, strict=True)):
                 # [j, k, l]: the six pairs of distinct places among i, j, k, l, and the two kernels of rank one
                 expected = np.einsum("j,k,l,jk,jl,kl->jkl", t, t, t, pair, pair, pair)
@@ -113,15 +113,14 @@ class Prior:
                 absolute += float(np.abs(term).sum())
             # what is not known of the inverse, twice, and rounding, all relative to the sums of absolute values
             unsure = 2 * doubt / least + doubt**2 + gamma(len(inner) ** 4 + 64) / least**2
-            kernel = o**2 * (kernel + unsure * absolute)
+            kernel = float(o**2 * (kernel + unsure * absolute))
         else:
             mean = 16 * s**2 * lengths  # squared length of the tilted mean 4 sigma^2 x_i
             d = self.inputs.shape[1]
             fourth = (mean + d * s) ** 2 + 4 * s * mean + 2 * d * s**2
             blocks = np.exp(6 * s * lengths) * 8 * (d**2 + lengths**2 * fourth)
-            kernel = (
-                float(np.sqrt(blocks).sum()) ** 2 / (least - OUTWARD * (self.kernel_error + self.kernel.radius)) ** 2
-            )
+            smallest = least - OUTWARD * (self.kernel_error + float(self.kernel.radius))
+            kernel = (float(np.sqrt(blocks).sum()) / smallest) ** 2
         return Moments(OUTWARD * max(kernel, 0.0), OUTWARD * max(normaliser, 0.0))
 
     def reference(self, m: int, rate: float) -> Reference | Step:

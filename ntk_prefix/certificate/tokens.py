@@ -24,6 +24,9 @@ __all__ = ["Ball", "Claimed", "Prefix", "Tokens"]
 Prefix = TiedPrefixModel | FixedValuePrefixModel | RandomPrefix
 _Rows = tuple[Array, Array, Array]
 
+PATH = 64
+"""Points of a path taken at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Claimed:
@@ -176,6 +179,8 @@ class Tokens:
           between: Frobenius norm of the largest distance of m q(t) from that polygon.
         """
         # the products of one component are rounded relative to |J_r|_F |q|
+        # a few sizes only, so that all lengths of a path share a program: the last point stands again
+        path = np.concatenate([path, np.repeat(path[-1:], -len(path) % PATH, axis=0)])
         reach = between + self.slack * float(np.sqrt(np.square(path).sum((1, 2)).max()))
         return np.stack(
             [
@@ -262,7 +267,7 @@ def _operator(squares: np.ndarray) -> float:
 
 
 @jax.jit
-def _drawn(prefix: RandomPrefix, index: int) -> tuple[Array, Array]:
+def _drawn(prefix: RandomPrefix, index: Array | int) -> tuple[Array, Array]:
     weights, signs = prefix.tile(index)
     return weights.astype(float), signs.astype(float)
 
