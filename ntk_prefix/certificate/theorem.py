@@ -75,7 +75,7 @@ class Certificate:
     @property
     def margin(self) -> float:
         """The smallest margin of any step of the proof: at least 1 when it holds."""
-        return min(step.margin for step in self.steps)
+        return float(min(step.margin for step in self.steps))
 
     def envelope(self, steps: int) -> Float[np.ndarray, "steps"]:
         """Largest |F(t) - Y|^2 at t = 0..steps: ``(1 - rate)^t |F(0) - Y|^2``."""
