@@ -60,12 +60,16 @@ class Prior:
                 outputs=self.targets.shape[1] if self.model == "fixed" else None,
             )
         ).reshape(self.targets.size, -1)
-        # every entry is a sum of at most 4 products of d terms; with absolute values it is at most ``size``
+        # an entry takes d products, an exponential and a dozen more operations; by absolute values its block is at most
         norms = np.linalg.norm(self.inputs, axis=1)
-        scale = np.outer(norms, norms)
-        spread = 1 + 4 * self.sigma**2 * (1 + self.sigma**2) * (1 + scale) ** 2 * (1 + norms.max() ** 2)
-        size = float(np.linalg.norm(np.exp(self.sigma**2 * scale) * spread)) * self.targets.shape[1]
-        rounding = gamma(16 * (len(self.inputs[0]) + 8)) * (1 + self.sigma**2 * float(scale.max())) * size
+        inner, both = self.sigma**2 * np.outer(norms, norms), np.square(np.add.outer(norms, norms))
+        root = math.sqrt(self.targets.shape[1])
+        size = (
+            np.outer(norms, norms) * root
+            if self.model == "fixed"
+            else (1 + inner) * root + self.sigma**2 * (1 + inner) * both
+        )
+        rounding = gamma(4 * (len(self.inputs[0]) + 16)) * float(np.linalg.norm((1 + inner) * np.exp(inner) * size))
         object.__setattr__(self, "kernel_error", rounding)
         object.__setattr__(self, "kernel", eigen_enclosure(limit))
         if self.positive.holds:
@@ -82,10 +86,12 @@ class Prior:
         """E |H*^-1/2 X H*^-1/2|_F^2 of one token's X = J_r J_r^T, and E |H*^-1/2 (D - I) H*^1/2|_F^2 times the tokens.
 
             fixed   o^2 sum_ijkl C^-_ij c_jk C^-_kl c_li E[t_i t_j t_k t_l] ,     H* = C (x) I
-            tied    ( sum_i ( E t_i^4 (sqrt(d) + |x_i| |w|)^4 )^1/2 )^2 / lambda^2   (from above)
+            tied    sum_ijkl E[t_i t_j t_k t_l <M_ij, M_kl>] ,     M_ij = (I + x_i w^T) H^-_ij (I + w x_j^T)
 
-        E[t_i t_j t_k t_l] = exp(sigma^2 times the sum of the six inner products). Sums with signs are rounded relative to
-        the sums of absolute values; what the enclosure does not know of the inverse enters the same way.
+        E[t_i t_j t_k t_l] = exp(sigma^2 times the sum of the six inner products), and it tilts w to
+        N(sigma^2 (x_i + x_j + x_k + x_l), sigma^2 I), under which a polynomial of degree 4 is integrated exactly. Sums with
+        signs are rounded relative to the sums of absolute values; what the enclosure does not know of the inverse enters
+        the same way.
         """
         o, s = self.targets.shape[1], self.sigma**2
         inner = self.inputs @ self.inputs.T
@@ -100,28 +106,71 @@ class Prior:
         normaliser = float((inverse * limit * covariance).sum())
         doubt = unsure + gamma(len(limit) ** 2 + 64) * math.sqrt(len(limit)) / least
         normaliser += doubt * float(np.linalg.norm(limit * covariance))
-        lengths = np.diagonal(inner)
-        if self.model == "fixed":
-            small = inverse[::o, ::o]
-            pair = np.exp(s * inner)
-            kernel, absolute = 0.0, 0.0
-            for i, (c, t) in enumerate(zip(inner, pair, strict=True)):
-                # [j, k, l]: the six pairs of distinct places among i, j, k, l, and the two kernels of rank one
-                expected = np.einsum("j,k,l,jk,jl,kl->jkl", t, t, t, pair, pair, pair)
-                term = np.einsum("jk,l,jkl->jkl", inner, c, expected)
-                kernel += float(np.einsum("j,kl,jkl->", small[i], small, term))
+        pair = np.exp(s * inner)
+        kernel, absolute = 0.0, 0.0
+        for i, (c, t) in enumerate(zip(inner, pair, strict=True)):
+            # [j, k, l]: the six pairs of distinct places among i, j, k, l
+            expected = np.einsum("j,k,l,jk,jl,kl->jkl", t, t, t, pair, pair, pair)
+            if self.model == "fixed":
+                term = o**2 * np.einsum("jk,l,jkl->jkl", inner, c, expected)
+                kernel += float(np.einsum("j,kl,jkl->", inverse[i * o, ::o], inverse[::o, ::o], term))
                 absolute += float(np.abs(term).sum())
-            # what is not known of the inverse, twice, and rounding, all relative to the sums of absolute values
-            unsure = 2 * doubt / least + doubt**2 + gamma(len(inner) ** 4 + 64) / least**2
-            kernel = float(o**2 * (kernel + unsure * absolute))
-        else:
-            mean = 16 * s**2 * lengths  # squared length of the tilted mean 4 sigma^2 x_i
-            d = self.inputs.shape[1]
-            fourth = (mean + d * s) ** 2 + 4 * s * mean + 2 * d * s**2
-            blocks = np.exp(6 * s * lengths) * 8 * (d**2 + lengths**2 * fourth)
-            smallest = least - OUTWARD * (self.kernel_error + float(self.kernel.radius))
-            kernel = (float(np.sqrt(blocks).sum()) / smallest) ** 2
+            else:
+                for j in range(len(inner)):
+                    mean, sizes = self._tied_products(i, j, inverse)
+                    kernel += float((expected[j] * mean).sum())
+                    absolute += float((expected[j] * sizes).sum())
+        # what is not known of the inverse, twice, and rounding, all relative to the sums of absolute values
+        unsure = 2 * doubt / least + doubt**2 + gamma(len(inner) ** 4 + 10**5) / least**2
+        kernel += unsure * absolute
         return Moments(OUTWARD * max(kernel, 0.0), OUTWARD * max(normaliser, 0.0))
+
+    def _tied_products(self, i: int, j: int, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """E <M_ij, M_kl> under the tilted Gaussian, for all k, l; and a bound on its terms, over |H^-|^2, all signs plus."""
+        x, d = self.inputs, self.inputs.shape[1]
+        nodes, weights = _degree_five(d)
+        # [k, l, node, d]
+        w = self.sigma * nodes + self.sigma**2 * (x[i] + x[j] + x[:, None] + x[None])[:, :, None]
+        blocks = inverse.reshape(len(x), d, len(x), d)
+
+        def parts(block: np.ndarray, letters: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            right = np.einsum(f"{letters},klnb->klna", block, w, optimize=True)
+            left = np.einsum(f"{letters},klna->klnb", block, w, optimize=True)
+            return right, left, (right * w).sum(-1)
+
+        first, second = blocks[i, :, j], blocks.transpose(0, 2, 1, 3)
+        (r1, l1, q1), (r2, l2, q2) = parts(first, "ab"), parts(second, "klab")
+        xk, xl = x[:, None, None], x[None, :, None]
+        # M = B + (B w) x_j^T + x_i (B^T w)^T + (w^T B w) x_i x_j^T, and the same for k, l: sixteen inner products
+        along_k, along_l = r1 @ x.T, l1 @ x.T  # not diagonal in k, l: taken below
+        n = len(x)
+        k, l = np.arange(n)[:, None], np.arange(n)[None]  # noqa: E741
+        r1_k, l1_l = along_k[k, l, :, k], along_l[k, l, :, l]
+        r2_i, l2_j = r2 @ x[i], l2 @ x[j]
+        ik, jl = (x @ x[i])[:, None, None], (x @ x[j])[None, :, None]
+        bx1, bx2 = first @ x.T, first.T @ x.T  # B_ij x_l and B_ij^T x_k, [d, n]
+        total = (
+            np.einsum("ab,klab->kl", first, second)[:, :, None]
+            + np.einsum("klna,al->kln", r2, bx1)
+            + np.einsum("klnb,bk->kln", l2, bx2)
+            + q2 * np.einsum("ka,al->kl", x, bx1)[:, :, None]
+            + np.einsum("klna,kla->kln", r1, second @ x[j])
+            + (r1 * r2).sum(-1) * jl
+            + r1_k * l2_j
+            + q2 * r1_k * jl
+            + np.einsum("klnb,klb->kln", l1, np.einsum("klab,a->klb", second, x[i]))
+            + r2_i * l1_l
+            + (l1 * l2).sum(-1) * ik
+            + q2 * ik * l1_l
+            + q1 * np.einsum("a,klab,b->kl", x[i], second, x[j])[:, :, None]
+            + q1 * r2_i * jl
+            + q1 * l2_j * ik
+            + q1 * q2 * ik * jl
+        )
+        length, norms = np.linalg.norm(w, axis=-1), np.linalg.norm(x, axis=1)
+        reach = (1 + norms[i] * length) * (1 + norms[j] * length)
+        reach = reach * (1 + np.linalg.norm(xk, axis=-1) * length) * (1 + np.linalg.norm(xl, axis=-1) * length)
+        return total @ weights, reach @ np.abs(weights)
 
     def reference(self, m: int, rate: float) -> Reference | Step:
         """The linearised run on H*, or the step that fails because the drawn kernel is too uncertain at this m.
@@ -186,3 +235,15 @@ class Prior:
         """Bound on |W(t) - W(0)|_F: the linearised displacement, at most nu sqrt(e^T H*^-1 e / m), and the deviation."""
         nu = math.sqrt(1 + reference.relative_error + reference.discrepancy / float(self.kernel.values[0]))
         return OUTWARD * (nu * reference.norm + reference.paths(drift).deviation) / math.sqrt(m)
+
+
+def _degree_five(d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes [2 d^2 + 1, d] and weights that integrate polynomials of degree 5 against N(0, I) exactly.
+
+    The origin, +-sqrt(3) on one axis, and on two: weights 1 + (d^2 - 7 d) / 18, (4 - d) / 18, 1 / 36.
+    """
+    axis = math.sqrt(3) * np.concatenate([np.eye(d), -np.eye(d)])
+    two = [axis[a] + axis[b] for a in range(2 * d) for b in range(a) if (a - b) % d]
+    nodes = np.concatenate([np.zeros((1, d)), axis, np.reshape(two, (-1, d))])
+    weights = np.concatenate([[1 + (d**2 - 7 * d) / 18], np.full(2 * d, (4 - d) / 18), np.full(len(two), 1 / 36)])
+    return nodes, weights
