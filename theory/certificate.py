@@ -254,13 +254,17 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
         evidence.series["curves"].items(), ("-", "--", "-.", ":", "-"), strict=False
     ):
         colour = figures.COLOURS[label.split(",")[0]]
-        axes[1].plot(error / error[0], style, color=colour, label=label)
-        axes[1].plot(envelope / envelope[0], style, color=figures.COLOURS["bound"], linewidth=1)
+        axes[1].plot(np.arange(1, len(error) + 1), error / error[0], style, color=colour, label=label)
+        axes[1].plot(
+            np.arange(1, len(error) + 1), envelope / envelope[0], style, color=figures.COLOURS["bound"], linewidth=1
+        )
     for label, (error, _) in control.series["curves"].items():
         shown = np.where(np.isfinite(error) & (error < 1e3 * error[0]), error, np.nan) / error[0]
-        axes[1].plot(shown, ":", color=figures.COLOURS["control"], label=f"control: {label}")
+        axes[1].plot(
+            np.arange(1, len(error) + 1), shown, ":", color=figures.COLOURS["control"], label=f"control: {label}"
+        )
     figures.label(
-        axes[1], title="The loss under its guarantee (green)", x="step t", y="|F(t) - Y|^2 / |F(0) - Y|^2", log="y"
+        axes[1], title="The loss under its guarantee (green)", x="step t + 1", y="|F(t) - Y|^2 / |F(0) - Y|^2", log="xy"
     )
     return figure
 
