@@ -284,11 +284,11 @@ def find_m(
     """The smallest certified prefix length: powers of two until one is certified, then bisection.
 
     A longer prefix is the shorter one continued (same ``key``), but whether it is certified need not be monotone: the
-    result is certified, and a length ``resolution`` shorter was refused.
+    result is certified, and a length ``resolution`` shorter was refused (or is 2).
 
     Args:
       x, y, sigma, model, key, symmetric: as in ``certify``.
-      start: the first length tried.
+      start: the first length tried, even; if it is certified, shorter ones are tried too.
       largest: the last one; the certificate returned for it does not hold if none did.
       resolution: relative width at which the bisection stops.
     """
@@ -296,7 +296,7 @@ def find_m(
     def attempt(m: int) -> Certificate:
         return certify(x, y, sigma=sigma, model=model, m=m, key=key, symmetric=symmetric)
 
-    refused, found = start // 2, attempt(start)
+    refused, found = 2, attempt(start)
     while not found.holds and found.m < largest:
         refused, found = found.m, attempt(min(2 * found.m, largest))
     while found.holds and found.m - refused > max(2, resolution * found.m):
