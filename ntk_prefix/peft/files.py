@@ -122,7 +122,6 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
     form, tensors = _read(directory)
     names = Names(model)
     tensors = {names.canonical(key): value for key, value in tensors.items()}
-    tensors = {key: value for key, value in tensors.items() if not re.match(names.ignored, key)}
     if not load_head:
         tensors = {key: value for key, value in tensors.items() if not HEAD.match(key)}
     elif foreign := [key for key in tensors if HEAD.match(key) and not key.startswith("head.")]:
@@ -130,6 +129,7 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
             f"expected a head that this model has, got {foreign[0]}: it has none, or pools in another way than the "
             "Hugging Face model, where these weights mean something else; load_head=False leaves the head out"
         )
+    tensors = {key: value for key, value in tensors.items() if not re.match(names.ignored, key)}
     chosen, tensors = from_form(form, model, names, tensors)
     has_head = "head.weight" in tensors
     if has_head:

@@ -5,7 +5,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from ntk_prefix.models.attention import AttentionLayer
+from ntk_prefix.models import AttentionLayer, Backbone
+from ntk_prefix.models.backbone import BackboneConfig
 
 FEATURES, HEADS, KEY_HEADS, HEAD_DIM, LAYERS, LABELS, TOKENS = 16, 4, 2, 4, 2, 3, 6
 
@@ -19,7 +20,7 @@ class Block(nnx.Module):
         return self.norm(x + self.attention(x, mask=mask)[0])
 
 
-class Tiny(nnx.Module):
+class Tiny(Backbone):
     """x [B, T, D], attention_mask [B, T] -> logits [B, 3]; in a Hugging Face checkpoint it would be called like BERT."""
 
     hugging_face_names: ClassVar[dict[str, str]] = {
@@ -34,10 +35,12 @@ class Tiny(nnx.Module):
     hugging_face_head: ClassVar[str] = "classifier"
 
     def __init__(self, seed: int = 0, head: bool = True, dtype=None):
+        config = BackboneConfig(
+            hidden_size=FEATURES, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=FEATURES
+        )
+        super().__init__(config, dtype=dtype)
         rngs = nnx.Rngs(seed)
         self.layers = nnx.List([Block(rngs, dtype) for _ in range(LAYERS)])
-        self.position_offset = 0
-        self.remat = False
         if head:
             self.head = nnx.Linear(FEATURES, LABELS, rngs=rngs)
 
