@@ -7,7 +7,7 @@
 >>> npx.ntk_attention(query, key, value, z, k)      # attention with a prefix of any length, in two small arrays
 """
 
-from ntk_prefix import bounds, kernels, training
+from ntk_prefix import bounds, certificate, kernels, models, peft, training
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention, softmax_attention
 from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.one_layer import FixedValuePrefixModel, PrefixAttentionLayer, RandomPrefix, TiedPrefixModel
@@ -22,9 +22,12 @@ __all__ = [
     "RandomPrefix",
     "TiedPrefixModel",
     "bounds",
+    "certificate",
     "feature_map",
     "kernels",
+    "models",
     "ntk_attention",
+    "peft",
     "prefix_attention",
     "softmax_attention",
     "training",

@@ -60,7 +60,7 @@ class Trainer:
       parallel: "jit" (a mesh, shardings) or "pmap" (a replica a device).
       mesh: devices of "jit", of all processes; the batch is sharded over all its axes, weights and optimizer state
         over "fsdp". None is one device.
-      devices: devices of "pmap"; None is all local ones.
+      devices: devices of "pmap"; None is all there are, those of other processes included.
 
     Raises:
       ValueError: an unknown way, a mesh with pmap or devices with jit; in ``step``, a batch that does not divide.
@@ -161,8 +161,9 @@ class Trainer:
                 return jax.lax.with_sharding_constraint(state, lie(state)), metrics
 
             return jax.jit(kept_in_place, donate_argnums=0)
+        # None, not a list of local devices: gradients are summed over those of all processes
         mapped = jax.pmap(
-            functools.partial(update, axis="rows"), axis_name="rows", devices=self._devices, donate_argnums=0
+            functools.partial(update, axis="rows"), axis_name="rows", devices=self.devices, donate_argnums=0
         )
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:

@@ -26,6 +26,7 @@ NAMES = (
     "perturbation",
     "convergence",
     "lazy",
+    "certificate",
     "dynamics",
     "real_layer",
     "approximation",

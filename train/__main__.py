@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import tyro
@@ -48,8 +47,7 @@ def main() -> int:
     workdir = command.workdir or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
     try:
         if job.distributed:
-            if jax.config.jax_platforms == "cpu":
-                jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for processes without accelerators
             jax.distributed.initialize(job.coordinator, job.processes, job.process)
         summary = run(config, workdir, console)
     except Interrupted as stop:

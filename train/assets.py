@@ -175,7 +175,7 @@ ASSETS: dict[str, Asset] = {
         size=358_249_635,
         members={"bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json": "task.json"},
         entry="task.json",
-        licence="package Apache-2.0; CIFAR-10 states none",
+        licence="none stated: no LICENSE in the root of the archive, and CIFAR-10 has none",
     ),
     "gsm_symbolic": Asset(
         what="generators of 85 GSM8K-style problems with worked solutions (four files that need only Python)",

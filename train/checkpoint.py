@@ -116,9 +116,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The committed steps, the oldest first."""
-        return sorted(
-            self._manager.all_steps(read=True)
-        )  # what stands on disk: the list in memory has what is underway
+        # what stands on disk: the manager's own list has what is underway, too
+        return sorted(ocp.path.step.checkpoint_steps(self.directory))
 
     def restore_latest(self, like: PyTree) -> Restored | None:
         """The newest checkpoint that is whole and fits.

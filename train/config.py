@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from ntk_prefix import peft
@@ -37,8 +36,8 @@ class TrainConfig:
     """One of train.config.METHODS."""
     adapter: tuple[str, ...] = ()
     """Fields of the method's configuration to change, such as ``r=16`` or ``target=layers.0``; values are JSON or text."""
-    data_dir: Path | None = None
-    """A folder in Hugging Face or GLUE layout; None takes the task's own source."""
+    data_dir: str | None = None
+    """A folder in Hugging Face or GLUE layout, or hub:owner/name; None takes the task's own source."""
     train_size: int | None = None
     """Training examples to sample; None is all."""
     validation_size: int = 500

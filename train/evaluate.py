@@ -68,7 +68,7 @@ class Evaluator:
         rows, weights, labels = [], [], []
         for batch in data.evaluation_batches(split, self.batch_size):
             rows.append(np.asarray(self._logits(trained, frozen, batch)))
-            weights.append(batch["weight"] > 0)
+            weights.append(np.asarray(batch["weight"]) > 0)
             labels.append(batch["labels"])
         kept = np.concatenate(weights)
         scores, targets = np.concatenate(rows)[kept], np.concatenate(labels)[kept]
@@ -84,9 +84,11 @@ class Evaluator:
             labels = batch["labels"][:, 1:]
             answer = labels >= 0
             picked = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-            kept = batch["weight"] > 0
-            losses.append(-np.asarray((picked * answer).sum(axis=1) / np.maximum(answer.sum(axis=1), 1))[kept])
-            correct.append(np.asarray((scores.argmax(axis=-1) == labels) | ~answer).all(axis=1)[kept])
+            kept = np.flatnonzero(batch["weight"])
+            each = np.asarray((picked * answer).sum(axis=1) / np.maximum(answer.sum(axis=1), 1))
+            losses.append(-each[kept])
+            right = np.asarray(scores.argmax(axis=-1) == labels)
+            correct.append(np.asarray(np.all(right | ~answer, axis=1))[kept])
         loss = float(np.concatenate(losses).mean())
         if not generate:
             return Predictions(np.concatenate(correct), loss, None)
@@ -98,7 +100,7 @@ class Evaluator:
         task, config = self.setup.task, self.setup.config
         assert task.tokenizer is not None
         trained, frozen = self._local(state)
-        model = nnx.merge(nnx.split(self.setup.model, self.setup.trainer.wrt, ...)[0], trained, frozen)
+        model: Any = nnx.merge(nnx.split(self.setup.model, self.setup.trainer.wrt, ...)[0], trained, frozen)
         texts: list[str] = []
         for batch in data.prompt_batches(split, min(self.batch_size, 32)):
             tokens = models.generate(
@@ -108,7 +110,7 @@ class Evaluator:
                 max_new_tokens=config.max_new_tokens,
                 eos_token_id=task.end_id,
             )
-            new = np.asarray(tokens)[:, batch["input_ids"].shape[1] :][batch["weight"] > 0]
+            new = np.asarray(tokens)[np.asarray(batch["weight"]) > 0]
             texts += [task.tokenizer.decode(_until(row, task.end_id)) for row in new]
         return texts
 

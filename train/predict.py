@@ -48,6 +48,7 @@ def load(workdir: Path | str) -> Callable[[str], dict[str, Any]]:
     model = models.from_pretrained(
         path, task="sequence-classification", num_labels=len(labels), dtype=jnp.dtype(config["precision"])
     )
+    assert isinstance(model, models.Classifier)
     model.pooling = config["pooling"]
     peft.load_adapter(model, folder / "adapter")
     tokenizer.no_padding()

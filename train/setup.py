@@ -118,6 +118,7 @@ def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.
     if task.kind == "causal-lm":
         return models.from_pretrained(path, task=task.kind, dtype=dtype, rngs=rngs)
     model = models.from_pretrained(path, task=task.kind, num_labels=task.num_labels, dtype=dtype, rngs=rngs)
+    assert isinstance(model, models.Classifier)
     model.pooling = config.pooling
     return model
 
@@ -176,14 +177,16 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     if config.accumulate == 1:
         return whole
     every = optax.MultiSteps(whole, config.accumulate)
-    return optax.GradientTransformation(every.init, every.update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(every.init, every.update)
 
 
 def _placement(config: TrainConfig) -> dict[str, Any]:
     """Return the trainer's devices: a mesh (data, fsdp), a list for pmap, or nothing for one device."""
+    if config.devices is not None and jax.process_count() > 1:
+        raise ValueError(f"--devices: expected all of them with several processes, got {config.devices}.")
     devices = jax.devices()[: config.devices]
     if config.parallel == "pmap":
-        return {"devices": tuple(d for d in devices if d.process_index == jax.process_index())}
+        return {} if config.devices is None else {"devices": tuple(devices)}
     if len(devices) % config.fsdp:
         raise ValueError(f"--fsdp: expected a divisor of the {len(devices)} devices, got {config.fsdp}.")
     if len(devices) == 1:

@@ -273,9 +273,9 @@ def _encode_texts(tokenizer: Tokenizer, columns: Columns, max_length: int) -> di
 def _encode_answers(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dict[str, np.ndarray]:
     """Prompt and answer in one row; the loss is on the answer and the token that ends it."""
     if tokenizer.token_to_id("<|im_start|>") is not None:
-        template = "<|im_start|>user\\n{}<|im_end|>\\n<|im_start|>assistant\\n"
+        template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     else:
-        template = "Question: {}\\nAnswer: "
+        template = "Question: {}\nAnswer:\n"
     # GSM8K marks its arithmetic for a calculator, <<48/2=24>>: not part of the text
     answers = [re.sub(r"<<[^>]*>>", "", answer) for answer in columns["answer"]]
     prompts = [one.ids for one in tokenizer.encode_batch_fast([template.format(q) for q in columns["question"]])]

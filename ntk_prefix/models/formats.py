@@ -78,7 +78,7 @@ def _read_folder(folder: Path) -> Checkpoint:
         )
     shards = [single]
     if not single.exists():
-        shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        shards = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
     tensors: dict[str, Callable[[], np.ndarray]] = {}
     for shard in shards:
         if not shard.exists():
@@ -88,7 +88,14 @@ def _read_folder(folder: Path) -> Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"{shard}: expected a safetensors file, got one that is broken: {error}") from error
         tensors |= {name: functools.partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
-    return Checkpoint(json.loads(config.read_text()), tensors)
+    return Checkpoint(_read_json(config), tensors)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: expected JSON, got a file that is broken: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------ GGUF
@@ -128,7 +135,10 @@ def _gguf_metadata(path: Path) -> tuple[dict[str, Any], Any]:
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected a .gguf file, found nothing at {path}")
-    reader = GGUFReader(path)
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path}: expected a GGUF file, got one that is broken: {error}") from error
     return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
 
 
@@ -240,9 +250,13 @@ def gguf_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
 def _read_onnx(path: Path) -> Checkpoint:
     """Read a torch export, whose nodes are named by module: ``/backbone/encoder/layer.0/norm1/Add``."""
     import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from onnx.numpy_helper import to_array
 
-    graph: GraphProto = onnx.load(path).graph
+    try:
+        graph: GraphProto = onnx.load(path).graph
+    except DecodeError as error:
+        raise ValueError(f"{path}: expected an ONNX file, got one that is broken: {error}") from error
     weights = {tensor.name: functools.partial(to_array, tensor) for tensor in graph.initializer}
     nodes = {node.name: node for node in graph.node}
     constants = {

@@ -284,18 +284,19 @@ def generate(
     ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
     padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
     graph, state = nnx.split(model)
-    return _generate(graph, state, input_ids, attention_mask.astype(bool), max_new_tokens, ends, padding)
+    special = (jnp.asarray(ends, input_ids.dtype), jnp.asarray(padding, input_ids.dtype))
+    return _generate(graph, max_new_tokens, state, input_ids, attention_mask.astype(bool), *special)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
     graph: nnx.GraphDef[Llama],
+    new: int,
     state: nnx.State,
     prompts: Array,
     mask: Array,
-    new: int,
-    ends: tuple[int, ...],
-    padding: int,
+    ends: Array,
+    padding: Array,
 ) -> Array:
     model = nnx.merge(graph, state)
     batch, length = prompts.shape
@@ -306,7 +307,7 @@ def _generate(
         return jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(prompts.dtype), cache_after
 
     def ended(token: Array) -> Array:
-        return jnp.isin(token, jnp.asarray(ends, token.dtype))
+        return jnp.isin(token, ends)
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
         step, _, _, finished, _ = carry

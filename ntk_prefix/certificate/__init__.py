@@ -1,0 +1,9 @@
+"""A convergence certificate that is not vacuous: the theorem and its proof are in theory/certificate.md.
+
+>>> certificate = npx.certificate.find_m(x, y, sigma=1.0, model="fixed")
+>>> print(certificate.explain())
+"""
+
+from ntk_prefix.certificate.theorem import Certificate, certify, find_m
+
+__all__ = ["Certificate", "certify", "find_m"]

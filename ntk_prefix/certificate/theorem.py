@@ -1,0 +1,462 @@
+"""Whether gradient descent is certain to converge, decided before the first step: theory/certificate.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntk_prefix.certificate.prior import Prior
+from ntk_prefix.certificate.reference import Reference, Step
+from ntk_prefix.certificate.rounding import OUTWARD, eigen_enclosure
+from ntk_prefix.certificate.tokens import Claimed, Prefix, Tokens
+from ntk_prefix.checks import check_inputs, check_positive
+from ntk_prefix.kernels.closed_form import prefix_ntk
+from ntk_prefix.one_layer import FixedValuePrefixModel, ModelName, RandomPrefix, TiedPrefixModel
+from ntk_prefix.typing import Array, Float, Inputs, KeyArray
+
+__all__ = ["Certificate", "certify", "find_m"]
+
+STABILITY = 0.5
+"""m eta (sqrt(lambda_max) + drift)^2 at the step size chosen here: a quarter of the largest stable one."""
+
+PASSES = 16
+"""Attempts at closing the bounds, each a pass over the tokens."""
+
+GROWTH = (2.0, 2.0, 1.3, 1.3, 1.3, 1.05)
+"""By how much more than the last pass computed each attempt claims."""
+
+LARGEST_EXPONENT = 1.0
+"""Up to which the rounding of exponentials is accounted for; far beyond what any certificate can have."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What is certain of gradient descent W <- W - eta grad L from one starting point, for ever.
+
+    If ``holds``: at every step t the loss L = 1/2 |F - Y|^2 falls by at least the factor ``1 - rate``, no token leaves its
+    own ball of radius ``radii[r]``, and sqrt(lambda_min(H(W(t)))) stays above sqrt(smallest) - drift.
+
+    Args:
+      holds: whether the proof goes through. If not, nothing is said, and ``explain()`` names the step that fails.
+      model, m: the model and its prefix length.
+      step_size: eta.
+      rate: x in |F(t+1) - Y|^2 <= (1 - x) |F(t) - Y|^2.
+      radius: the largest radius of any token.
+      deviation: bound on |W(t) - W(0) - linearised displacement|_F at every step, part of every radius.
+      smallest, largest: bounds on the extreme eigenvalues of H(W(0)).
+      drift: bound on |J(W(t)) - J(W(0))|_op / sqrt(m) at every step.
+      initial_error: upper bound on |F(0) - Y|_F.
+      steps: the inequalities of the proof.
+      drift_parts: what the drift is made of: which step of the proof loses most.
+      radii: one radius for every token [m]; empty for an a-priori certificate.
+      failure: probability that an a-priori certificate does not apply to the prefix drawn; 0 a posteriori.
+    """
+
+    holds: bool
+    model: ModelName
+    m: int
+    step_size: float
+    rate: float
+    radius: float
+    deviation: float
+    smallest: float
+    largest: float
+    drift: float
+    initial_error: float
+    steps: tuple[Step, ...]
+    drift_parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    radii: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0), repr=False)
+    failure: float = 0.0
+
+    @property
+    def margin(self) -> float:
+        """The smallest margin of any step of the proof: at least 1 when it holds."""
+        return float(min(step.margin for step in self.steps))
+
+    def envelope(self, steps: int) -> Float[np.ndarray, "steps"]:
+        """Largest |F(t) - Y|^2 at t = 0..steps: ``(1 - rate)^t |F(0) - Y|^2``."""
+        return self.initial_error**2 * np.exp(np.arange(steps + 1) * math.log1p(-self.rate)) * OUTWARD
+
+    def steps_to(self, fraction: float) -> int:
+        """Steps after which the loss is certain to be below ``fraction`` of the initial one.
+
+        Raises:
+          ValueError: the certificate does not hold, or the fraction is not in (0, 1).
+        """
+        if not self.holds:
+            raise ValueError(f"steps_to: this certificate does not hold.\n{self.explain()}")
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction: expected a number in (0, 1), got {fraction}.")
+        return math.ceil(math.log(fraction) / math.log1p(-self.rate) * OUTWARD)
+
+    def explain(self) -> str:
+        """The proof in numbers, or the step at which it fails and what would mend it."""
+        head = f"{self.model} model, m = {self.m:,}, eta = {self.step_size:.4g}"
+        if self.failure:
+            head += f", with probability at least {1 - self.failure:g} over the prefix"
+        if self.holds:
+            lines = [
+                f"certified: {head}.",
+                f"The loss falls by a factor of at least 1 - {self.rate:.4g} at every step "
+                f"(to 1 % in at most {self.steps_to(0.01):,}), and no token moves by more than {self.radius:.3g}.",
+            ]
+        else:
+            failed = next(step for step in self.steps if not step.holds)
+            lines = [
+                f"not certified: {head}.",
+                f"The step that fails: {failed.what}: {failed.used:.4g} is not at most {failed.allowed:.4g}.",
+            ]
+        lines += [f"  {'ok ' if s.holds else 'NO '} {s.what}: {s.used:.4g} <= {s.allowed:.4g}" for s in self.steps]
+        if self.drift_parts:
+            lines.append("  the drift of the Jacobian over sqrt(m), by part:")
+            lines += [
+                f"      {value:.3g}  {name}" for name, value in sorted(self.drift_parts.items(), key=lambda p: -p[1])
+            ]
+        return "\n".join(lines)
+
+
+def certify(
+    x: Inputs,
+    y: Float[Array, "n o"],
+    *,
+    sigma: float = 1.0,
+    model: ModelName | Prefix = "fixed",
+    m: int | None = None,
+    delta: float | None = None,
+    key: KeyArray | None = None,
+    symmetric: bool = True,
+    step_size: float | None = None,
+) -> Certificate:
+    """Certify that gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 converges, before it starts.
+
+    Args:
+      x: [n, d] inputs, distinct, float64. Nothing is assumed of their norms.
+      y: [n, outputs] targets, float64; d of them for the tied model.
+      sigma: standard deviation of the prefix at initialisation.
+      model: "fixed" or "tied"; or a model, or a ``RandomPrefix``: then its own weights are the starting point (a trained
+        model restarts the certificate where it stands), and sigma, m, key and symmetric are its own.
+      m: prefix length; None searches for the smallest (``find_m``).
+      delta: None for the a-posteriori certificate of the prefix drawn with ``key``: nothing is left to chance. A
+        number in (0, 1) for the a-priori one: of any prefix that will be drawn, with probability 1 - delta.
+      key: of the prefix, as in ``RandomPrefix``; ``jax.random.key(0)`` if None.
+      symmetric: pairs of tokens with opposite signs, so that F(0) = 0.
+      step_size: eta; None takes a quarter of the largest stable one.
+
+    Returns:
+      the certificate; look at ``holds`` first, and print ``explain()``.
+
+    Raises:
+      ValueError: inputs that are not float64 or of the wrong shape, JAX without 64-bit numbers.
+
+    Numerics: every bound is rounded outward (``certificate.rounding`` lists what is assumed of the machine). What is
+    certified is gradient descent in exact arithmetic from the drawn floats.
+
+    Source: derived; the theorem and its proof are theory/certificate.md.
+    """
+    if not isinstance(model, str):
+        prefix = model
+    elif delta is not None:
+        return _before_drawing(x, y, sigma, model, m, delta, symmetric, step_size)
+    elif m is None:
+        return find_m(x, y, sigma=sigma, model=model, key=key, symmetric=symmetric)
+    else:
+        prefix = RandomPrefix(
+            key=jax.random.key(0) if key is None else key,
+            d=x.shape[1],
+            m=m,
+            sigma=sigma,
+            symmetric=symmetric,
+            model=model,
+            outputs=y.shape[1] if model == "fixed" else None,
+        )
+    _check_data(x, y, _name(prefix), prefix)
+    if step_size is not None:
+        check_positive("step_size", step_size)
+    return _certify(Tokens(prefix, x), np.asarray(y), step_size)
+
+
+def _before_drawing(
+    x: Array,
+    y: Array,
+    sigma: float,
+    model: ModelName,
+    m: int | None,
+    delta: float,
+    symmetric: bool,
+    step_size: float | None,
+) -> Certificate:
+    """The a-priori certificate at m, or at the smallest power of 2^(1/4) that has one."""
+    _check_data(x, y, model, None)
+    check_positive("sigma", sigma)
+    if not 0 < delta < 1:
+        raise ValueError(f"delta: expected a probability in (0, 1), got {delta}.")
+    if not symmetric:
+        raise ValueError(
+            "symmetric: the a-priori certificate needs pairs of tokens, which make F(0) = 0. Use symmetric=True, or "
+            "delta=None for the certificate of a given draw."
+        )
+    prior = Prior(inputs=np.asarray(x), targets=np.asarray(y), sigma=sigma, model=model, failure=delta)
+    if m is not None:
+        return _prior_certificate(prior, m, step_size)
+    for power in range(4 * 8, 4 * 80):
+        found = _prior_certificate(prior, 2 * round(2 ** (power / 4 - 1)), step_size)
+        if found.holds:
+            break
+    return found
+
+
+def _prior_certificate(prior: Prior, m: int, step_size: float | None) -> Certificate:
+    values = prior.kernel.values
+    # the drawn kernel is at most half as large again as its limit
+    rate = STABILITY / (1.6 * float(values[-1])) if step_size is None else m * step_size
+    certificate = Certificate(
+        holds=False,
+        model=prior.model,
+        m=m,
+        step_size=rate / m,
+        rate=0.0,
+        radius=math.inf,
+        deviation=math.inf,
+        smallest=float(values[0]),
+        largest=float(values[-1]),
+        drift=math.inf,
+        initial_error=OUTWARD * float(np.linalg.norm(prior.targets)),
+        steps=(
+            prior.positive,
+            Step("the step is stable: m eta lambda_max(H*)", OUTWARD * rate * float(values[-1]), 0.99),
+        ),
+        failure=prior.failure,
+    )
+    if not all(step.holds for step in certificate.steps):
+        return certificate
+    reference = prior.reference(m, rate)
+    if isinstance(reference, Step):
+        return dataclasses.replace(certificate, steps=(*certificate.steps, reference))
+    drift, total = 0.0, prior.total(m, reference, 0.0)
+    for _ in range(PASSES):
+        small, parts = prior.drift(m, total)
+        computed = sum(parts.values())
+        steps = [small, *reference.steps(drift)]
+        if drift:
+            steps.append(
+                Step("the drift implies itself: computed in the ball, over the one assumed", computed / drift, 1.0)
+            )
+        if not all(step.holds for step in steps[:3]) or (drift and steps[3].holds):
+            break
+        drift = 2 * computed
+        if not all(step.holds for step in reference.steps(drift)):
+            steps[1:3] = reference.steps(drift)
+            break
+        total = prior.total(m, reference, drift)
+    last, decrease = descent(reference, drift)
+    steps = [*certificate.steps, *steps, last]
+    holds = drift > 0 and all(step.holds for step in steps)
+    return dataclasses.replace(
+        certificate,
+        holds=holds,
+        rate=decrease if holds else 0.0,
+        radius=total,
+        deviation=total,
+        smallest=reference.smallest,
+        largest=reference.largest,
+        drift=drift,
+        steps=tuple(steps),
+        drift_parts=parts,
+    )
+
+
+def find_m(
+    x: Inputs,
+    y: Float[Array, "n o"],
+    *,
+    sigma: float = 1.0,
+    model: ModelName = "fixed",
+    key: KeyArray | None = None,
+    symmetric: bool = True,
+    start: int = 64,
+    largest: int = 2**24,
+    resolution: float = 0.02,
+) -> Certificate:
+    """The smallest certified prefix length: powers of two until one is certified, then bisection.
+
+    A longer prefix is the shorter one continued (same ``key``), but whether it is certified need not be monotone: the
+    result is certified, and a length ``resolution`` shorter was refused (or is 2).
+
+    Args:
+      x, y, sigma, model, key, symmetric: as in ``certify``.
+      start: the first length tried, even; if it is certified, shorter ones are tried too.
+      largest: the last one; the certificate returned for it does not hold if none did.
+      resolution: relative width at which the bisection stops.
+    """
+
+    def attempt(m: int) -> Certificate:
+        return certify(x, y, sigma=sigma, model=model, m=m, key=key, symmetric=symmetric)
+
+    refused, found = 2, attempt(start)
+    while not found.holds and found.m < largest:
+        refused, found = found.m, attempt(min(2 * found.m, largest))
+    while found.holds and found.m - refused > max(2, resolution * found.m):
+        middle = attempt(2 * round((refused * found.m) ** 0.5 / 2))
+        if middle.holds:
+            found = middle
+        else:
+            refused = middle.m
+    return found
+
+
+def _name(prefix: Prefix) -> ModelName:
+    if isinstance(prefix, RandomPrefix):
+        return prefix.model
+    return "tied" if isinstance(prefix, TiedPrefixModel) else "fixed"
+
+
+def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> None:
+    if jnp.result_type(float) != jnp.float64:
+        raise ValueError(
+            "certify: expected 64-bit numbers, got JAX's default of 32. Wrap the call in `with jax.enable_x64(True):`."
+        )
+    width = None
+    if prefix is not None:
+        width = prefix.d if isinstance(prefix, RandomPrefix) else prefix.weights.shape[1]
+    check_inputs("x", x, features=width)
+    check_inputs("y", y)
+    for name, array in (("x", x), ("y", y)):
+        if array.dtype != jnp.float64:
+            raise ValueError(f"{name}: expected float64, got {array.dtype}. Use {name}.astype(float) under x64.")
+    outputs = y.shape[1]
+    if isinstance(prefix, RandomPrefix):
+        outputs = prefix.outputs or prefix.d
+    elif isinstance(prefix, FixedValuePrefixModel):
+        outputs = prefix.signs.shape[1]
+    if model == "tied":
+        outputs = x.shape[1]
+    if y.shape != (len(x), outputs):
+        raise ValueError(f"y: expected one row of {outputs} targets for each of the {len(x)} inputs, got {y.shape}.")
+
+
+def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Certificate:
+    """The a-posteriori certificate: theory/certificate.md, section 5, in its order."""
+    name: ModelName = "tied" if tokens.tied else "fixed"
+    spread, kernel_error = tokens.second_moments()
+    kernel = np.asarray(prefix_ntk(tokens.prefix, jnp.asarray(tokens.inputs)))
+    enclosure = eigen_enclosure(kernel.reshape(targets.size, -1))
+    smallest = float(enclosure.values[0]) - OUTWARD * (kernel_error + float(enclosure.radius))
+    top = float(enclosure.values[-1])
+    if step_size is None:
+        rate = STABILITY / (math.sqrt(max(top, 0)) + math.sqrt(max(smallest, 0)) / 10) ** 2
+    else:
+        rate = tokens.m * step_size
+    outputs, outputs_error = tokens.outputs_now()
+    error = (outputs - targets).ravel()
+    rounding = outputs_error + float(np.finfo(float).eps * np.linalg.norm(error))
+    first = [
+        Step(
+            "the kernel is positive: rounding of lambda_min below lambda_min",
+            OUTWARD * float(enclosure.values[0]) - smallest,
+            smallest,
+        ),
+        Step("the step is stable: m eta lambda_max of the linearised run", OUTWARD * rate * top, 0.99),
+    ]
+    refused = Certificate(
+        holds=False,
+        model=name,
+        m=tokens.m,
+        step_size=rate / tokens.m,
+        rate=0.0,
+        radius=math.inf,
+        deviation=math.inf,
+        smallest=smallest,
+        largest=top,
+        drift=math.inf,
+        initial_error=OUTWARD * (float(np.linalg.norm(error)) + rounding),
+        steps=tuple(first),
+    )
+    if not all(step.holds for step in first):
+        return refused
+
+    reference = Reference(enclosure, kernel_error, error, rounding, rate)
+    path, between = reference.polygon()
+    movement = tokens.movement(path.reshape(-1, *targets.shape), between)
+    closure = _close(tokens, reference, movement, spread)
+    last, decrease = descent(reference, closure.drift)
+    steps = (*first, *closure.steps, last)
+    holds = all(step.holds for step in steps)
+    radii = (movement.ravel()[: tokens.rows] + closure.claimed.total) * OUTWARD
+    return dataclasses.replace(
+        refused,
+        holds=holds,
+        rate=decrease if holds else 0.0,
+        radius=float(radii.max()),
+        deviation=closure.claimed.total,
+        smallest=reference.smallest,
+        largest=reference.largest,
+        drift=closure.drift,
+        steps=steps,
+        drift_parts=closure.parts,
+        radii=np.repeat(radii, 2) if tokens.paired else radii,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Closure:
+    """A ball that gradient descent does not leave, or the step at which looking for one failed."""
+
+    steps: tuple[Step, ...]
+    claimed: Claimed
+    drift: float
+    parts: dict[str, float]
+
+
+def _close(tokens: Tokens, reference: Reference, movement: np.ndarray, spread: np.ndarray) -> _Closure:
+    """Look for a drift that implies itself: claim one, and h and s with it, until a pass computes no more than claimed."""
+    n = len(tokens.inputs)
+    claimed = Claimed(0.0, np.zeros(n), np.zeros(n))
+    drift, parts, steps = 0.0, {}, []
+    for attempt in range(PASSES):
+        exponent = float(tokens.norms.max()) * (float(movement.max()) + claimed.total) + float(claimed.normaliser.max())
+        steps = [Step("exponents are small: |x_i| R_r + h_i of every token", OUTWARD * exponent, LARGEST_EXPONENT)]
+        if not steps[0].holds:
+            break
+        if drift:
+            steps += reference.steps(drift)
+        ball = tokens.ball(claimed, movement, spread)
+        parts = ball.parts
+        if drift:
+            steps += [
+                Step("the drift implies itself: computed in the ball, over the one assumed", ball.drift / drift, 1.0),
+                Step("so does the normaliser", _worst(ball.normaliser, claimed.normaliser), 1.0),
+                Step("so does the mean value", _worst(ball.centre, claimed.centre), 1.0),
+            ]
+            if all(step.holds for step in steps):
+                break
+        wanted = GROWTH[min(attempt, len(GROWTH) - 1)] * ball.drift
+        needed = reference.steps(wanted)
+        if not all(step.holds for step in needed):
+            return _Closure((steps[0], *needed), claimed, wanted, parts)
+        drift = wanted
+        total = OUTWARD * reference.paths(drift).deviation / math.sqrt(tokens.m)
+        claimed = Claimed(total, 1.5 * ball.normaliser, 1.5 * ball.centre)
+    return _Closure(tuple(steps), claimed, drift, parts)
+
+
+def descent(reference: Reference, drift: float) -> tuple[Step, float]:
+    """That every step descends, and by how much: the last step of the proof.
+
+        |e(t+1)|^2 <= |e(t)|^2 - m eta lambda_min ( 2 (1 - 2 eps - eps^2) - beta (1 + eps)^2 ) |e(t)|^2
+
+    with eps = drift / sqrt(lambda_min), beta = m eta (sqrt(lambda_max) + drift)^2.
+    """
+    relative = OUTWARD * drift / math.sqrt(reference.smallest)
+    stability = OUTWARD * reference.rate * (math.sqrt(reference.largest) + drift) ** 2
+    against = OUTWARD * (4 * relative + 2 * relative**2 + stability * (1 + relative) ** 2)
+    decrease = reference.rate * reference.smallest * (2 - against) / OUTWARD
+    return Step("every step descends: 4 eps + 2 eps^2 + beta (1 + eps)^2", against, 2 / OUTWARD), decrease
+
+
+def _worst(computed: np.ndarray, claimed: np.ndarray) -> float:
+    """Largest ratio; nothing claimed and nothing computed is 0."""
+    return float(np.where(computed > 0, computed / np.where(claimed > 0, claimed, 1e-300), 0).max())

@@ -1,0 +1,182 @@
+"""One training step of MiniLM, 32 x 64 tokens: our methods, interleaved, beside Hugging Face peft in the same run.
+
+``python -m tests.bench.bench_step [--torch-python PATH]``: PATH is a Python with torch, transformers and peft.
+
+The *floor* is the time that the step's matrix products take at the rate of one large product measured in the same run:
+forward, and backward through frozen weights (activations' gradients only), without attention's own products.
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from ntk_prefix import models, peft
+from ntk_prefix.training import Trainer
+from train import assets
+from train.config import adapter_config
+from train.setup import loss_of, model_inputs
+
+BATCH, LENGTH = 32, 64
+
+ROWS = {
+    "head": ("head", ()),
+    "bitfit": ("bitfit", ()),
+    "lora r=8": ("lora", ()),
+    "prefix 50": ("prefix_tuning", ("num_tokens=50",)),
+    "prefix-tuning+": ("prefix_tuning_plus", ()),
+    "ntk published": ("ntk_attention_published", ()),
+    "ntk": ("ntk_attention", ()),
+    "full": ("full", ()),
+}
+
+PEERS = """
+import json, sys, time, torch, transformers, peft, statistics
+torch.set_num_threads(2)
+folder, repeats = sys.argv[1], int(sys.argv[2])
+ids = torch.randint(1000, 20000, (32, 64), generator=torch.Generator().manual_seed(0))
+mask, labels = torch.ones_like(ids), torch.arange(32) % 2
+def model():
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+made = {
+    "lora r=8": peft.get_peft_model(model(), peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])),
+    "prefix 50": peft.get_peft_model(model(), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=50)),
+    "full": model(),
+}
+head = model()
+for name, parameter in head.named_parameters():
+    parameter.requires_grad = "classifier" in name or "pooler" in name
+made["head"] = head
+steps = {}
+for name, m in made.items():
+    m.train()
+    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4)
+    def step(m=m, optimizer=optimizer):
+        optimizer.zero_grad(); m(input_ids=ids, attention_mask=mask, labels=labels).loss.backward(); optimizer.step()
+    steps[name] = step
+    step()
+times = {name: [] for name in steps}
+for _ in range(repeats):
+    for name, step in steps.items():
+        begun = time.perf_counter(); step(); times[name].append(time.perf_counter() - begun)
+print(json.dumps(times))
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of one run."""
+
+    torch_python: Path | None = None
+    """A Python with torch, transformers and peft, to time them in the same run."""
+    repeats: int = 9
+    """Steps of each, interleaved."""
+    rows: tuple[str, ...] = ()
+    """Some of the methods; all for none."""
+
+
+def batch() -> dict[str, np.ndarray]:
+    ids = np.random.default_rng(0).integers(1000, 20000, (BATCH, LENGTH), dtype=np.int32)
+    labels = np.arange(BATCH, dtype=np.int32) % 2
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "labels": labels,
+        "weight": np.ones(BATCH, np.float32),
+    }
+
+
+def stepper(method: str, changes: tuple[str, ...]) -> tuple[Callable[[], None], int]:
+    """A function that takes one step and waits for it, and the number of trained parameters."""
+    model = models.from_pretrained(
+        assets.asset("minilm"), task="sequence-classification", num_labels=2, rngs=nnx.Rngs(0)
+    )
+    peft.apply(model, adapter_config(method, changes), calibration=model_inputs(batch()))
+    optimizer = peft.non_negative(optax.adamw(1e-4))
+    trainer = Trainer(loss=loss_of("sequence-classification"), optimizer=optimizer, wrt=peft.AdapterParam)
+    state, step = trainer.init(model), trainer.stepper(model)
+    rows = trainer.place({name: jnp.asarray(value) for name, value in batch().items()})
+
+    def once() -> None:
+        nonlocal state
+        state, metrics = step(state, rows)
+        jax.block_until_ready((state, metrics))
+
+    once()
+    return once, peft.trainable_parameters(model)[0]
+
+
+def interleaved(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - begun)
+    return times
+
+
+def floors() -> tuple[float, float]:
+    """Seconds of the matrix products of a forward, and of a forward and a frozen backward, at the measured rate."""
+    size = 1536
+    a = jnp.ones((size, size))
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(a))
+    times = []
+    for _ in range(9):
+        begun = time.perf_counter()
+        jax.block_until_ready(product(a))
+        times.append(time.perf_counter() - begun)
+    rate = 2 * size**3 / statistics.median(times)
+    # a layer: four maps of d x d, two of d x 4 d
+    flops = 6 * 2 * BATCH * LENGTH * (4 * 384**2 + 2 * 384 * 1536)
+    return flops / rate, 2 * flops / rate
+
+
+def main(options: Options) -> None:
+    console = Console()
+    chosen = {name: ROWS[name] for name in (options.rows or ROWS)}
+    made = {name: stepper(*row) for name, row in chosen.items()}
+    peers: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {name: [] for name in made}
+    # half of ours before the peers and half after: a machine that changes its pace does it to both
+    for half in range(2):
+        for name, values in interleaved({n: s for n, (s, _) in made.items()}, -(-options.repeats // 2)).items():
+            times[name] += values
+        if half == 0 and options.torch_python is not None:
+            command = [options.torch_python, "-c", PEERS, assets.asset("minilm"), str(options.repeats)]
+            peers = json.loads(
+                subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+            )
+    forward, both = floors()
+    table = Table(
+        "method", "trained", "ours: median (quartiles), s", "over the floor", "torch + peft, s", "ours / theirs"
+    )
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        floor = forward if name == "head" else both
+        theirs = statistics.median(peers[name]) if name in peers else None
+        ratio = ("-", "-") if theirs is None else (f"{theirs:.3f}", f"{middle / theirs:.2f}")
+        row = (name, f"{made[name][1]:,}", f"{middle:.3f} ({low:.3f}..{high:.3f})", f"{middle / floor:.2f}")
+        table.add_row(*row, *ratio)
+    console.print(table)
+    console.print(
+        f"floor: forward {forward:.3f} s, forward and frozen backward {both:.3f} s; {sys.platform}, {jax.devices()[0]}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="python -m tests.bench.bench_step"))

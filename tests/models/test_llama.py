@@ -1,0 +1,138 @@
+"""The cache and greedy generation: padding, ends, and agreement with a full pass over the whole text."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntk_prefix import models
+from ntk_prefix.models import llama
+from tests.models import formulas
+from tests.models.calling import call
+
+RNG = np.random.default_rng(11)
+PROMPTS = [RNG.integers(0, 31, n) for n in (6, 2, 4)]
+IDS = np.stack([np.concatenate([np.full(6 - len(p), 30), p]) for p in PROMPTS])
+MASK = np.arange(6) >= 6 - np.array([len(p) for p in PROMPTS])[:, None]
+NEW = 9
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> models.Llama:
+    config = formulas.CONFIGS["llama"]
+    folder = formulas.write(tmp_path_factory.mktemp("llama"), config, formulas.draw(config))
+    loaded = models.from_pretrained(folder, "causal-lm")
+    assert isinstance(loaded, models.Llama)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def greedy() -> np.ndarray:
+    """The formula's own continuation: a full causal pass, in float64 and without a cache, for every token."""
+    config = formulas.CONFIGS["llama"]
+    tensors = formulas.draw(config)
+    rows = []
+    for prompt in PROMPTS:
+        text = prompt
+        for _ in range(NEW):
+            _, logits = formulas.llama(config, tensors, text[None], np.ones((1, len(text)), bool))
+            text = np.append(text, logits[0, -1].argmax())
+        rows.append(text[len(prompt) :])
+    return np.stack(rows)
+
+
+def generate(model: models.Llama, **options: Any) -> np.ndarray:
+    tokens = models.generate(model, jnp.asarray(IDS), jnp.asarray(MASK), NEW, **options)
+    assert tokens.shape == (3, NEW)
+    assert tokens.dtype == IDS.dtype
+    return np.asarray(tokens)
+
+
+def test_generation_is_the_full_pass_token_by_token(model: models.Llama, greedy: np.ndarray) -> None:
+    """Three prompts of different lengths, padded on the left: each as if it were alone."""
+    np.testing.assert_array_equal(generate(model), greedy)
+    assert len({tuple(row) for row in greedy.tolist()}) == 3
+
+
+def test_generation_compiles_once(model: models.Llama) -> None:
+    generate(model)
+    before = llama._generate._cache_size()
+    models.generate(model, jnp.asarray(IDS[::-1].copy()), jnp.asarray(MASK[::-1].copy()), NEW)
+    assert llama._generate._cache_size() == before
+
+
+def test_generation_ends(model: models.Llama, greedy: np.ndarray) -> None:
+    """A row ends with its first end token and is padded from there on; the others go on."""
+    end = int(greedy[0, 3])
+    others = int(greedy[1, 5])
+    for ends, padding in ((end, None), ((end, others), 29)):
+        tokens = generate(model, eos_token_id=ends, pad_token_id=padding)
+        for ours, free in zip(tokens, greedy, strict=True):
+            stops = np.flatnonzero(np.isin(free, ends))
+            kept = stops[0] + 1 if len(stops) else NEW
+            np.testing.assert_array_equal(ours[:kept], free[:kept])
+            assert (ours[kept:] == (end if padding is None else padding)).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_cache_gives_the_full_passs_logits(model: models.Llama, masked: bool) -> None:
+    """Four tokens at once, then token by token, into a buffer that is too long."""
+    mask = jnp.asarray(MASK) if masked else None
+    whole = call(model, jnp.asarray(IDS), mask).logits
+    wide = None if mask is None else jnp.concatenate([mask, jnp.ones((3, 4), bool)], axis=1)
+    cache: Any = model.empty_cache(3, 10)
+    pieces, start = [], 0
+    for length in (4, 1, 1):
+        output = call(model, jnp.asarray(IDS[:, start : start + length]), wide, cache, jnp.int32(start))
+        cache = output.cache
+        pieces.append(output.logits)
+        start += length
+    real = MASK if masked else np.ones_like(MASK)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1)[real], np.asarray(whole)[real], atol=1e-5)
+    assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, model.empty_cache(3, 10))
+    assert not np.asarray(cache[0].key)[:, 6:].any()
+
+
+def test_padding_changes_nothing(model: models.Llama) -> None:
+    padded = np.asarray(call(model, jnp.asarray(IDS), jnp.asarray(MASK)).logits)
+    right = np.stack([np.concatenate([p, np.full(6 - len(p), 30)]) for p in PROMPTS])
+    padded_right = np.asarray(call(model, jnp.asarray(right), jnp.asarray(MASK[:, ::-1].copy())).logits)
+    config = formulas.CONFIGS["llama"]
+    for row, prompt in enumerate(PROMPTS):
+        n = len(prompt)
+        _, alone = formulas.llama(config, formulas.draw(config), prompt[None], np.ones((1, n), bool))
+        np.testing.assert_allclose(padded[row, -n:], alone[0], atol=1e-5)
+        np.testing.assert_allclose(padded_right[row, :n], alone[0], atol=1e-5)
+
+
+def test_logits_only_where_wanted(model: models.Llama) -> None:
+    output = call(model, jnp.asarray(IDS), jnp.asarray(MASK))
+    last = model.logits(output.last_hidden_state[:, -1:])
+    assert last.shape == (3, 1, 31)
+    np.testing.assert_allclose(last, output.logits[:, -1:], atol=1e-5)
+
+
+def test_errors(model: models.Llama, tmp_path: Path) -> None:
+    ids, mask = jnp.asarray(IDS), jnp.asarray(MASK)
+    with pytest.raises(ValueError, match="expected padding on the left"):
+        models.generate(model, ids, mask[:, ::-1])
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least 1, got 0"):
+        models.generate(model, ids, mask, 0)
+    with pytest.raises(ValueError, match="expected at least one token"):
+        models.generate(model, ids[:, :0])
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[3, 6\]"):
+        model(ids, mask[:, :5])
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[3, 8\]"):
+        model(ids, mask, model.empty_cache(3, 8))
+    config = formulas.CONFIGS["llama"]
+    bare = models.from_pretrained(formulas.write(tmp_path, config, formulas.draw(config)))
+    assert isinstance(bare, models.Llama)
+    assert bare(ids).logits is None
+    assert bare.lm_head is None
+    with pytest.raises(ValueError, match="causal_lm=True"):
+        bare.logits(bare(ids).last_hidden_state)
+    with pytest.raises(ValueError, match="causal_lm=True"):
+        models.generate(bare, ids)

@@ -1,0 +1,378 @@
+"""The certificate: what it certifies happens, what it computes bounds what it says, and it refuses what it must."""
+
+import dataclasses
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ntk_prefix import FixedValuePrefixModel, RandomPrefix, TiedPrefixModel
+from ntk_prefix.certificate import certify, find_m
+from ntk_prefix.certificate.prior import Prior
+from ntk_prefix.certificate.reference import Reference
+from ntk_prefix.certificate.rounding import Enclosure, eigen_enclosure, gamma
+from ntk_prefix.certificate.tokens import Claimed, Tokens
+from ntk_prefix.kernels import prefix_ntk
+from ntk_prefix.one_layer import fixed_jacobian, tied_jacobian
+from theory.certificate import _advance
+
+N, D = 3, 2
+
+
+def data(seed: int = 0, n: int = N, d: int = D) -> tuple[jax.Array, jax.Array]:
+    """Points in a ball, far enough apart for a kernel that is positive, and small targets."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d))
+    return jnp.asarray(x / np.linalg.norm(x, axis=1).max()), jnp.asarray(rng.uniform(-1, 1, (n, d)) / np.sqrt(d))
+
+
+def drawn(name: str, m: int, seed: int = 0, sigma: float = 1.0, symmetric: bool = True):
+    rngs = nnx.Rngs(seed)
+    if name == "tied":
+        model = TiedPrefixModel(D, m, symmetric=symmetric, rngs=rngs)
+    else:
+        model = FixedValuePrefixModel(D, m, symmetric=symmetric, rngs=rngs)
+    model.weights[...] = sigma * model.weights[...]  # a width of its own would be a program of its own
+    return model
+
+
+def jacobian(model, x, weights=None) -> np.ndarray:
+    """[n o, m d]."""
+    derivative = tied_jacobian if isinstance(model, TiedPrefixModel) else fixed_jacobian
+    weights = model.weights[...] if weights is None else weights
+    found = derivative(jnp.asarray(weights), model.signs[...], x)
+    return np.asarray(found).reshape(found.shape[0] * found.shape[1], -1)
+
+
+class TestRounding:
+    def test_gamma_bounds_a_sum(self) -> None:
+        terms = np.random.default_rng(0).uniform(size=1000)
+        exact = sum(map(Fraction, terms))
+        naive = 0.0
+        for term in terms:
+            naive += term
+        assert abs(Fraction(naive) - exact) <= Fraction(gamma(999)) * exact
+
+    @pytest.mark.parametrize("size", [1, 5, 40])
+    def test_the_enclosure_holds_the_spectrum_of_an_exact_matrix(self, size: int) -> None:
+        # a reflection of a diagonal of integers: both exact in the limit, the product nearly so
+        rng = np.random.default_rng(size)
+        exact = np.sort(rng.integers(1, 1000, size)).astype(float)
+        basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
+        matrix = (basis * exact) @ basis.T
+        matrix = (matrix + matrix.T) / 2
+        found = eigen_enclosure(matrix)
+        assert np.abs(found.values - exact).max() <= found.radius + 1e-10
+        assert found.radius < 1e-7
+
+    def test_a_wrong_decomposition_widens_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        matrix = np.diag([1.0, 2.0, 3.0])
+        values, basis = np.linalg.eigh(matrix)
+        monkeypatch.setattr(np.linalg, "eigh", lambda a: (values + 0.125, basis))
+        assert eigen_enclosure(matrix).radius >= 0.125
+
+
+class TestReference:
+    def reference(self, relative: float = 0.0) -> Reference:
+        rng = np.random.default_rng(1)
+        basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+        values = np.array([0.02, 0.05, 0.3, 1.0, 2.0, 7.0])
+        kernel = Enclosure(values, basis, np.array(0.0), np.array(1e-14))
+        return Reference(kernel, 0.0, rng.normal(size=6), 0.0, 0.1, relative)
+
+    def test_sums_are_from_above_and_near(self) -> None:
+        reference = self.reference()
+        values, basis = reference.kernel.values, reference.kernel.basis
+        times = np.arange(20_000)[:, None]
+        powers = (1 - 0.1 * values[None]) ** times
+        run = powers * (basis.T @ reference.error)[None]
+        for bound, exact in (
+            (reference.outputs, np.linalg.norm(run, axis=1)),
+            (reference.weights, np.linalg.norm(np.sqrt(values)[None] * run, axis=1)),
+            (reference.half, (np.sqrt(values)[None] * powers).max(1)),
+            (reference.whole, (values[None] * powers).max(1)),
+        ):
+            total = 0.1 * exact.sum()
+            assert total <= bound <= 1.05 * total
+
+    def test_the_polygon_is_as_near_as_it_says(self) -> None:
+        reference = self.reference()
+        points, between = reference.polygon()
+        values, basis = reference.kernel.values, reference.kernel.basis
+        coefficients = basis.T @ reference.error
+        rng = np.random.default_rng(0)
+        for t in range(0, 5000, 7):
+            q = basis @ (coefficients / values * (1 - (1 - 0.1 * values) ** t))
+            for direction in rng.normal(size=(4, 6)):
+                assert direction @ q <= (points @ direction).max() + between * np.linalg.norm(direction)
+        assert between < 0.05 * np.linalg.norm(points, axis=1).max()
+
+    @pytest.mark.parametrize("relative", [0.0, 0.02])
+    def test_paths_bound_every_perturbed_run(self, relative: float) -> None:
+        """Jacobians anywhere within the drift, adversarial in time: the sums stay under P, G and V."""
+        reference = self.reference(relative)
+        values, basis = reference.kernel.values, reference.kernel.basis
+        rng = np.random.default_rng(2)
+        root = (basis * np.sqrt(values)) @ basis.T
+        for drift in (1e-3, 5e-3):
+            assert all(step.holds for step in reference.steps(drift))
+            paths = reference.paths(drift)
+            for _ in range(4):
+                wobble = rng.normal(size=(6, 6))
+                wobble = relative * (wobble + wobble.T) / 2 / np.linalg.norm((wobble + wobble.T) / 2, 2)
+                # H(W(0)) = J J^T with some square root J, turned at random
+                kernel = root @ (np.eye(6) + wobble) @ root
+                jac = np.linalg.cholesky(kernel) @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
+                bad = rng.normal(size=(2, 6, 6))
+                error = reference.error.copy()
+                straight, moved, lin_moved = reference.error.copy(), np.zeros(6), np.zeros(6)
+                outputs = weights = deviation = 0.0
+                for t in range(3000):
+                    if t % 40 == 0:
+                        bad = rng.normal(size=(2, 6, 6))
+                        bad = drift * bad / np.linalg.norm(bad, 2, axis=(1, 2))[:, None, None]
+                    step = (jac + bad[0]).T @ error
+                    outputs += 0.1 * np.linalg.norm(error)
+                    weights += 0.1 * np.linalg.norm(step)
+                    moved, lin_moved = moved - 0.1 * step, lin_moved - 0.1 * jac.T @ straight
+                    error = error - 0.1 * (jac + bad[1]) @ step
+                    straight = straight - 0.1 * root @ root @ straight
+                    deviation = max(deviation, float(np.linalg.norm(moved - lin_moved)))
+                assert outputs <= paths.outputs
+                assert weights <= paths.weights
+                assert deviation <= paths.deviation
+
+
+class TestTokens:
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_the_drift_in_the_ball_is_bounded(self, name: str, symmetric: bool) -> None:
+        """Displacements of every kind in the ball: no Jacobian leaves it, no mean value, no normaliser."""
+        x, _ = data()
+        m = 64
+        model = drawn(name, m, symmetric=symmetric)
+        tokens = Tokens(model, x)
+        spread, _ = tokens.second_moments()
+        rng = np.random.default_rng(0)
+        start = jacobian(model, x)
+        centre = np.asarray(model(x)) / m
+        for scale in (1e-3, 3e-2):
+            rho = scale * rng.uniform(0.1, 1, m)
+            movement = np.zeros((1, 8192))
+            movement[0, :m] = rho
+            total = 2 * scale
+            claimed = Claimed(total, np.zeros(N), np.zeros(N))
+            for _ in range(8):
+                ball = tokens.ball(claimed, movement, spread)
+                if (ball.normaliser <= claimed.normaliser).all() and (ball.centre <= claimed.centre).all():
+                    break
+                claimed = Claimed(total, 1.1 * ball.normaliser, 1.1 * ball.centre)
+            worst = 0.0
+            weights = np.asarray(model.weights[...])
+            # along one input the attention of every token grows or shrinks together
+            inputs = np.asarray(x) / np.linalg.norm(x, axis=1, keepdims=True)
+            signs = np.asarray(model.signs[...])[:, :1]
+            for trial in range(60):
+                if trial % 3 == 0:
+                    direction = rng.normal(size=weights.shape)
+                elif trial % 3 == 1:
+                    direction = inputs[rng.integers(N)][None] * signs
+                else:
+                    direction = inputs[rng.integers(N)][None] * np.sign(rng.normal(size=(m, 1)))
+                u = rho[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+                deviation = rng.normal(size=weights.shape) * (rng.uniform(size=(m, 1)) < rng.choice([0.02, 0.3, 1]))
+                deviation *= total / max(np.linalg.norm(deviation), 1e-12)
+                moved = weights + u + deviation
+                drift = np.linalg.norm(jacobian(model, x, moved) - start, 2) / np.sqrt(m)
+                worst = max(worst, drift)
+                assert drift <= ball.drift
+                values = np.asarray(model.signs[...]) * (moved if name == "tied" else 1)
+                attention = np.asarray(jax.nn.softmax(x @ moved.T, axis=1))
+                assert (np.linalg.norm(attention @ values - centre, axis=1) <= claimed.centre).all()
+                before = np.asarray(jax.nn.softmax(x @ weights.T, axis=1))
+                shift = np.log((before * np.exp(np.asarray(x) @ (moved - weights).T)).sum(1))
+                assert (np.abs(shift) <= claimed.normaliser).all()
+            assert worst > ball.drift / 30, "a bound so far off tests nothing"
+
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_the_linearised_movement(self, name: str) -> None:
+        x, _ = data()
+        m = 64
+        model = drawn(name, m, symmetric=False)
+        path = np.random.default_rng(0).normal(size=(5, N, D))
+        moved = jacobian(model, x).T @ path.reshape(5, -1).T / m
+        lengths = np.linalg.norm(moved.reshape(m, D, 5), axis=1).max(1)
+        found = Tokens(model, x).movement(path, 0.0).ravel()[:m]
+        assert (lengths <= found).all()
+        assert (found <= lengths * (1 + 1e-9) + 1e-12).all()
+        wider = Tokens(model, x).movement(path, 0.5).ravel()[:m]
+        rows = np.linalg.norm(jacobian(model, x).reshape(-1, m, D), axis=(0, 2))
+        assert (wider >= lengths + 0.5 * rows / m).all()
+
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_the_kernel_rounding_covers_the_difference_of_two_ways_to_compute_it(self, name: str) -> None:
+        x, _ = data()
+        model = drawn(name, 64, symmetric=False)
+        jac = jacobian(model, x)
+        kernel = np.asarray(prefix_ntk(model, x)).reshape(N * D, -1)
+        error = Tokens(model, x).second_moments()[1]
+        assert np.linalg.norm(kernel - jac @ jac.T / 64) <= error < 1e-8
+
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_half_of_the_pairs_says_the_same_as_all_tokens(self, name: str) -> None:
+        x, y = data()
+        prefix = RandomPrefix(key=jax.random.key(3), d=D, m=4096, model=name)
+        model = drawn(name, 4096)
+        model.weights[...], model.signs[...] = prefix.materialise()
+        short, full = (certify(x, y, model=start) for start in (prefix, model))
+        assert short.drift == pytest.approx(full.drift, rel=1e-3)
+        assert np.allclose(short.radii, full.radii, rtol=1e-3)
+        assert short.holds == full.holds
+
+
+def run_and_compare(count: int, seed: int) -> tuple[int, int, int]:
+    """Random problems: how many were certified, left their envelope though certified, and left it at all."""
+    rng = np.random.default_rng(seed)
+    certified = broken = left = 0
+    for trial in range(count):
+        name = ("fixed", "tied")[trial % 2]
+        m = (64, 4096, 4096)[trial // 2 % 3]
+        x, y = data(seed=int(rng.integers(2**31)))
+        x, y = x * rng.uniform(0.4, 1.2), y * rng.uniform(0.1, 1.5)
+        model = drawn(name, m, int(rng.integers(2**31)), rng.uniform(0.5, 1.3), symmetric=trial % 5 > 0)
+        kernel = np.asarray(prefix_ntk(model, x)).reshape(N * D, -1)
+        step_size = rng.choice([0.2, 0.5, 0.9, 1.5, 3.0]) / (m * np.linalg.eigvalsh(kernel)[-1])
+        certificate = certify(x, y, model=model, step_size=step_size)
+        # a refused certificate gives no rate: then its envelope is that the loss does not rise
+        start, radii = model.weights[...], jnp.asarray(certificate.radii if certificate.holds else np.ones(m))
+        _, (error, reach) = _advance(start, model.signs[...], start, radii, (x, y), jnp.asarray(step_size), name, 300)
+        error = np.nan_to_num(np.asarray(error), nan=1e200).clip(max=1e200)
+        # below this the loss is rounding
+        seen = error[:-1] > 1e-20
+        rises = bool((error[1:] > (1 - certificate.rate) * error[:-1] * (1 + 1e-12))[seen].any())
+        left += rises
+        certified += certificate.holds
+        if certificate.holds:
+            over = (error > certificate.envelope(len(error) - 1) + 1e-20).any()
+            broken += rises or bool(over) or float(reach.max()) > 1
+    return certified, broken, left
+
+
+class TestPromise:
+    def test_no_certified_run_leaves_its_envelope(self) -> None:
+        certified, broken, left = run_and_compare(300, seed=0)
+        assert broken == 0
+        assert certified >= 40, "hardly anything was certified: hardly anything was tested"
+        assert left >= 40, "hardly a run left its envelope: the certificates were not put to the test"
+
+    def test_a_sabotaged_rate_is_noticed(self) -> None:
+        """The comparison above can fail: the same run against an envelope that falls too fast."""
+        x, y = data()
+        model = drawn("fixed", 4096)
+        certificate = certify(x, y, model=model)
+        assert certificate.holds
+        faster = dataclasses.replace(certificate, rate=20 * certificate.rate)
+        start = model.weights[...]
+        _, (error, _) = _advance(
+            start,
+            model.signs[...],
+            start,
+            start[:, 0] ** 2 + 1,
+            (x, y),
+            jnp.asarray(certificate.step_size),
+            "fixed",
+            300,
+        )
+        assert (np.asarray(error) <= certificate.envelope(299)).all()
+        assert not (np.asarray(error) <= faster.envelope(299)).all()
+
+
+class TestCertificate:
+    def test_a_short_prefix_is_refused_with_the_step_that_fails(self) -> None:
+        x, y = data()
+        refused = certify(x, y, model=drawn("fixed", 32))
+        assert not refused.holds
+        assert refused.margin < 1
+        assert "The step that fails: the drift is small" in refused.explain()
+        with pytest.raises(ValueError, match="does not hold"):
+            refused.steps_to(0.1)
+
+    def test_equal_inputs_are_refused_at_the_kernel(self) -> None:
+        x, y = data()
+        refused = certify(x.at[1].set(x[0]), y, model=drawn("fixed", 512))
+        assert "The step that fails: the kernel is positive" in refused.explain()
+
+    def test_too_large_a_step_is_refused(self) -> None:
+        x, y = data()
+        held = certify(x, y, model=drawn("fixed", 4096))
+        assert held.holds
+        refused = certify(x, y, model=drawn("fixed", 4096), step_size=4.5 * held.step_size)
+        assert "the step is stable" in refused.explain().splitlines()[1]
+
+    def test_find_m_brackets_the_smallest(self) -> None:
+        x, y = data()
+        found = find_m(x, y, start=64, resolution=0.3)
+        assert found.holds
+        assert not certify(x, y, m=found.m // 4 * 2).holds
+        assert found.steps_to(0.01) > 1
+        assert "certified" in found.explain()
+
+    def test_a_trained_prefix_is_certified_at_lengths_where_a_fresh_one_is_not(self) -> None:
+        x, y = data()
+        model = drawn("fixed", 512)
+        fresh = certify(x, y, model=model)
+        assert not fresh.holds
+        start = model.weights[...]
+        weights, _ = _advance(
+            start, model.signs[...], start, jnp.ones(512), (x, y), jnp.asarray(fresh.step_size), "fixed", 3000
+        )
+        model.weights[...] = weights
+        assert certify(x, y, model=model).holds
+
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_a_priori(self, name: str) -> None:
+        x, y = data()
+        prior = certify(x, y, model=name, delta=0.1)
+        assert prior.holds
+        assert prior.failure == 0.1
+        assert "with probability at least 0.9" in prior.explain()
+        # it speaks of every draw, so it asks for more than any
+        assert prior.m > certify(x, y, model=name, delta=0.5).m > 4096
+        assert not certify(x, y, model=name, delta=0.1, m=prior.m // 8 * 2).holds
+
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_the_moments_bound_what_is_drawn(self, name: str) -> None:
+        """The mean square of the whitened kernel's error is at most the moment over the tokens."""
+        x, y = data()
+        prior = Prior(inputs=np.asarray(x), targets=np.asarray(y), sigma=0.5, model=name, failure=0.1)
+        root = np.linalg.inv(np.linalg.cholesky((prior.kernel.basis * prior.kernel.values) @ prior.kernel.basis.T))
+        rows = 256
+        squares = []
+        for seed in range(200):
+            model = drawn(name, rows, seed, 0.5, symmetric=False)
+            w, a = np.asarray(model.weights[...]), np.asarray(model.signs[...])
+            tilt = np.exp(np.asarray(x) @ w.T - 0.125 * np.square(x).sum(1)[:, None])
+            block = np.einsum("ir,rk,ic->ikrc", tilt, a * w if name == "tied" else a, x)
+            if name == "tied":
+                block += np.einsum("ir,r,kc->ikrc", tilt, a[:, 0], np.eye(D))
+            jac = root @ block.reshape(N * D, -1)
+            squares.append(np.square(jac @ jac.T / rows - np.eye(N * D)).sum())
+        assert np.mean(squares) <= prior.moments.kernel / rows
+        if name == "fixed":  # what is subtracted, the squared mean, is small beside it
+            assert np.mean(squares) >= prior.moments.kernel / rows / 3
+
+    def test_errors_say_what_to_do(self, without_annotations: None) -> None:
+        x, y = data()
+        with pytest.raises(ValueError, match="expected one row of 2 targets"):
+            certify(x, y[:, :1], model="tied", m=64)
+        with pytest.raises(ValueError, match="probability"):
+            certify(x, y, delta=1.5)
+        with pytest.raises(ValueError, match="pairs of tokens"):
+            certify(x, y, delta=0.1, symmetric=False)
+        with pytest.raises(ValueError, match="float64"):
+            certify(x.astype(jnp.float32), y, m=64)
+        with jax.enable_x64(False), pytest.raises(ValueError, match="enable_x64"):
+            certify(x, y, m=64)

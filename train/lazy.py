@@ -1,0 +1,204 @@
+r"""``python -m train.lazy``: does the empirical tangent kernel of an adapter explain what fine-tuning it reaches?
+
+For each method, on the same few examples: the kernel :math:`\Theta` of the logits of a pretrained model with respect to the
+adapter alone, at its start; its spectrum; kernel regression with it,
+
+.. math::  f(x) = f_0(x) + \Theta(x, X) (\Theta(X, X) + \rho I)^{-1} (Y - f_0(X)),
+
+Y being 1 for the true label and 0 for the others, rho chosen on validation; and beside it the fine-tuned adapter of
+``python -m train``.  Where regression reaches as much as training, the lazy regime explains the accuracy; where training
+is ahead, features moved.
+
+The *conditioning* column is the kernel's participation number ``(tr)^2 / tr(Theta^2)``: how many directions of the
+training set are learned at comparable speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from ntk_prefix import peft
+from ntk_prefix.kernels import empirical_ntk
+from ntk_prefix.kernels.empirical import KernelFallbackWarning
+from ntk_prefix.results import json_text, provenance, write_whole
+from ntk_prefix.typing import Array, Float
+from train import data
+from train.config import CONFIGS, METHODS, TrainConfig
+from train.loop import run
+from train.setup import build, model_inputs
+
+__all__ = ["Options", "View", "draw", "view"]
+
+RIDGES = tuple(10.0**power for power in range(-5, 2))
+"""Candidates for rho, relative to the kernel's mean eigenvalue."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of one look."""
+
+    config: str = "sst2"
+    """A named configuration of ``train``, classification."""
+    data_dir: str | None = None
+    """As in ``train``."""
+    methods: tuple[str, ...] = ("head", "lora", "prefix_tuning", "ntk_attention_published", "ntk_attention")
+    """By name."""
+    train_size: int = 128
+    """Examples that kernel and adapter are trained on."""
+    validation_size: int = 200
+    """Examples that the ridge, and the step, are chosen on."""
+    test_size: int = 400
+    """Examples that the result is read on."""
+    steps: int = 100
+    """Of fine-tuning."""
+    learning_rate: float = 1e-3
+    """Of fine-tuning."""
+    max_length: int = 48
+    """Tokens of a text."""
+    seed: int = 0
+    """Of the sample and the start."""
+    out: Path = Path("runs/lazy")
+    """Folder of table, figure and the fine-tuning runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What one method's kernel says, and what training made of the adapter."""
+
+    method: str
+    parameters: int
+    eigenvalues: Float[np.ndarray, " n"]
+    """Of the training kernel, largest first."""
+    ridge: float
+    regression_score: float
+    fine_tuned_score: float
+
+    @property
+    def participation(self) -> float:
+        """``(sum of eigenvalues)^2 / sum of squares``: 1 if all gradient points one way."""
+        return float(self.eigenvalues.sum() ** 2 / np.sum(self.eigenvalues**2))
+
+
+class _Logits(nnx.Module):
+    """A classifier as a function of one array, as a kernel wants it: ids (padding is ``pad_id``) or pixels."""
+
+    def __init__(self, model: Any, pad_id: int):
+        self.model, self.pad_id = model, pad_id
+
+    def __call__(self, x: Array) -> Float[Array, "n labels"]:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return self.model(x, attention_mask=x != self.pad_id).logits
+        return self.model(x).logits
+
+
+def view(options: Options, method: str, console: Console) -> View:
+    """Compute a method's kernel on real examples, regress with it, and fine-tune beside it."""
+    config = _config(options, method)
+    setup = build(config)
+    split = setup.task
+    arrays = [_inputs(part, options.max_length) for part in (split.train, split.validation, split.test)]
+    labels = [part["labels"] for part in (split.train, split.validation, split.test)]
+    model = _Logits(setup.model, split.train.pad_id)
+
+    def kernel(x1: Array, x2: Array | None) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KernelFallbackWarning)  # structured derivatives do not know attention
+            whole = empirical_ntk(model, x1, x2, wrt=peft.AdapterParam, implementation="jacobian", batch_size=32)
+        rows, columns = whole.shape[0] * whole.shape[1], whole.shape[2] * whole.shape[3]
+        return np.asarray(whole, np.float64).reshape(rows, columns)
+
+    start = [np.asarray(model(x), np.float64) for x in arrays]
+    train_train = kernel(arrays[0], None)
+    eigenvalues, vectors = np.linalg.eigh(train_train)
+    missing = vectors.T @ (np.eye(split.num_labels)[labels[0]] - start[0]).ravel()
+
+    def score(part: int, cross: np.ndarray, ridge: float) -> float:
+        weights = vectors @ (missing / (eigenvalues.clip(0) + ridge * eigenvalues.mean()))
+        outputs = start[part] + (cross @ weights).reshape(start[part].shape)
+        return float((outputs.argmax(axis=1) == labels[part]).mean())
+
+    validation = kernel(arrays[1], arrays[0])
+    ridge = max(RIDGES, key=lambda r: score(1, validation, r))
+    regression = score(2, kernel(arrays[2], arrays[0]), ridge)
+    console.print(f"{method}: kernel regression {regression:.3f}; fine-tuning ...")
+    tuned = run(config, options.out / "runs" / f"{options.config}-{method}", console)
+    trained = peft.trainable_parameters(setup.model)[0]
+    return View(method, trained, eigenvalues[::-1], ridge, regression, tuned["test_score"])
+
+
+def draw(views: list[View], title: str) -> Figure:
+    """Spectra on the left, scores on the right."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    spectra, scores = figure.subplots(1, 2)
+    for index, each in enumerate(views):
+        values = each.eigenvalues / each.eigenvalues[0]
+        spectra.plot(np.arange(1, len(values) + 1), values.clip(1e-9), color=f"C{index}", label=each.method)
+        scores.barh(index + 0.18, 100 * each.regression_score, 0.34, color=f"C{index}", alpha=0.45)
+        scores.barh(index - 0.18, 100 * each.fine_tuned_score, 0.34, color=f"C{index}")
+    spectra.set(
+        xscale="log", yscale="log", xlabel="index", ylabel="eigenvalue / largest", title="kernel of the adapter"
+    )
+    spectra.legend(frameon=False, fontsize=8)
+    scores.set_yticks(range(len(views)), [each.method for each in views])
+    lowest = min(min(each.regression_score, each.fine_tuned_score) for each in views)
+    scores.set(xlim=(100 * lowest - 5, 100), xlabel="test score, %", title="pale: kernel regression, full: fine-tuned")
+    scores.invert_yaxis()
+    figure.suptitle(title)
+    return figure
+
+
+def _config(options: Options, method: str) -> TrainConfig:
+    return dataclasses.replace(
+        CONFIGS[options.config][1],
+        method=method,
+        data_dir=options.data_dir,
+        train_size=options.train_size,
+        validation_size=options.validation_size,
+        test_size=options.test_size,
+        max_length=options.max_length,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        evaluate_every=max(options.steps // 4, 1),
+        seed=options.seed,
+    )
+
+
+def _inputs(split: data.Dataset, length: int) -> Array:
+    """A whole split as one array, padded to one length."""
+    (batch,) = data.evaluation_batches(split, split.rows, buckets=(length,))
+    return model_inputs(batch)["inputs"]
+
+
+def main(options: Options) -> None:
+    """Look at every method, print a table, draw."""
+    if unknown := set(options.methods) - set(METHODS):
+        raise SystemExit(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}.")
+    console = Console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    views = [view(options, method, console) for method in options.methods]
+    table = Table("method", "parameters", "participation", "ridge", "kernel regression", "fine-tuned")
+    for each in views:
+        row = (each.method, f"{each.parameters:,}", f"{each.participation:.2f}", f"{each.ridge:g}")
+        table.add_row(*row, f"{100 * each.regression_score:.1f}", f"{100 * each.fine_tuned_score:.1f}")
+    console.print(table)
+    title = f"{options.config}, {options.train_size} examples"
+    draw(views, title).savefig(options.out / "lazy.png", dpi=150)
+    numbers = [dataclasses.asdict(each) | {"eigenvalues": each.eigenvalues.tolist()} for each in views]
+    document = {"options": dataclasses.asdict(options), "views": numbers, **provenance("neural-tangents")}
+    write_whole(options.out / "lazy.json", json_text(document).encode())
+    console.print(f"{options.out / 'lazy.png'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="python -m train.lazy"))
