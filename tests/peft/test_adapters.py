@@ -223,6 +223,9 @@ def test_a_mixed_batch_of_adapters_trained_in_other_ways_is_refused():
         peft.mixed(trained("shifting prefix"), rows, ["default"]).__enter__()
     with pytest.raises(ValueError, match="beside frozen weights"):
         peft.mixed(trained("full"), rows, ["default"]).__enter__()
+    model = peft.apply(trained("ntk"), peft.NTKAttentionConfig(rank=1), name="second")
+    with pytest.raises(ValueError, match="in a mixed batch"), peft.mixed(model, rows, ["default", "second"]):
+        model(*inputs())
     model = put(trained("ntk"), "ntk white and relative", name="second")
     with (
         pytest.raises(ValueError, match="one feature map and one mass"),
