@@ -80,7 +80,7 @@ def record(model: Any, inputs: Mapping[str, Any]) -> dict[str, LayerRecord]:
     records: dict[str, LayerRecord] = {}
     cores = {path: layer.core for path, layer in layers.items()}
     # what a recomputed layer sees cannot be kept beyond it; without gradients there is nothing to recompute
-    recomputing = [module for _, module in nnx.iter_modules(model) if getattr(module, "remat", False)]
+    recomputing: list[Any] = [module for _, module in nnx.iter_modules(model) if getattr(module, "remat", False)]
     try:
         for module in recomputing:
             module.remat = False
