@@ -126,4 +126,6 @@ def gather_rows(arrays: list[Array], rows: Int[Array, "B"]) -> Float[Array, "B .
 
 def stacked(factors: list[Any], rows: Int[Array, "B"]) -> Any:
     """As :func:`gather_rows`, for arrays and for low-rank pairs."""
+    if len({jax.tree.structure(factor) for factor in factors}) > 1:
+        raise ValueError("expected adapters of one shape in a mixed batch, got full and low rank: train them alike")
     return jax.tree.map(lambda *leaves: gather_rows(list(leaves), rows), *factors)

@@ -223,6 +223,9 @@ def test_a_mixed_batch_of_adapters_trained_in_other_ways_is_refused():
         peft.mixed(trained("shifting prefix"), rows, ["default"]).__enter__()
     with pytest.raises(ValueError, match="beside frozen weights"):
         peft.mixed(trained("full"), rows, ["default"]).__enter__()
+    model = peft.apply(trained("ntk"), peft.NTKAttentionConfig(rank=1), name="second")
+    with pytest.raises(ValueError, match="in a mixed batch"), peft.mixed(model, rows, ["default", "second"]):
+        model(*inputs())
     model = put(trained("ntk"), "ntk white and relative", name="second")
     with (
         pytest.raises(ValueError, match="one feature map and one mass"),
@@ -307,7 +310,7 @@ def test_recomputing_layers_leaves_gradients_as_they_are(method):
         np.testing.assert_allclose(recomputed[path], gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["prefix", "lora and ntk", "ntk low rank"])
+@pytest.mark.parametrize("method", ["prefix", "lora and ntk"])
 def test_bfloat16_activations(method):
     narrow = put(Tiny(dtype=jnp.dtype("bfloat16")), method)
     for path, leaf in nnx.to_flat_state(nnx.state(trained(method), peft.AdapterParam)):
@@ -342,7 +345,7 @@ def llama():
     return models.Llama(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("method", ["lora and ntk", "shifting prefix", "ntk white and relative", "prefix tuning plus"])
+@pytest.mark.parametrize("method", ["lora and ntk", "shifting prefix", "ntk white and relative"])
 def test_decoding_token_by_token_is_the_causal_pass_over_all_tokens(llama, method):
     model = nnx.clone(llama)
     ids = jax.random.randint(jax.random.key(0), (2, 6), 0, 31)

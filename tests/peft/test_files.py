@@ -184,6 +184,14 @@ def test_what_is_stored_is_the_state_that_attention_takes(tmp_path):
     assert form["methods"][0]["whiten"] is False
 
 
+def test_a_prefix_in_some_layers_is_stored_layer_by_layer(tmp_path):
+    model = trained("prefix in one layer")
+    peft.save_pretrained(model, tmp_path)
+    tokens, tensors = model.layers[1].attention.core.adapters["default"], read(tmp_path)[1]
+    np.testing.assert_array_equal(tensors[f"{SELF.format(1)}.prefix_key"], tokens.key[...])
+    np.testing.assert_array_equal(tensors[f"{SELF.format(1)}.prefix_value"], tokens.value[...])
+
+
 def test_a_model_is_called_as_its_task_is(tmp_path):
     config = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 7}
     llama = models.LlamaConfig(num_hidden_layers=1, hidden_act="silu", **config)
