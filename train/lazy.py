@@ -1,7 +1,8 @@
 r"""``python -m train.lazy``: does the empirical tangent kernel of an adapter explain what fine-tuning it reaches?
 
 For each method, on the same few examples: the kernel :math:`\Theta` of the logits of a pretrained model with respect to the
-adapter alone, at its start; its spectrum; kernel regression with it,
+adapter alone (not the head that is trained beside it, except for the method "head"), at its start; its spectrum; kernel
+regression with it,
 
 .. math::  f(x) = f_0(x) + \Theta(x, X) (\Theta(X, X) + \rho I)^{-1} (Y - f_0(X)),
 
@@ -39,6 +40,9 @@ from train.loop import run
 from train.setup import build, model_inputs
 
 __all__ = ["Options", "View", "draw", "view"]
+
+JACOBIAN_BYTES = 2**29
+"""A block of examples is as large as this lets its Jacobian be."""
 
 RIDGES = tuple(10.0**power for power in range(-5, 2))
 """Candidates for rho, relative to the kernel's mean eigenvalue."""
@@ -110,11 +114,15 @@ def view(options: Options, method: str, console: Console) -> View:
     arrays = [_inputs(part, options.max_length) for part in (split.train, split.validation, split.test)]
     labels = [part["labels"] for part in (split.train, split.validation, split.test)]
     model = _Logits(setup.model, split.train.pad_id)
+    trained = peft.trainable_parameters(setup.model)[0]
+    block = max(JACOBIAN_BYTES // (4 * split.num_labels * trained), 1)
+
+    adapter = nnx.All(peft.AdapterParam, nnx.Not(nnx.PathContains("head"))) if method != "head" else peft.AdapterParam
 
     def kernel(x1: Array, x2: Array | None) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KernelFallbackWarning)  # structured derivatives do not know attention
-            whole = empirical_ntk(model, x1, x2, wrt=peft.AdapterParam, implementation="jacobian", batch_size=32)
+            whole = empirical_ntk(model, x1, x2, wrt=adapter, implementation="jacobian", batch_size=block)
         rows, columns = whole.shape[0] * whole.shape[1], whole.shape[2] * whole.shape[3]
         return np.asarray(whole, np.float64).reshape(rows, columns)
 
@@ -133,7 +141,6 @@ def view(options: Options, method: str, console: Console) -> View:
     regression = score(2, kernel(arrays[2], arrays[0]), ridge)
     console.print(f"{method}: kernel regression {regression:.3f}; fine-tuning ...")
     tuned = run(config, options.out / "runs" / f"{options.config}-{method}", console)
-    trained = peft.trainable_parameters(setup.model)[0]
     return View(method, trained, eigenvalues[::-1], ridge, regression, tuned["test_score"])
 
 

@@ -108,7 +108,7 @@ def test_restores_onto_another_number_of_devices(tmp_path, before, after):
         spec = PartitionSpec() if replicated else PartitionSpec("rows")
         return NamedSharding(Mesh(np.array(jax.devices()[:count]), ("rows",)), spec)
 
-    values = {"sharded": np.arange(16.0).reshape(8, 2), "replicated": np.arange(5)}
+    values = {"sharded": np.arange(16, dtype=np.float32).reshape(8, 2), "replicated": np.arange(5, dtype=np.int32)}
     placed = {name: jax.device_put(x, over(before, name == "replicated")) for name, x in values.items()}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, placed)
