@@ -250,7 +250,7 @@ class _Run:
         }
         if jax.process_index() == 0:
             if config.method != "full":
-                peft.save_pretrained(model, self.workdir / "adapter")
+                peft.save_pretrained(model, self.workdir / "adapter", base_model_name_or_path=config.model)
                 summary["adapter_bytes"] = (self.workdir / "adapter" / "adapter_model.safetensors").stat().st_size
             write_whole(self.workdir / "summary.json", json_text(summary).encode())
         self.checkpoints.wait()

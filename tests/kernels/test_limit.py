@@ -224,7 +224,9 @@ class TestItIsAKernel:
 @pytest.mark.usefixtures("without_annotations")
 class TestWrongUseIsTold:
     @pytest.mark.parametrize(
-        "kernel", [limit_ntk, lambda *x, **options: real_layer_limit_ntk(*x, **projections(), **options)], ids=str
+        "kernel",
+        [limit_ntk, lambda *x, **options: real_layer_limit_ntk(*x, **projections(), **options)],
+        ids=["stylised", "real layer"],
     )
     def test_of_inputs(self, kernel: Callable) -> None:
         x = inputs()

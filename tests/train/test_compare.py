@@ -1,0 +1,170 @@
+"""The table: every row the same tuning budget, nothing run twice, counts that match where the table says so."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from ntk_prefix import models, peft
+from train import compare as table
+from train.compare import ROWS, TASKS, Cell, Comparison, compare
+from train.config import CONFIGS, METHODS, adapter_config
+
+QUIET = Console(quiet=True)
+
+
+def comparison(out: Path, **changes: object) -> Comparison:
+    settings = {"tasks": ("sst2",), "rows": ("lora r=8", "ntk"), "seeds": 3, "grid": (1e-3, 1e-2), "out": out}
+    return Comparison(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def summary(cell: Cell) -> dict:
+    """A run whose validation prefers the second rate, and whose test score tells method and seed."""
+    return {
+        "validation_score": 0.5 + cell.learning_rate,
+        "validation_loss": 1.0,
+        "test_score": (0.6 if cell.row[0] == "ntk" else 0.5) + 0.01 * cell.seed,
+        "trainable_parameters": 100 if cell.row[0] == "ntk" else 90,
+        "test_rows": 10,
+        "seconds_a_step": 0.5,
+        "peak_memory_bytes": 2**30,
+        "adapter_bytes": 1000,
+    }
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    """Cells as they are run; no training."""
+    cells: list[Cell] = []
+
+    def fake(comparison: Comparison, cell: Cell, console: Console) -> dict:
+        cells.append(cell)
+        return summary(cell)
+
+    monkeypatch.setattr(table, "_run", fake)
+    return cells
+
+
+class TestTuning:
+    def test_every_row_runs_the_grid_once_and_the_best_rate_with_the_other_seeds(
+        self, ran: list[Cell], tmp_path: Path
+    ) -> None:
+        compare(comparison(tmp_path), QUIET)
+        for label in ("lora r=8", "ntk"):
+            done = [(cell.learning_rate, cell.seed) for cell in ran if cell.row[0] == label]
+            assert done == [(1e-3, 0), (1e-2, 0), (1e-2, 1), (1e-2, 2)]
+
+    def test_the_table_has_mean_and_spread_of_the_chosen_rate_only(self, ran: list[Cell], tmp_path: Path) -> None:
+        lines = compare(comparison(tmp_path), QUIET)
+        assert [line["row"] for line in lines] == ["lora r=8", "ntk"]
+        np.testing.assert_allclose([line["mean"] for line in lines], [0.51, 0.61])
+        np.testing.assert_allclose([line["spread"] for line in lines], 0.01)
+        assert all(line["learning_rate"] == 1e-2 and len(line["scores"]) == 3 for line in lines)
+        document = json.loads((tmp_path / "table.json").read_text())
+        assert document["git"]
+        assert len(document["lines"]) == 2
+        assert "| sst2 | ntk | 61.0 | 1.0 | 100 |" in (tmp_path / "table.md").read_text()
+        assert (tmp_path / "table.png").stat().st_size > 1000
+
+    def test_the_test_score_does_not_choose(
+        self, ran: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Control: a rate that is better on test and worse on validation is not taken."""
+
+        def fake(comparison: Comparison, cell: Cell, console: Console) -> dict:
+            return summary(cell) | {"test_score": 1 - cell.learning_rate}
+
+        monkeypatch.setattr(table, "_run", fake)
+        assert {line["learning_rate"] for line in compare(comparison(tmp_path), QUIET)} == {1e-2}
+
+
+class TestCells:
+    def test_a_finished_one_is_read_and_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(table, "subprocess", SimpleNamespace(run=lambda *a, **k: pytest.fail("it was run")))
+        chosen = comparison(tmp_path, rows=("ntk",), seeds=1, grid=(1e-3,))
+        cell = Cell("sst2", ROWS["minilm"][-1], 1e-3, 0)
+        (tmp_path / cell.folder).mkdir(parents=True)
+        (tmp_path / cell.folder / "summary.json").write_text(json.dumps(summary(cell)))
+        (line,) = compare(chosen, QUIET)
+        assert line["mean"] == summary(cell)["test_score"]
+
+    @pytest.mark.parametrize(
+        ("said", "diverges"), [("expected a finite loss, got [nan]", True), ("no such file", False)]
+    )
+    def test_one_that_diverged_counts_zero_and_is_named_any_other_failure_ends_the_table(
+        self, said: str, diverges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ended = SimpleNamespace(returncode=2, stdout=said, stderr="")
+        monkeypatch.setattr(table, "subprocess", SimpleNamespace(run=lambda *a, **k: ended))
+        chosen = comparison(tmp_path, rows=("ntk",), seeds=1, grid=(1e-3,))
+        if not diverges:
+            with pytest.raises(RuntimeError, match="no such file"):
+                compare(chosen, QUIET)
+            return
+        (line,) = compare(chosen, QUIET)
+        assert (line["mean"], line["diverged"]) == (0, 1)
+
+    def test_their_command_lines_are_configurations(self, tmp_path: Path) -> None:
+        """Every field that a cell sets is one of TrainConfig, with a value that the task's configuration takes."""
+        for profile in ("small", "full"):
+            for task in TASKS[profile]:
+                for row in ROWS[CONFIGS[task][1].model]:
+                    fields = comparison(tmp_path, profile=profile, tasks=(task,), rows=()).fields(
+                        Cell(task, row, 1e-3, 0)
+                    )
+                    dataclasses.replace(CONFIGS[task][1], **fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ("magic",)}, "--tasks: expected some of sst2"),
+        ({"rows": ("magic",)}, "--rows"),
+        ({"seeds": 0}, "--seeds, --grid"),
+        ({"set": ("steps",)}, "--set: expected field=value"),
+    ],
+)
+def test_nonsense_is_refused(change: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        comparison(tmp_path, **change)
+
+
+def backbone(name: str) -> models.Backbone:
+    """The heads and layers of the table's models; what adapters do not see is tiny."""
+    if name == "minilm":
+        sizes = {"num_hidden_layers": 6, "num_attention_heads": 12}
+        return models.Bert(
+            models.BertConfig(hidden_size=384, intermediate_size=8, vocab_size=8, **sizes), rngs=nnx.Rngs(0)
+        )
+    sizes = {"num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 28, "patch_size": 14}
+    config = models.VitConfig(model_type="dinov2", hidden_size=384, intermediate_size=8, **sizes)
+    return models.Vit(config, rngs=nnx.Rngs(0))
+
+
+MATCHED = {
+    "minilm": [("lora r=8", "prefix 16", "prefix-tuning+", "ntk published", "ntk")],
+    "vit": [("lora r=8", "ntk rank 16"), ("lora r=16", "prefix 32", "prefix-tuning+", "ntk published", "ntk")],
+}
+
+
+@pytest.mark.parametrize("name", MATCHED)
+def test_rows_that_the_table_calls_matched_train_as_much_within_four_percent(name: str) -> None:
+    rows = {row[0]: row for row in ROWS[name]}
+    ids = {"input_ids": jnp.ones((2, 4), int)} if name == "minilm" else {"pixel_values": jnp.ones((2, 28, 28, 3))}
+    for group in MATCHED[name]:
+        counts = []
+        for label in group:
+            model = backbone(name)
+            peft.apply(model, adapter_config(*rows[label][1:]), calibration=ids)
+            counts.append(peft.trainable_parameters(model)[0])
+        assert max(counts) <= 1.04 * min(counts), dict(zip(group, counts, strict=True))
+
+
+def test_every_row_names_a_method() -> None:
+    assert {row[1] for rows in ROWS.values() for row in rows} <= set(METHODS)
