@@ -31,3 +31,8 @@ def without_annotations() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest file: two workers that share the files then end together."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
