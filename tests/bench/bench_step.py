@@ -50,7 +50,10 @@ folder, repeats = sys.argv[1], int(sys.argv[2])
 ids = torch.randint(1000, 20000, (32, 64), generator=torch.Generator().manual_seed(0))
 mask, labels = torch.ones_like(ids), torch.arange(32) % 2
 def model():
-    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    # without dropout, as ours: it would cost them time
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
 made = {
     "lora r=8": peft.get_peft_model(model(), peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])),
     "prefix 50": peft.get_peft_model(model(), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=50)),
@@ -147,7 +150,7 @@ def floors() -> tuple[float, float]:
 
 
 def main(options: Options) -> None:
-    console = Console()
+    console = Console(width=120)
     chosen = {name: ROWS[name] for name in (options.rows or ROWS)}
     made = {name: stepper(*row) for name, row in chosen.items()}
     peers: dict[str, list[float]] = {}
