@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -306,8 +307,14 @@ def draw(lines: list[dict[str, Any]]) -> Figure:
             x, y = line["trainable_parameters"], 100 * line["mean"]
             panel.errorbar(x, y, 100 * error, fmt="o", color=color, capsize=3)
             panel.annotate(line["row"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)
-        panel.set(title=task, xscale="log", xlabel="trained parameters", ylabel="test score, %")
-        panel.margins(x=0.25)
+        counts = [
+            line["trainable_parameters"] for line in lines if line["task"] == task and line["trainable_parameters"]
+        ]
+        # whole decades, so that methods of nearly equal size do not get an axis of their own
+        limits = (10 ** np.floor(np.log10(min(counts))), 10 ** np.ceil(np.log10(max(counts)))) if counts else (1, 10)
+        panel.set(
+            title=task, xscale="log", xlim=limits, xlabel="trained parameters", ylabel="test score, %; bars: one SE"
+        )
     return figure
 
 
