@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -315,6 +316,7 @@ def draw(lines: list[dict[str, Any]]) -> Figure:
         panel.set(
             title=task, xscale="log", xlim=limits, xlabel="trained parameters", ylabel="test score, %; bars: one SE"
         )
+        panel.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
