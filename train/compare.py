@@ -312,7 +312,9 @@ def draw(lines: list[dict[str, Any]]) -> Figure:
             line["trainable_parameters"] for line in lines if line["task"] == task and line["trainable_parameters"]
         ]
         # whole decades, so that methods of nearly equal size do not get an axis of their own
-        limits = (10 ** np.floor(np.log10(min(counts))), 10 ** np.ceil(np.log10(max(counts)))) if counts else (1, 10)
+        limits = (
+            (10 ** np.floor(np.log10(min(counts))), 10 ** (np.floor(np.log10(max(counts))) + 1)) if counts else (1, 10)
+        )
         panel.set(
             title=task, xscale="log", xlim=limits, xlabel="trained parameters", ylabel="test score, %; bars: one SE"
         )
