@@ -167,6 +167,7 @@ class PrefixState:
         scale: float | None = None,
         held_out: float = 0.25,
         iterations: int = 200,
+        starts: int = 1,
         seed: int = 0,
     ) -> tuple[PrefixState, FitReport]:
         r"""Return the state whose attention is closest to that of the exact prefix, in least squares, and how
@@ -179,7 +180,8 @@ class PrefixState:
 
         over Z and k >= 0, where ``T*`` is the exact prefix attention.  For a given k the best Z is a linear
         least squares problem, so the descent is in k alone; it starts at the k that fits the exact prefix
-        masses, each relative to its row's whole mass, by non-negative least squares.
+        masses, each relative to its row's whole mass, by non-negative least squares.  The problem is not
+        convex: further starts are drawn, and the k with the least error on the samples is kept.
 
         Args:
             query: [B, T, N, H], sample queries, not scaled.
@@ -192,13 +194,14 @@ class PrefixState:
             bias, mask, is_causal, scale: of the layer, as in :func:`ntk_prefix.attention.ntk_attention`.
             held_out: the fraction of samples (whole sequences if B >= 4) that is only used for the report.
             iterations: of the descent in k, each a factorisation of R x R moments; 0 leaves k at its start.
-            seed: of the splits.
+            starts: of the descent, each as long as the first.
+            seed: of the splits and of the drawn starts.
 
         Returns:
             The state, and a :class:`FitReport`.
 
         Raises:
-            ValueError: too few samples for the features to be determined.
+            ValueError: too few samples for the features to be determined, or no start.
 
         Numerics: on the host in float64; masses relative to their median, so only their ratios must be
             moderate.
@@ -208,6 +211,8 @@ class PrefixState:
         phi = resolve_feature_map(feature_map)
         if (key is None) != (value is None):
             raise ValueError("expected key and value, or neither")
+        if starts < 1:
+            raise ValueError(f"expected starts >= 1, got {starts}")
         samples = _samples(query, prefix_key, prefix_value, key, value, bias, mask, is_causal, scale, phi)
         heads, count, features = samples.features.shape
         held = _held_out(query.shape[0], query.shape[1], held_out, seed)
@@ -220,7 +225,7 @@ class PrefixState:
         zs, ks, rows = [], [], []
         for head in range(heads):
             fit, test = (_Head(*(x[head][chosen] for x in samples)) for chosen in (~held, held))
-            z, k, ridge = _fit_head(fit, phi.positive, iterations, seed)
+            z, k, ridge = _fit_head(fit, phi.positive, iterations, starts, seed)
             raw_z, raw_k = np.asarray(raw.z, np.float64)[head], np.asarray(raw.k, np.float64)[head]
             rows.append(
                 (
@@ -402,7 +407,9 @@ def _held_out(batch: int, length: int, fraction: float, seed: int) -> np.ndarray
     return np.repeat(chosen, batch * length // groups)
 
 
-def _fit_head(samples: _Head, positive: bool, iterations: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _fit_head(
+    samples: _Head, positive: bool, iterations: int, starts: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Return z and k in natural units, and the ridge that did best on a quarter of the samples."""
     test = _held_out(1, len(samples.features), 0.25, seed + 1)
     fit, check = samples.take(~test), samples.take(test)
@@ -415,7 +422,11 @@ def _fit_head(samples: _Head, positive: bool, iterations: int, seed: int) -> tup
     ridge = min(RIDGES, key=trial)
     k = _solve_mass(samples, ridge, positive)
     if positive and iterations:
-        k = _descend(samples, k, ridge, iterations)
+        drawn = np.random.default_rng(seed).normal(size=(starts - 1, len(k)))
+        # masses are relative to their median, so these k have about the right mass, spread over e^{+-2} per feature
+        others = np.exp(2 * drawn) / np.mean(np.sum(samples.features, axis=1))
+        found = [_descend(samples, start, ridge, iterations) for start in (k, *others)]
+        k = min(found, key=lambda k: samples.error(unit * _solve_z(samples, k, ridge), unit * k))
     return unit * _solve_z(samples, k, ridge), unit * k, ridge
 
 

@@ -172,6 +172,16 @@ class TestFit:
         _, found = PrefixState.fit_with_report(query, key, value, own_key, own_value)
         assert np.all(found.training_error <= start.training_error * (1 + 1e-6))
 
+    def test_more_starts_are_never_worse_on_the_samples(self):
+        key, value = related(500)
+        query, own_key, own_value = layer()
+        _, one = PrefixState.fit_with_report(query, key, value, own_key, own_value)
+        _, five = PrefixState.fit_with_report(query, key, value, own_key, own_value, starts=5)
+        assert np.all(five.training_error <= one.training_error * (1 + 1e-12))
+        assert np.any(five.training_error != one.training_error)
+        with pytest.raises(ValueError, match="expected starts >= 1, got 0"):
+            PrefixState.fit(query, key, value, starts=0)
+
     def test_scores_far_from_zero_are_no_trouble(self):
         """Masses of e^60 beside masses of e^60: only ratios matter."""
         key, value = prefix(50)

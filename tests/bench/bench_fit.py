@@ -34,6 +34,8 @@ class Options:
     """Tokens of each."""
     feature_map: str = "elu1"
     """Of the state."""
+    starts: int = 8
+    """Of the fit's descent: the problem is not convex."""
     layers: tuple[int, ...] = ()
     """Some of the layers; all for none."""
     out: Path = Path("runs/fit")
@@ -54,7 +56,13 @@ def measure(options: Options) -> dict[int, dict[str, np.ndarray]]:
     for layer in track(options.layers or range(len(seen)), description="layers"):
         before, own = (records[f"layers.{layer}.attention"] for records in (seen, others))
         _, report = PrefixState.fit_with_report(
-            own.query, before.key[0], before.value[0], own.key, own.value, feature_map=options.feature_map
+            own.query,
+            before.key[0],
+            before.value[0],
+            own.key,
+            own.value,
+            feature_map=options.feature_map,
+            starts=options.starts,
         )
         result[layer] = {name: value for name, value in report._asdict().items()}
     return result
