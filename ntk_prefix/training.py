@@ -9,6 +9,9 @@ optimizer state and no gradient. The same loss then runs in two ways that give t
 
 The loss is a *sum* over the rows of a batch; ``reduction`` says what is descended: that sum (the theory's
 L = 1/2 sum_i |F(x_i) - y_i|^2) or its mean over rows. Both are over the whole batch, never over one device's share.
+
+The step runs the model in training mode (``model.train()``). What a layer draws there, such as dropout, is a function of
+its key and of the step's number: no state to carry, and a run that goes on draws what an unbroken one would have.
 """
 
 from __future__ import annotations
@@ -174,13 +177,15 @@ class Trainer:
 
     def update(self, model: nnx.Module) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
         """The step as a pure function ``(state, batch) -> (state, metrics)``, for a scan or a loop of one's own."""
-        graph = nnx.split(model, self.wrt, ...)[0]
+        training = nnx.clone(model)  # shares the arrays
+        training.train()
+        graph = nnx.split(training, self.wrt, ...)[0]
 
         def update(state: TrainState, batch: Batch, axis: str | None = None) -> tuple[TrainState, dict[str, Array]]:
             rows = len(jax.tree.leaves(batch)[0])
 
             def objective(trained: nnx.State) -> Float[Array, ""]:
-                return self.loss(nnx.merge(graph, trained, state.frozen), batch)
+                return self.loss(nnx.merge(graph, trained, _with_draws_of(state.step, state.frozen)), batch)
 
             loss, gradients = jax.value_and_grad(objective)(state.trained)
             if axis is not None:
@@ -217,6 +222,17 @@ class Trainer:
     @property
     def _devices(self) -> tuple[jax.Device, ...]:
         return self.devices if self.devices is not None else tuple(jax.local_devices())
+
+
+def _with_draws_of(step: Array, state: nnx.State) -> nnx.State:
+    """Return a state whose random streams stand where this step begins: each may draw 1024 times in a step."""
+
+    def at_step(variable: Any) -> Any:
+        if not isinstance(variable, nnx.RngCount):
+            return variable
+        return variable.replace((1024 * step).astype(variable[...].dtype))
+
+    return jax.tree.map(at_step, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _replicate(leaf: Array, devices: tuple[jax.Device, ...]) -> Array:

@@ -12,7 +12,7 @@ flax's own attention; EasyDeL and MaxText are whole training stacks around atten
 """
 
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer, KeyValueCache, Rotary
-from ntk_prefix.models.backbone import Backbone, Classifier, Output
+from ntk_prefix.models.backbone import Backbone, Classifier, LeadingRows, Output
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer
 from ntk_prefix.models.llama import Llama, LlamaConfig, generate
@@ -27,6 +27,7 @@ __all__ = [
     "BertConfig",
     "Classifier",
     "KeyValueCache",
+    "LeadingRows",
     "Llama",
     "LlamaConfig",
     "Output",

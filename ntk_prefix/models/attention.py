@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntk_prefix.attention import softmax_attention
+from ntk_prefix.models.window import windowed
 from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["AttentionCore", "AttentionLayer", "KeyValueCache", "Rotary", "rotate"]
@@ -96,10 +97,16 @@ class AttentionLayer(nnx.Module):
         rotary: Rotary | None = None,
         cache: KeyValueCache | None = None,
         start: Int[Array, ""] | int = 0,
+        window: int | None = None,
+        leading: int = 0,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         """Return the layer's output and the cache with this call's keys written at ``start``.
 
-        With a cache, S is the buffer's length and ``mask`` has to hide what is not yet written.
+        With a cache, S is the buffer's length and ``mask`` has to hide what is not yet written.  With a window, tokens
+        see ``window`` neighbours to each side and the first ``leading`` rows (:func:`~ntk_prefix.models.window.windowed`).
+
+        Raises:
+            ValueError: a window beside a cache, a causal mask, or adapters that differ from row to row.
         """
         query = self._heads(self.query(x), self.num_heads)
         key = self._heads(self.key(x), self.num_key_heads)
@@ -110,7 +117,13 @@ class AttentionLayer(nnx.Module):
             key = jax.lax.dynamic_update_slice_in_dim(cache.key, key.astype(cache.key.dtype), start, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), start, axis=1)
             cache = KeyValueCache(key, value)
-        output = self.core(query, key, value, mask=mask, is_causal=is_causal)
+        if window is None:
+            output = self.core(query, key, value, mask=mask, is_causal=is_causal)
+        elif cache is not None or is_causal or getattr(self.core, "rows", None) is not None:
+            raise ValueError("window: expected an encoder with one adapter for the whole batch, got a cache, a causal "
+                             "mask or mixed rows: set window = None")  # fmt: skip
+        else:
+            output = windowed(self.core, query, key, value, mask=mask, window=window, leading=leading)
         return self.out(output.reshape(*x.shape[:2], -1)), cache
 
     def _heads(self, x: Array, heads: int) -> Float[Array, "B T N H"]:

@@ -21,7 +21,16 @@ from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["Backbone", "BackboneConfig", "Classifier", "Mlp", "Output", "Pooling", "TransformerLayer"]
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Classifier",
+    "LeadingRows",
+    "Mlp",
+    "Output",
+    "Pooling",
+    "TransformerLayer",
+]
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -44,12 +53,14 @@ class Output:
         last_hidden_state: [B, T, D] in the computation's dtype, after the final norm.
         logits: [B, T, V] of a causal language model, [B, labels] of a classifier; None of a bare backbone.
         cache: one :class:`KeyValueCache` a layer, if one was handed in; else None.
+        leading_states: [B, j, D], the rows that an adapter put before the tokens (:class:`LeadingRows`); else None.
     """
 
     # not annotated with shapes: JAX also rebuilds a pytree around things that are not arrays
     last_hidden_state: Any
     logits: Any = None
     cache: Any = None
+    leading_states: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,14 +191,36 @@ def _scaled(update: Float[Array, "B T D"], scale: nnx.Param | None) -> Float[Arr
     return update if scale is None else update * scale[...].astype(update.dtype)[None, None]
 
 
+class LeadingRows(nnx.Module):
+    """What stands before the tokens of an encoder in every layer: nothing, until an adapter replaces this.
+
+    Args:
+        num_layers, features: of the encoder.
+    """
+
+    def __init__(self, num_layers: int, features: int):
+        self.num_layers, self.features = num_layers, features
+
+    def __call__(self) -> Float[Array, "layers j D"] | None:
+        """Return what is added to the j leading rows before each layer; the rows start at zero.  None: no rows."""
+        return None
+
+    @property
+    def pooling(self) -> str | None:
+        """How a classifier reads the sequence instead of its own way: "prefix" is the first leading row."""
+        return None
+
+
 class Backbone(nnx.Module):
     """A stack of layers.
 
     Attributes that may be set at any time:
         remat: recompute each layer in the backward pass instead of keeping its activations; same numbers.
         position_offset: added to all positions. Hugging Face's prefix tuning numbers the first token M.
+        window: tokens that a token of an encoder sees to each side; all if None.
 
     Class attributes:
+        encoder: whether every token may see all others: what leading rows and windows need.
         hugging_face_names: our module's path -> the module in a Hugging Face checkpoint; ``{i}`` is the layer. The
             loader goes by it, and adapter files are written by it.
         hugging_face_prefix: what a Hugging Face task model puts before these names, or the bare model leaves out.
@@ -197,6 +230,7 @@ class Backbone(nnx.Module):
         pooling: what a classifier pools by unless told otherwise.
     """
 
+    encoder: ClassVar[bool] = True
     hugging_face_names: ClassVar[dict[str, str]]
     hugging_face_prefix: ClassVar[str]
     hugging_face_ignored: ClassVar[str]
@@ -212,11 +246,36 @@ class Backbone(nnx.Module):
         self.dtype = jnp.dtype(dtype or jnp.float32)
         self.remat = False
         self.position_offset = 0
+        self.window: int | None = None
+        self.leading = LeadingRows(config.num_hidden_layers, config.hidden_size) if self.encoder else None
+
+    def encode(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "#B #N #T #S"] | None = None,
+        norm: Callable[[Array], Array] = lambda x: x,
+    ) -> Output:
+        """Send an encoder's embeddings through all layers, with leading rows if there are any, and through ``norm``."""
+        rows = None if self.leading is None else self.leading()
+        count = 0 if rows is None else rows.shape[1]
+        if count:
+            x = jnp.pad(x, ((0, 0), (count, 0), (0, 0)))
+            mask = None if mask is None else jnp.pad(mask, ((0, 0),) * 3 + ((count, 0),), constant_values=True)
+        x, _ = self.run_layers(x, rows=rows, mask=mask, window=self.window, leading=count)
+        x = norm(x)
+        return Output(last_hidden_state=x[:, count:], leading_states=x[:, :count] if count else None)
 
     def run_layers(
-        self, x: Float[Array, "B T D"], cache: tuple[KeyValueCache, ...] | None = None, **options: Any
+        self,
+        x: Float[Array, "B T D"],
+        cache: tuple[KeyValueCache, ...] | None = None,
+        rows: Float[Array, "layers j D"] | None = None,
+        **options: Any,
     ) -> tuple[Float[Array, "B T D"], tuple[KeyValueCache, ...] | None]:
-        """Send x through all layers; options are those of :class:`AttentionLayer`."""
+        """Send x through all layers; options are those of :class:`AttentionLayer`.
+
+        Before each layer, that layer's ``rows`` are added to the first j rows of x.
+        """
         if cache is not None:
             new_cache = []
             for layer, layer_cache in zip(self.layers, cache, strict=True):
@@ -224,12 +283,14 @@ class Backbone(nnx.Module):
                 new_cache.append(written)
             return x, tuple(new_cache)
 
-        def run(layer: TransformerLayer, x: Array) -> Array:
+        def run(layer: Any, x: Array) -> Array:
             return layer(x, **options)[0]
 
         # nnx's, not jax's: an adapter in the layer may hold state of any type
         run_layer = nnx.remat(run) if self.remat else run
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if rows is not None:
+                x = x.at[:, : rows.shape[1]].add(rows[None, index].astype(x.dtype))
             x = run_layer(layer, x)
         return x, None
 
@@ -275,14 +336,18 @@ class Classifier(nnx.Module):
         """Return hidden states and logits; inputs and options are those of the backbone."""
         if attention_mask is not None:
             options["attention_mask"] = attention_mask
-        hidden = cast(Callable[..., Output], self.backbone)(inputs, **options).last_hidden_state
-        return Output(last_hidden_state=hidden, logits=self.head(self._pool(hidden, attention_mask)))
+        output = cast(Callable[..., Output], self.backbone)(inputs, **options)
+        logits = self.head(self._pool(output, attention_mask))
+        return dataclasses.replace(output, logits=logits, cache=None)
 
-    def _pool(self, hidden: Float[Array, "B T D"], mask: Array | None) -> Float[Array, "B D"]:
+    def _pool(self, output: Output, mask: Array | None) -> Float[Array, "B D"]:
+        leading = self.backbone.leading
+        pooling = (leading.pooling if leading is not None else None) or self.pooling
+        hidden = output.leading_states if pooling == "prefix" else output.last_hidden_state
         hidden = hidden.astype(accumulation_dtype(hidden.dtype))
-        if self.pooling == "cls":
+        if pooling in ("cls", "prefix"):
             return hidden[:, 0]
-        if self.pooling == "last":
+        if pooling == "last":
             if mask is None:
                 return hidden[:, -1]
             last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1].astype(bool), axis=1)
@@ -307,6 +372,15 @@ class Classifier(nnx.Module):
     @remat.setter
     def remat(self, value: bool) -> None:
         self.backbone.remat = value
+
+    @property
+    def window(self) -> int | None:
+        """The backbone's."""
+        return self.backbone.window
+
+    @window.setter
+    def window(self, value: int | None) -> None:
+        self.backbone.window = value
 
     @property
     def position_offset(self) -> int:

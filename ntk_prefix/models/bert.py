@@ -152,10 +152,25 @@ class Bert(Backbone):
         if length + offset > self.config.max_position_embeddings:
             raise ValueError(
                 f"input_ids: expected at most {self.config.max_position_embeddings} positions, got {length} tokens "
-                f"with a position offset of {offset}. Truncate them."
+                f"with a position offset of {offset}. Truncate them, or call extend_positions."
             )
         positions = self.positions(jnp.arange(length, dtype=jnp.int32)[None], position_offset)
         x = self.embeddings(input_ids, token_type_ids, positions)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        x, _ = self.run_layers(x, mask=mask)
-        return Output(last_hidden_state=x)
+        return self.encode(x, mask)
+
+    def extend_positions(self, length: int) -> None:
+        """Give the model position embeddings for ``length`` tokens: those it has, repeated.
+
+        Raises:
+            ValueError: the model has more already.
+
+        Source: Beltagy et al. (Longformer), arXiv 2004.05150, section 5; to be trained further, or left frozen.
+        """
+        have = self.config.max_position_embeddings
+        if length < have:
+            raise ValueError(f"length: expected at least the model's {have} positions, got {length}")
+        table = self.embeddings.positions
+        table.embedding = nnx.Param(jnp.tile(table.embedding[...], (-(-length // have), 1))[:length])
+        table.num_embeddings = length
+        self.config = dataclasses.replace(self.config, max_position_embeddings=length)

@@ -92,6 +92,7 @@ class Llama(Backbone):
         rngs: for weights that a checkpoint will replace.
     """
 
+    encoder: ClassVar[bool] = False
     hugging_face_names: ClassVar[dict[str, str]] = {
         "embeddings": "model.embed_tokens",
         "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",

@@ -212,5 +212,4 @@ class Vit(Backbone):
         Raises:
             ValueError: sides that patches do not divide, or another number of channels.
         """
-        x, _ = self.run_layers(self.embeddings(pixel_values))
-        return Output(last_hidden_state=self.final_norm(x))
+        return self.encode(self.embeddings(pixel_values), norm=self.final_norm)

@@ -22,6 +22,7 @@ from ntk_prefix.peft.inject import (
 )
 from ntk_prefix.peft.methods.lora import LoraConfig
 from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig, PrefixTuningPlusConfig
+from ntk_prefix.peft.methods.prefix_propagation import PrefixPropagationConfig
 from ntk_prefix.peft.methods.prefix_tuning import PrefixTuningConfig
 from ntk_prefix.peft.methods.weights import BitFitConfig, FullConfig, HeadConfig
 from ntk_prefix.peft.record import LayerRecord, record
@@ -36,6 +37,7 @@ __all__ = [
     "LoraConfig",
     "NTKAttentionConfig",
     "NonNegativeParam",
+    "PrefixPropagationConfig",
     "PrefixTuningConfig",
     "PrefixTuningPlusConfig",
     "activate",

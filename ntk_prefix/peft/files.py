@@ -7,6 +7,7 @@ LoRA                         LORA                            ``lora_A.weight`` [
 prefix tuning, all layers    PREFIX_TUNING                   one ``prompt_embeddings`` [M, layers * 2 * K * H]
 NTK-Attention                NTK_ATTENTION                   ``z`` [N, R, H] (or ``z_left``, ``z_right``), ``k`` [N, R]
 Prefix-Tuning+               PREFIX_TUNING_PLUS              as above, without ``k``
+prefix propagation           PREFIX_PROPAGATION              ``leading.rows`` [layers, j, D]; ``alpha`` [N] of kernels
 head, bitfit, full           HEAD, BITFIT, FULL              the model's own names
 anything else, together too  NTK_PREFIX                      as above; ``prefix_key``, ``prefix_value`` [M, K, H]
 ===========================  ==============================  ==================================================

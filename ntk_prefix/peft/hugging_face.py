@@ -17,6 +17,7 @@ from ntk_prefix.peft.base import AdapterConfig
 from ntk_prefix.peft.inject import dotted, targets
 from ntk_prefix.peft.methods.lora import LoraConfig
 from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig, PrefixTuningPlusConfig
+from ntk_prefix.peft.methods.prefix_propagation import PrefixPropagationConfig
 from ntk_prefix.peft.methods.prefix_tuning import PrefixTuningConfig
 from ntk_prefix.peft.methods.weights import BitFitConfig, FullConfig, HeadConfig
 from ntk_prefix.typing import Array
@@ -38,6 +39,7 @@ METHODS: dict[str, type[AdapterConfig]] = {
         HeadConfig,
         LoraConfig,
         NTKAttentionConfig,
+        PrefixPropagationConfig,
         PrefixTuningConfig,
         PrefixTuningPlusConfig,
     )

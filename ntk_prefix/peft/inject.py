@@ -11,8 +11,10 @@ import optax
 from flax import nnx
 
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.models.backbone import LeadingRows
 from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Calibration, Host, NonNegativeParam, RestingParam
 from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig
+from ntk_prefix.peft.methods.prefix_propagation import PrefixPropagationConfig
 from ntk_prefix.peft.methods.prefix_tuning import PrefixTuningConfig
 from ntk_prefix.peft.methods.weights import HeadConfig
 from ntk_prefix.peft.record import record
@@ -155,6 +157,8 @@ def mixed(model: Any, rows: Int[Array, "B"], names: Sequence[str]) -> Iterator[N
         raise ValueError(f"expected adapters beside frozen weights in a mixed batch, got {sorted(names)}")
     if any(isinstance(c, PrefixTuningConfig) and c.shift_positions for name in names for c in known[name]):
         raise ValueError("expected adapters that leave positions alone in a mixed batch, got shift_positions=True")
+    if any(isinstance(c, PrefixPropagationConfig) for name in names for c in known[name]):
+        raise ValueError("expected adapters that leave the rows alone in a mixed batch, got prefix propagation")
     hosts = _hosts(model)
     before = [host.names for host in hosts]
     active = active_adapter(model)
@@ -197,7 +201,7 @@ def merge(model: Any) -> Any:
         raise ValueError(
             f"expected an adapter that is an addition to weights, got {foreign}: phi(q) Z / (A 1 + phi(q) k) is a "
             "nonlinear function of the query with a denominator shared with attention, so no matrix of the model "
-            "computes it; keep the adapter beside the model"
+            "computes it, and neither what trained tokens add to it; keep the adapter beside the model"
         )
     for path, module in list(nnx.iter_modules(model)):
         if isinstance(module, Host):
@@ -306,7 +310,9 @@ def dotted(path: Sequence[Any]) -> str:
 
 
 def _bare(host: Host) -> Any:
-    """Return what stood in a host's place: the linear map it wraps, or a plain core."""
+    """Return what stood in a host's place: the linear map it wraps, no leading rows, or a plain core."""
+    if isinstance(host, LeadingRows):
+        return LeadingRows(host.num_layers, host.features)
     return host.base if hasattr(host, "base") else AttentionCore()
 
 

@@ -151,8 +151,15 @@ def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, heads: int,
 
 
 def bert(
-    config: dict[str, Any], tensors: Tensors, ids: np.ndarray, mask: np.ndarray, types: np.ndarray, offset: int = 0
+    config: dict[str, Any],
+    tensors: Tensors,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    types: np.ndarray,
+    offset: int = 0,
+    prefix: np.ndarray | None = None,
 ) -> np.ndarray:
+    """Hidden states; with prefix [layers, j, D], those of j rows more, which start at 0 and are raised before each layer."""
     eps, rows = config["layer_norm_eps"], []
     for row, row_mask, row_types in zip(ids, mask.astype(bool), types, strict=True):
         x = (
@@ -161,10 +168,15 @@ def bert(
             + tensors["embeddings.position_embeddings.weight"][offset + np.arange(len(row))]
         )
         x = layer_norm(tensors, "embeddings.LayerNorm", x, eps)
+        if prefix is not None:
+            x = np.concatenate([np.zeros(prefix.shape[1:]), x])
+            row_mask = np.concatenate([np.ones(prefix.shape[1], bool), row_mask])
         for i in range(config["num_hidden_layers"]):
             at = f"encoder.layer.{i}."
+            if prefix is not None:
+                x[: prefix.shape[1]] += prefix[i]
             q, k, v = (linear(tensors, f"{at}attention.self.{n}", x) for n in ("query", "key", "value"))
-            seen = np.broadcast_to(row_mask, (len(row), len(row)))
+            seen = np.broadcast_to(row_mask, (len(x), len(x)))
             mixed = attention(q, k, v, config["num_attention_heads"], seen)
             mixed = linear(tensors, f"{at}attention.output.dense", mixed)
             x = layer_norm(tensors, f"{at}attention.output.LayerNorm", x + mixed, eps)

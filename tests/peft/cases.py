@@ -43,6 +43,15 @@ METHODS = {
         peft.NTKAttentionConfig(feature_map="taylor", feature_map_options=(("degree", 2),), train_k=False),
         LAYERS * HEADS * 15 * HEAD_DIM + HEAD,
     ),
+    "propagation": (peft.PrefixPropagationConfig(num_prefix_tokens=5), LAYERS * 5 * FEATURES + HEAD),
+    "propagation, rbf": (
+        peft.PrefixPropagationConfig(num_prefix_tokens=5, kernel="rbf", train_head=False),
+        LAYERS * (5 * FEATURES + HEADS),
+    ),
+    "propagation and prefix": (
+        peft.PrefixPropagationConfig(num_prefix_tokens=6, combine=True),
+        LAYERS * (3 * FEATURES + 2 * 3 * KEY_HEADS * HEAD_DIM) + HEAD,
+    ),
     "prefix tuning plus": (peft.PrefixTuningPlusConfig(), LAYERS * HEADS * HEAD_DIM * HEAD_DIM + HEAD),
     "lora and ntk": ([peft.LoraConfig(r=3), peft.NTKAttentionConfig()], LAYERS * (LORA + STATE) + HEAD),
     "head": (peft.HeadConfig(), HEAD),
@@ -51,7 +60,7 @@ METHODS = {
 }
 IN_PLACE = {"bitfit", "full"}
 HOSTED = [name for name in METHODS if name not in IN_PLACE]
-ELSEWHERE = {"prefix", "shifting prefix", "prefix in one layer"}
+ELSEWHERE = {name for name in METHODS if "prefix" in name or "propagation" in name} - {"prefix tuning plus"}
 """Methods that do not start at the frozen model."""
 
 
@@ -109,8 +118,9 @@ def structure(model) -> list:
 
 
 def bits(model, *kinds) -> dict:
-    """Return the arrays of a model by path."""
-    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, *kinds))}
+    """Return the arrays of a model by path; keys of random streams are never written."""
+    flat = nnx.to_flat_state(nnx.state(model, *kinds))
+    return {path: np.asarray(leaf[...]) for path, leaf in flat if not isinstance(leaf, nnx.RngKey)}
 
 
 def same(first: dict, second: dict) -> bool:

@@ -16,8 +16,9 @@ class Block(nnx.Module):
         self.attention = AttentionLayer(FEATURES, HEADS, num_key_heads=KEY_HEADS, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(FEATURES, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, mask):
-        return self.norm(x + self.attention(x, mask=mask)[0])
+    def __call__(self, x, **options):
+        update, cache = self.attention(x, **options)
+        return self.norm(x + update), cache
 
 
 class Tiny(Backbone):
@@ -48,11 +49,5 @@ class Tiny(Backbone):
         mask = None if attention_mask is None else attention_mask[:, None, None, :].astype(bool)
         # positions do enter, so that a shift of them shows
         x = x + jnp.sin(jnp.arange(x.shape[1], dtype=x.dtype) + self.position_offset)[None, :, None]
-
-        def run(layer, x):
-            return layer(x, mask)
-
-        for layer in self.layers:
-            x = nnx.remat(run)(layer, x) if self.remat else run(layer, x)
-        pooled = jnp.mean(x, axis=1)
+        pooled = jnp.mean(self.encode(x, mask).last_hidden_state, axis=1)
         return self.head(pooled) if hasattr(self, "head") else pooled

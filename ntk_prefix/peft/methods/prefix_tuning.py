@@ -14,7 +14,7 @@ from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Host, gather_rows
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["PrefixCore", "PrefixTuningConfig"]
+__all__ = ["PrefixCore", "PrefixTuningConfig", "Tokens", "host_core"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class PrefixTuningConfig(AdapterConfig):
     def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs) -> nnx.Module:
         """Replace the layer's core, or add to the one that is there."""
         assert isinstance(module, AttentionLayer)
-        host_core(module, PrefixCore).add(name, _Tokens(module.num_key_heads, module.head_dim, self, rngs))
+        host_core(module, PrefixCore).add(name, Tokens(module.num_key_heads, module.head_dim, self, rngs))
         return module
 
 
@@ -74,7 +74,9 @@ def host_core(layer: AttentionLayer, kind: type[Core]) -> Core:
     return layer.core
 
 
-class _Tokens(nnx.Module):
+class Tokens(nnx.Module):
+    """The keys and values of one layer."""
+
     def __init__(self, heads: int, head_dim: int, config: PrefixTuningConfig, rngs: nnx.Rngs):
         shape = (config.num_tokens, heads, head_dim)
         self.key = AdapterParam(config.init_scale * jax.random.normal(rngs.params(), shape))

@@ -1,0 +1,237 @@
+r"""Prefix propagation: trained rows that run through the layers with the text, attend to it and are attended to.
+
+j rows of zeros are put before the tokens; before every layer l, ``H[:j] += P^l`` with P^l in R^{j x D}; the frozen
+layer then runs on all j + T rows.  In each layer a prefix is thus a query, a key and a value made of *one* trained
+vector and of what the rows have read so far: half the weights of prefix tuning, whose keys and values are trained
+apart and never see the input.
+
+Attention over both kinds of rows is a convex combination, with ``s`` the prefix's share of a query's mass,
+
+.. math::  \mathrm{softmax}([x; p]) = (1 - s)\,\mathrm{softmax}(q k_x) v_x + s\,\mathrm{softmax}(q k_p) v_p .
+
+The *kernel form* puts one trained number in place of the share and any kernel in place of the second softmax,
+
+.. math::  \mathrm{softmax}(q k_x) v_x + \alpha\, K_n(q, k_p) v_p ,
+
+with K_n row-normalised; for ``exp`` and ``alpha = s / (1 - s)`` it is the first one, times ``1 - s``.
+
+Source: Li et al., Prefix propagation, arXiv 2305.12086, sections 3 and 5; defaults after its authors' code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ntk_prefix.attention import softmax_attention
+from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.models.backbone import LeadingRows
+from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Host
+from ntk_prefix.peft.methods.prefix_tuning import PrefixCore, PrefixTuningConfig, Tokens, host_core
+from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.typing import Array, Bool, Float
+
+__all__ = ["PrefixPropagationConfig", "kernel_attention"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixPropagationConfig(AdapterConfig):
+    """``num_prefix_tokens`` rows that propagate through an encoder: ``j n D`` weights for its n layers.
+
+    Args:
+        target: must be left empty: the rows run through all layers.
+        num_prefix_tokens: j.
+        dropout: of the trained rows while training, one mask a step.
+        pool: what a classifier reads: "prefix" the first of the rows, "cls" the first token, "model" what the
+            classifier reads anyway, such as the mean of the tokens.
+        combine: let half of the tokens propagate and make the other half ordinary prefix tuning: ``3/2 j n D`` weights.
+        kernel: None for one softmax over all rows, or the kernel form with "exp", "rbf" or "poly".
+        alpha: the kernel form's start of the trained weight, one a head.
+        lengthscale: of "rbf"; ``H^{1/4}`` if None, where its scores are those of "exp" with long keys damped.
+        init_scale: standard deviation of the start.
+    """
+
+    method: ClassVar[str] = "prefix_propagation"
+    num_prefix_tokens: int = 8
+    dropout: float = 0.1
+    pool: str = "prefix"
+    combine: bool = False
+    kernel: str | None = None
+    alpha: float = 1.0
+    lengthscale: float | None = None
+    init_scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        super().__post_init__()
+        if self.target:
+            raise ValueError(f"target: expected none, got {self.target!r}: propagated rows run through all layers")
+        if self.num_prefix_tokens < 1:
+            raise ValueError(f"num_prefix_tokens: expected at least 1, got {self.num_prefix_tokens}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a fraction in [0, 1), got {self.dropout}")
+        if self.pool not in ("prefix", "cls", "model"):
+            raise ValueError(f'pool: expected "prefix", "cls" or "model", got {self.pool!r}')
+        if self.kernel not in (None, "exp", "rbf", "poly"):
+            raise ValueError(f'kernel: expected None, "exp", "rbf" or "poly", got {self.kernel!r}')
+        if self.lengthscale is not None and self.lengthscale <= 0:
+            raise ValueError(f"lengthscale: expected a positive number, got {self.lengthscale}")
+        if self.combine and self.kernel is not None:
+            raise ValueError("combine: expected kernel=None, got both: each has its own attention")
+        if self.combine and self.num_prefix_tokens % 2:
+            raise ValueError(f"combine: expected an even num_prefix_tokens, got {self.num_prefix_tokens}")
+
+    @property
+    def rows(self) -> int:
+        """How many tokens propagate."""
+        return self.num_prefix_tokens // 2 if self.combine else self.num_prefix_tokens
+
+    def hosts(self, module: nnx.Module) -> bool:
+        """The place of an encoder's leading rows; its attention layers too, where attention itself changes."""
+        return isinstance(module, LeadingRows) or (
+            isinstance(module, AttentionLayer) and (self.combine or self.kernel is not None)
+        )
+
+    def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs) -> nnx.Module:
+        """Replace the leading rows, or the core of an attention layer.
+
+        Raises:
+            ValueError: a decoder, whose tokens a row before them could not see.
+        """
+        if isinstance(module, LeadingRows):
+            host = module if isinstance(module, PropagatedRows) else PropagatedRows(module.num_layers, module.features)
+            host.add(name, _Rows(module.num_layers, module.features, self, rngs))
+            return host
+        assert isinstance(module, AttentionLayer)
+        if self.combine:
+            static = PrefixTuningConfig(num_tokens=self.rows, init_scale=self.init_scale)
+            host_core(module, PrefixCore).add(name, Tokens(module.num_key_heads, module.head_dim, static, rngs))
+        else:
+            host_core(module, KernelCore).add(name, _Weight(module.num_heads, self))
+        return module
+
+
+class _Rows(nnx.Module):
+    def __init__(self, layers: int, features: int, config: PrefixPropagationConfig, rngs: nnx.Rngs):
+        start = jax.random.normal(rngs.params(), (layers, config.rows, features))
+        self.rows = AdapterParam(config.init_scale * start)
+        self.pool = config.pool
+        dropout = nnx.Rngs(dropout=rngs.params())
+        self.dropout = nnx.Dropout(config.dropout, deterministic=True, rngs=dropout) if config.dropout else None
+
+
+class PropagatedRows(Host, LeadingRows):
+    """The trained rows of an encoder, all layers' in one place."""
+
+    def __init__(self, num_layers: int, features: int):
+        Host.__init__(self)
+        LeadingRows.__init__(self, num_layers, features)
+
+    def __call__(self) -> Float[Array, "layers j D"] | None:
+        """Return P, with dropout while the model trains; None where no adapter is active."""
+        own = self.current()
+        if own is None:
+            return None
+        return own.rows[...] if own.dropout is None else own.dropout(own.rows[...])
+
+    @property
+    def pooling(self) -> str | None:
+        """What the active adapter's configuration says; None where the classifier's own way is meant."""
+        own = self.current()
+        return None if own is None or own.pool == "model" else own.pool
+
+
+class _Weight(nnx.Module):
+    def __init__(self, heads: int, config: PrefixPropagationConfig):
+        self.alpha = AdapterParam(jnp.full(heads, config.alpha))
+        self.count, self.kernel, self.lengthscale = config.rows, config.kernel, config.lengthscale
+
+
+class KernelCore(Host, AttentionCore):
+    """The kernel form; the first rows of the keys are the prefix's."""
+
+    def __call__(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        *,
+        mask: Bool[Array, "#B #N #T #S"] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Array, "B T N H"]:
+        """Return :func:`kernel_attention`; plain attention where no adapter is active."""
+        own = self.current()
+        if own is None:
+            return softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
+        j = own.count
+        return kernel_attention(
+            query, key[:, j:], value[:, j:], key[:, :j], value[:, :j], own.alpha[...],
+            kernel=own.kernel, lengthscale=own.lengthscale, mask=None if mask is None else mask[..., j:],
+        )  # fmt: skip
+
+
+def kernel_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    prefix_key: Float[Array, "B M K H"],
+    prefix_value: Float[Array, "B M K H"],
+    alpha: Float[Array, "N"] | Float[Array, "B T N"],
+    *,
+    kernel: str = "exp",
+    lengthscale: float | None = None,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    r"""Return ``softmax(q k_x / sqrt(H)) v_x + alpha K_n(q, k_p) v_p`` with K_n normalised to sum 1 over the prefix.
+
+    ======== ==========================================
+    kernel   K(q, p), before it is normalised
+    ======== ==========================================
+    exp      ``exp(q . p / sqrt(H))``
+    rbf      ``exp(-|q - p|^2 / (2 lengthscale^2))``
+    poly     ``(1 + q . p / sqrt(H))^2``
+    ======== ==========================================
+
+    Args:
+        query: [B, T, N, H], not scaled.
+        key, value: [B, S, K, H], the text's.
+        prefix_key, prefix_value: [B, M, K, H].
+        alpha: [N], or a number for each query, [B, T, N].
+        kernel, lengthscale: as in the table; ``lengthscale`` is ``H^{1/4}`` if None.
+        mask: [#B, #N, #T, #S], True where a query may see a key of the text; all see the prefix.
+
+    Raises:
+        ValueError: an unknown kernel.
+
+    Numerics: exp and rbf are softmax attention over the prefix (``|q|^2`` cancels in the rbf's sum to 1), in log
+        space; poly is computed as it stands, in the accumulation dtype.
+
+    Source: arXiv 2305.12086, section 5 (form); ``lengthscale`` and the offset 1 are ours.
+    """
+    own = softmax_attention(query, key, value, mask=mask)
+    head_dim = query.shape[-1]
+    if kernel == "exp":
+        other = softmax_attention(query, prefix_key, prefix_value)
+    elif kernel == "rbf":
+        square = head_dim**0.5 if lengthscale is None else lengthscale**2
+        length = jnp.sum(prefix_key.astype(accumulation_dtype(query.dtype)) ** 2, axis=-1) / (2 * square)
+        bias = -jnp.repeat(length.transpose(0, 2, 1), query.shape[2] // prefix_key.shape[2], axis=1)[:, :, None]
+        other = softmax_attention(query, prefix_key, prefix_value, bias=bias, scale=1 / square)
+    elif kernel == "poly":
+        other = _polynomial(query, prefix_key, prefix_value)
+    else:
+        raise ValueError(f'kernel: expected "exp", "rbf" or "poly", got {kernel!r}')
+    weight = alpha[None, None, :, None] if alpha.ndim == 1 else alpha[..., None]
+    return own + (weight * other).astype(own.dtype)
+
+
+def _polynomial(query: Any, key: Any, value: Any) -> Array:
+    dtype = accumulation_dtype(query.dtype)
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2).astype(dtype) for x in (key, value))
+    weights = (1 + jnp.einsum("btnh,bmnh->bntm", query.astype(dtype), key) / query.shape[-1] ** 0.5) ** 2
+    total = weights.sum(axis=-1, keepdims=True)
+    return jnp.einsum("bntm,bmnh->btnh", weights / jnp.where(total == 0, 1, total), value).astype(query.dtype)
