@@ -29,11 +29,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ntk_prefix.results import CHECKOUT, json_text, provenance, write_whole
+from train.confidence import BINS
 from train.config import CONFIGS
 from train.sources import find_folder
 
 Row = tuple[str, str, tuple[str, ...]]
 """Label, method, changes of its configuration."""
+
+LONG_ROWS: tuple[Row, ...] = (
+    ("lora r=8", "lora", ()),
+    ("prefix 16", "prefix_tuning", ("num_tokens=16",)),
+    ("propagation 32", "prefix_propagation", ("num_prefix_tokens=32",)),
+    # half of the weights of the row above it: what the paper's claim is about
+    ("propagation 16", "prefix_propagation", ("num_prefix_tokens=16",)),
+    ("propagation 16, mean", "prefix_propagation", ("num_prefix_tokens=16", "pool=model")),
+    ("ntk", "ntk_attention", ()),
+)
+"""Of long documents: MiniLM's 6 layers of 384; 32 propagated rows are as much as 16 tokens of prefix tuning."""
 
 SHARED_ROWS: tuple[Row, ...] = (
     ("full", "full", ()),
@@ -85,10 +97,39 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
             "cifar10": 3000,
         }.items()
     },
+    # long documents, 4,000 examples, 8 a step: about three hours of two cores in all
+    "long": {"newsgroups_long": {}, "imdb": {}},
+    # all of them, and reviews of up to 1024 tokens through windows
+    "long_full": {
+        name: {"train_size": None, "test_size": None, "steps": 6000, "batch_size": 32, "evaluate_every": 300}
+        for name in ("newsgroups_long", "imdb", "imdb_longer")
+    },
 }
 """What a profile changes in the tasks' configurations; the same for every method."""
 
-SMALL = {"batch_size": 16, "train_size": 4000, "evaluate_every": 50, "checkpoint_every": 200, "patience": 0}
+SHARED: dict[str, dict[str, Any]] = {
+    "small": {"batch_size": 16, "train_size": 4000, "evaluate_every": 50, "checkpoint_every": 200, "patience": 0},
+    "long": {
+        "batch_size": 8,
+        "train_size": 4000,
+        "validation_size": 300,
+        "test_size": 600,
+        "steps": 80,
+        "evaluate_every": 40,
+        "checkpoint_every": 200,
+        "patience": 0,
+    },
+}
+"""What a profile changes in all of its tasks."""
+
+GRIDS = {"long": (1e-3, 5e-3, 2.5e-2), "long_full": (5e-4, 1e-3, 5e-3, 1e-2, 5e-2)}
+"""Learning rates of a profile, where they are not :data:`GRID`; the last one's ends are those of arXiv 2305.12086."""
+
+GRID = (2e-4, 1e-3, 5e-3, 2.5e-2)
+
+
+MIN_ROWS = 10
+"""Bins of fewer rows are left out of the reliability diagram: their accuracy is chance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +151,17 @@ class Cell:
 class Comparison:
     """Methods x tasks x seeds, one table, one figure."""
 
-    profile: Literal["small", "full"] = "small"
-    """small: samples sized for four hours of two cores; full: all data and two more tasks, for a GPU."""
+    profile: Literal["small", "full", "long", "long_full"] = "small"
+    """small: samples sized for four hours of two cores; full: all data and two more tasks, for a GPU; long and
+    long_full: the same for long documents, sized for three hours."""
     tasks: tuple[str, ...] = ()
     """Some of the profile's tasks; all for none."""
     rows: tuple[str, ...] = ()
     """Some of the rows, by label; all for none."""
     seeds: int = 3
     """How many."""
-    grid: tuple[float, ...] = (2e-4, 1e-3, 5e-3, 2.5e-2)
-    """Learning rates that every row is tuned over."""
+    grid: tuple[float, ...] = ()
+    """Learning rates that every row is tuned over; the profile's own for none."""
     data_dir: Path | None = None
     """A folder with data sets; tasks that are not in it come from the assets."""
     set: tuple[str, ...] = ()
@@ -132,11 +174,11 @@ class Comparison:
         tasks = TASKS[self.profile]
         if unknown := set(self.tasks) - set(tasks):
             raise ValueError(f"--tasks: expected some of {', '.join(tasks)}, got {', '.join(sorted(unknown))}.")
-        labels = {row[0] for rows in ROWS.values() for row in rows}
+        labels = {row[0] for rows in (*ROWS.values(), LONG_ROWS) for row in rows}
         if unknown := set(self.rows) - labels:
             raise ValueError(f"--rows: expected some of {sorted(labels)}, got {sorted(unknown)}.")
-        if self.seeds < 1 or not self.grid:
-            raise ValueError("--seeds, --grid: expected at least one of each.")
+        if self.seeds < 1:
+            raise ValueError(f"--seeds: expected at least one, got {self.seeds}.")
         for pair in self.set:
             if "=" not in pair:
                 raise ValueError(f"--set: expected field=value, got {pair!r}.")
@@ -147,14 +189,19 @@ class Comparison:
 
     def rows_of(self, task: str) -> list[Row]:
         """The rows of a task."""
-        return [row for row in ROWS[CONFIGS[task][1].model] if not self.rows or row[0] in self.rows]
+        rows = LONG_ROWS if self.profile.startswith("long") else ROWS[CONFIGS[task][1].model]
+        return [row for row in rows if not self.rows or row[0] in self.rows]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The grid."""
+        return self.grid or GRIDS.get(self.profile, GRID)
 
     def fields(self, cell: Cell) -> dict[str, Any]:
         """The configuration of a cell, beyond its task's own."""
-        shared = SMALL if self.profile == "small" else {}
-        here = self.data_dir is not None and find_folder(cell.task, self.data_dir) is not None
+        here = self.data_dir is not None and find_folder(CONFIGS[cell.task][1].task, self.data_dir) is not None
         return {
-            **shared,
+            **SHARED.get(self.profile, {}),
             **TASKS[self.profile][cell.task],
             "method": cell.row[1],
             "adapter": cell.row[2],
@@ -169,7 +216,7 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
     """Run what is not there yet, write table and figure after every row, and return the table's lines."""
     comparison.out.mkdir(parents=True, exist_ok=True)
     pairs = [(task, row) for task in comparison.chosen_tasks() for row in comparison.rows_of(task)]
-    each = len(comparison.grid) + comparison.seeds - 1
+    each = len(comparison.rates) + comparison.seeds - 1
     lines: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -184,12 +231,14 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
             write_whole(comparison.out / "table.json", json_text(_document(comparison, lines)).encode())
             write_whole(comparison.out / "table.md", _markdown(comparison, lines).encode())
             draw(lines).savefig(comparison.out / "table.png", dpi=150)
+            if any(line["reliability"] for line in lines):
+                draw_reliability(lines).savefig(comparison.out / "reliability.png", dpi=150)
     return lines
 
 
 def _cells(comparison: Comparison, task: str, row: Row, finished: dict[Cell, dict[str, Any]]) -> Iterator[Cell]:
     """The grid with the first seed, then the best rate with the others."""
-    for rate in comparison.grid:
+    for rate in comparison.rates:
         yield Cell(task, row, rate, 0)
     for seed in range(1, comparison.seeds):
         yield Cell(task, row, _best_rate(finished), seed)
@@ -242,6 +291,10 @@ def _line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: float
         values = [run[name] for run in whole if run.get(name) is not None]
         return statistics.median(values) if values else None
 
+    def mean(name: str) -> float | None:
+        values = [run[name] for run in whole if run.get(name) is not None]
+        return statistics.fmean(values) if values else None
+
     return {
         "task": task,
         "row": row[0],
@@ -257,6 +310,9 @@ def _line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: float
         "seconds_a_step": median("seconds_a_step"),
         "peak_memory_bytes": median("peak_memory_bytes"),
         "adapter_bytes": median("adapter_bytes"),
+        **{name: mean(name) for name in ("macro_f1", "calibration_error", "calibration_error_scaled", "temperature")},
+        # of all seeds together: the bins add up
+        "reliability": [[*b.values()] for run in whole for b in run.get("reliability", ())],
     }
 
 
@@ -272,15 +328,18 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
     """The table, for people."""
     text = [
         f"Test score, mean and standard deviation over {comparison.seeds} seeds (each draws its own training sample, order "
-        f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.grid)} with "
-        "seed 0; the head's is always that of the task's configuration. Parameters include the head.\n",
-        "| task | method | score | spread | parameters | learning rate | s / step | peak memory | adapter |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
+        "seed 0; the head's is always that of the task's configuration. Parameters include the head. F1: macro; ECE: "
+        f"expected calibration error, {BINS} bins of equal width, and (in brackets) with a temperature from validation.\n",
+        "| task | method | score | spread | F1 | ECE | parameters | learning rate | s / step | peak memory | adapter |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         spread = "" if line["spread"] is None else f"{100 * line['spread']:.1f}"
         text.append(
-            f"| {line['task']} | {line['row']} | {100 * line['mean']:.1f} | {spread} | {_whole(line['trainable_parameters'])} "
+            f"| {line['task']} | {line['row']} | {100 * line['mean']:.1f} | {spread} "
+            f"| {_number(line['macro_f1'], 0.01, 1)} | {_number(line['calibration_error'], 0.01, 1)} "
+            f"({_number(line['calibration_error_scaled'], 0.01, 1)}) | {_whole(line['trainable_parameters'])} "
             f"| {line['learning_rate']:g} | {_number(line['seconds_a_step'], 1, 2)} s "
             f"| {_number(line['peak_memory_bytes'], 2**20, 0)} MiB | {_number(line['adapter_bytes'], 2**10, 0)} KiB |"
         )
@@ -319,6 +378,30 @@ def draw(lines: list[dict[str, Any]]) -> Figure:
             title=task, xscale="log", xlim=limits, xlabel="trained parameters", ylabel="test score, %; bars: one SE"
         )
         panel.xaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def draw_reliability(lines: list[dict[str, Any]]) -> Figure:
+    """Accuracy against confidence, a panel a task, all seeds together; the diagonal is what one would want."""
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    figure = Figure(figsize=(4.2 * len(tasks), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
+        panel.plot([0, 1], [0, 1], color="0.7", lw=1)
+        for line in (line for line in lines if line["task"] == task and line["reliability"]):
+            rows, confidence, accuracy = np.array(line["reliability"]).T
+            # bins of the seeds lie side by side; merged again by where they are
+            where = np.ceil(confidence * BINS)
+            points = [
+                [np.average(x[where == b], weights=rows[where == b]) for x in (confidence, accuracy)]
+                for b in np.unique(where)
+                if rows[where == b].sum() >= MIN_ROWS
+            ]
+            label = f"{line['row']}, ECE {100 * line['calibration_error']:.1f}"
+            panel.plot(*np.array(points).reshape(-1, 2).T, "o-", ms=4, lw=1, label=label)
+        panel.set(title=task, xlabel="confidence", ylabel=f"accuracy; bins of {MIN_ROWS} rows or more")
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -16,6 +16,7 @@ METHODS: dict[str, tuple[peft.AdapterConfig, ...]] = {
     "bitfit": (peft.BitFitConfig(),),
     "lora": (peft.LoraConfig(),),
     "prefix_tuning": (peft.PrefixTuningConfig(),),
+    "prefix_propagation": (peft.PrefixPropagationConfig(),),
     "prefix_tuning_plus": (peft.PrefixTuningPlusConfig(),),
     "ntk_attention": (peft.NTKAttentionConfig(mass="relative", whiten=True),),
     "ntk_attention_published": (peft.NTKAttentionConfig(),),
@@ -45,7 +46,9 @@ class TrainConfig:
     test_size: int | None = None
     """Test examples to sample; None is all."""
     max_length: int = 128
-    """Tokens after which a text is cut."""
+    """Tokens after which a text is cut; a BERT with fewer positions gets its own again."""
+    window: int | None = None
+    """Tokens that a token of an encoder sees to each side; all if None."""
     image_size: int = 56
     """Height and width that images are resized to."""
     pooling: Literal["mean", "cls", "last"] = "mean"
@@ -106,6 +109,8 @@ class TrainConfig:
             raise ValueError("--fsdp: expected 1 with --parallel pmap, which has a replica on every device.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup: expected a fraction of the steps in [0, 1), got {self.warmup}.")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"--window: expected at least 1 token to each side, or None, got {self.window}.")
         adapter_config(self.method, self.adapter)
 
     def as_dict(self) -> dict[str, Any]:
@@ -172,6 +177,18 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
     "newsgroups": (
         "twenty newsgroups, MiniLM, 128 tokens",
         TrainConfig(model="minilm", task="newsgroups", train_size=4000, max_length=128),
+    ),
+    "newsgroups_long": (
+        "twenty newsgroups, MiniLM, 512 tokens",
+        TrainConfig(model="minilm", task="newsgroups", max_length=512, batch_size=8),
+    ),
+    "imdb": (
+        "sentiment of film reviews, MiniLM, 512 tokens",
+        TrainConfig(model="minilm", task="imdb", max_length=512, batch_size=8),
+    ),
+    "imdb_longer": (
+        "sentiment of film reviews, MiniLM, 1024 tokens through windows of 128 to each side",
+        TrainConfig(model="minilm", task="imdb", max_length=1024, window=128, batch_size=8),
     ),
     "fashion_mnist": (
         "clothes, the ViT at 56 pixels",

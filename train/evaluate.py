@@ -25,8 +25,10 @@ class Predictions(NamedTuple):
     """[rows] bool."""
     loss: float
     """Mean cross entropy; of the answers' tokens for language."""
-    probabilities: np.ndarray | None
-    """[rows, labels]; None for language."""
+    log_probabilities: np.ndarray | None
+    """[rows, classes]; None for language."""
+    labels: np.ndarray | None = None
+    """[rows], the true classes; None for language."""
     texts: tuple[str, ...] = ()
     """Generated answers; language only."""
 
@@ -74,7 +76,7 @@ class Evaluator:
         scores, targets = np.concatenate(rows)[kept], np.concatenate(labels)[kept]
         log_probabilities = np.asarray(jax.nn.log_softmax(scores))
         loss = -log_probabilities[np.arange(len(targets)), targets].mean()
-        return Predictions(scores.argmax(axis=1) == targets, float(loss), np.exp(log_probabilities))
+        return Predictions(scores.argmax(axis=1) == targets, float(loss), log_probabilities, targets)
 
     def _language(self, state: TrainState, split: data.Dataset, generate: bool) -> Predictions:
         trained, frozen = self._local(state)
@@ -94,7 +96,7 @@ class Evaluator:
             return Predictions(np.concatenate(correct), loss, None)
         texts = self._generate(state, split)
         matched = [tasks.exact_match(text, truth) for text, truth in zip(texts, split["answer"], strict=True)]
-        return Predictions(np.array(matched), loss, None, tuple(texts))
+        return Predictions(np.array(matched), loss, None, texts=tuple(texts))
 
     def _generate(self, state: TrainState, split: data.Dataset) -> list[str]:
         task, config = self.setup.task, self.setup.config

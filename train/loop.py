@@ -29,14 +29,15 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from sklearn.metrics import f1_score
 
 from ntk_prefix import peft
 from ntk_prefix.results import json_text, provenance, write_whole
 from ntk_prefix.training import TrainState
-from train import data
+from train import confidence, data
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
-from train.evaluate import Evaluator
+from train.evaluate import Evaluator, Predictions
 from train.setup import Setup, build
 
 __all__ = ["Interrupted", "run"]
@@ -246,6 +247,7 @@ class _Run:
             "label_names": setup.task.label_names,
             "source": setup.task.source,
             "config": config.as_dict(),
+            **_confidence(validation, test),
             **provenance("orbax-checkpoint", sources=("ntk_prefix/**/*.py", "train/*.py")),
         }
         if jax.process_index() == 0:
@@ -300,6 +302,23 @@ def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
         write_whole(path, json_text(wanted).encode())
     summary = workdir / "summary.json"
     return json.loads(summary.read_text()) if summary.is_file() else None
+
+
+def _confidence(validation: Predictions, test: Predictions) -> dict[str, Any]:
+    """What a classifier's probabilities are worth on the test split; the temperature is validation's."""
+    if test.log_probabilities is None or test.labels is None or validation.log_probabilities is None:
+        return {}
+    assert validation.labels is not None
+    bins = confidence.reliability(np.exp(test.log_probabilities), test.labels)
+    t = confidence.temperature(validation.log_probabilities, validation.labels)
+    cooled = confidence.reliability(confidence.scaled(test.log_probabilities, t), test.labels)
+    return {
+        "macro_f1": float(f1_score(test.labels, test.log_probabilities.argmax(axis=1), average="macro")),
+        "calibration_error": confidence.calibration_error(bins),
+        "temperature": t,
+        "calibration_error_scaled": confidence.calibration_error(cooled),
+        "reliability": [b._asdict() for b in bins],
+    }
 
 
 def _peak_memory() -> int:

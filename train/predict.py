@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix import models, peft
-from train.setup import load_tokenizer, model_path
+from train.setup import load_tokenizer, model_path, read_far
 
 __all__ = ["load"]
 
@@ -50,6 +50,7 @@ def load(workdir: Path | str) -> Callable[[str], dict[str, Any]]:
     )
     assert isinstance(model, models.Classifier)
     model.pooling = config["pooling"]
+    read_far(model, config["max_length"], config.get("window"))
     peft.load_adapter(model, folder / "adapter")
     tokenizer.no_padding()
     tokenizer.enable_truncation(config["max_length"])

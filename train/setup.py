@@ -21,10 +21,11 @@ from ntk_prefix.typing import Array, Float
 from train import assets, data, tasks
 from train.config import TrainConfig, adapter_config
 
-__all__ = ["Setup", "build", "model_inputs", "model_path", "optimizer"]
+__all__ = ["Setup", "build", "model_inputs", "model_path", "optimizer", "read_far"]
 
-CALIBRATION_ROWS = 32
-"""Training examples that an adapter is calibrated on."""
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 32, 4096
+"""Training examples that an adapter is calibrated on: at most so many, of at most so many tokens together, for their
+scores are held at once, T x T of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,9 @@ def build(config: TrainConfig) -> Setup:
         seed=config.seed,
     )
     model = load_model(config, path, task)
-    _, first = next(data.train_batches(task.train, CALIBRATION_ROWS, config.seed))
+    read_far(model, config.max_length, config.window)
+    rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.max_length))
+    _, first = next(data.train_batches(task.train, rows, config.seed))
     peft.apply(
         model,
         adapter_config(config.method, config.adapter),
@@ -121,6 +124,20 @@ def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.
     assert isinstance(model, models.Classifier)
     model.pooling = config.pooling
     return model
+
+
+def read_far(model: nnx.Module, max_length: int, window: int | None) -> None:
+    """Let a model read texts of this length, through a window if there is one.
+
+    Raises:
+        ValueError: a window on a decoder.
+    """
+    backbone: Any = getattr(model, "backbone", model)
+    if window is not None and not backbone.encoder:
+        raise ValueError(f"--window: expected None for a decoder such as {type(backbone).__name__}, got {window}.")
+    backbone.window = window
+    if isinstance(backbone, models.Bert) and max_length > backbone.config.max_position_embeddings:
+        backbone.extend_positions(max_length)
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Array]:

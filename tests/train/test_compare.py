@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ntk_prefix import models, peft
 from train import compare as table
-from train.compare import ROWS, TASKS, Cell, Comparison, compare
+from train.compare import LONG_ROWS, ROWS, TASKS, Cell, Comparison, compare
 from train.config import CONFIGS, METHODS, adapter_config
 
 QUIET = Console(quiet=True)
@@ -35,6 +35,14 @@ def summary(cell: Cell) -> dict:
         "seconds_a_step": 0.5,
         "peak_memory_bytes": 2**30,
         "adapter_bytes": 1000,
+        "macro_f1": 0.4,
+        "calibration_error": 0.1,
+        "calibration_error_scaled": 0.02,
+        "temperature": 1.5,
+        "reliability": [
+            {"rows": 20, "confidence": 0.6, "accuracy": 0.5},
+            {"rows": 5, "confidence": 0.9, "accuracy": 1},
+        ],
     }
 
 
@@ -69,8 +77,9 @@ class TestTuning:
         document = json.loads((tmp_path / "table.json").read_text())
         assert document["git"]
         assert len(document["lines"]) == 2
-        assert "| sst2 | ntk | 61.0 | 1.0 | 100 |" in (tmp_path / "table.md").read_text()
-        assert (tmp_path / "table.png").stat().st_size > 1000
+        assert "| sst2 | ntk | 61.0 | 1.0 | 40.0 | 10.0 (2.0) | 100 |" in (tmp_path / "table.md").read_text()
+        for name in ("table.png", "reliability.png"):
+            assert (tmp_path / name).stat().st_size > 1000
 
     def test_the_test_score_does_not_choose(
         self, ran: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,12 +121,11 @@ class TestCells:
 
     def test_their_command_lines_are_configurations(self, tmp_path: Path) -> None:
         """Every field that a cell sets is one of TrainConfig, with a value that the task's configuration takes."""
-        for profile in ("small", "full"):
+        for profile in TASKS:
             for task in TASKS[profile]:
-                for row in ROWS[CONFIGS[task][1].model]:
-                    fields = comparison(tmp_path, profile=profile, tasks=(task,), rows=()).fields(
-                        Cell(task, row, 1e-3, 0)
-                    )
+                chosen = comparison(tmp_path, profile=profile, tasks=(task,), rows=())
+                for row in chosen.rows_of(task):
+                    fields = chosen.fields(Cell(task, row, 1e-3, 0))
                     dataclasses.replace(CONFIGS[task][1], **fields)
 
 
@@ -126,7 +134,7 @@ class TestCells:
     [
         ({"tasks": ("magic",)}, "--tasks: expected some of sst2"),
         ({"rows": ("magic",)}, "--rows"),
-        ({"seeds": 0}, "--seeds, --grid"),
+        ({"seeds": 0}, "--seeds: expected at least one"),
         ({"set": ("steps",)}, "--set: expected field=value"),
     ],
 )
@@ -147,15 +155,20 @@ def backbone(name: str) -> models.Backbone:
     return models.Vit(config, rngs=nnx.Rngs(0))
 
 
+LABELLED = {"minilm": ROWS["minilm"] + LONG_ROWS, "vit": ROWS["vit"]}
 MATCHED = {
-    "minilm": [("lora r=8", "prefix 16", "prefix-tuning+", "ntk published", "ntk")],
+    "minilm": [
+        ("lora r=8", "prefix 16", "propagation 32", "ntk"),
+        ("propagation 16", "propagation 16, mean"),
+        ("lora r=8", "prefix 16", "prefix-tuning+", "ntk published", "ntk"),
+    ],
     "vit": [("lora r=8", "ntk rank 16"), ("lora r=16", "prefix 32", "prefix-tuning+", "ntk published", "ntk")],
 }
 
 
 @pytest.mark.parametrize("name", MATCHED)
 def test_rows_that_the_table_calls_matched_train_as_much_within_four_percent(name: str) -> None:
-    rows = {row[0]: row for row in ROWS[name]}
+    rows = {row[0]: row for row in LABELLED[name]}
     ids = {"input_ids": jnp.ones((2, 4), int)} if name == "minilm" else {"pixel_values": jnp.ones((2, 28, 28, 3))}
     for group in MATCHED[name]:
         counts = []
@@ -167,4 +180,4 @@ def test_rows_that_the_table_calls_matched_train_as_much_within_four_percent(nam
 
 
 def test_every_row_names_a_method() -> None:
-    assert {row[1] for rows in ROWS.values() for row in rows} <= set(METHODS)
+    assert {row[1] for rows in LABELLED.values() for row in rows} <= set(METHODS)
