@@ -226,6 +226,8 @@ class _Run:
         best = self.state._replace(trained=self.best)
         validation = self.evaluate(best, setup.task.validation, generate=False)
         test = self.evaluate(best, setup.task.test)
+        # the model that was set up still has the weights of the start
+        started = setup.trainer.init(setup.model) if setup.task.kind == "causal-lm" else None
         model = setup.trainer.model(setup.model, best)
         trained, whole = peft.trainable_parameters(model)
         summary = {
@@ -234,6 +236,7 @@ class _Run:
             "metric": setup.task.metric,
             "test_score": test.score,
             "test_loss": test.loss,
+            "test_score_before": None if started is None else self.evaluate(started, setup.task.test).score,
             "test_rows": len(test.correct),
             "validation_score": validation.score,
             "validation_loss": validation.loss,
