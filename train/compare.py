@@ -351,7 +351,6 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
         "seed 0; the head's is always that of the task's configuration. Parameters include the head. Before: the "
         "score at the start, of generated answers. F1: macro; ECE: "
-        "of generated answers. F1: macro; ECE: "
         f"expected calibration error, {BINS} bins of equal width, and (in brackets) with a temperature from validation.\n",
         "| task | method | before | score | spread | F1 | ECE | parameters | learning rate | s / step | peak memory "
         "| adapter |",
