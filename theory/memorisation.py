@@ -262,14 +262,14 @@ def _measure(problem: Problem) -> Evidence:
         "tokens": int(max(tokens.max() for _, tokens in tables.values())),
         "width": D,
         "sequence_length": LENGTH,
-        "sequences": list(used),
+        "most_sequences": max(used),
         "goal": goal,
         "steps": steps(problem),
         "starts": STARTS,
-        **{f"trained_tokens_{n}": [float(tokens) for tokens in found[n]] for n in used},
-        **{f"constructed_tokens_{n}": held[n][0] for n in used},
-        **{f"counted_tokens_{n}": counted(n, goal) for n in used},
-        **{f"exponent_{d}_{length}": slope.value for (d, length), slope in slopes.items()},
+        **{f"N{n}_trained_tokens": " / ".join(f"{tokens:g}" for tokens in found[n]) for n in used},
+        **{f"N{n}_constructed_tokens": held[n][0] for n in used},
+        **{f"N{n}_counted_tokens": counted(n, goal) for n in used},
+        **{f"d{d}_L{length}_exponent": slope.value for (d, length), slope in slopes.items()},
     }
     series = {"used": used, "errors": errors, "found": found, "growth": growth, "tables": tables, "slopes": slopes}
     return Evidence(tuple(checks), parameters, series)

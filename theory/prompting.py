@@ -361,7 +361,7 @@ def largest_error(
     function: Function,
     prompt: np.ndarray,
     random: np.random.Generator,
-    points: int = 1024,
+    points: int = 512,
 ) -> float:
     """The largest |out - f| found: uniform inputs, inputs beside the cells' corners, then twice around the worst."""
     d, length, grid = construction.d, construction.length, construction.grid

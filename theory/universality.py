@@ -14,10 +14,10 @@ from theory.prompting import Construction, Function, functions, largest_error
 
 QUICK = {
     (1, 1): (4, 8, 16, 32, 64),
-    (2, 1): (2, 4, 8, 16, 32),
-    (1, 2): (2, 4, 8, 16, 32),
-    (3, 1): (2, 4, 6, 8, 12),
-    (1, 3): (2, 3, 4, 6, 8),
+    (2, 1): (2, 4, 8, 16, 24),
+    (1, 2): (2, 4, 8, 16, 24),
+    (3, 1): (2, 4, 6, 8, 10),
+    (1, 3): (2, 3, 4, 5, 6),
 }
 """Grids by (d, L)."""
 
@@ -87,12 +87,12 @@ def _measure(problem: Problem) -> Evidence:
         ]
         weights = built.transformer
         parameters |= {
-            f"tokens_{d}_{length}": built.tokens,
-            f"numbers_per_token_{d}_{length}": built.numbers,
-            f"hidden_units_before_{d}_{length}": weights.hidden.shape[1],
-            f"width_of_values_{d}_{length}": weights.value.shape[1],
-            f"layers_after_{d}_{length}": len(weights.layers),
-            f"largest_weight_{d}_{length}": max(
+            f"d{d}_L{length}_tokens": built.tokens,
+            f"d{d}_L{length}_numbers_per_token": built.numbers,
+            f"d{d}_L{length}_hidden_units_before": weights.hidden.shape[1],
+            f"d{d}_L{length}_width_of_values": weights.value.shape[1],
+            f"d{d}_L{length}_layers_after": len(weights.layers),
+            f"d{d}_L{length}_largest_weight": max(
                 float(np.abs(w).max()) for w in (weights.query, *(w for w, _ in weights.layers))
             ),
         }
