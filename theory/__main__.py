@@ -27,6 +27,8 @@ NAMES = (
     "convergence",
     "lazy",
     "certificate",
+    "universality",
+    "memorisation",
     "dynamics",
     "real_layer",
     "approximation",
