@@ -36,6 +36,25 @@ from train.sources import find_folder
 Row = tuple[str, str, tuple[str, ...]]
 """Label, method, changes of its configuration."""
 
+ABLATION_ROWS: tuple[Row, ...] = (
+    ("ntk", "ntk_attention", ()),
+    ("features not white", "ntk_attention", ("whiten=false",)),
+    ("absolute mass", "ntk_attention", ("mass=absolute",)),
+    ("neither: published", "ntk_attention_published", ()),
+    ("published, from a prefix", "ntk_attention_published", ("init=from_prefix",)),
+    ("k = 0", "ntk_attention", ("train_k=false",)),
+    ("k = 0, elu", "ntk_attention", ("train_k=false", "feature_map=elu")),
+    ("k = 0, gelu", "ntk_attention", ("train_k=false", "feature_map=gelu")),
+    (
+        "32 positive random features",
+        "ntk_attention",
+        ("feature_map=positive_random", 'feature_map_options=[["features",32]]'),
+    ),
+    ("rank 4", "ntk_attention", ("rank=4",)),
+    ("rank 8", "ntk_attention", ("rank=8",)),
+)
+"""Of NTK-Attention itself; a rate of its own for k is ``--set k_learning_rate=...``."""
+
 LONG_ROWS: tuple[Row, ...] = (
     ("lora r=8", "lora", ()),
     ("prefix 16", "prefix_tuning", ("num_tokens=16",)),
@@ -106,6 +125,8 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
             "cifar10": 3000,
         }.items()
     },
+    # what each part of the parametrisation is for: about twenty minutes
+    "ablation": {"sst2": {"steps": 200}},
     # generated school mathematics, exact match by generation: about an hour and a half
     "math": {"gsm_symbolic": {"steps": 40, "evaluate_every": 40, "validation_size": 40, "test_size": 64}},
     # long documents, 4,000 examples, 8 a step: about three hours of two cores in all
@@ -120,6 +141,7 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
 
 SHARED: dict[str, dict[str, Any]] = {
     "small": {"batch_size": 16, "train_size": 4000, "evaluate_every": 50, "checkpoint_every": 200, "patience": 0},
+    "ablation": {"batch_size": 16, "train_size": 4000, "evaluate_every": 50, "checkpoint_every": 200, "patience": 0},
     "long": {
         "batch_size": 8,
         "train_size": 4000,
@@ -133,7 +155,12 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 """What a profile changes in all of its tasks."""
 
-GRIDS = {"math": (1e-4, 1e-3, 1e-2), "long": (1e-3, 5e-3, 2.5e-2), "long_full": (5e-4, 1e-3, 5e-3, 1e-2, 5e-2)}
+GRIDS = {
+    "ablation": (5e-3, 2.5e-2),
+    "math": (1e-4, 1e-3, 1e-2),
+    "long": (1e-3, 5e-3, 2.5e-2),
+    "long_full": (5e-4, 1e-3, 5e-3, 1e-2, 5e-2),
+}
 """Learning rates of a profile, where they are not :data:`GRID`; the last one's ends are those of arXiv 2305.12086."""
 
 GRID = (2e-4, 1e-3, 5e-3, 2.5e-2)
@@ -162,15 +189,15 @@ class Cell:
 class Comparison:
     """Methods x tasks x seeds, one table, one figure."""
 
-    profile: Literal["small", "full", "math", "long", "long_full"] = "small"
-    """small: samples sized for four hours of two cores; full: all data and two more tasks, for a GPU; math: SmolLM2;
-    long and long_full: small and full for long documents, sized for three hours."""
+    profile: Literal["small", "full", "ablation", "math", "long", "long_full"] = "small"
+    """small: samples sized for four hours of two cores; full: all data and two more tasks, for a GPU; ablation: parts
+    of NTK-Attention; math: SmolLM2; long and long_full: small and full for long documents, sized for three hours."""
     tasks: tuple[str, ...] = ()
     """Some of the profile's tasks; all for none."""
     rows: tuple[str, ...] = ()
     """Some of the rows, by label; all for none."""
     seeds: int | None = None
-    """How many; 3, and 1 for math, if None."""
+    """How many; 3, and 1 for ablation and math, if None."""
     grid: tuple[float, ...] = ()
     """Learning rates that every row is tuned over; the profile's own for none."""
     data_dir: Path | None = None
@@ -185,11 +212,11 @@ class Comparison:
         tasks = TASKS[self.profile]
         if unknown := set(self.tasks) - set(tasks):
             raise ValueError(f"--tasks: expected some of {', '.join(tasks)}, got {', '.join(sorted(unknown))}.")
-        labels = {row[0] for rows in (*ROWS.values(), LONG_ROWS) for row in rows}
+        labels = {row[0] for rows in (*ROWS.values(), LONG_ROWS, ABLATION_ROWS) for row in rows}
         if unknown := set(self.rows) - labels:
             raise ValueError(f"--rows: expected some of {sorted(labels)}, got {sorted(unknown)}.")
         if self.seeds is None:
-            object.__setattr__(self, "seeds", 1 if self.profile == "math" else 3)
+            object.__setattr__(self, "seeds", 1 if self.profile in ("ablation", "math") else 3)
         if self.repeats < 1:
             raise ValueError(f"--seeds: expected at least one, got {self.seeds}.")
         for pair in self.set:
@@ -202,7 +229,8 @@ class Comparison:
 
     def rows_of(self, task: str) -> list[Row]:
         """The rows of a task."""
-        rows = LONG_ROWS if self.profile.startswith("long") else ROWS[CONFIGS[task][1].model]
+        special = {"ablation": ABLATION_ROWS, "long": LONG_ROWS, "long_full": LONG_ROWS}
+        rows = special.get(self.profile) or ROWS[CONFIGS[task][1].model]
         return [row for row in rows if not self.rows or row[0] in self.rows]
 
     @property

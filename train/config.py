@@ -64,6 +64,8 @@ class TrainConfig:
     """Of the adapter, at the top of the schedule."""
     head_learning_rate: float = 1e-3
     """Of the head, the same schedule."""
+    k_learning_rate: float | None = None
+    """Of NTK-Attention's k, the same schedule; the adapter's if None."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after the warm-up, to 0."""
     warmup: float = 0.06
@@ -125,6 +127,8 @@ def adapter_config(method: str, changes: tuple[str, ...] = ()) -> tuple[peft.Ada
         ValueError: a change without "=", or of a field that no configuration of the method has.
     """
     configs = METHODS[method]
+    known = {field.name for config in configs for field in dataclasses.fields(config)}
+    values: dict[str, Any] = {}
     for change in changes:
         field, equals, text = change.partition("=")
         if not equals:
@@ -135,16 +139,16 @@ def adapter_config(method: str, changes: tuple[str, ...] = ()) -> tuple[peft.Ada
             value = text
         if isinstance(value, list):
             value = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
-        known = {f.name for config in configs for f in dataclasses.fields(config)}
         if field not in known:
             raise ValueError(f"--adapter: expected one of {', '.join(sorted(known))} for {method}, got {field!r}.")
-        configs = tuple(
-            dataclasses.replace(config, **{field: value})
-            if field in {f.name for f in dataclasses.fields(config)}
-            else config
-            for config in configs
-        )
-    return configs
+        values[field] = value
+
+    def changed(config: peft.AdapterConfig) -> peft.AdapterConfig:
+        # all at once: a map and its options only make sense together
+        own = {field.name for field in dataclasses.fields(config)}
+        return dataclasses.replace(config, **{name: value for name, value in values.items() if name in own})
+
+    return tuple(map(changed, configs))
 
 
 CONFIGS: dict[str, tuple[str, TrainConfig]] = {

@@ -13,6 +13,7 @@ checkpoint's step. The numbers are then bit for bit those of an unbroken run.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import resource
@@ -294,7 +295,9 @@ def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
     """
     path, wanted = workdir / "config.json", json.loads(json_text(config.as_dict()))
     if path.is_file():
-        there = json.loads(path.read_text())
+        # a field that the run's version did not have yet was what it is by default
+        defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+        there = {**json.loads(json_text(defaults)), **json.loads(path.read_text())}
         if there != wanted:
             changed = sorted(key for key in wanted if there.get(key) != wanted[key])
             raise ValueError(

@@ -182,12 +182,17 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
         rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
         return optax.join_schedules([rise, shape[config.schedule](peak)], [warmup])
 
-    def group(tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "head" if any(str(getattr(key, "key", "")) == "head" for key in path) else "adapter", tree
-        )
-
     rates = {"adapter": config.learning_rate, "head": config.head_learning_rate}
+    if config.k_learning_rate is not None:
+        rates["k"] = config.k_learning_rate
+
+    def group_of(path: tuple[Any, ...], _: Any) -> str:
+        names = [str(getattr(key, "key", "")) for key in path]
+        return next((name for name in ("head", "k") if name in rates and name in names), "adapter")
+
+    def group(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(group_of, tree)
+
     parts = {name: optax.adamw(rate(peak), weight_decay=config.weight_decay) for name, peak in rates.items()}
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     whole = peft.non_negative(optax.chain(clip, optax.partition(parts, group)))

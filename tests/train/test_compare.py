@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ntk_prefix import models, peft
 from train import compare as table
-from train.compare import LONG_ROWS, ROWS, TASKS, Cell, Comparison, compare
+from train.compare import ABLATION_ROWS, LONG_ROWS, ROWS, TASKS, Cell, Comparison, compare
 from train.config import CONFIGS, METHODS, adapter_config
 
 QUIET = Console(quiet=True)
@@ -159,7 +159,7 @@ def backbone(name: str) -> models.Backbone:
     return models.Vit(config, rngs=nnx.Rngs(0))
 
 
-LABELLED = {**ROWS, "minilm": ROWS["minilm"] + LONG_ROWS}
+LABELLED = {**ROWS, "minilm": ROWS["minilm"] + LONG_ROWS + ABLATION_ROWS}
 MATCHED = {
     "smollm2": [("lora r=19", "prefix 96", "prefix-tuning+", "ntk published", "ntk")],
     "minilm": [

@@ -96,6 +96,17 @@ class TestABrokenRun:
         with pytest.raises(ValueError, match=r"differs in learning_rate, seed"):
             run(dataclasses.replace(TINY, seed=1, learning_rate=1.0), unbroken)
 
+    def test_a_run_of_an_earlier_version_goes_on_if_new_fields_are_at_their_defaults(
+        self, unbroken: Path, tmp_path: Path
+    ) -> None:
+        older = json.loads((unbroken / "config.json").read_text())
+        del older["window"]
+        (tmp_path / "config.json").write_text(json.dumps(older))
+        (tmp_path / "summary.json").write_bytes((unbroken / "summary.json").read_bytes())
+        assert run(TINY, tmp_path)["test_score"] == json.loads((unbroken / "summary.json").read_text())["test_score"]
+        with pytest.raises(ValueError, match=r"differs in window"):
+            run(dataclasses.replace(TINY, window=3), tmp_path)
+
     def test_a_loss_that_is_not_finite_ends_it_and_is_not_saved(self, tmp_path: Path) -> None:
         wild = dataclasses.replace(TINY, method="full", learning_rate=1e30, head_learning_rate=1e30, clip=0)
         with pytest.raises(FloatingPointError, match="lower --learning-rate"):

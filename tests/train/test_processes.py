@@ -89,7 +89,7 @@ def test_killed_at_any_moment_it_loses_nothing_and_ends_bit_identical(tmp_path: 
         if kills < KILLS and process.poll() is None:
             seen = max(committed(workdir), default=0)
             process.kill()
-            process.wait()
+            process.communicate()
             kills += 1
             assert max(committed(workdir), default=0) >= seen >= newest, "a committed checkpoint was lost"
             newest = seen
