@@ -32,6 +32,8 @@ NAMES = (
     "approximation",
     "gaussian_prefix",
     "complexity",
+    "phase_transition",
+    "depth",
 )
 
 
