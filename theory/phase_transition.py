@@ -436,7 +436,6 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
         name = "proved to suffice" if kind == "proved" else f"needed, {kind}"
         exponents.plot(BETAS, crossing[kind], "o-", color=figures.COLOURS[colour], label=name)
     exponents.axhline(2, color="black", linewidth=0.9, linestyle="--", label="exact attention")
-    exponents.axhline(1, color="black", linewidth=0.9, linestyle=":", label="linear time")
     figures.label(exponents, title="Exponent of the operations", x="beta = B / sqrt(log n)", y="exponent in n")
     colours = ("tied", "real", "control", "fixed")
     for (name, seconds), colour in zip(evidence.series["seconds"].items(), colours, strict=False):
