@@ -1,4 +1,8 @@
-"""Attention in almost linear time is possible while entries stay below sqrt(log n), and what it costs above."""
+"""Attention in almost linear time is possible while entries stay below sqrt(log n), and what it costs above.
+
+B is the largest entry of queries and keys, and a score is ``s = q . k / d``, so that |s| <= B^2 whatever the width d is: the
+scale in which the threshold is B = sqrt(log n). A layer that divides by sqrt(d) has it at B = sqrt(log n / sqrt(d)).
+"""
 
 from __future__ import annotations
 
@@ -134,14 +138,16 @@ def _distances(tokens: Tokens, largest: float, degrees: int) -> np.ndarray:
 
 def _needed(errors: np.ndarray) -> int:
     """The smallest degree from which on every one keeps the error."""
-    return int(np.flatnonzero(~(errors <= ERROR))[-1]) + 1
+    return int(np.flatnonzero(~(errors <= ERROR)).max(initial=-1)) + 1
 
 
 def _between(errors: np.ndarray) -> float:
     """The same between whole degrees, log error interpolated: for curves without the steps of whole numbers."""
-    next_ = _needed(errors)
-    last, first = np.log(errors[next_ - 1 : next_ + 1] / ERROR)
-    return float(next_ - first / (first - last))
+    whole = _needed(errors)
+    if whole == 0:
+        return 0.0
+    above, below = np.log(errors[whole - 1 : whole + 1] / ERROR)
+    return whole + float(below / (above - below))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
