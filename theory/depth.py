@@ -38,9 +38,13 @@ CLOSE, DISTINCT = 0.05, 0.2
 """Relative distance of a drawn kernel from its limit at the longest prefix, at most; distance between draws where there is
 no limit, at least. Both set after a first measurement (0.01 to 0.02, and 0.6 to 0.8), far from either."""
 
-LOSS = 0.1
+STAYS = 0.5
+"""A drift does not fall if from the shortest to the longest prefix it loses less than half. Expected: it loses nothing; as
+m^(-1/2) it would be down to 1/8 in the quick and 1/32 in the full profile."""
+
+LOSS = 0.5
 """What training brings the loss down to, over the loss at the start, in at most STEPS steps."""
-STEPS = 4000
+STEPS = 20_000
 
 
 class Stack(nnx.Module):
@@ -268,12 +272,14 @@ class Trained(NamedTuple):
     readout: float
     """The outputs are multiplied by m to this power."""
     lazy: bool
+    speed: float = 0.25
+    """Step size over the largest stable one at the start."""
 
 
 TRAINED = {
     "1 tied layer, scale m": Trained("tied", 1, 0.0, True),
     "2 tied layers, scale m": Trained("tied", 2, 0.0, False),
-    "2 real layers, as they are": Trained("real", 2, 0.0, False),
+    "2 real layers, as they are": Trained("real", 2, 0.0, False, 0.25 / 40),  # their tokens move: as in `lazy`
     "2 real layers, read out with sqrt(m)": Trained("real", 2, 0.5, True),
 }
 
@@ -284,13 +290,13 @@ _TRAINER = Trainer(
 )
 
 
-def _drift(stack: Stack, problem: Problem) -> float:
+def _drift(stack: Stack, problem: Problem, speed: float = 0.25) -> float:
     """Relative change of the kernel over gradient descent to LOSS times the first loss; NaN if it is not reached.
 
     Targets are relative to the outputs at the start, so that every stack has the same way to go.
     """
     start = kernel(stack, problem.inputs)
-    step = 0.25 * bounds.largest_stable_step(largest=float(spectrum(start)[-1]), tokens=1)
+    step = speed * bounds.largest_stable_step(largest=float(spectrum(start)[-1]), tokens=1)
     state = _TRAINER.init(stack)
     state.optimizer.hyperparams["learning_rate"] = jnp.asarray(step)
     batch = (problem.inputs, stack(problem.inputs) + problem.targets)
@@ -335,15 +341,17 @@ def _trained(problem: Problem) -> Evidence:
             ]
             for stack in stacks:
                 stack.readout[...] = jnp.array(m**trained.readout, float)
-            drifts[name][m] = np.array([_drift(stack, small[trained.layers]) for stack in stacks])
+            drifts[name][m] = np.array([_drift(stack, small[trained.layers], trained.speed) for stack in stacks])
         points = [(m, drift) for m, found in drifts[name].items() for drift in found]
         slope = slopes[name] = fits.exponent(*zip(*points, strict=True))
-        what = f"{name}: exponent of the kernel's drift in training {slope}"
-        checks.append(
-            Check(f"{what}, upper end", slope.high, FALLING)
-            if trained.lazy
-            else Check(f"{what}, lower end", slope.low, FALLING, at_least=True)
-        )
+        if trained.lazy:
+            what = f"{name}: exponent of the kernel's drift in training {slope}, upper end"
+            checks.append(Check(what, slope.high, FALLING))
+        else:
+            # medians: in some draws single tokens run away, and then the kernel changes by more
+            first, *_, last = (float(np.median(found)) for found in drifts[name].values())
+            what = f"{name}: kernel's drift in training at the longest prefix over that at the shortest"
+            checks.append(Check(what, last / first, STAYS, at_least=True))
     return Evidence(tuple(checks), {}, {"drifts": drifts, "slopes": slopes})
 
 
@@ -423,5 +431,5 @@ CLAIM = Claim(
     draw=_draw,
     caption="From the left: distance of the kernel of D stacked real layers from the derived limit, dotted from the limit "
     "that is not carried; mean distance between draws of two tied layers, |Theta - Theta'| / (|Theta| + |Theta'|), by "
-    "scaling; relative change of the kernel over gradient descent to a tenth of the loss; smallest eigenvalue by depth.",
+    "scaling; relative change of the kernel over gradient descent to half of the loss; smallest eigenvalue by depth.",
 )
