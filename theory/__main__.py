@@ -34,6 +34,8 @@ NAMES = (
     "approximation",
     "gaussian_prefix",
     "complexity",
+    "phase_transition",
+    "depth",
 )
 
 

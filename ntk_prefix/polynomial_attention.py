@@ -1,0 +1,198 @@
+r"""Attention in almost linear time: a low-degree polynomial in the place of the exponential, full or causal.
+
+    e^s  ->  P_g(s) = sum_{t<=g} s^t / t! ,     s = scale q . k ,     P_g(s) = phi(q) . phi(k)
+
+with the ``R = C(H + g, g)`` merged monomials of :class:`~ntk_prefix.feature_maps.Taylor`. Keys and values enter through
+sums over tokens alone, so n tokens cost ``O(n R H)`` and not ``O(n^2 H)``: less, as long as the scores are small enough
+for a low degree. :func:`polynomial_degree` says which degree an error asks for; ``python -m theory phase_transition``
+shows where it stops paying off.
+
+Unlike :func:`~ntk_prefix.attention.ntk_attention`, which replaces the prefix only, this replaces all of the attention:
+queries, keys and values are those of the whole sequence, prompt and inputs alike.
+
+Source: the algorithm of Alman & Song 2023 with merged monomials, causal by prefix sums over blocks; the degree: derived
+from Taylor's remainder (theory/README.md, sections 11 and 16).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ntk_prefix.checks import check_positive
+from ntk_prefix.feature_maps import Taylor
+from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.typing import Array, Float
+
+__all__ = ["polynomial_attention", "polynomial_degree", "polynomial_exponential"]
+
+FEATURES_PER_BLOCK = 2**21
+"""Features held at a time, 16 MiB of float64: what bounds the memory beside inputs and outputs."""
+
+BLOCK = 256
+"""Most tokens of one block. A causal block costs BLOCK scores a token, so it must not grow with n."""
+
+
+def polynomial_degree(score: float, error: float) -> int:
+    """The smallest degree whose output error is proved to be at most ``error * max|V|``.
+
+        2 eps / (1 - eps) <= error ,     eps = e^S S^{g+1} / (g+1)!
+
+    For ``S = c log n`` it grows as ``3.591 c log n``: 3.591 solves k (log k - 1) = 1.
+
+    Args:
+      score: S >= 0, the largest |scale q . k|.
+      error: > 0; of the outputs, over the largest |value|.
+
+    Returns:
+      g >= 0, of either parity: with eps < 1 the polynomial is positive on these scores.
+
+    Raises:
+      ValueError: a score that is negative or not finite, an error that is not positive.
+
+    Numerics: in log space, so that scores in the thousands are fine.
+
+    Source: derived (theory/README.md, section 11).
+    """
+    if not (math.isfinite(score) and score >= 0):
+        raise ValueError(f"score: expected a finite number >= 0, the largest |scale q . k|, got {score}.")
+    check_positive("error", error)
+    if score == 0:
+        return 0
+
+    def proved(degree: int) -> bool:
+        remainder = score + (degree + 1) * math.log(score) - math.lgamma(degree + 2)
+        return remainder <= math.log(error) - math.log(2 + error)
+
+    # the remainder falls from degree S on, where the search may halve; below it is larger than one
+    low, high = math.floor(score) - 1, max(1, math.ceil(score))
+    while not proved(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if proved(middle) else (middle, high)
+    return high
+
+
+def polynomial_exponential(scores: Float[Array, "..."], degree: int) -> Float[Array, "..."]:
+    """``P_g(s) = sum_{t<=g} s^t / t!``, by Horner's rule: positive for every s if the degree is even."""
+    total = jnp.ones_like(scores)
+    for t in range(degree, 0, -1):
+        total = 1 + total * scores / t
+    return total
+
+
+@functools.partial(jax.jit, static_argnames=("degree", "is_causal", "scale"))
+def polynomial_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    degree: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    r"""Attention with ``e^s`` replaced by its Taylor polynomial, in time and memory linear in the tokens.
+
+        T = diag( phi(Q) sum_j phi(k_j) )^{-1}  phi(Q) sum_j phi(k_j) v_j^T ,     causal: the sums over j <= i
+
+    Causal sums go from block to block; within a block the polynomial is evaluated on the scores themselves, which is
+    the same number.
+
+    Args:
+      query: [B, T, N, H], not scaled.
+      key, value: [B, S, K, H] with N a multiple of K; causal: S = T.
+      degree: g >= 0. An even one keeps every weight positive; an odd one does where the scores are within what
+        :func:`polynomial_degree` was asked for.
+      is_causal: token i attends to tokens j <= i.
+      scale: of the scores; 1/sqrt(H) by default.
+
+    Returns:
+      [B, T, N, H] in the dtype of ``query``. With |scale q . k| <= S it is within ``2 eps / (1 - eps) max|V|`` of
+      softmax attention, eps as in :func:`polynomial_degree`.
+
+    Raises:
+      ValueError: shapes that do not fit together, an empty sequence, degree < 0, scale <= 0.
+
+    Numerics: sums accumulate in float32 at least. The polynomial of a negative score cancels: a weight has the
+    relative error of ``e^{2 S}`` roundings at worst, so scores beyond 5 want float64.
+
+    Memory: ``FEATURES_PER_BLOCK`` features at a time and one state of R (H + 1) numbers a head, whatever n is. The
+    gradient of the causal form keeps one state a block.
+
+    Source: Alman & Song 2023 (the algorithm); merged monomials and the causal form derived here.
+    """
+    heads, width = query.shape[2], query.shape[3]
+    if key.shape != value.shape or (key.shape[0], key.shape[3]) != (query.shape[0], width) or heads % key.shape[2]:
+        raise ValueError(
+            f"expected key and value [{query.shape[0]}, S, K, {width}] with K a divisor of {heads}, got {key.shape} and "
+            f"{value.shape}: they share batch and head dimension with the query {query.shape}"
+        )
+    if 0 in (*query.shape, *key.shape):
+        raise ValueError(f"expected at least one token, got query {query.shape} and key {key.shape}")
+    if is_causal and query.shape[1] != key.shape[1]:
+        raise ValueError(f"is_causal: expected as many queries as keys, got {query.shape[1]} and {key.shape[1]}")
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    check_positive("scale", scale)
+    phi = Taylor(degree)
+    dtype = accumulation_dtype(query, key, value)
+    groups = heads // key.shape[2]
+    block = max(1, min(BLOCK, max(query.shape[1], key.shape[1]), FEATURES_PER_BLOCK // (phi.dim(width) * groups)))
+
+    # [B, K, blocks, ...]: query heads of a group stand beside one another, since they share keys
+    grouped = query.reshape(*query.shape[:2], key.shape[2], groups, width) * math.sqrt(scale)
+    queries = _blocks(grouped.transpose(0, 2, 1, 3, 4).astype(dtype), block)
+    keys = _blocks((key * math.sqrt(scale)).transpose(0, 2, 1, 3).astype(dtype), block)
+    ones = jnp.ones((*value.shape[:3], 1), dtype)
+    # a column of ones carries the denominator; what pads the last block is zero in both
+    values = _blocks(jnp.concatenate([value.astype(dtype), ones], axis=3).transpose(0, 2, 1, 3), block)
+    attend = functools.partial(_causal if is_causal else _full, phi)
+    sums = jax.vmap(jax.vmap(attend))(queries, keys, values)
+    sums = sums.reshape(*sums.shape[:2], -1, groups, width + 1)[:, :, : query.shape[1]]
+    output = (sums[..., :-1] / sums[..., -1:]).transpose(0, 2, 1, 3, 4)
+    return output.reshape(query.shape).astype(query.dtype)
+
+
+def _blocks(x: Float[Array, "B K T ..."], block: int) -> Float[Array, "B K blocks block ..."]:
+    """Cut the tokens into blocks, the last one filled with zeros."""
+    count = -(-x.shape[2] // block)
+    padded = jnp.pad(x, [(0, 0)] * 2 + [(0, count * block - x.shape[2])] + [(0, 0)] * (x.ndim - 3))
+    return padded.reshape(*x.shape[:2], count, block, *x.shape[3:])
+
+
+def _full(
+    phi: Taylor,
+    queries: Float[Array, "qb t G H"],
+    keys: Float[Array, "kb t H"],
+    values: Float[Array, "kb t V"],
+) -> Float[Array, "qb t G V"]:
+    """Numerators and denominators of one head: all keys into one state, then every query against it."""
+
+    def add(state: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+        return state + phi(block[0]).T @ block[1], None
+
+    start = jnp.zeros((phi.dim(keys.shape[-1]), values.shape[-1]), values.dtype)
+    state, _ = jax.lax.scan(add, start, (keys, values))
+    return jax.lax.map(lambda block: phi(block) @ state, queries)
+
+
+def _causal(
+    phi: Taylor,
+    queries: Float[Array, "blocks t G H"],
+    keys: Float[Array, "blocks t H"],
+    values: Float[Array, "blocks t V"],
+) -> Float[Array, "blocks t G V"]:
+    """Numerators and denominators of one head: what earlier blocks left in the state, and the block's own scores."""
+    seen = jnp.tri(keys.shape[1], dtype=keys.dtype)[:, None, :]
+
+    def step(state: Array, block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        query, key, value = block
+        own = seen * polynomial_exponential(jnp.einsum("tgh,sh->tgs", query, key), phi.degree)
+        sums = phi(query) @ state + own @ value
+        return state + phi(key).T @ value, sums
+
+    start = jnp.zeros((phi.dim(keys.shape[-1]), values.shape[-1]), values.dtype)
+    return jax.lax.scan(step, start, (queries, keys, values))[1]
