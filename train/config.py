@@ -60,6 +60,8 @@ class TrainConfig:
     """Examples a step, over all devices and accumulated parts."""
     accumulate: int = 1
     """Parts that a step's batch is computed in, one after the other."""
+    grouped: int = 32
+    """Batches of text that are drawn together and divided by length, for less padding; 1 leaves them as drawn."""
     learning_rate: float = 1e-3
     """Of the adapter, at the top of the schedule."""
     head_learning_rate: float = 1e-3
@@ -100,7 +102,7 @@ class TrainConfig:
         """Refuse what cannot run, before anything is loaded."""
         if self.method not in METHODS:
             raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {self.method!r}.")
-        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "checkpoint_every", "fsdp"):
+        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "checkpoint_every", "fsdp", "grouped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}.")
         if self.batch_size % self.accumulate:

@@ -3,6 +3,8 @@
 A run's place in its data is therefore one integer, on any number of processes: process p of P holds rows
 ``p B/P .. (p+1) B/P`` of the same global batch of B rows. Batch i of seed s is rows ``i B .. (i+1) B`` of the endless
 stream of epochs, each epoch its own shuffle of all rows; batches run over the ends of epochs and are always full.
+*Grouped* batches are drawn many at a time and divided among themselves by length, then shuffled: less padding, and each
+still a function of its number.
 
 Text is padded to the smallest *bucket* that holds the whole global batch, so a step compiles at most once a bucket;
 one bucket, ``buckets=(128,)``, is a fixed length.
@@ -11,6 +13,7 @@ one bucket, ``buckets=(128,)``, is a fixed length.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -25,6 +28,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "ImageFormat",
+    "by_length",
     "evaluation_batches",
     "prompt_batches",
     "train_batches",
@@ -32,7 +36,7 @@ __all__ = [
 
 Batch = dict[str, np.ndarray]
 
-BUCKETS = (32, 64, 128, 256, 512)
+BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Lengths that text is padded to, if not told otherwise."""
 
 IGNORED = -100
@@ -108,6 +112,7 @@ def train_batches(
     buckets: Sequence[int] = BUCKETS,
     process_index: int = 0,
     process_count: int = 1,
+    grouped: int = 1,
 ) -> Iterator[tuple[int, Batch]]:
     """Batches without end, from number ``start`` on.
 
@@ -118,6 +123,7 @@ def train_batches(
       start: number of the first batch: as many as have been used before.
       buckets: lengths that text is padded to.
       process_index, process_count: which share of each batch this process holds.
+      grouped: batches that are drawn together and divided by length; 1 leaves the order as it is drawn.
 
     Returns:
       Pairs (i, batch). Of text: ``input_ids``, ``attention_mask`` and, where the split has them, ``token_type_ids``,
@@ -134,14 +140,26 @@ def train_batches(
     (order_seed,) = np.random.SeedSequence(seed).generate_state(1)
     # as good as endless: grain's own endless repeat overflows with one row a batch
     rows = grain.MapDataset.range(split.rows).shuffle(seed=int(order_seed)).repeat((1 << 53) // split.rows)
-    order = rows.batch(batch_size)
+    drawn = rows.batch(batch_size * grouped)
     weight = np.ones(batch_size, np.float32)
 
-    def collate(rows: np.ndarray) -> Batch:
+    @functools.lru_cache(maxsize=1)
+    def group(number: int) -> np.ndarray:
+        if lengths is None or grouped == 1:
+            return drawn[number].reshape(grouped, batch_size)
+        by_length = drawn[number][np.argsort(lengths[drawn[number]], kind="stable")]
+        return np.random.default_rng([order_seed, number]).permutation(by_length.reshape(grouped, batch_size))
+
+    def collate(number: int) -> Batch:
+        rows = group(number // grouped)[number % grouped]
         return _collate(split, rows[share], weight[share], _bucket(lengths, rows, buckets))
 
     # a thread keeps a few batches ready: images take a GPU's step to resize
-    ready = order.map(collate)[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    ready = (
+        grain.MapDataset.range(len(drawn) * grouped)
+        .map(collate)[start:]
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    )
     return zip(itertools.count(start), ready, strict=False)
 
 
@@ -152,7 +170,7 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every row once, in order; batches as those of ``train_batches``.
+    """Every row once, in order; batches as those of ``train_batches``.  ``by_length`` first makes less padding.
 
     The last batch is filled up to ``batch_size`` with rows of ``weight`` 0, so row r stands in batch
     ``r // batch_size`` at place ``r % batch_size``.
@@ -166,6 +184,15 @@ def evaluation_batches(
         _collate(split, rows[share], weight[share], _bucket(lengths, rows, buckets))
         for rows, weight in _in_order(split.rows, batch_size)
     )
+
+
+def by_length(split: Dataset) -> tuple[Dataset, np.ndarray]:
+    """Return the split with its rows in order of length, and the place [rows] of each row of the split in it."""
+    if split.has_images or "input_ids" not in split:
+        return split, np.arange(split.rows)
+    order = np.argsort([len(tokens) for tokens in split["input_ids"]], kind="stable")
+    columns = {name: column[order] for name, column in split.items()}
+    return dataclasses.replace(split, columns=columns), np.argsort(order)
 
 
 def prompt_batches(

@@ -68,12 +68,13 @@ class Evaluator:
             return self._language(state, split, generate)
         trained, frozen = self._local(state)
         rows, weights, labels = [], [], []
+        split, places = data.by_length(split)
         for batch in data.evaluation_batches(split, self.batch_size):
             rows.append(np.asarray(self._logits(trained, frozen, batch)))
             weights.append(np.asarray(batch["weight"]) > 0)
             labels.append(batch["labels"])
         kept = np.concatenate(weights)
-        scores, targets = np.concatenate(rows)[kept], np.concatenate(labels)[kept]
+        scores, targets = np.concatenate(rows)[kept][places], np.concatenate(labels)[kept][places]
         log_probabilities = np.asarray(jax.nn.log_softmax(scores))
         loss = -log_probabilities[np.arange(len(targets)), targets].mean()
         return Predictions(scores.argmax(axis=1) == targets, float(loss), log_probabilities, targets)

@@ -135,6 +135,8 @@ class _Run:
             start=self.done * config.accumulate,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            # the parts of a step's batch are alike in length too
+            grouped=config.grouped * config.accumulate,
         )
         return (batch for _, batch in parts)
 

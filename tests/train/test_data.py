@@ -52,6 +52,36 @@ def test_each_epoch_has_each_row_once_in_an_order_of_its_own(split):
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
+def test_grouped_batches_hold_the_rows_that_would_have_been_drawn_with_less_padding():
+    rows = 60
+    lengths = np.random.default_rng(0).integers(1, 17, rows)
+    split = Dataset({"input_ids": tokens(lengths), "labels": np.arange(rows, dtype=np.int32)})
+    buckets = tuple(range(1, 17))
+
+    def batches(count, **options):
+        return [b for _, b in taken(data.train_batches(split, 4, seed=2, buckets=buckets, **options), count)]
+
+    plain, grouped = batches(10), batches(10, grouped=5)
+    for first in (0, 5):
+        drawn, divided = (
+            np.sort(np.concatenate([b["labels"] for b in side[first : first + 5]])) for side in (plain, grouped)
+        )
+        np.testing.assert_array_equal(drawn, divided)
+    padded = [sum(b["input_ids"].size for b in side) for side in (plain, grouped)]
+    assert padded[1] < 0.8 * padded[0]
+    # not in order of length, and the same from any start
+    assert any(np.diff([b["input_ids"].shape[1] for b in grouped[:5]]) < 0)
+    (late,) = batches(1, grouped=5, start=7)
+    assert_same(late, grouped[7])
+
+
+def test_rows_in_order_of_length_find_their_way_back(split):
+    ordered, places = data.by_length(split)
+    lengths = [len(ids) for ids in ordered["input_ids"]]
+    assert lengths == sorted(lengths)
+    np.testing.assert_array_equal(ordered["labels"][places], split["labels"])
+
+
 def test_neighbouring_seeds_share_no_epoch():
     split = Dataset({"input_ids": tokens([2] * 50), "labels": np.arange(50, dtype=np.int32)})
     epochs = {
