@@ -110,7 +110,7 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "sst2": {"steps": 200},
         "fashion_mnist": {"steps": 150, "test_size": 1500},
-        "newsgroups": {"steps": 150, "test_size": 1000},
+        "newsgroups": {"steps": 100, "test_size": 1000},
         "rte": {"steps": 100, "validation_size": 250, "train_size": None},
     },
     # everything there is, for a GPU
@@ -140,13 +140,20 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
 """What a profile changes in the tasks' configurations; the same for every method."""
 
 SHARED: dict[str, dict[str, Any]] = {
-    "small": {"batch_size": 16, "train_size": 4000, "evaluate_every": 50, "checkpoint_every": 200, "patience": 0},
+    "small": {
+        "batch_size": 16,
+        "train_size": 4000,
+        "validation_size": 300,
+        "evaluate_every": 50,
+        "checkpoint_every": 200,
+        "patience": 0,
+    },
     "ablation": {"batch_size": 16, "train_size": 4000, "evaluate_every": 50, "checkpoint_every": 200, "patience": 0},
     "long": {
         "batch_size": 8,
         "train_size": 4000,
-        "validation_size": 300,
-        "test_size": 600,
+        "validation_size": 200,
+        "test_size": 500,
         "steps": 80,
         "evaluate_every": 40,
         "checkpoint_every": 200,

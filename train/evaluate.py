@@ -18,6 +18,10 @@ from train.setup import Setup, model_inputs
 __all__ = ["Evaluator", "Predictions"]
 
 
+GENERATED_TOGETHER = 32
+"""Rows that are continued at a time: a step reads all weights, however many rows there are."""
+
+
 class Predictions(NamedTuple):
     """What came out for each row of a split."""
 
@@ -44,9 +48,10 @@ class Evaluator:
     Every process evaluates the whole split, each with its own devices, so no result has to travel.
     """
 
-    def __init__(self, setup: Setup, batch_size: int = 64):
+    def __init__(self, setup: Setup):
         self.setup = setup
-        self.batch_size = batch_size
+        # what fits for training fits here; larger batches leave a CPU's caches and take up to half as long again
+        self.batch_size = setup.config.batch_size
         graph = nnx.split(setup.model, setup.trainer.wrt, ...)[0]
 
         @jax.jit
@@ -105,7 +110,7 @@ class Evaluator:
         trained, frozen = self._local(state)
         model: Any = nnx.merge(nnx.split(self.setup.model, self.setup.trainer.wrt, ...)[0], trained, frozen)
         texts: list[str] = []
-        for batch in data.prompt_batches(split, min(self.batch_size, 32)):
+        for batch in data.prompt_batches(split, GENERATED_TOGETHER):
             tokens = models.generate(
                 model,
                 jnp.asarray(batch["input_ids"]),

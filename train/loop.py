@@ -81,6 +81,7 @@ class _Run:
         self.state = setup.trainer.init(setup.model)
         self.best = jax.tree.map(jnp.copy, self.state.trained)
         self.best_score, self.best_step, self.looks_since = -1.0, 0, 0
+        self.best_seen: Predictions | None = None
         self.seconds: list[float] = []
         self.done = 0
         self.stopped = False
@@ -168,6 +169,7 @@ class _Run:
         score = seen.score - 1e-6 * seen.loss if self.setup.task.kind != "causal-lm" else -seen.loss
         if self.best_step == 0 or score > self.best_score:
             self.best, self.best_score, self.best_step = jax.tree.map(jnp.copy, self.state.trained), score, self.done
+            self.best_seen = seen
             self.looks_since = 0
         else:
             self.looks_since += 1
@@ -227,7 +229,8 @@ class _Run:
         """Look at the test split, once, with the best weights; save the adapter and the summary."""
         config, setup = self.config, self.setup
         best = self.state._replace(trained=self.best)
-        validation = self.evaluate(best, setup.task.validation, generate=False)
+        # a run that was gone on with has the best weights, and not what they predicted
+        validation = self.best_seen or self.evaluate(best, setup.task.validation, generate=False)
         test = self.evaluate(best, setup.task.test)
         # the model that was set up still has the weights of the start
         started = setup.trainer.init(setup.model) if setup.task.kind == "causal-lm" else None
