@@ -3,7 +3,8 @@
 ``python -m tests.bench.bench_step [--torch-python PATH]``: PATH is a Python with torch, transformers and peft.
 
 The *floor* is the time that the step's matrix products take at the rate of one large product measured in the same run:
-forward, and backward through frozen weights (activations' gradients only), without attention's own products.
+forward, and backward through frozen weights (activations' gradients only), without attention's own products. Then the
+parts of a layer are timed alone, forward and backward, as often as the model has them: where the rest of the step goes.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from ntk_prefix import models, peft
+from ntk_prefix import models, ntk_attention, peft, softmax_attention
 from ntk_prefix.training import Trainer
 from train import assets
 from train.config import adapter_config
@@ -132,6 +134,42 @@ def interleaved(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str,
     return times
 
 
+def parts() -> dict[str, float]:
+    """Seconds a step, forward and backward, of what a model has of each part; median of 9, each part compiled alone."""
+    tokens, layers = BATCH * LENGTH, 6
+    norm = nnx.LayerNorm(384, use_fast_variance=False, rngs=nnx.Rngs(0))
+    up, square = (nnx.Linear(384, width, rngs=nnx.Rngs(0)) for width in (1536, 384))
+    down = nnx.Linear(1536, 384, rngs=nnx.Rngs(0))
+    heads = (BATCH, LENGTH, 12, 32)
+    z, k = jnp.full((12, 32, 32), 0.01), jnp.full((12, 32), 0.01)
+    made: dict[str, tuple[int, Callable[..., jax.Array], tuple[tuple[int, ...], ...]]] = {
+        "maps of attention": (4 * layers, square, ((tokens, 384),)),
+        "maps of the MLP, up": (layers, up, ((tokens, 384),)),
+        "maps of the MLP, down": (layers, down, ((tokens, 1536),)),
+        "GELU": (layers, lambda x: jax.nn.gelu(x, approximate=False), ((tokens, 1536),)),
+        "layer norm of a sum": (2 * layers, lambda x, y: norm(x + y), ((tokens, 384),) * 2),
+        "attention": (layers, softmax_attention, (heads,) * 3),
+        "NTK-Attention": (layers, lambda q, k_, v: ntk_attention(q, k_, v, z, k, mass="relative"), (heads,) * 3),
+    }
+    found = {}
+    for name, (count, function, shapes) in made.items():
+        arguments = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+        @jax.jit
+        def both(arguments: list[jax.Array], function: Callable[..., jax.Array] = function) -> Any:
+            output, pull = jax.vjp(function, *arguments)
+            return output, pull(output)
+
+        jax.block_until_ready(both(arguments))
+        times = []
+        for _ in range(9):
+            begun = time.perf_counter()
+            jax.block_until_ready(both(arguments))
+            times.append(time.perf_counter() - begun)
+        found[f"{count} x {name}"] = count * statistics.median(times)
+    return found
+
+
 def floors() -> tuple[float, float]:
     """Seconds of the matrix products of a forward, and of a forward and a frozen backward, at the measured rate."""
     size = 1536
@@ -176,6 +214,10 @@ def main(options: Options) -> None:
         row = (name, f"{made[name][1]:,}", f"{middle:.3f} ({low:.3f}..{high:.3f})", f"{middle / floor:.2f}")
         table.add_row(*row, *ratio)
     console.print(table)
+    shares = Table("part alone, forward and backward", "s a step")
+    for name, seconds in parts().items():
+        shares.add_row(name, f"{seconds:.3f}")
+    console.print(shares)
     console.print(
         f"floor: forward {forward:.3f} s, forward and frozen backward {both:.3f} s; {sys.platform}, {jax.devices()[0]}"
     )
