@@ -11,6 +11,7 @@ from ntk_prefix import bounds, certificate, kernels, models, peft, training
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention, softmax_attention
 from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.one_layer import FixedValuePrefixModel, PrefixAttentionLayer, RandomPrefix, TiedPrefixModel
+from ntk_prefix.polynomial import polynomial_attention, polynomial_degree
 from ntk_prefix.prefix_state import PrefixState
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "models",
     "ntk_attention",
     "peft",
+    "polynomial_attention",
+    "polynomial_degree",
     "prefix_attention",
     "softmax_attention",
     "training",

@@ -21,7 +21,7 @@ from scipy.special import gammaln, lambertw
 
 from ntk_prefix import feature_map, softmax_attention
 from ntk_prefix.feature_maps import attention_error_bound
-from ntk_prefix.polynomial_attention import (
+from ntk_prefix.polynomial import (
     BLOCK,
     polynomial_attention,
     polynomial_degree,

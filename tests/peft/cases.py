@@ -44,10 +44,6 @@ METHODS = {
         LAYERS * HEADS * 15 * HEAD_DIM + HEAD,
     ),
     "propagation": (peft.PrefixPropagationConfig(num_prefix_tokens=5), LAYERS * 5 * FEATURES + HEAD),
-    "propagation, rbf": (
-        peft.PrefixPropagationConfig(num_prefix_tokens=5, kernel="rbf", train_head=False),
-        LAYERS * (5 * FEATURES + HEADS),
-    ),
     "propagation and prefix": (
         peft.PrefixPropagationConfig(num_prefix_tokens=6, combine=True),
         LAYERS * (3 * FEATURES + 2 * 3 * KEY_HEADS * HEAD_DIM) + HEAD,

@@ -9,7 +9,7 @@ import pytest
 
 from ntk_prefix import softmax_attention
 from ntk_prefix.feature_maps import Taylor, attention_error_bound
-from ntk_prefix.polynomial_attention import (
+from ntk_prefix.polynomial import (
     BLOCK,
     polynomial_attention,
     polynomial_degree,
