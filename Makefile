@@ -3,10 +3,12 @@ PYTHON ?= python3
 ENVIRONMENT := .venv
 READY := $(ENVIRONMENT)/ready
 
-.PHONY: verify verify-full test test-slow test-gpu lint bench lock clean
+.PHONY: setup verify verify-full test test-slow test-gpu lint bench lock clean
 
 verify: $(READY)  ## check the theory claim by claim, minutes on two cores; report in runs/theory
 	$(ENVIRONMENT)/bin/python -m theory --profile quick
+
+setup: $(READY)  ## only set up; then `source .venv/bin/activate`
 
 verify-full: $(READY)  ## the same at the sizes a paper would show
 	$(ENVIRONMENT)/bin/python -m theory --profile full --out runs/theory-full

@@ -17,6 +17,7 @@ from Taylor's remainder (theory/README.md, sections 11 and 16).
 from __future__ import annotations
 
 import functools
+import logging
 import math
 
 import jax
@@ -28,6 +29,8 @@ from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["polynomial_attention", "polynomial_degree", "polynomial_exponential"]
+
+logger = logging.getLogger(__name__)
 
 FEATURES_PER_BLOCK = 2**21
 """Features held at a time, 16 MiB of float64: what bounds the memory beside inputs and outputs."""
@@ -44,7 +47,8 @@ def polynomial_degree(score: float, error: float) -> int:
     For ``S = c log n`` it grows as ``3.591 c log n``: 3.591 solves k (log k - 1) = 1.
 
     Args:
-      score: S >= 0, the largest |scale q . k|.
+      score: S >= 0, the largest |scale q . k|; ``scale * max|q| * max|k|`` bounds it in O(n). (With entries up to B and the
+        default scale, S <= sqrt(H) B^2.)
       error: > 0; of the outputs, over the largest |value|.
 
     Returns:
@@ -99,14 +103,15 @@ def polynomial_attention(
 
         T = diag( phi(Q) sum_j phi(k_j) )^{-1}  phi(Q) sum_j phi(k_j) v_j^T ,     causal: the sums over j <= i
 
-    Causal sums go from block to block; within a block the polynomial is evaluated on the scores themselves, which is
-    the same number.
+    It is worth it while R = C(H + g, g) is well below the number of tokens; beyond, exact attention is cheaper, and a
+    warning is logged. Causal sums go from block to block; within a block the polynomial is evaluated on the scores
+    themselves, which is the same number.
 
     Args:
       query: [B, T, N, H], not scaled.
       key, value: [B, S, K, H] with N a multiple of K; causal: S = T.
-      degree: g >= 0. An even one keeps every weight positive; an odd one does where the scores are within what
-        :func:`polynomial_degree` was asked for.
+      degree: g >= 0. An even one keeps every weight positive, so that the output stays between the values whatever the
+        scores; an odd one does where the scores are within what :func:`polynomial_degree` was asked for.
       is_causal: token i attends to tokens j <= i.
       scale: of the scores; 1/sqrt(H) by default.
 
@@ -125,6 +130,8 @@ def polynomial_attention(
 
     Source: Alman & Song 2023 (the algorithm); merged monomials and the causal form derived here.
     """
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(f"expected [B, T, heads, H] each, got {query.shape}, {key.shape} and {value.shape}")
     heads, width = query.shape[2], query.shape[3]
     if key.shape != value.shape or (key.shape[0], key.shape[3]) != (query.shape[0], width) or heads % key.shape[2]:
         raise ValueError(
@@ -138,6 +145,8 @@ def polynomial_attention(
     scale = 1 / math.sqrt(width) if scale is None else scale
     check_positive("scale", scale)
     phi = Taylor(degree)
+    if phi.dim(width) > key.shape[1]:
+        logger.warning("%d features for %d tokens: exact attention is cheaper", phi.dim(width), key.shape[1])
     dtype = accumulation_dtype(query, key, value)
     groups = heads // key.shape[2]
     block = max(1, min(BLOCK, max(query.shape[1], key.shape[1]), FEATURES_PER_BLOCK // (phi.dim(width) * groups)))

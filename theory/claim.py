@@ -86,6 +86,7 @@ class Claim:
       control_statement: what the control changes.
       draw: a figure from the evidence and the control's, ready for a paper.
       caption: of the figure.
+      drawn: whether it draws its own inputs from the seed, so that the problem's rows and sigma do not enter.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Claim:
     control_statement: str
     draw: Callable[[Evidence, Evidence], Figure]
     caption: str
+    drawn: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,8 @@ class Result:
         return {
             "name": self.claim.name,
             "statement": self.claim.statement,
-            "source": self.claim.source,
+            "source": self.claim.source
+            + ("; inputs drawn from the seed, not those of --data" if self.claim.drawn else ""),
             "holds": self.holds,
             "measured": shown.measured,
             "bound": shown.bound,

@@ -94,4 +94,5 @@ CLAIM = Claim(
     control_statement="the closed form with a covariance that is 20 % too small",
     draw=_figure,
     caption="Relative distance of exact attention over a drawn Gaussian prefix from the closed form for an infinite one.",
+    drawn=True,
 )

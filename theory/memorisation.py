@@ -340,4 +340,5 @@ CLAIM = Claim(
     draw=_figure,
     caption="Left: largest error of the best of a few trained prompts by length, median over tasks. Middle: "
     "shortest prompts that hold N random sequences. Right: shortest tables for random tents twice as high as the error.",
+    drawn=True,
 )

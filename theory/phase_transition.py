@@ -472,4 +472,5 @@ CLAIM = Claim(
     "the output error for the worst values in [-1, 1] stays below 1 %; multiplications of features and sums; the exponent "
     "fitted to them over n = 2^10 to 2^20 (of degrees interpolated between whole ones); seconds of the algorithm and of exact "
     "blockwise attention.",
+    drawn=True,
 )

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import softmax
 
+from ntk_prefix.checks import check_positive
+
 Function = Callable[[np.ndarray], np.ndarray]
 """A sequence-to-sequence function, [B, L, d] -> [B, L, d]."""
 
@@ -54,7 +56,7 @@ class Transformer(NamedTuple):
 
 
 def apply(weights: Transformer, prompt: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """Answers [B, L, d] to inputs [B, L, d] under a prompt [L_p, D]: softmax attention over [prompt; inputs].
+    """Answers [B, L, d] to inputs [B, L, d] in [0, 1] under a prompt [L_p, D]: softmax attention over [prompt; inputs].
 
     In numpy: every grid has shapes of its own, and compiling for them would take longer than all of the arithmetic.
     """
@@ -100,6 +102,9 @@ class Construction:
       share: attention that the inputs get at most, relative to the prompt.
       apart: what lines of other rows lose in score.
       lipschitz, size: of the class.
+
+    Raises:
+      ValueError: sizes below 1, or numbers that are not positive.
     """
 
     d: int
@@ -111,6 +116,16 @@ class Construction:
     apart: float = 60.0
     lipschitz: float = 1.0
     size: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no table can be made of."""
+        for name in ("d", "length", "grid"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+        for name in ("sharpness", "share", "apart", "size"):
+            check_positive(name, getattr(self, name))
+        if not self.lipschitz >= 0:
+            raise ValueError(f"lipschitz: expected a number >= 0, got {self.lipschitz}.")
 
     @property
     def slots(self) -> int:
@@ -191,11 +206,25 @@ class Construction:
         return prompt
 
     def prompt(self, function: Function) -> np.ndarray:
-        """The table of a function on the grid, [L_p, D]: for every row, one token a cell of [0, 1]^(L x d)."""
+        """The table of a function on the grid, [L_p, D]: for every row, one token a cell of [0, 1]^(L x d).
+
+        Args:
+          function: [B, L, d] -> [B, L, d]; the theorem is about those of the class.
+
+        Raises:
+          ValueError: answers of another shape, or larger than ``size``.
+        """
         d, length = self.d, self.length
         axes = np.meshgrid(*[np.arange(self.grid)] * (d * length), indexing="ij")
         cell = np.stack(axes, -1).reshape(-1, length, d)
-        answers = function(self.centres[cell])
+        answers = np.asarray(function(self.centres[cell]))
+        if answers.shape != cell.shape:
+            raise ValueError(f"function: expected answers {cell.shape}, [B, L, d] as the inputs, got {answers.shape}.")
+        if not np.abs(answers).max() <= self.size:
+            raise ValueError(
+                f"function: expected |f| <= size = {self.size:g}, got {np.abs(answers).max():.3g}: pass size=, and lipschitz= "
+                "if it is steeper than 1."
+            )
         places = self.grid ** np.arange(d * (length - 1))
         tables = []
         for i in range(length):

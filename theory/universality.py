@@ -182,4 +182,5 @@ CLAIM = Claim(
     draw=_figure,
     caption="Left: largest error found over three functions against the prompt's length; lines: the bound. Middle: the "
     "same over the sharpness of the softmax. Right: each row must answer with the other row's token.",
+    drawn=True,
 )

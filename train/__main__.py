@@ -57,6 +57,8 @@ def main() -> int:
         console.print(f"[red]{escape(str(error))}[/]")
         return 2
     score = f"{summary['metric']} {summary['test_score']:.4f} on {summary['test_rows']} test rows"
+    if "calibration_error" in summary:
+        score += f", calibration error {summary['calibration_error']:.3f}"
     console.print(
         f"[green]{score}[/] (validation {summary['validation_score']:.4f}); "
         f"{summary['trainable_parameters']:,} of {summary['parameters']:,} parameters trained; {workdir / 'summary.json'}"

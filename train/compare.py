@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -314,14 +315,19 @@ def _run(comparison: Comparison, cell: Cell, console: Console) -> dict[str, Any]
             if values:
                 arguments += [f"--{name.replace('_', '-')}", *values]
         begun = time.perf_counter()
-        process = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, "-m", "train", cell.task, *arguments, "--workdir", str(folder)],
             cwd=CHECKOUT,
             env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str((comparison.out / "compiled").resolve())},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-        )
-        output = process.stdout + process.stderr
+        ) as process:
+            try:
+                output, _ = process.communicate()
+            except KeyboardInterrupt:
+                process.terminate()  # it saves
+                raise
         if process.returncode and "finite loss" in output:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(failed, output.encode())
@@ -465,12 +471,16 @@ def draw_reliability(lines: list[dict[str, Any]]) -> Figure:
 def main() -> int:
     """Parse, run, print the table."""
     console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the cell that is running saves
     try:
         comparison = tyro.cli(Comparison, prog="python -m train.compare")
         lines = compare(comparison, console)
     except (ValueError, RuntimeError) as error:
         console.print(f"[red]{escape(str(error))}[/]")
         return 2
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped; what is finished is kept, and the same command goes on[/]")
+        return 130
     table = Table("task", "method", "score", "spread", "parameters", "rate", "s / step")
     for line in lines:
         spread = "" if line["spread"] is None else f"{100 * line['spread']:.1f}"

@@ -52,7 +52,7 @@ class TrainConfig:
     image_size: int = 56
     """Height and width that images are resized to."""
     pooling: Literal["mean", "cls", "last"] = "mean"
-    """How a classifier reads the sequence."""
+    """How a classifier reads the sequence; prefix propagation has its own way, --adapter pool=prefix, cls or model."""
 
     steps: int = 500
     """Optimizer steps."""
@@ -115,7 +115,13 @@ class TrainConfig:
             raise ValueError(f"--warmup: expected a fraction of the steps in [0, 1), got {self.warmup}.")
         if self.window is not None and self.window < 1:
             raise ValueError(f"--window: expected at least 1 token to each side, or None, got {self.window}.")
-        adapter_config(self.method, self.adapter)
+        configs = adapter_config(self.method, self.adapter)
+        own = [c.pool for c in configs if isinstance(c, peft.PrefixPropagationConfig) and c.pool != "model"]
+        if own and self.pooling != "mean":
+            raise ValueError(
+                f"--pooling: expected it left alone with {self.method}, which reads its own {own[0]!r} row, got "
+                f"{self.pooling!r}. Use --adapter pool=cls, or pool=model to read as --pooling says."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for files."""

@@ -66,6 +66,9 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> d
     if finished is not None:
         return finished
     setup = build(config)
+    if jax.process_index() == 0 and not (workdir / "config.json").is_file():
+        # only now: a run that could not be set up leaves the folder to one that can
+        write_whole(workdir / "config.json", json_text(config.as_dict()).encode())
     with Checkpoints(workdir / "checkpoints") as checkpoints, _Signals() as signals:
         return _Run(setup, workdir, checkpoints, console or Console(quiet=True)).train(signals)
 
@@ -293,7 +296,7 @@ class _Signals:
 
 
 def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
-    """Note the configuration in the folder; return the summary if the run is finished there.
+    """Return the summary if the run is finished in the folder.
 
     Raises:
         ValueError: the folder has another configuration's run.
@@ -309,8 +312,6 @@ def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
                 f"--workdir: expected a new folder, or one of this configuration, got {workdir}, which differs in "
                 f"{', '.join(changed)}. Name another folder."
             )
-    elif jax.process_index() == 0:
-        write_whole(path, json_text(wanted).encode())
     summary = workdir / "summary.json"
     return json.loads(summary.read_text()) if summary.is_file() else None
 

@@ -112,7 +112,7 @@ def load(
         source += f"; test: {TEST_FRACTION:.0%} of its train split, ours"
     if validation_size is None:
         validation_size = min(0.1, 1000 / _rows_of(train))
-    train, validation = _split(name, train, validation_size, SPLIT_SEED)
+    train, validation = _split(f"{name}, validation_size", train, validation_size, SPLIT_SEED)
     if train_size is not None:
         train = _split(f"{name}, train_size", train, train_size, seed)[1]
     if test_size is not None:
@@ -188,7 +188,9 @@ def _split(where: str, columns: Columns, size: int | float, seed: int) -> tuple[
             np.arange(rows), test_size=wanted, random_state=seed, stratify=columns.get("label")
         )
     except ValueError as error:  # too few rows of a class, or fewer rows than classes
-        raise ValueError(f"{where}: expected {wanted} of {rows} rows of all classes, but {error}") from None
+        raise ValueError(
+            f"{where}: expected {wanted} of {rows} rows of all classes, at least one row a class on both sides, but {error}"
+        ) from None
     return _taken(columns, np.sort(rest)), _taken(columns, np.sort(part))
 
 

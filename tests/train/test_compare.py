@@ -1,5 +1,6 @@
 """The table: every row the same tuning budget, nothing run twice, counts that match where the table says so."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -95,7 +96,7 @@ class TestTuning:
 
 class TestCells:
     def test_a_finished_one_is_read_and_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(table, "subprocess", SimpleNamespace(run=lambda *a, **k: pytest.fail("it was run")))
+        monkeypatch.setattr(table, "subprocess", SimpleNamespace(Popen=lambda *a, **k: pytest.fail("it was run")))
         chosen = comparison(tmp_path, rows=("ntk",), seeds=1, grid=(1e-3,))
         cell = Cell("sst2", ROWS["minilm"][-1], 1e-3, 0)
         (tmp_path / cell.folder).mkdir(parents=True)
@@ -109,8 +110,12 @@ class TestCells:
     def test_one_that_diverged_counts_zero_and_is_named_any_other_failure_ends_the_table(
         self, said: str, diverges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        ended = SimpleNamespace(returncode=2, stdout=said, stderr="")
-        monkeypatch.setattr(table, "subprocess", SimpleNamespace(run=lambda *a, **k: ended))
+        ended = SimpleNamespace(returncode=2, communicate=lambda: (said, None))
+        monkeypatch.setattr(
+            table,
+            "subprocess",
+            SimpleNamespace(PIPE=0, STDOUT=0, Popen=lambda *a, **k: contextlib.nullcontext(ended)),
+        )
         chosen = comparison(tmp_path, rows=("ntk",), seeds=1, grid=(1e-3,))
         if not diverges:
             with pytest.raises(RuntimeError, match="no such file"):

@@ -26,6 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("tiny", "--accumulate", "3"), "a divisor of the batch size 64, got 3"),
         (("tiny", "--parallel", "pmap", "--fsdp", "2"), "expected 1 with --parallel pmap"),
         (("tiny", "--window", "0"), "--window: expected at least 1 token"),
+        (("imdb", "--method", "prefix_propagation", "--pooling", "cls"), "Use --adapter pool=cls"),
         (("nosuch",), "newsgroups_long"),
         (("tiny", "--model", "/nowhere"), "or an existing path, got '/nowhere'"),
         (("sst2", "--data-dir", "/nowhere", "--model", "tiny-vit"), "in /nowhere or in a folder sst2 there"),
@@ -43,7 +44,7 @@ def test_what_is_wrong_is_said(
     # boxes and line breaks are the terminal's
     text = " ".join(word for word in (shown.out + shown.err).split() if word != "│")
     assert said in text
-    assert not list(tmp_path.glob("checkpoints*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_keeps_its_configuration(
