@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 import scipy.optimize
+from threadpoolctl import threadpool_limits
 
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
 from ntk_prefix.feature_maps import Elu1, FeatureMap
@@ -225,7 +226,9 @@ class PrefixState:
         zs, ks, rows = [], [], []
         for head in range(heads):
             fit, test = (_Head(*(x[head][chosen] for x in samples)) for chosen in (~held, held))
-            z, k, ridge = _fit_head(fit, phi.positive, iterations, starts, seed)
+            # systems of R x R: the threads of BLAS would wait for one another, six times as long
+            with threadpool_limits(1):
+                z, k, ridge = _fit_head(fit, phi.positive, iterations, starts, seed)
             raw_z, raw_k = np.asarray(raw.z, np.float64)[head], np.asarray(raw.k, np.float64)[head]
             rows.append(
                 (
