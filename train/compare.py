@@ -223,9 +223,7 @@ class Comparison:
         labels = {row[0] for rows in (*ROWS.values(), LONG_ROWS, ABLATION_ROWS) for row in rows}
         if unknown := set(self.rows) - labels:
             raise ValueError(f"--rows: expected some of {sorted(labels)}, got {sorted(unknown)}.")
-        if self.seeds is None:
-            object.__setattr__(self, "seeds", 1 if self.profile in ("ablation", "math") else 3)
-        if self.repeats < 1:
+        if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"--seeds: expected at least one, got {self.seeds}.")
         for pair in self.set:
             if "=" not in pair:
@@ -244,8 +242,7 @@ class Comparison:
     @property
     def repeats(self) -> int:
         """The number of seeds."""
-        assert self.seeds is not None
-        return self.seeds
+        return self.seeds or (1 if self.profile in ("ablation", "math") else 3)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -388,7 +385,7 @@ def _document(comparison: Comparison, lines: list[dict[str, Any]]) -> dict[str, 
 def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
     """The table, for people."""
     text = [
-        f"Test score, mean and standard deviation over {comparison.seeds} seeds (each draws its own training sample, order "
+        f"Test score, mean and standard deviation over {comparison.repeats} seeds (each draws its own training sample, order "
         f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
         "seed 0; the head's is always that of the task's configuration. Parameters include the head. Before: the "
         "score at the start, of generated answers. F1: macro; ECE: "
@@ -460,7 +457,7 @@ def draw_reliability(lines: list[dict[str, Any]]) -> Figure:
                 for b in np.unique(where)
                 if rows[where == b].sum() >= MIN_ROWS
             ]
-            label = f"{line['row']}, ECE {100 * line['calibration_error']:.1f}"
+            label = f"{line['row']}, ECE {100 * line['calibration_error']:.1f} %"
             panel.plot(*np.array(points).reshape(-1, 2).T, "o-", ms=4, lw=1, label=label)
         panel.set(title=task, xlabel="confidence", ylabel=f"accuracy; bins of {MIN_ROWS} rows or more")
         if panel.get_legend_handles_labels()[0]:

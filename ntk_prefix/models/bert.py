@@ -165,7 +165,7 @@ class Bert(Backbone):
         Raises:
             ValueError: the model has more already.
 
-        Source: Beltagy et al. (Longformer), arXiv 2004.05150, section 5; to be trained further, or left frozen.
+        Source: Beltagy et al. (Longformer), arXiv 2004.05150; to be trained further, or left frozen.
         """
         have = self.config.max_position_embeddings
         if length < have:

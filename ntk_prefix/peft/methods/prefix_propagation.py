@@ -15,7 +15,7 @@ The *kernel form* puts one trained number in place of the share and any kernel i
 
 with K_n row-normalised; for ``exp`` and ``alpha = s / (1 - s)`` it is the first one, times ``1 - s``.
 
-Source: Li et al., Prefix propagation, arXiv 2305.12086, sections 3 and 5; defaults after its authors' code.
+Source: Li et al., Prefix propagation, arXiv 2305.12086; defaults after its authors' code.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def kernel_attention(
     Numerics: exp and rbf are softmax attention over the prefix (``|q|^2`` cancels in the rbf's sum to 1), in log
         space; poly is computed as it stands, in the accumulation dtype.
 
-    Source: arXiv 2305.12086, section 5 (form); ``lengthscale`` and the offset 1 are ours.
+    Source: arXiv 2305.12086 (form); ``lengthscale`` and the offset 1 are ours.
     """
     own = softmax_attention(query, key, value, mask=mask)
     head_dim = query.shape[-1]
