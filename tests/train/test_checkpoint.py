@@ -1,6 +1,7 @@
 """Checkpoints: bit-identical, on any devices; damaged ones are passed over; killing the process loses nothing."""
 
 import contextlib
+import gc
 import logging
 import os
 import random
@@ -20,8 +21,18 @@ from train.checkpoint import CheckpointError, Checkpoints
 
 ROOT = Path(__file__).parents[2]
 
-# Orbax reads many arrays at once; when the first error ends that, the others' go unheard
-damaged = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+def damaged(test):
+    """Orbax reads many arrays at once; when the first error ends that, the others' go unheard, here and now."""
+    unheard = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    return unheard(pytest.mark.usefixtures("collected")(test))
+
+
+@pytest.fixture
+def collected():
+    """The test's garbage is collected at its own end: its errors do not reach a later test."""
+    yield
+    gc.collect()
 
 
 def tree(step: int) -> dict:
