@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
@@ -32,147 +32,8 @@ from rich.table import Table
 from ntk_prefix.results import CHECKOUT, json_text, provenance, write_whole
 from train.confidence import BINS
 from train.config import CONFIGS
+from train.profiles import PROFILES, Name, Row
 from train.sources import find_folder
-
-Row = tuple[str, str, tuple[str, ...]]
-"""Label, method, changes of its configuration."""
-
-ABLATION_ROWS: tuple[Row, ...] = (
-    ("ntk", "ntk_attention", ()),
-    ("features not white", "ntk_attention", ("whiten=false",)),
-    ("absolute mass", "ntk_attention", ("mass=absolute",)),
-    ("neither: published", "ntk_attention_published", ()),
-    ("published, from a prefix", "ntk_attention_published", ("init=from_prefix",)),
-    ("k = 0", "ntk_attention", ("train_k=false",)),
-    ("k = 0, elu", "ntk_attention", ("train_k=false", "feature_map=elu")),
-    ("k = 0, gelu", "ntk_attention", ("train_k=false", "feature_map=gelu")),
-    (
-        "32 positive random features",
-        "ntk_attention",
-        ("feature_map=positive_random", 'feature_map_options=[["features",32]]'),
-    ),
-    ("rank 4", "ntk_attention", ("rank=4",)),
-    ("rank 8", "ntk_attention", ("rank=8",)),
-)
-"""Of NTK-Attention itself; a rate of its own for k is ``--set k_learning_rate=...``."""
-
-LONG_ROWS: tuple[Row, ...] = (
-    ("lora r=8", "lora", ()),
-    ("prefix 16", "prefix_tuning", ("num_tokens=16",)),
-    ("propagation 32", "prefix_propagation", ("num_prefix_tokens=32",)),
-    # half of the weights of the row above it: what the paper's claim is about
-    ("propagation 16", "prefix_propagation", ("num_prefix_tokens=16",)),
-    ("propagation 16, mean", "prefix_propagation", ("num_prefix_tokens=16", "pool=model")),
-    ("ntk", "ntk_attention", ()),
-)
-"""Of long documents: MiniLM's 6 layers of 384; 32 propagated rows are as much as 16 tokens of prefix tuning."""
-
-SHARED_ROWS: tuple[Row, ...] = (
-    ("full", "full", ()),
-    ("head", "head", ()),
-    ("bitfit", "bitfit", ()),
-)
-
-ROWS: dict[str, tuple[Row, ...]] = {
-    # 12 heads of 32 in 6 layers: r = 8, 16 tokens and a full state are within 4 % of each other
-    "minilm": (
-        *SHARED_ROWS,
-        ("lora r=8", "lora", ()),
-        ("prefix 16", "prefix_tuning", ("num_tokens=16",)),
-        ("prefix-tuning+", "prefix_tuning_plus", ()),
-        ("ntk published", "ntk_attention_published", ()),
-        ("ntk", "ntk_attention", ()),
-    ),
-    # 6 heads of 64 in 12 layers: a state is as much as r = 16 or 32 tokens; rank 16 as much as r = 8
-    "vit": (
-        *SHARED_ROWS,
-        ("lora r=8", "lora", ()),
-        ("lora r=16", "lora", ("r=16",)),
-        ("prefix 32", "prefix_tuning", ("num_tokens=32",)),
-        ("prefix-tuning+", "prefix_tuning_plus", ()),
-        ("ntk published", "ntk_attention_published", ()),
-        ("ntk rank 16", "ntk_attention", ("rank=16",)),
-        ("ntk", "ntk_attention", ()),
-    ),
-    # 9 heads of 64 that share 3 of keys, in 30 layers; no biases and no head to train
-    "smollm2": (
-        ("full", "full", ()),
-        ("lora r=19", "lora", ("r=19",)),
-        ("prefix 96", "prefix_tuning", ("num_tokens=96",)),
-        ("prefix-tuning+", "prefix_tuning_plus", ()),
-        ("ntk published", "ntk_attention_published", ()),
-        ("ntk", "ntk_attention", ()),
-    ),
-}
-"""The rows of a task's table, by its model; count-matched groups as the comments say."""
-
-TASKS: dict[str, dict[str, dict[str, Any]]] = {
-    # 4,000 examples, 16 a step: about four hours of two cores in all
-    "small": {
-        "sst2": {"steps": 200},
-        "fashion_mnist": {"steps": 150, "test_size": 1500},
-        "newsgroups": {"steps": 100, "test_size": 1000},
-        "rte": {"steps": 100, "validation_size": 250, "train_size": None},
-    },
-    # everything there is, for a GPU
-    "full": {
-        name: {"train_size": None, "test_size": None, "steps": steps, "batch_size": 32, "evaluate_every": steps // 20}
-        for name, steps in {
-            "rte": 2000,
-            "sst2": 6000,
-            "newsgroups": 4000,
-            "rotten_tomatoes": 2000,
-            "fashion_mnist": 6000,
-            "cifar10": 3000,
-        }.items()
-    },
-    # what each part of the parametrisation is for: about twenty minutes
-    "ablation": {"sst2": {"steps": 200}},
-    # generated school mathematics, exact match by generation: about an hour and a half
-    "math": {"gsm_symbolic": {"steps": 40, "evaluate_every": 40, "validation_size": 40, "test_size": 64}},
-    # long documents, 4,000 examples, 8 a step: about three hours of two cores in all
-    "long": {"newsgroups_long": {}, "imdb": {}},
-    # all of them, and reviews of up to 1024 tokens through windows
-    "long_full": {
-        name: {"train_size": None, "test_size": None, "steps": 6000, "batch_size": 32, "evaluate_every": 300}
-        for name in ("newsgroups_long", "imdb", "imdb_longer")
-    },
-}
-"""What a profile changes in the tasks' configurations; the same for every method."""
-
-SHARED: dict[str, dict[str, Any]] = {
-    "small": {
-        "batch_size": 16,
-        "train_size": 4000,
-        "validation_size": 300,
-        "evaluate_every": 50,
-        "checkpoint_every": 200,
-        "patience": 0,
-    },
-    "ablation": {"batch_size": 16, "train_size": 4000, "evaluate_every": 50, "checkpoint_every": 200, "patience": 0},
-    "long": {
-        "batch_size": 8,
-        "train_size": 4000,
-        "validation_size": 200,
-        "test_size": 500,
-        "steps": 80,
-        "evaluate_every": 40,
-        "checkpoint_every": 200,
-        "patience": 0,
-    },
-}
-"""What a profile changes in all of its tasks."""
-
-GRIDS = {
-    "ablation": (5e-3, 2.5e-2),
-    "math": (1e-4, 1e-3, 1e-2),
-    "long": (1e-3, 5e-3, 2.5e-2),
-    "long_full": (5e-4, 1e-3, 5e-3, 1e-2, 5e-2),
-}
-"""Learning rates of a profile, where they are not :data:`GRID`; the last one's ends are those of arXiv 2305.12086."""
-
-GRID = (2e-4, 1e-3, 5e-3, 2.5e-2)
-
 
 MIN_ROWS = 10
 """Bins of fewer rows are left out of the reliability diagram: their accuracy is chance."""
@@ -197,7 +58,7 @@ class Cell:
 class Comparison:
     """Methods x tasks x seeds, one table, one figure."""
 
-    profile: Literal["small", "full", "ablation", "math", "long", "long_full"] = "small"
+    profile: Name = "small"
     """small: samples sized for four hours of two cores; full: all data and two more tasks, for a GPU; ablation: parts
     of NTK-Attention; math: SmolLM2; long and long_full: small and full for long documents, sized for three hours."""
     tasks: tuple[str, ...] = ()
@@ -205,7 +66,7 @@ class Comparison:
     rows: tuple[str, ...] = ()
     """Some of the rows, by label; all for none."""
     seeds: int | None = None
-    """How many; 3, and 1 for ablation and math, if None."""
+    """How many; the profile's own (3, or 1 for ablation and math) if None."""
     grid: tuple[float, ...] = ()
     """Learning rates that every row is tuned over; the profile's own for none."""
     data_dir: Path | None = None
@@ -217,10 +78,10 @@ class Comparison:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, before the first cell."""
-        tasks = TASKS[self.profile]
+        tasks = PROFILES[self.profile].tasks
         if unknown := set(self.tasks) - set(tasks):
             raise ValueError(f"--tasks: expected some of {', '.join(tasks)}, got {', '.join(sorted(unknown))}.")
-        labels = {row[0] for rows in (*ROWS.values(), LONG_ROWS, ABLATION_ROWS) for row in rows}
+        labels = {row[0] for task in self.chosen_tasks() for row in PROFILES[self.profile].rows_of(task)}
         if unknown := set(self.rows) - labels:
             raise ValueError(f"--rows: expected some of {sorted(labels)}, got {sorted(unknown)}.")
         if self.seeds is not None and self.seeds < 1:
@@ -231,30 +92,28 @@ class Comparison:
 
     def chosen_tasks(self) -> tuple[str, ...]:
         """The tasks of this table."""
-        return self.tasks or tuple(TASKS[self.profile])
+        return self.tasks or tuple(PROFILES[self.profile].tasks)
 
     def rows_of(self, task: str) -> list[Row]:
         """The rows of a task."""
-        special = {"ablation": ABLATION_ROWS, "long": LONG_ROWS, "long_full": LONG_ROWS}
-        rows = special.get(self.profile) or ROWS[CONFIGS[task][1].model]
-        return [row for row in rows if not self.rows or row[0] in self.rows]
+        return [row for row in PROFILES[self.profile].rows_of(task) if not self.rows or row[0] in self.rows]
 
     @property
     def repeats(self) -> int:
         """The number of seeds."""
-        return self.seeds or (1 if self.profile in ("ablation", "math") else 3)
+        return self.seeds or PROFILES[self.profile].seeds
 
     @property
     def rates(self) -> tuple[float, ...]:
         """The grid."""
-        return self.grid or GRIDS.get(self.profile, GRID)
+        return self.grid or PROFILES[self.profile].grid
 
     def fields(self, cell: Cell) -> dict[str, Any]:
         """The configuration of a cell, beyond its task's own."""
         here = self.data_dir is not None and find_folder(CONFIGS[cell.task][1].task, self.data_dir) is not None
         return {
-            **SHARED.get(self.profile, {}),
-            **TASKS[self.profile][cell.task],
+            **PROFILES[self.profile].shared,
+            **PROFILES[self.profile].tasks[cell.task],
             "method": cell.row[1],
             "adapter": cell.row[2],
             "learning_rate": cell.learning_rate,
@@ -388,22 +247,35 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         f"Test score, mean and standard deviation over {comparison.repeats} seeds (each draws its own training sample, order "
         f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
         "seed 0; the head's is always that of the task's configuration. Parameters include the head. Before: the "
-        "score at the start, of generated answers. F1: macro; ECE: "
+        "score at the start, of generated answers. Ahead by: the difference of the means and its standard error, the seeds "
+        "of both rows taken as independent. F1: macro; ECE: "
         f"expected calibration error, {BINS} bins of equal width, and (in brackets) with a temperature from validation.\n",
-        "| task | method | before | score | spread | F1 | ECE | parameters | learning rate | s / step | peak memory "
-        "| adapter |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| task | method | before | score | spread | ntk is ahead by | F1 | ECE | parameters | learning rate | s / step "
+        "| peak memory | adapter |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    ours = {line["task"]: line for line in lines if line["row"] == "ntk"}
     for line in lines:
         spread = "" if line["spread"] is None else f"{100 * line['spread']:.1f}"
         text.append(
             f"| {line['task']} | {line['row']} | {_number(line['before'], 0.01, 1)} | {100 * line['mean']:.1f} | {spread} "
-            f"| {_number(line['macro_f1'], 0.01, 1)} | {_number(line['calibration_error'], 0.01, 1)} "
-            f"({_number(line['calibration_error_scaled'], 0.01, 1)}) | {_whole(line['trainable_parameters'])} "
-            f"| {line['learning_rate']:g} | {_number(line['seconds_a_step'], 1, 2)} s "
+            f"| {_lead(ours.get(line['task']), line)} | {_number(line['macro_f1'], 0.01, 1)} "
+            f"| {_number(line['calibration_error'], 0.01, 1)} ({_number(line['calibration_error_scaled'], 0.01, 1)}) "
+            f"| {_whole(line['trainable_parameters'])} | {line['learning_rate']:g} | {_number(line['seconds_a_step'], 1, 2)} s "
             f"| {_number(line['peak_memory_bytes'], 2**20, 0)} MiB | {_number(line['adapter_bytes'], 2**10, 0)} KiB |"
         )
     return "\n".join(text) + "\n"
+
+
+def _lead(ours: dict[str, Any] | None, line: dict[str, Any]) -> str:
+    """By how much the row "ntk" of the same task is better, in percentage points."""
+    if ours is None or ours is line:
+        return "-"
+    lead = f"{100 * (ours['mean'] - line['mean']):+.1f}"
+    if ours["spread"] is None or line["spread"] is None:
+        return lead
+    error = sum(each["spread"] ** 2 / len(each["scores"]) for each in (ours, line)) ** 0.5
+    return f"{lead} ± {100 * error:.1f}"
 
 
 def _whole(value: Any) -> str:

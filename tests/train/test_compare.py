@@ -14,8 +14,9 @@ from rich.console import Console
 
 from ntk_prefix import models, peft
 from train import compare as table
-from train.compare import ABLATION_ROWS, LONG_ROWS, ROWS, TASKS, Cell, Comparison, compare
+from train.compare import Cell, Comparison, compare
 from train.config import CONFIGS, METHODS, adapter_config
+from train.profiles import ABLATION_ROWS, LONG_ROWS, MODEL_ROWS, PROFILES
 
 QUIET = Console(quiet=True)
 
@@ -78,7 +79,10 @@ class TestTuning:
         document = json.loads((tmp_path / "table.json").read_text())
         assert document["git"]
         assert len(document["lines"]) == 2
-        assert "| sst2 | ntk | - | 61.0 | 1.0 | 40.0 | 10.0 (2.0) | 100 |" in (tmp_path / "table.md").read_text()
+        text = (tmp_path / "table.md").read_text()
+        assert "| sst2 | ntk | - | 61.0 | 1.0 | - | 40.0 | 10.0 (2.0) | 100 |" in text
+        # 0.01 / sqrt(3) each, independent
+        assert "| sst2 | lora r=8 | - | 51.0 | 1.0 | +10.0 ± 0.8 | 40.0 |" in text
         for name in ("table.png", "reliability.png"):
             assert (tmp_path / name).stat().st_size > 1000
 
@@ -98,7 +102,7 @@ class TestCells:
     def test_a_finished_one_is_read_and_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(table, "subprocess", SimpleNamespace(Popen=lambda *a, **k: pytest.fail("it was run")))
         chosen = comparison(tmp_path, rows=("ntk",), seeds=1, grid=(1e-3,))
-        cell = Cell("sst2", ROWS["minilm"][-1], 1e-3, 0)
+        cell = Cell("sst2", MODEL_ROWS["minilm"][-1], 1e-3, 0)
         (tmp_path / cell.folder).mkdir(parents=True)
         (tmp_path / cell.folder / "summary.json").write_text(json.dumps(summary(cell)))
         (line,) = compare(chosen, QUIET)
@@ -126,9 +130,9 @@ class TestCells:
 
     def test_their_command_lines_are_configurations(self, tmp_path: Path) -> None:
         """Every field that a cell sets is one of TrainConfig, with a value that the task's configuration takes."""
-        for profile in TASKS:
-            for task in TASKS[profile]:
-                chosen = comparison(tmp_path, profile=profile, tasks=(task,), rows=())
+        for name, profile in PROFILES.items():
+            for task in profile.tasks:
+                chosen = comparison(tmp_path, profile=name, tasks=(task,), rows=())
                 for row in chosen.rows_of(task):
                     fields = chosen.fields(Cell(task, row, 1e-3, 0))
                     dataclasses.replace(CONFIGS[task][1], **fields)
@@ -164,7 +168,7 @@ def backbone(name: str) -> models.Backbone:
     return models.Vit(config, rngs=nnx.Rngs(0))
 
 
-LABELLED = {**ROWS, "minilm": ROWS["minilm"] + LONG_ROWS + ABLATION_ROWS}
+LABELLED = {**MODEL_ROWS, "minilm": MODEL_ROWS["minilm"] + LONG_ROWS + ABLATION_ROWS}
 MATCHED = {
     "smollm2": [("lora r=19", "prefix 96", "prefix-tuning+", "ntk published", "ntk")],
     "minilm": [

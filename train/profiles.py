@@ -1,0 +1,171 @@
+"""What a table of ``train.compare`` has in it: rows, tasks, sizes, learning rates; a profile is one such choice."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from train.config import CONFIGS
+
+Row = tuple[str, str, tuple[str, ...]]
+"""Label, method, changes of its configuration."""
+
+ABLATION_ROWS: tuple[Row, ...] = (
+    ("ntk", "ntk_attention", ()),
+    ("features not white", "ntk_attention", ("whiten=false",)),
+    ("absolute mass", "ntk_attention", ("mass=absolute",)),
+    ("neither: published", "ntk_attention_published", ()),
+    ("published, from a prefix", "ntk_attention_published", ("init=from_prefix",)),
+    ("k = 0", "ntk_attention", ("train_k=false",)),
+    ("k = 0, elu", "ntk_attention", ("train_k=false", "feature_map=elu")),
+    ("k = 0, gelu", "ntk_attention", ("train_k=false", "feature_map=gelu")),
+    (
+        "32 positive random features",
+        "ntk_attention",
+        ("feature_map=positive_random", 'feature_map_options=[["features",32]]'),
+    ),
+    ("rank 4", "ntk_attention", ("rank=4",)),
+    ("rank 8", "ntk_attention", ("rank=8",)),
+)
+"""Of NTK-Attention itself; a rate of its own for k is ``--set k_learning_rate=...``."""
+
+LONG_ROWS: tuple[Row, ...] = (
+    ("lora r=8", "lora", ()),
+    ("prefix 16", "prefix_tuning", ("num_tokens=16",)),
+    ("propagation 32", "prefix_propagation", ("num_prefix_tokens=32",)),
+    # half of the weights of the row above it: what the paper's claim is about
+    ("propagation 16", "prefix_propagation", ("num_prefix_tokens=16",)),
+    ("propagation 16, mean", "prefix_propagation", ("num_prefix_tokens=16", "pool=model")),
+    ("ntk", "ntk_attention", ()),
+)
+"""Of long documents: MiniLM's 6 layers of 384; 32 propagated rows are as much as 16 tokens of prefix tuning."""
+
+SHARED_ROWS: tuple[Row, ...] = (
+    ("full", "full", ()),
+    ("head", "head", ()),
+    ("bitfit", "bitfit", ()),
+)
+
+MODEL_ROWS: dict[str, tuple[Row, ...]] = {
+    # 12 heads of 32 in 6 layers: r = 8, 16 tokens and a full state are within 4 % of each other
+    "minilm": (
+        *SHARED_ROWS,
+        ("lora r=8", "lora", ()),
+        ("prefix 16", "prefix_tuning", ("num_tokens=16",)),
+        ("prefix-tuning+", "prefix_tuning_plus", ()),
+        ("ntk published", "ntk_attention_published", ()),
+        ("ntk", "ntk_attention", ()),
+    ),
+    # 6 heads of 64 in 12 layers: a state is as much as r = 16 or 32 tokens; rank 16 as much as r = 8
+    "vit": (
+        *SHARED_ROWS,
+        ("lora r=8", "lora", ()),
+        ("lora r=16", "lora", ("r=16",)),
+        ("prefix 32", "prefix_tuning", ("num_tokens=32",)),
+        ("prefix-tuning+", "prefix_tuning_plus", ()),
+        ("ntk published", "ntk_attention_published", ()),
+        ("ntk rank 16", "ntk_attention", ("rank=16",)),
+        ("ntk", "ntk_attention", ()),
+    ),
+    # 9 heads of 64 that share 3 of keys, in 30 layers; no biases and no head to train
+    "smollm2": (
+        ("full", "full", ()),
+        ("lora r=19", "lora", ("r=19",)),
+        ("prefix 96", "prefix_tuning", ("num_tokens=96",)),
+        ("prefix-tuning+", "prefix_tuning_plus", ()),
+        ("ntk published", "ntk_attention_published", ()),
+        ("ntk", "ntk_attention", ()),
+    ),
+}
+"""The rows of a task's table, by its model; count-matched groups as the comments say."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One table."""
+
+    tasks: dict[str, dict[str, Any]]
+    """Its tasks, with what it changes in the configuration of each; the same for every method."""
+    shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What it changes in all of them."""
+    rows: tuple[Row, ...] = ()
+    """Its methods; those of each task's model for none."""
+    grid: tuple[float, ...] = (2e-4, 1e-3, 5e-3, 2.5e-2)
+    """Learning rates that every row is tuned over."""
+    seeds: int = 3
+    """Runs of each row's best rate."""
+
+    def rows_of(self, task: str) -> tuple[Row, ...]:
+        """The rows of a task."""
+        return self.rows or MODEL_ROWS[CONFIGS[task][1].model]
+
+
+def _all_of_it(steps: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Tasks with all of their data and these steps, for a GPU."""
+    whole = {"train_size": None, "test_size": None, "batch_size": 32}
+    return {name: {**whole, "steps": count, "evaluate_every": count // 20} for name, count in steps.items()}
+
+
+Name = Literal["small", "full", "ablation", "math", "long", "long_full"]
+
+_SAMPLE = {"train_size": 4000, "checkpoint_every": 200, "patience": 0}
+
+PROFILES: dict[Name, Profile] = {
+    # 16 a step: about three hours of two cores in all
+    "small": Profile(
+        tasks={
+            "sst2": {"steps": 200},
+            "fashion_mnist": {"steps": 150, "test_size": 1500},
+            "newsgroups": {"steps": 100, "test_size": 1000},
+            "rte": {"steps": 100, "validation_size": 250, "train_size": None},
+        },
+        shared={**_SAMPLE, "batch_size": 16, "validation_size": 300, "evaluate_every": 50},
+    ),
+    "full": Profile(
+        tasks=_all_of_it(
+            {
+                "rte": 2000,
+                "sst2": 6000,
+                "newsgroups": 4000,
+                "rotten_tomatoes": 2000,
+                "fashion_mnist": 6000,
+                "cifar10": 3000,
+            }
+        )
+    ),
+    # what each part of the parametrisation is for: about twenty minutes
+    "ablation": Profile(
+        tasks={"sst2": {"steps": 200}},
+        shared={**_SAMPLE, "batch_size": 16, "evaluate_every": 50},
+        rows=ABLATION_ROWS,
+        grid=(5e-3, 2.5e-2),
+        seeds=1,
+    ),
+    # generated school mathematics, exact match by generation: about an hour and a half
+    "math": Profile(
+        tasks={"gsm_symbolic": {"steps": 40, "evaluate_every": 40, "validation_size": 40, "test_size": 64}},
+        grid=(1e-4, 1e-3, 1e-2),
+        seeds=1,
+    ),
+    # long documents, 8 a step: about three hours of two cores in all
+    "long": Profile(
+        tasks={"newsgroups_long": {}, "imdb": {}},
+        shared={
+            **_SAMPLE,
+            "batch_size": 8,
+            "validation_size": 200,
+            "test_size": 500,
+            "steps": 80,
+            "evaluate_every": 40,
+        },
+        rows=LONG_ROWS,
+        grid=(1e-3, 5e-3, 2.5e-2),
+    ),
+    # all of them, and reviews of up to 1024 tokens through windows; the grid's ends are those of arXiv 2305.12086
+    "long_full": Profile(
+        tasks=_all_of_it({"newsgroups_long": 6000, "imdb": 6000, "imdb_longer": 6000}),
+        rows=LONG_ROWS,
+        grid=(5e-4, 1e-3, 5e-3, 1e-2, 5e-2),
+    ),
+}
+"""Every table of ours, by name."""
