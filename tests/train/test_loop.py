@@ -158,6 +158,15 @@ def test_eight_devices_train_like_one_for_twenty_steps_by_jit_and_by_pmap() -> N
         np.testing.assert_allclose(losses_of_twenty_steps(devices=8, **way), alone, rtol=1e-6, err_msg=str(way))
 
 
+def test_bfloat16_computes_in_it_and_trains_float32_weights(unbroken: Path, tmp_path: Path) -> None:
+    run(dataclasses.replace(TINY, precision="bfloat16"), tmp_path)
+    half, single = weights(tmp_path), weights(unbroken)
+    assert {w.dtype for w in half.values()} == {np.dtype("float32")}
+    assert any((half[name] != single[name]).any() for name in single)  # the control: it is not float32 all along
+    losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in (tmp_path, unbroken)]
+    np.testing.assert_allclose(*losses, rtol=2**-8)  # half a unit in bfloat16's last place, of logits of order one
+
+
 def test_accumulated_parts_are_one_batch(unbroken: Path, tmp_path: Path) -> None:
     """The same rows in two halves: the same gradients up to rounding, so the same looks at the validation split."""
     run(dataclasses.replace(TINY, accumulate=2), tmp_path)
