@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from train.memory import keep_freed
+
+if __name__ == "__main__":
+    keep_freed()  # before the other imports start threads
+
 import dataclasses
 import sys
 from pathlib import Path
@@ -13,7 +18,6 @@ from rich.markup import escape
 
 from train.config import CONFIGS, TrainConfig
 from train.loop import Interrupted, run
-from train.memory import keep_freed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,6 @@ def main() -> int:
     choices = {name: (text, Command(config)) for name, (text, config) in CONFIGS.items()}
     command = tyro.extras.overridable_config_cli(choices, prog="python -m train")
     config, job, console = command.config, command.job, Console()
-    keep_freed()
     workdir = command.workdir or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
     try:
         if job.distributed:

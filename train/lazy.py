@@ -16,6 +16,11 @@ training set are learned at comparable speed.
 
 from __future__ import annotations
 
+from train.memory import keep_freed
+
+if __name__ == "__main__":
+    keep_freed()  # before the other imports start threads
+
 import dataclasses
 import warnings
 from pathlib import Path
@@ -37,7 +42,6 @@ from ntk_prefix.typing import Array, Float
 from train import data
 from train.config import CONFIGS, METHODS, TrainConfig
 from train.loop import run
-from train.memory import keep_freed
 from train.setup import build, model_inputs
 
 __all__ = ["Options", "View", "draw", "view"]
@@ -192,7 +196,6 @@ def main(options: Options) -> None:
     """Look at every method, print a table, draw."""
     if unknown := set(options.methods) - set(METHODS):
         raise SystemExit(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}.")
-    keep_freed()
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
     views = [view(options, method, console) for method in options.methods]

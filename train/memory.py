@@ -17,7 +17,10 @@ _KEEP = {
 
 
 def keep_freed() -> bool:
-    """Let malloc keep what is freed, for this process and from now on; to be called before JAX starts its threads.
+    """Let malloc keep what is freed, for this process and from now on; to be called before numpy or JAX is imported.
+
+    They start threads, and glibc settles how many heaps there are when the first thread asks for memory; blocks that
+    threads of a second heap ask for still come from the kernel.
 
     The process then stays as large as it was at its largest, up to 2 GiB of free memory at the end of its heap.
 

@@ -10,13 +10,19 @@ Ours run with `train.memory.keep_freed`, as ``python -m train`` does, or without
 glibc's huge pages, which spare them the same page faults; the faster counts, method by method.
 """
 
+import sys
+
+from train.memory import keep_freed
+
+if __name__ == "__main__" and "--no-keep-freed" not in sys.argv:
+    keep_freed()  # before the other imports start threads
+
 import dataclasses
 import json
 import os
 import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +41,6 @@ from ntk_prefix import models, ntk_attention, peft, softmax_attention
 from ntk_prefix.training import Trainer
 from train import assets
 from train.config import adapter_config
-from train.memory import keep_freed
 from train.setup import loss_of, model_inputs
 
 BATCH, LENGTH = 32, 64
@@ -207,7 +212,6 @@ def torch_and_peft(python: Path, repeats: int) -> dict[str, list[float]]:
 
 def main(options: Options) -> None:
     console = Console(width=120)
-    kept = options.keep_freed and keep_freed()
     chosen = {name: ROWS[name] for name in (options.rows or ROWS)}
     made = {name: stepper(*row) for name, row in chosen.items()}
     peers: dict[str, list[float]] = {}
@@ -239,7 +243,7 @@ def main(options: Options) -> None:
     each = faults / len(made) / -(-options.repeats // 2)
     console.print(
         f"floor: forward {forward:.3f} s, forward and frozen backward {both:.3f} s; {sys.platform}, {jax.devices()[0]}; "
-        f"freed memory {'kept' if kept else 'returned'}: {each:,.0f} page faults a step"
+        f"freed memory {'kept' if options.keep_freed else 'returned'}: {each:,.0f} page faults a step"
     )
 
 
