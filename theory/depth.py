@@ -11,18 +11,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from matplotlib.figure import Figure
 
 from ntk_prefix import PrefixAttentionLayer, RandomPrefix, TiedPrefixModel, bounds
 from ntk_prefix.kernels import empirical_ntk, limit_ntk, real_layer_limit_ntk
 from ntk_prefix.one_layer import Frozen
-from ntk_prefix.training import Trainer, TrainState, half_squared_error
+from ntk_prefix.training import TrainState
 from ntk_prefix.typing import Array, Float, Inputs, Kernel
 from theory import figures, fits
 from theory.claim import Check, Claim, Evidence, relative_error
-from theory.descent import spectrum
+from theory.descent import TRAINER, begin, spectrum
 from theory.lazy import FALLING
 from theory.problem import Problem
 
@@ -280,12 +279,6 @@ TRAINED = {
 }
 
 
-# the step size is data of the optimizer: one program for all draws of a shape
-_TRAINER = Trainer(
-    loss=half_squared_error, optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=1.0), reduction="sum"
-)
-
-
 def _drift(stack: Stack, problem: Problem, speed: float = 0.25) -> float:
     """Relative change of the kernel over gradient descent to LOSS times the first loss; NaN if it is not reached.
 
@@ -293,11 +286,9 @@ def _drift(stack: Stack, problem: Problem, speed: float = 0.25) -> float:
     """
     start = kernel(stack, problem.inputs)
     step = speed * bounds.largest_stable_step(largest=float(spectrum(start)[-1]), tokens=1)
-    state = _TRAINER.init(stack)
-    state.optimizer.hyperparams["learning_rate"] = jnp.asarray(step)
     batch = (problem.inputs, stack(problem.inputs) + problem.targets)
     goal = LOSS * jnp.square(problem.targets).sum() / 2
-    final, loss = _descend(nnx.graphdef(stack), state, batch, goal)
+    final, loss = _descend(nnx.graphdef(stack), begin(stack, step), batch, goal)
     if not loss <= goal:
         return np.nan
     return relative_error(kernel(nnx.merge(nnx.graphdef(stack), final.trained, final.frozen), problem.inputs), start)
@@ -308,7 +299,7 @@ def _descend(
     graph: nnx.GraphDef[Stack], state: TrainState, batch: tuple[Array, Array], goal: Array
 ) -> tuple[TrainState, Array]:
     """Full-batch gradient descent until a loss is reached; the state, and the loss one step before it."""
-    update = _TRAINER.update(nnx.merge(graph, state.trained, state.frozen))
+    update = TRAINER.update(nnx.merge(graph, state.trained, state.frozen))
 
     def step(carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, metrics = update(carry[0], batch)

@@ -44,23 +44,28 @@ def build(problem: Problem, model: ModelName, m: int, *labels: int | str, symmet
 
 
 # one optimizer for every step size (it lives in the state), so that a step compiles once per shape
-_TRAINER = Trainer(
+TRAINER = Trainer(
     loss=half_squared_error, optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=1.0), reduction="sum"
 )
 
 
 def descend(model: Model, inputs: Inputs, targets: Array, *, step_size: float, steps: int) -> Trajectory:
     """Plain gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 with the package's own train step."""
-    state = _TRAINER.init(model)
-    state.optimizer.hyperparams["learning_rate"] = jnp.asarray(step_size, inputs.dtype)
-    return _descend(nnx.graphdef(model), state, (inputs, targets), steps)
+    return _descend(nnx.graphdef(model), begin(model, step_size), (inputs, targets), steps)
+
+
+def begin(model: nnx.Module, step_size: float) -> TrainState:
+    """The state of :data:`TRAINER` before its first step."""
+    state = TRAINER.init(model)
+    state.optimizer.hyperparams["learning_rate"] = jnp.asarray(step_size, float)
+    return state
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "steps"))
 def _descend(graph: nnx.GraphDef[Model], state: TrainState, batch: tuple[Array, Array], steps: int) -> Trajectory:
     model = nnx.merge(graph, state.trained, state.frozen)
     start = model.weights[...]
-    update = _TRAINER.update(model)
+    update = TRAINER.update(model)
 
     def observe(state: TrainState) -> tuple[Array, Array]:
         current = nnx.merge(graph, state.trained, state.frozen)

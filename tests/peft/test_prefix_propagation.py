@@ -138,6 +138,12 @@ class TestKernelForm:
         without = model(jnp.asarray(IDS), attention_mask=jnp.asarray(MASK)).last_hidden_state
         np.testing.assert_allclose(with_rows, without, atol=1e-5)
 
+    def test_a_causal_one_is_refused(self, folder):
+        core = classifier(folder, kernel="exp").backbone.layers[0].attention.core
+        query, key, value, *_ = heads()
+        with pytest.raises(ValueError, match="is_causal: expected False beside prefix propagation"):
+            core(query, key, value, is_causal=True)
+
     def test_alpha_is_trained_one_a_head(self, folder):
         model = classifier(folder, kernel="exp")
         alphas = [layer.attention.core.adapters["default"].alpha for layer in model.backbone.layers]

@@ -163,10 +163,16 @@ class KernelCore(Host, AttentionCore):
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
     ) -> Float[Array, "B T N H"]:
-        """Return :func:`kernel_attention`; plain attention where no adapter is active."""
+        """Return :func:`kernel_attention`; plain attention where no adapter is active.
+
+        Raises:
+            ValueError: causal, beside an adapter: no decoder hosts one.
+        """
         own = self.current()
         if own is None:
             return softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
+        if is_causal:
+            raise ValueError("is_causal: expected False beside prefix propagation, got True: its prefix sees the text")
         j = own.count
         return kernel_attention(
             query, key[:, j:], value[:, j:], key[:, :j], value[:, :j], own.alpha[...],
