@@ -16,10 +16,10 @@ training set are learned at comparable speed.
 
 from __future__ import annotations
 
-from train.memory import keep_freed
+from train.memory import use_huge_pages
 
 if __name__ == "__main__":
-    keep_freed()  # before the other imports start threads
+    use_huge_pages()
 
 import dataclasses
 import warnings

@@ -6,16 +6,16 @@ The *floor* is the time that the step's matrix products take at the rate of one 
 forward, and backward through frozen weights (activations' gradients only), without attention's own products. Then the
 parts of a layer are timed alone, forward and backward, as often as the model has them: where the rest of the step goes.
 
-Ours run with `train.memory.keep_freed`, as ``python -m train`` does, or without. Theirs run twice, as they are and with
-glibc's huge pages, which spare them the same page faults; the faster counts, method by method.
+Ours run in huge pages, as ``python -m train`` does, or without. Theirs run twice, with and without; the faster counts,
+method by method.
 """
 
 import sys
 
-from train.memory import keep_freed
+from train.memory import TUNABLES, use_huge_pages
 
-if __name__ == "__main__" and "--no-keep-freed" not in sys.argv:
-    keep_freed()  # before the other imports start threads
+if __name__ == "__main__" and "--no-huge-pages" not in sys.argv:
+    use_huge_pages()
 
 import dataclasses
 import json
@@ -102,8 +102,8 @@ class Options:
     """Steps of each, interleaved."""
     rows: tuple[str, ...] = ()
     """Some of the methods; all for none."""
-    keep_freed: bool = True
-    """Let malloc keep the memory that a step frees, as training does."""
+    huge_pages: bool = True
+    """Large blocks in huge pages, as in training."""
 
 
 def batch() -> dict[str, np.ndarray]:
@@ -203,7 +203,7 @@ def floors() -> tuple[float, float]:
 def torch_and_peft(python: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds of each step of each method, in the setting of malloc where its median is lower."""
     settings = []
-    for tunables in ({}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}):
+    for tunables in ({"GLIBC_TUNABLES": ""}, TUNABLES):
         command = [python, "-c", PEERS, assets.asset("minilm"), str(repeats)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | tunables)
         settings.append(json.loads(done.stdout.splitlines()[-1]))
@@ -243,7 +243,7 @@ def main(options: Options) -> None:
     each = faults / len(made) / -(-options.repeats // 2)
     console.print(
         f"floor: forward {forward:.3f} s, forward and frozen backward {both:.3f} s; {sys.platform}, {jax.devices()[0]}; "
-        f"freed memory {'kept' if options.keep_freed else 'returned'}: {each:,.0f} page faults a step"
+        f"{each:,.0f} page faults a step"
     )
 
 
