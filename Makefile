@@ -3,9 +3,6 @@ PYTHON ?= python3
 ENVIRONMENT := .venv
 READY := $(ENVIRONMENT)/ready
 
-# large temporaries in huge pages: without, each step of a test pays a page fault for every 4 KiB of them
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-
 .PHONY: setup verify verify-full test test-slow test-gpu lint bench lock clean
 
 verify: $(READY)  ## check the theory claim by claim, minutes on two cores; report in runs/theory

@@ -124,15 +124,16 @@ def view(options: Options, method: str, console: Console) -> View:
 
     adapter = nnx.All(peft.AdapterParam, nnx.Not(nnx.PathContains("head"))) if method != "head" else peft.AdapterParam
 
-    def kernel(x1: Array, x2: Array | None) -> np.ndarray:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", KernelFallbackWarning)  # structured derivatives do not know attention
-            whole = empirical_ntk(model, x1, x2, wrt=adapter, implementation="jacobian", batch_size=block)
-        rows, columns = whole.shape[0] * whole.shape[1], whole.shape[2] * whole.shape[3]
-        return np.asarray(whole, np.float64).reshape(rows, columns)
-
-    start = [np.asarray(model(x), np.float64) for x in arrays]
-    train_train = kernel(arrays[0], None)
+    # all splits at once: one program, compiled once
+    everything, ends = jnp.concatenate(arrays), np.cumsum([len(x) for x in arrays])[:-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelFallbackWarning)  # structured derivatives do not know attention
+        whole = empirical_ntk(model, everything, arrays[0], wrt=adapter, implementation="jacobian", batch_size=block)
+    columns = whole.shape[2] * whole.shape[3]
+    train_train, validation, test = (
+        rows.reshape(-1, columns) for rows in np.split(np.asarray(whole, np.float64), ends)
+    )
+    start = np.split(np.asarray(model(everything), np.float64), ends)
     eigenvalues, vectors = np.linalg.eigh(train_train)
     missing = vectors.T @ (np.eye(split.num_labels)[labels[0]] - start[0]).ravel()
 
@@ -141,9 +142,8 @@ def view(options: Options, method: str, console: Console) -> View:
         outputs = start[part] + (cross @ weights).reshape(start[part].shape)
         return float((outputs.argmax(axis=1) == labels[part]).mean())
 
-    validation = kernel(arrays[1], arrays[0])
     ridge = max(RIDGES, key=lambda r: score(1, validation, r))
-    regression = score(2, kernel(arrays[2], arrays[0]), ridge)
+    regression = score(2, test, ridge)
     console.print(f"{method}: kernel regression {regression:.3f}; fine-tuning ...")
     tuned = run(config, options.out / "runs" / f"{options.config}-{method}", console)
     return View(method, trained, eigenvalues[::-1], ridge, regression, tuned["test_score"])
