@@ -32,8 +32,8 @@ def provenance(*packages: str, sources: tuple[str, ...] = ("ntk_prefix/**/*.py",
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: under another name, then moved into place."""
-    temporary = path.with_name(path.name + ".new")
+    """Write a whole file or nothing: under a name of this process's own, then moved into place."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     temporary.write_bytes(content)
     temporary.replace(path)
 

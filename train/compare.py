@@ -4,6 +4,8 @@ Each cell is one run of ``python -m train`` in a folder and a process of its own
 measured for each, and a finished cell is never run again.  Every row gets the same tuning budget: the same grid of
 learning rates, one run each with the first seed; the rate with the best *validation* score is then run with the other
 seeds.  Test scores are of the chosen rate only.
+
+Two processes may fill one folder with different tasks or rows; the table is then written by running it once more for all.
 """
 
 from __future__ import annotations
