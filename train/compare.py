@@ -40,6 +40,9 @@ from train.sources import find_folder
 MIN_ROWS = 10
 """Bins of fewer rows are left out of the reliability diagram: their accuracy is chance."""
 
+LABEL_DECADES = 2
+"""How far a label of the figure reaches to its side."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -119,6 +122,8 @@ class Comparison:
             "method": cell.row[1],
             "adapter": cell.row[2],
             "learning_rate": cell.learning_rate,
+            # where the head is all there is, it is what is tuned
+            **({"head_learning_rate": cell.learning_rate} if cell.row[1] == "head" else {}),
             "seed": cell.seed,
             **({"data_dir": self.data_dir} if here else {}),
             **dict(pair.split("=", 1) for pair in self.set),
@@ -248,12 +253,13 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
     text = [
         f"Test score, mean and standard deviation over {comparison.repeats} seeds (each draws its own training sample, order "
         f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
-        "seed 0; the head's is always that of the task's configuration. Parameters include the head. Before: the "
+        "seed 0; the head's is that of the task's configuration, but for the row that trains nothing else. Parameters "
+        "include the head. Before: the "
         "score at the start, of generated answers. Ahead by: the difference of the means and its standard error, the seeds "
         "of both rows taken as independent. F1: macro; ECE: "
         f"expected calibration error, {BINS} bins of equal width, and (in brackets) with a temperature from validation.\n",
         "| task | method | before | score | spread | ntk is ahead by | F1 | ECE | parameters | learning rate | s / step "
-        "| peak memory | adapter |",
+        "| peak memory, MiB | adapter, KiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     ours = {line["task"]: line for line in lines if line["row"] == "ntk"}
@@ -263,8 +269,8 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
             f"| {line['task']} | {line['row']} | {_number(line['before'], 0.01, 1)} | {100 * line['mean']:.1f} | {spread} "
             f"| {_lead(ours.get(line['task']), line)} | {_number(line['macro_f1'], 0.01, 1)} "
             f"| {_number(line['calibration_error'], 0.01, 1)} ({_number(line['calibration_error_scaled'], 0.01, 1)}) "
-            f"| {_whole(line['trainable_parameters'])} | {line['learning_rate']:g} | {_number(line['seconds_a_step'], 1, 2)} s "
-            f"| {_number(line['peak_memory_bytes'], 2**20, 0)} MiB | {_number(line['adapter_bytes'], 2**10, 0)} KiB |"
+            f"| {_whole(line['trainable_parameters'])} | {line['learning_rate']:g} | {_number(line['seconds_a_step'], 1, 2)} "
+            f"| {_number(line['peak_memory_bytes'], 2**20, 0)} | {_number(line['adapter_bytes'], 2**10, 0)} |"
         )
     return "\n".join(text) + "\n"
 
@@ -295,15 +301,14 @@ def draw(lines: list[dict[str, Any]]) -> Figure:
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     methods = list(dict.fromkeys(line["method"] for line in lines))
     for panel, task in zip(panels, tasks, strict=True):
+        labels: list[tuple[float, float, str, str]] = []
         for line in (line for line in lines if line["task"] == task and line["trainable_parameters"]):
             error = 0.0 if line["spread"] is None else line["spread"] / len(line["scores"]) ** 0.5
             color = f"C{methods.index(line['method'])}"
             x, y = line["trainable_parameters"], 100 * line["mean"]
             panel.errorbar(x, y, 100 * error, fmt="o", color=color, capsize=3)
-            panel.annotate(line["row"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)
-        counts = [
-            line["trainable_parameters"] for line in lines if line["task"] == task and line["trainable_parameters"]
-        ]
+            labels.append((y, x, line["row"], color))
+        counts = [x for _, x, _, _ in labels]
         # whole decades, so that methods of nearly equal size do not get an axis of their own
         limits = (
             (10 ** np.floor(np.log10(min(counts))), 10 ** (np.floor(np.log10(max(counts))) + 1)) if counts else (1, 10)
@@ -312,6 +317,16 @@ def draw(lines: list[dict[str, Any]]) -> Figure:
             title=task, xscale="log", xlim=limits, xlabel="trained parameters", ylabel="test score, %; bars: one SE"
         )
         panel.xaxis.set_minor_formatter(NullFormatter())
+        # on the side where there is no other point; from below, one that would lie on another moves up
+        line_height, placed = 0.04 * np.ptp(panel.get_ylim()), list[tuple[float, float, bool]]()
+        for height, x, text, color in sorted(labels):
+            left = any(1.1 * x < other < 10 * x for other in counts)
+            for below, at, side in placed:
+                if side == left and abs(np.log10(x / at)) < LABEL_DECADES:
+                    height = max(height, below + line_height)
+            placed.append((height, x, left))
+            at, alignment = (x / 1.3, "right") if left else (1.3 * x, "left")
+            panel.annotate(text, (at, height), ha=alignment, va="center", fontsize=8, color=color)
     return figure
 
 

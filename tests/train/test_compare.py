@@ -128,6 +128,11 @@ class TestCells:
         (line,) = compare(chosen, QUIET)
         assert (line["mean"], line["diverged"]) == (0, 1)
 
+    def test_the_head_alone_is_tuned_and_beside_an_adapter_left_alone(self, tmp_path: Path) -> None:
+        fields = {row[0]: comparison(tmp_path).fields(Cell("sst2", row, 0.3, 0)) for row in MODEL_ROWS["minilm"]}
+        assert [label for label, own in fields.items() if "head_learning_rate" in own] == ["head"]
+        assert fields["head"]["head_learning_rate"] == 0.3
+
     def test_their_command_lines_are_configurations(self, tmp_path: Path) -> None:
         """Every field that a cell sets is one of TrainConfig, with a value that the task's configuration takes."""
         for name, profile in PROFILES.items():
