@@ -10,7 +10,9 @@ Two processes may fill one folder with different tasks or rows; the table is the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -131,9 +133,16 @@ class Comparison:
 
 
 def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
-    """Run what is not there yet, write table and figure after every row, and return the table's lines."""
+    """Run what is not there yet, write table and figure after every row, and return the table's lines.
+
+    Raises:
+        ValueError: the folder has a finished cell of another configuration; before any cell is run.
+        RuntimeError: a cell that ended without a result and did not diverge.
+    """
     comparison.out.mkdir(parents=True, exist_ok=True)
     pairs = [(task, row) for task in comparison.chosen_tasks() for row in comparison.rows_of(task)]
+    for (task, row), rate, seed in itertools.product(pairs, comparison.rates, range(comparison.repeats)):
+        _check(comparison, Cell(task, row, rate, seed))
     each = len(comparison.rates) + comparison.repeats - 1
     lines: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -165,6 +174,28 @@ def _cells(comparison: Comparison, task: str, row: Row, finished: dict[Cell, dic
 def _best_rate(finished: dict[Cell, dict[str, Any]]) -> float:
     tuned = {cell.learning_rate: summary for cell, summary in finished.items() if cell.seed == 0}
     return max(tuned, key=lambda rate: (tuned[rate]["validation_score"], -tuned[rate]["validation_loss"]))
+
+
+def _check(comparison: Comparison, cell: Cell) -> None:
+    """Refuse a finished cell that this table would have run in another way."""
+    path = comparison.out / cell.folder / "summary.json"
+    if not path.is_file():
+        return
+    stored, wanted = json.loads(path.read_text())["config"], comparison.fields(cell)
+    if differs := sorted(name for name, value in wanted.items() if _plain(stored.get(name)) != _plain(value)):
+        raise ValueError(
+            f"--out: expected a new folder, or one of this table, got {cell.folder} in {comparison.out}, which was run with "
+            f"{', '.join(f'{name}={stored.get(name)}' for name in differs)}. Name another folder."
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A field as a summary has it: from --set it comes as text, paths and tuples are text and lists there."""
+    if isinstance(value, str):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads({"None": "null"}.get(value, value))
+        return value
+    return json.loads(json_text(value))
 
 
 def _run(comparison: Comparison, cell: Cell, console: Console) -> dict[str, Any]:

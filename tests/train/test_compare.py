@@ -61,6 +61,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
     return cells
 
 
+def finish(comparison: Comparison, cell: Cell) -> None:
+    """Leave a cell as ``python -m train`` does."""
+    folder = comparison.out / cell.folder
+    folder.mkdir(parents=True)
+    config = dataclasses.replace(CONFIGS[cell.task][1], **comparison.fields(cell)).as_dict()
+    (folder / "summary.json").write_text(json.dumps({**summary(cell), "config": config}))
+
+
 class TestTuning:
     def test_every_row_runs_the_grid_once_and_the_best_rate_with_the_other_seeds(
         self, ran: list[Cell], tmp_path: Path
@@ -103,10 +111,32 @@ class TestCells:
         monkeypatch.setattr(table, "subprocess", SimpleNamespace(Popen=lambda *a, **k: pytest.fail("it was run")))
         chosen = comparison(tmp_path, rows=("ntk",), seeds=1, grid=(1e-3,))
         cell = Cell("sst2", MODEL_ROWS["minilm"][-1], 1e-3, 0)
-        (tmp_path / cell.folder).mkdir(parents=True)
-        (tmp_path / cell.folder / "summary.json").write_text(json.dumps(summary(cell)))
+        finish(chosen, cell)
         (line,) = compare(chosen, QUIET)
         assert line["mean"] == summary(cell)["test_score"]
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (("steps=20",), "steps=200"),
+            (("data_dir=there",), "data_dir=None"),
+            # the same by another spelling
+            (("steps=200", "train_size=4e3", "validation_size=300", "data_dir=None"), None),
+        ],
+    )
+    def test_one_of_another_configuration_is_not_taken_for_ours(
+        self, change: tuple[str, ...], said: str | None, ran: list[Cell], tmp_path: Path
+    ) -> None:
+        """Found before any cell is run, also where only a later one differs."""
+        before = comparison(tmp_path)
+        finish(before, Cell("sst2", MODEL_ROWS["minilm"][-1], 1e-2, 2))
+        changed = dataclasses.replace(before, set=change)
+        if said is None:
+            compare(changed, QUIET)
+            return
+        with pytest.raises(ValueError, match=f"ntk/0.01-seed2 .* {said}"):
+            compare(changed, QUIET)
+        assert not ran
 
     @pytest.mark.parametrize(
         ("said", "diverges"), [("expected a finite loss, got [nan]", True), ("no such file", False)]
