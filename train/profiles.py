@@ -90,8 +90,8 @@ class Profile:
     """What it changes in all of them."""
     rows: tuple[Row, ...] = ()
     """Its methods; those of each task's model for none."""
-    grid: tuple[float, ...] = (2e-4, 1e-3, 5e-3, 2.5e-2)
-    """Learning rates that every row is tuned over."""
+    grid: tuple[float, ...] = (5e-5, 5e-4, 5e-3, 5e-2)
+    """Learning rates that every row is tuned over: low enough for all weights, high enough for a prefix."""
     seeds: int = 3
     """Runs of each row's best rate."""
 
@@ -159,7 +159,7 @@ PROFILES: dict[Name, Profile] = {
             "evaluate_every": 40,
         },
         rows=LONG_ROWS,
-        grid=(1e-3, 5e-3, 2.5e-2),
+        grid=(5e-4, 5e-3, 5e-2),
     ),
     # all of them, and reviews of up to 1024 tokens through windows; the grid's ends are those of arXiv 2305.12086
     "long_full": Profile(
