@@ -212,7 +212,11 @@ def _run(comparison: Comparison, cell: Cell, console: Console) -> dict[str, Any]
         with subprocess.Popen(
             [sys.executable, "-m", "train", cell.task, *arguments, "--workdir", str(folder)],
             cwd=CHECKOUT,
-            env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str((comparison.out / "compiled").resolve())},
+            env={
+                **os.environ,
+                "JAX_COMPILATION_CACHE_DIR": str((comparison.out / "compiled").resolve()),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -171,6 +171,7 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
             steps=60,
             batch_size=64,
             learning_rate=3e-3,
+            head_learning_rate=3e-3,  # as everything else: nothing of it is pretrained
             evaluate_every=20,
             checkpoint_every=20,
         ),

@@ -169,18 +169,25 @@ def loss_of(kind: str) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Return AdamW with the configured schedule; a rate of its own for the head; k projected to >= 0."""
-    count = config.steps
-    shape: dict[str, Callable[[float], optax.Schedule]] = {
-        "cosine": lambda peak: optax.cosine_decay_schedule(peak, max(count - warmup, 1)),
-        "linear": lambda peak: optax.linear_schedule(peak, 0, max(count - warmup, 1)),
-        "constant": optax.constant_schedule,
-    }
-    warmup = round(config.warmup * count)
+    """Return AdamW with the configured schedule; a rate of its own for the head; k projected to >= 0.
 
-    def rate(peak: float) -> optax.Schedule:
-        rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-        return optax.join_schedules([rise, shape[config.schedule](peak)], [warmup])
+    Rates are data of the optimizer's state: runs that differ in nothing else share their compiled programs.
+    """
+    warmup = round(config.warmup * config.steps)
+    decay = max(config.steps - warmup, 1)
+    after: dict[str, optax.Schedule] = {
+        "cosine": optax.cosine_decay_schedule(1, decay),
+        "linear": optax.linear_schedule(1, 0, decay),
+        "constant": optax.constant_schedule(1),
+    }
+    rise = optax.linear_schedule(1 / max(warmup, 1), 1, max(warmup - 1, 1))
+    schedule = optax.join_schedules([rise, after[config.schedule]], [warmup])
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.adamw(schedule, weight_decay=config.weight_decay),
+            optax.inject_hyperparams(optax.scale)(step_size=peak),
+        )
 
     rates = {"adapter": config.learning_rate, "head": config.head_learning_rate}
     if config.k_learning_rate is not None:
@@ -193,7 +200,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     def group(tree: Any) -> Any:
         return jax.tree_util.tree_map_with_path(group_of, tree)
 
-    parts = {name: optax.adamw(rate(peak), weight_decay=config.weight_decay) for name, peak in rates.items()}
+    parts = {name: adamw(peak) for name, peak in rates.items()}
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     whole = peft.non_negative(optax.chain(clip, optax.partition(parts, group)))
     if config.accumulate == 1:

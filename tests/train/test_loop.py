@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -13,7 +15,7 @@ from safetensors.numpy import load_file
 from train import data, loop
 from train.config import CONFIGS, TrainConfig, adapter_config
 from train.loop import run
-from train.setup import build
+from train.setup import build, optimizer
 
 TINY = dataclasses.replace(
     CONFIGS["tiny"][1],
@@ -112,6 +114,31 @@ class TestABrokenRun:
         with pytest.raises(FloatingPointError, match="lower --learning-rate"):
             run(wild, tmp_path)
         assert not (tmp_path / "summary.json").exists()
+
+
+class TestRates:
+    """Of adapter, head and k: each its own, and none of them part of the program."""
+
+    RATES: ClassVar = {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "k_learning_rate": 1e-4}
+
+    @staticmethod
+    def update(**changes: float | str) -> tuple[Any, str]:
+        """The first update for gradients of 1, and the program that makes it."""
+        parameters = {"z": jnp.ones(3), "head": jnp.ones(3), "k": jnp.ones(3)}
+        made = optimizer(dataclasses.replace(TINY, clip=0, warmup=0, **{**TestRates.RATES, **changes}))  # type: ignore[arg-type]
+        state, step = made.init(parameters), jax.jit(made.update)
+        return step(parameters, state, parameters)[0], step.lower(parameters, state, parameters).as_text()
+
+    def test_each_group_has_its_own(self) -> None:
+        step, _ = self.update()
+        for name, rate in zip(("z", "head", "k"), self.RATES.values(), strict=True):
+            # Adam's first step is the rate, up to 1 - 0.999 in float32: 2^-24 over 1e-3, halved by the root
+            np.testing.assert_allclose(step[name], -rate, rtol=3e-5)
+
+    def test_another_rate_is_the_same_program_and_another_schedule_is_not(self) -> None:
+        _, program = self.update()
+        assert self.update(learning_rate=3e-2, head_learning_rate=1.0)[1] == program
+        assert self.update(schedule="constant")[1] != program
 
 
 class TestEarlyStop:
