@@ -73,7 +73,7 @@ class Comparison:
     rows: tuple[str, ...] = ()
     """Some of the rows, by label; all for none."""
     seeds: int | None = None
-    """How many; the profile's own (3, or 1 for ablation and math) if None."""
+    """How many; the profile's own (3, or 1 for math) if None."""
     grid: tuple[float, ...] = ()
     """Learning rates that every row is tuned over; the profile's own for none."""
     data_dir: Path | None = None
