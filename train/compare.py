@@ -136,7 +136,7 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
     """Run what is not there yet, write table and figure after every row, and return the table's lines.
 
     Raises:
-        ValueError: the folder has a finished cell of another configuration; before any cell is run.
+        ValueError: the folder has a cell of another configuration; before any cell is run.
         RuntimeError: a cell that ended without a result and did not diverge.
     """
     comparison.out.mkdir(parents=True, exist_ok=True)
@@ -177,20 +177,23 @@ def _best_rate(finished: dict[Cell, dict[str, Any]]) -> float:
 
 
 def _check(comparison: Comparison, cell: Cell) -> None:
-    """Refuse a finished cell that this table would have run in another way."""
-    path = comparison.out / cell.folder / "summary.json"
+    """Refuse a cell, finished or diverged, that this table would have run in another way: whatever says so, a field of
+    the table or a default that has changed since.
+    """
+    path = comparison.out / cell.folder / "config.json"
     if not path.is_file():
         return
-    stored, wanted = json.loads(path.read_text())["config"], comparison.fields(cell)
-    if differs := sorted(name for name, value in wanted.items() if _plain(stored.get(name)) != _plain(value)):
+    usual = CONFIGS[cell.task][1].as_dict()
+    stored, wanted = {**usual, **json.loads(path.read_text())}, {**usual, **comparison.fields(cell)}
+    if differs := sorted(name for name, value in wanted.items() if _plain(stored[name]) != _plain(value)):
         raise ValueError(
             f"--out: expected a new folder, or one of this table, got {cell.folder} in {comparison.out}, which was run with "
-            f"{', '.join(f'{name}={stored.get(name)}' for name in differs)}. Name another folder."
+            f"{', '.join(f'{name}={stored[name]}' for name in differs)}. Name another folder."
         )
 
 
 def _plain(value: Any) -> Any:
-    """A field as a summary has it: from --set it comes as text, paths and tuples are text and lists there."""
+    """A field as a configuration's file has it: from --set it comes as text, paths and tuples are text and lists there."""
     if isinstance(value, str):
         with contextlib.suppress(json.JSONDecodeError):
             return json.loads({"None": "null"}.get(value, value))

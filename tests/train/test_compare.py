@@ -66,7 +66,8 @@ def finish(comparison: Comparison, cell: Cell) -> None:
     folder = comparison.out / cell.folder
     folder.mkdir(parents=True)
     config = dataclasses.replace(CONFIGS[cell.task][1], **comparison.fields(cell)).as_dict()
-    (folder / "summary.json").write_text(json.dumps({**summary(cell), "config": config}))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(summary(cell)))
 
 
 class TestTuning:
@@ -136,6 +137,21 @@ class TestCells:
             return
         with pytest.raises(ValueError, match=f"ntk/0.01-seed2 .* {said}"):
             compare(changed, QUIET)
+        assert not ran
+
+    @pytest.mark.parametrize("ending", ["summary.json", "diverged.txt"])
+    def test_nor_is_one_of_another_default_finished_or_diverged(
+        self, ending: str, ran: list[Cell], tmp_path: Path
+    ) -> None:
+        """No field of the table names the head's rate of this row: only the file of the cell does."""
+        chosen, cell = comparison(tmp_path), Cell("sst2", MODEL_ROWS["minilm"][-1], 1e-3, 0)
+        finish(chosen, cell)
+        folder = tmp_path / cell.folder
+        (folder / "summary.json").rename(folder / ending)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "head_learning_rate": 1e-3}))
+        with pytest.raises(ValueError, match=r"run with head_learning_rate=0\.001"):
+            compare(chosen, QUIET)
         assert not ran
 
     @pytest.mark.parametrize(
