@@ -291,11 +291,11 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
     text = [
         f"Test score, mean and standard deviation over {comparison.repeats} seeds (each draws its own training sample, order "
         f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
-        "seed 0; the head's is that of the task's configuration, but for the row that trains nothing else. Parameters "
-        "include the head. Before: the "
-        "score at the start, of generated answers. Ahead by: the difference of the means and its standard error, the seeds "
-        "of both rows taken as independent. F1: macro; ECE: "
-        f"expected calibration error, {BINS} bins of equal width, and (in brackets) with a temperature from validation.\n",
+        "seed 0, marked * at an end of these: one beyond might be better; the head's is that of the task's configuration, "
+        "but for the row that trains nothing else. Parameters include the head. Before: the score at the start, of "
+        "generated answers. Ahead by: the difference of the means and its standard error, the seeds of both rows taken as "
+        "independent. F1: macro; ECE: expected calibration error, "
+        f"{BINS} bins of equal width, and (in brackets) with a temperature from validation.\n",
         "| task | method | before | score | spread | ntk is ahead by | F1 | ECE | parameters | learning rate | s / step "
         "| peak memory, MiB | adapter, KiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -303,12 +303,14 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
     ours = {line["task"]: line for line in lines if line["row"] == "ntk"}
     for line in lines:
         spread = "" if line["spread"] is None else f"{100 * line['spread']:.1f}"
+        end = "*" if line["learning_rate"] in (min(comparison.rates), max(comparison.rates)) else ""
         text.append(
             f"| {line['task']} | {line['row']} | {_number(line['before'], 0.01, 1)} | {100 * line['mean']:.1f} | {spread} "
             f"| {_lead(ours.get(line['task']), line)} | {_number(line['macro_f1'], 0.01, 1)} "
             f"| {_number(line['calibration_error'], 0.01, 1)} ({_number(line['calibration_error_scaled'], 0.01, 1)}) "
-            f"| {_whole(line['trainable_parameters'])} | {line['learning_rate']:g} | {_number(line['seconds_a_step'], 1, 2)} "
-            f"| {_number(line['peak_memory_bytes'], 2**20, 0)} | {_number(line['adapter_bytes'], 2**10, 0)} |"
+            f"| {_whole(line['trainable_parameters'])} | {line['learning_rate']:g}{end} "
+            f"| {_number(line['seconds_a_step'], 1, 2)} | {_number(line['peak_memory_bytes'], 2**20, 0)} "
+            f"| {_number(line['adapter_bytes'], 2**10, 0)} |"
         )
     return "\n".join(text) + "\n"
 

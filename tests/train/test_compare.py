@@ -106,6 +106,17 @@ class TestTuning:
         monkeypatch.setattr(table, "_run", fake)
         assert {line["learning_rate"] for line in compare(comparison(tmp_path), QUIET)} == {1e-2}
 
+    @pytest.mark.parametrize(("grid", "shown"), [((1e-3, 1e-2), "| 0.01* |"), ((1e-3, 1e-2, 1e-1), "| 0.01 |")])
+    def test_a_rate_at_an_end_of_the_grid_is_marked(
+        self, grid: tuple[float, ...], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        best = {"validation_score": 1.0}
+        monkeypatch.setattr(
+            table, "_run", lambda _, cell, __: summary(cell) | (best if cell.learning_rate == 1e-2 else {})
+        )
+        compare(comparison(tmp_path, grid=grid), QUIET)
+        assert (tmp_path / "table.md").read_text().count(shown) == 2
+
 
 class TestCells:
     def test_a_finished_one_is_read_and_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
