@@ -78,7 +78,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of activations; weights and optimizer stay in float32."""
+    """Of activations and frozen linear maps; what is trained, norms, embeddings and optimizer stay in float32."""
     remat: bool = False
     """Recompute the activations of each layer in the backward pass."""
     parallel: Literal["jit", "pmap"] = "jit"

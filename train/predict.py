@@ -52,6 +52,7 @@ def load(workdir: Path | str) -> Callable[[str], dict[str, Any]]:
     model.pooling = config["pooling"]
     read_far(model, config["max_length"], config.get("window"))
     peft.load_adapter(model, folder / "adapter")
+    peft.narrow_frozen(model)
     tokenizer.no_padding()
     tokenizer.enable_truncation(config["max_length"])
     run = nnx.jit(lambda model, ids, mask: jax.nn.softmax(model(ids, attention_mask=mask).logits))

@@ -68,6 +68,7 @@ def build(config: TrainConfig) -> Setup:
         calibration=model_inputs(first),
         rngs=nnx.Rngs(config.seed + 1),
     )
+    peft.narrow_frozen(model)
     model.remat = config.remat  # type: ignore[attr-defined]
     trainer = Trainer(
         loss=loss_of(task.kind),

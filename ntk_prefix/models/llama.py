@@ -88,7 +88,7 @@ class Llama(Backbone):
     Args:
         config: the sizes.
         causal_lm: compute logits, with the embeddings' table if the config ties them.
-        dtype: of the computation (float32 if None); parameters stay in float32.
+        dtype: of the computation (float32 if None); parameters are float32, see :func:`ntk_prefix.peft.narrow_frozen`.
         rngs: for weights that a checkpoint will replace.
     """
 

@@ -330,6 +330,29 @@ def test_bfloat16_activations(method):
     np.testing.assert_allclose(narrow(x, mask), wide(x, mask), atol=0.1)
 
 
+@pytest.mark.parametrize("method", ["prefix", "lora and ntk", "bitfit"])
+def test_frozen_maps_are_stored_as_narrow_as_they_compute(method):
+    """Bit for bit: what was rounded in every step is rounded once."""
+
+    def outcome(narrow):
+        model = put(Tiny(dtype=jnp.dtype("bfloat16")), method)
+        if narrow:
+            peft.narrow_frozen(model)
+        optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=peft.AdapterParam)
+        return model(*inputs()), bits(step(model, optimizer, *inputs())), model
+
+    (wide_output, wide_gradients, _), (output, gradients, model) = outcome(False), outcome(True)
+    np.testing.assert_array_equal(output, wide_output)
+    assert gradients.keys() == wide_gradients.keys()
+    for path, gradient in gradients.items():
+        np.testing.assert_array_equal(gradient, wide_gradients[path], err_msg=str(path))
+    for _, module in nnx.iter_modules(model):
+        for parameter in vars(module).values():
+            if isinstance(parameter, nnx.Param):
+                narrow = isinstance(module, nnx.Linear) and module.dtype is not None and type(parameter) is nnx.Param
+                assert parameter.dtype == (jnp.bfloat16 if narrow else jnp.float32), type(module)
+
+
 @pytest.fixture(scope="module")
 def llama():
     config = models.LlamaConfig(
