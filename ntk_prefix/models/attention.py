@@ -62,7 +62,7 @@ class AttentionLayer(nnx.Module):
         num_key_heads: K, a divisor of N; N if None.
         head_dim: H; D / N if None.
         use_bias: of query, key and value; ``out`` has ``use_out_bias``.
-        dtype: of the computation; parameters stay in float32.
+        dtype: of the computation; parameters are float32, see :func:`ntk_prefix.peft.narrow_frozen`.
         rngs: for weights that a checkpoint will replace.
     """
 

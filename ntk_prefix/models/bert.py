@@ -89,7 +89,7 @@ class Bert(Backbone):
 
     Args:
         config: the sizes.
-        dtype: of the computation (float32 if None); parameters stay in float32.
+        dtype: of the computation (float32 if None); parameters are float32, see :func:`ntk_prefix.peft.narrow_frozen`.
         rngs: for weights that a checkpoint will replace.
     """
 
