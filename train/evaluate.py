@@ -56,7 +56,8 @@ class Evaluator:
 
         @jax.jit
         def logits(trained: Any, frozen: Any, batch: data.Batch) -> jax.Array:
-            return nnx.merge(graph, trained, frozen)(**model_inputs(batch)).logits.astype(jnp.float32)
+            model: Any = nnx.merge(graph, trained, frozen)
+            return model(**model_inputs(model, batch)).logits.astype(jnp.float32)
 
         self._logits: Callable[..., jax.Array] = logits
 

@@ -42,7 +42,7 @@ from ntk_prefix.typing import Array, Float
 from train import data
 from train.config import CONFIGS, METHODS, TrainConfig
 from train.loop import run
-from train.setup import build, model_inputs
+from train.setup import build
 
 __all__ = ["Options", "View", "draw", "view"]
 
@@ -189,7 +189,7 @@ def _config(options: Options, method: str) -> TrainConfig:
 def _inputs(split: data.Dataset, length: int) -> Array:
     """A whole split as one array, padded to one length."""
     (batch,) = data.evaluation_batches(split, split.rows, buckets=(length,))
-    return model_inputs(batch)["inputs"]
+    return jnp.asarray(batch["pixel_values" if split.has_images else "input_ids"])
 
 
 def main(options: Options) -> None:

@@ -65,7 +65,7 @@ def build(config: TrainConfig) -> Setup:
     peft.apply(
         model,
         adapter_config(config.method, config.adapter),
-        calibration=model_inputs(first),
+        calibration=model_inputs(model, first),
         rngs=nnx.Rngs(config.seed + 1),
     )
     peft.narrow_frozen(model)
@@ -141,9 +141,10 @@ def read_far(model: nnx.Module, max_length: int, window: int | None) -> None:
         backbone.extend_positions(max_length)
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Array]:
-    """Return a batch as keyword arguments of the model."""
-    names = {"input_ids": "inputs", "pixel_values": "inputs"}
+def model_inputs(model: nnx.Module, batch: Mapping[str, Any]) -> dict[str, Array]:
+    """Return a batch as keyword arguments of the model: a decoder's first is called input_ids, a classifier's inputs."""
+    first = "input_ids" if isinstance(model, models.Llama) else "inputs"
+    names = {"input_ids": first, "pixel_values": first}
     kept = ("input_ids", "pixel_values", "attention_mask", "token_type_ids")
     return {names.get(key, key): jnp.asarray(batch[key]) for key in kept if key in batch}
 
@@ -156,12 +157,12 @@ def loss_of(kind: str) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]
     """
 
     def classification(model: Any, batch: Mapping[str, Array]) -> Float[Array, ""]:
-        logits = model(**model_inputs(batch)).logits.astype(jnp.float32)
+        logits = model(**model_inputs(model, batch)).logits.astype(jnp.float32)
         each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return jnp.sum(each * batch["weight"])
 
     def language(model: Any, batch: Mapping[str, Array]) -> Float[Array, ""]:
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.astype(jnp.float32)
+        logits = model(**model_inputs(model, batch)).logits.astype(jnp.float32)
         each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.maximum(batch["labels"][:, 1:], 0))
         answer = batch["labels"][:, 1:] >= 0
         return jnp.sum(jnp.sum(each * answer, axis=1) / jnp.maximum(answer.sum(axis=1), 1) * batch["weight"])

@@ -122,7 +122,7 @@ def stepper(method: str, changes: tuple[str, ...]) -> tuple[Callable[[], None], 
     model = models.from_pretrained(
         assets.asset("minilm"), task="sequence-classification", num_labels=2, rngs=nnx.Rngs(0)
     )
-    peft.apply(model, adapter_config(method, changes), calibration=model_inputs(batch()))
+    peft.apply(model, adapter_config(method, changes), calibration=model_inputs(model, batch()))
     optimizer = peft.non_negative(optax.adamw(1e-4))
     trainer = Trainer(loss=loss_of("sequence-classification"), optimizer=optimizer, wrt=peft.AdapterParam)
     state, step = trainer.init(model), trainer.stepper(model)
