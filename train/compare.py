@@ -269,6 +269,7 @@ def _line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: float
         "trainable_parameters": median("trainable_parameters"),
         "test_rows": median("test_rows"),
         "before": mean("test_score_before"),
+        "loss": mean("test_loss"),
         "seconds_a_step": median("seconds_a_step"),
         "peak_memory_bytes": median("peak_memory_bytes"),
         "adapter_bytes": median("adapter_bytes"),
@@ -288,31 +289,37 @@ def _document(comparison: Comparison, lines: list[dict[str, Any]]) -> dict[str, 
 
 def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
     """The table, for people."""
-    text = [
+    about = (
         f"Test score, mean and standard deviation over {comparison.repeats} seeds (each draws its own training sample, order "
         f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
         "seed 0, marked * at an end of these: one beyond might be better; the head's is that of the task's configuration, "
         "but for the row that trains nothing else. Parameters include the head. Before: the score at the start, of "
         "generated answers. Ahead by: the difference of the means and its standard error, the seeds of both rows taken as "
-        "independent. F1: macro; ECE: expected calibration error, "
-        f"{BINS} bins of equal width, and (in brackets) with a temperature from validation.\n",
-        "| task | method | before | score | spread | ntk is ahead by | F1 | ECE | parameters | learning rate | s / step "
-        "| peak memory, MiB | adapter, KiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "independent. Loss: mean cross entropy on the test rows, of language on their true answers. F1: macro; ECE: expected "
+        f"calibration error, {BINS} bins of equal width; scaled: with a temperature from validation.\n"
+    )
     ours = {line["task"]: line for line in lines if line["row"] == "ntk"}
-    for line in lines:
-        spread = "" if line["spread"] is None else f"{100 * line['spread']:.1f}"
-        end = "*" if line["learning_rate"] in (min(comparison.rates), max(comparison.rates)) else ""
-        text.append(
-            f"| {line['task']} | {line['row']} | {_number(line['before'], 0.01, 1)} | {100 * line['mean']:.1f} | {spread} "
-            f"| {_lead(ours.get(line['task']), line)} | {_number(line['macro_f1'], 0.01, 1)} "
-            f"| {_number(line['calibration_error'], 0.01, 1)} ({_number(line['calibration_error_scaled'], 0.01, 1)}) "
-            f"| {_whole(line['trainable_parameters'])} | {line['learning_rate']:g}{end} "
-            f"| {_number(line['seconds_a_step'], 1, 2)} | {_number(line['peak_memory_bytes'], 2**20, 0)} "
-            f"| {_number(line['adapter_bytes'], 2**10, 0)} |"
-        )
-    return "\n".join(text) + "\n"
+    ends = (min(comparison.rates), max(comparison.rates))
+    columns = {
+        "task": [line["task"] for line in lines],
+        "method": [line["row"] for line in lines],
+        "before": [_number(line["before"], 0.01, 1) for line in lines],
+        "score": [_number(line["mean"], 0.01, 1) for line in lines],
+        "spread": [_number(line["spread"], 0.01, 1) for line in lines],
+        "ntk is ahead by": [_lead(ours.get(line["task"]), line) for line in lines],
+        "loss": [_number(line["loss"], 1, 3) for line in lines],
+        "F1": [_number(line["macro_f1"], 0.01, 1) for line in lines],
+        "ECE": [_number(line["calibration_error"], 0.01, 1) for line in lines],
+        "ECE, scaled": [_number(line["calibration_error_scaled"], 0.01, 1) for line in lines],
+        "parameters": [_whole(line["trainable_parameters"]) for line in lines],
+        "learning rate": [f"{line['learning_rate']:g}{'*' * (line['learning_rate'] in ends)}" for line in lines],
+        "s / step": [_number(line["seconds_a_step"], 1, 2) for line in lines],
+        "peak memory, MiB": [_number(line["peak_memory_bytes"], 2**20, 0) for line in lines],
+        "adapter, KiB": [_number(line["adapter_bytes"], 2**10, 0) for line in lines],
+    }
+    known = {name: values for name, values in columns.items() if set(values) != {"-"}}
+    rows = [list(known), ["---"] * len(known), *map(list, zip(*known.values(), strict=True))]
+    return "\n".join([about, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def _lead(ours: dict[str, Any] | None, line: dict[str, Any]) -> str:

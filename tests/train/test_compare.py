@@ -32,6 +32,7 @@ def summary(cell: Cell) -> dict:
         "validation_score": 0.5 + cell.learning_rate,
         "validation_loss": 1.0,
         "test_score": (0.6 if cell.row[0] == "ntk" else 0.5) + 0.01 * cell.seed,
+        "test_loss": 0.7,
         "trainable_parameters": 100 if cell.row[0] == "ntk" else 90,
         "test_rows": 10,
         "seconds_a_step": 0.5,
@@ -89,9 +90,10 @@ class TestTuning:
         assert document["git"]
         assert len(document["lines"]) == 2
         text = (tmp_path / "table.md").read_text()
-        assert "| sst2 | ntk | - | 61.0 | 1.0 | - | 40.0 | 10.0 (2.0) | 100 |" in text
+        assert "| sst2 | ntk | 61.0 | 1.0 | - | 0.700 | 40.0 | 10.0 | 2.0 | 100 |" in text
         # 0.01 / sqrt(3) each, independent
-        assert "| sst2 | lora r=8 | - | 51.0 | 1.0 | +10.0 ± 0.8 | 40.0 |" in text
+        assert "| sst2 | lora r=8 | 51.0 | 1.0 | +10.0 ± 0.8 | 0.700 | 40.0 |" in text
+        assert "before" not in text.splitlines()[2]  # no run said
         for name in ("table.png", "reliability.png"):
             assert (tmp_path / name).stat().st_size > 1000
 
