@@ -74,14 +74,22 @@ def apply(
     if hasattr(model, "head") and any(each.train_head for each in chosen):
         plan = [(each, [path for path in paths if path != "head"]) for each, paths in plan]
         plan.append((HeadConfig(), ["head"]))
-    wanted = [each for each in chosen if isinstance(each, NTKAttentionConfig) and each.needs_calibration]
-    records = record(model, calibration) if wanted and calibration is not None else {}
+    wanted = {
+        path: each
+        for each, paths in plan
+        if isinstance(each, NTKAttentionConfig) and each.needs_calibration
+        for path in paths
+    }
+    measured: dict[str, Any] = {}
+    if wanted and calibration is not None:
+        # at once, layer by layer: what all layers saw may be more than the model
+        measured = record(model, calibration, lambda path, seen: wanted[path].measure(seen) if path in wanted else None)
     try:
         for each, paths in plan:
             for path in paths:
                 module = module_at(model, path)
                 if isinstance(each, NTKAttentionConfig):
-                    changed = each.inject(module, name, rngs, records.get(path))
+                    changed = each.inject(module, name, rngs, measured.get(path))
                 else:
                     changed = each.inject(module, name, rngs)
                 if changed is not module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -40,9 +40,8 @@ class LayerRecord(NamedTuple):
 class _Recorder(AttentionCore):
     """Stands in the place of a core, and remembers."""
 
-    def __init__(self, core: AttentionCore, path: str, records: dict[str, LayerRecord]):
-        self.core, self.path = core, path
-        self.remember = lambda seen: records.__setitem__(path, seen)
+    def __init__(self, core: AttentionCore, remember: Callable[[LayerRecord], None]):
+        self.core, self.remember = core, remember
 
     def __call__(
         self,
@@ -62,12 +61,16 @@ class _Recorder(AttentionCore):
         return output
 
 
-def record(model: Any, inputs: Mapping[str, Any]) -> dict[str, LayerRecord]:
+def record(
+    model: Any, inputs: Mapping[str, Any], keep: Callable[[str, LayerRecord], Any] = lambda path, seen: seen
+) -> dict[str, Any]:
     """Run the model once and return what each attention layer saw, by the layer's dotted path.
 
     Args:
         model: any backbone or classifier of :mod:`ntk_prefix.models`; it is left as it was.
         inputs: its keyword arguments, a small batch of real inputs.
+        keep: what to keep of a layer, given its path and its :class:`LayerRecord` as soon as it has run; by default all
+            of it, which is as much memory as the model has layers.
 
     Raises:
         ValueError: there is no attention layer.
@@ -77,7 +80,11 @@ def record(model: Any, inputs: Mapping[str, Any]) -> dict[str, LayerRecord]:
     }
     if not layers:
         raise ValueError(f"expected a model with attention layers, got {type(model).__name__} without any")
-    records: dict[str, LayerRecord] = {}
+    records: dict[str, Any] = {}
+
+    def remember(path: str) -> Callable[[LayerRecord], None]:
+        return lambda seen: records.__setitem__(path, keep(path, seen))
+
     cores = {path: layer.core for path, layer in layers.items()}
     # what a recomputed layer sees cannot be kept beyond it; without gradients there is nothing to recompute
     recomputing: list[Any] = [module for _, module in nnx.iter_modules(model) if getattr(module, "remat", False)]
@@ -85,7 +92,7 @@ def record(model: Any, inputs: Mapping[str, Any]) -> dict[str, LayerRecord]:
         for module in recomputing:
             module.remat = False
         for path, layer in layers.items():
-            layer.core = _Recorder(cores[path], path, records)
+            layer.core = _Recorder(cores[path], remember(path))
         model(**inputs)
     finally:
         for path, layer in layers.items():

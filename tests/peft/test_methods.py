@@ -1,5 +1,7 @@
 """What the methods compute and start from, against formulas in numpy."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +111,24 @@ def test_a_record_is_what_each_core_saw(is_causal):
     shares = weights / weights.sum(axis=-1, keepdims=True)
     expected = np.einsum("bnts,bsnh->btnh", shares, np.repeat(np.asarray(seen.value), 2, axis=2))
     np.testing.assert_allclose(seen.output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_record_need_not_outlive_its_layer():
+    """Calibration of a deep model holds what one layer saw, not all; the default, which keeps it, is the control."""
+    alive = []
+
+    def keep(path, seen):
+        alive.append((sum(query() is not None for query in queries), path))
+        queries.append(weakref.ref(seen.query))
+        return path
+
+    queries: list[weakref.ref] = []
+    x, mask = inputs()
+    assert set(peft.record(Tiny(), {"x": x, "attention_mask": mask}, keep)) == {f"layers.{i}.attention" for i in (0, 1)}
+    assert alive == [(0, "layers.0.attention"), (0, "layers.1.attention")]
+    kept = peft.record(Tiny(), {"x": x, "attention_mask": mask}, lambda path, seen: (keep(path, seen), seen))
+    assert alive[2:] == [(0, "layers.0.attention"), (1, "layers.1.attention")]
+    assert len(kept) == 2
 
 
 def test_a_model_that_recomputes_its_layers_is_recorded_too():

@@ -16,7 +16,7 @@ changes the head's output by its own size.  ``mass="relative"`` weighs the prefi
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,15 @@ __all__ = ["NTKAttentionConfig", "PrefixTuningPlusConfig", "StateCore"]
 
 RIDGE = 1e-3
 """Added to the features' second moments, relative to their largest eigenvalue: what lies below is not amplified."""
+
+
+class Measured(NamedTuple):
+    """Of one layer: the coordinates to train in and the state to start from; None for what is not asked for."""
+
+    basis: Float[Array, "N R R"] | None
+    unit: Float[Array, "N"] | None
+    z: Float[Array, "N R H"] | None
+    k: Float[Array, "N R"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,17 +100,21 @@ class NTKAttentionConfig(AdapterConfig):
         """Whether :func:`ntk_prefix.peft.apply` wants a calibration batch."""
         return self.whiten or self.init == "from_prefix"
 
+    def measure(self, seen: LayerRecord) -> Measured:
+        """Return what this method wants to know of a layer of the frozen model."""
+        basis, unit = _coordinates(seen, self.phi, self.mass) if self.whiten else (None, None)
+        z, k = _state_of_first_sequence(seen, self.phi) if self.init == "from_prefix" else (None, None)
+        return Measured(basis, unit, z, k)
+
     def hosts(self, module: nnx.Module) -> bool:
         """Attention layers."""
         return isinstance(module, AttentionLayer)
 
-    def inject(
-        self, module: nnx.Module, name: str, rngs: nnx.Rngs, layer_record: LayerRecord | None = None
-    ) -> nnx.Module:
+    def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs, measured: Measured | None = None) -> nnx.Module:
         """Replace the layer's core, or add to the one that is there."""
         assert isinstance(module, AttentionLayer)
         host_core(module, StateCore).add(
-            name, State(module.num_heads, module.head_dim, self, rngs=rngs, layer_record=layer_record)
+            name, State(module.num_heads, module.head_dim, self, rngs=rngs, measured=measured)
         )
         return module
 
@@ -129,22 +142,19 @@ class State(nnx.Module):
         config: NTKAttentionConfig,
         *,
         rngs: nnx.Rngs,
-        layer_record: LayerRecord | None = None,
+        measured: Measured | None = None,
     ):
         self.phi, self.mass = config.phi, config.mass
         features = self.phi.dim(head_dim)
-        z, k = jnp.zeros((heads, features, head_dim)), jnp.zeros((heads, features))
-        if config.needs_calibration and layer_record is None:
+        if config.needs_calibration and measured is None:
             raise ValueError(
                 "expected a calibration batch for whiten=True or init='from_prefix': give apply(..., calibration=...)"
             )
-        basis: Any = None
-        unit: Any = None
-        if layer_record is not None and config.whiten:
-            basis, unit = map(Calibration, _coordinates(layer_record, self.phi, config.mass))
-        self.basis, self.unit = basis, unit
-        if layer_record is not None and config.init == "from_prefix":
-            z, k = _state_of_first_sequence(layer_record, self.phi)
+        basis, unit, z, k = measured or Measured(None, None, None, None)
+        self.basis: Any = None if basis is None else Calibration(basis)
+        self.unit: Any = None if unit is None else Calibration(unit)
+        z = jnp.zeros((heads, features, head_dim)) if z is None else z
+        k = jnp.zeros((heads, features)) if k is None else k
         self.k = NonNegativeParam(k) if config.train_k else None
         if config.rank is None:
             self.z = AdapterParam(z)
