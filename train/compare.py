@@ -269,6 +269,7 @@ def _line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: float
         "trainable_parameters": median("trainable_parameters"),
         "test_rows": median("test_rows"),
         "before": mean("test_score_before"),
+        "loss_before": mean("test_loss_before"),
         "loss": mean("test_loss"),
         "seconds_a_step": median("seconds_a_step"),
         "peak_memory_bytes": median("peak_memory_bytes"),
@@ -293,10 +294,10 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         f"Test score, mean and standard deviation over {comparison.repeats} seeds (each draws its own training sample, order "
         f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
         "seed 0, marked * at an end of these: one beyond might be better; the head's is that of the task's configuration, "
-        "but for the row that trains nothing else. Parameters include the head. Before: the score at the start, of "
-        "generated answers. Ahead by: the difference of the means and its standard error, the seeds of both rows taken as "
-        "independent. Loss: mean cross entropy on the test rows, of language on their true answers. F1: macro; ECE: expected "
-        f"calibration error, {BINS} bins of equal width; scaled: with a temperature from validation.\n"
+        "but for the row that trains nothing else. Parameters include the head. Before: at the start, of language; the "
+        "score is that of generated answers, the loss that of the true ones. Ahead by: the difference of the means and its "
+        "standard error, the seeds of both rows taken as independent. Loss: mean cross entropy on the test rows. F1: macro; "
+        f"ECE: expected calibration error, {BINS} bins of equal width; scaled: with a temperature from validation.\n"
     )
     ours = {line["task"]: line for line in lines if line["row"] == "ntk"}
     ends = (min(comparison.rates), max(comparison.rates))
@@ -307,6 +308,7 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         "score": [_number(line["mean"], 0.01, 1) for line in lines],
         "spread": [_number(line["spread"], 0.01, 1) for line in lines],
         "ntk is ahead by": [_lead(ours.get(line["task"]), line) for line in lines],
+        "loss before": [_number(line["loss_before"], 1, 3) for line in lines],
         "loss": [_number(line["loss"], 1, 3) for line in lines],
         "F1": [_number(line["macro_f1"], 0.01, 1) for line in lines],
         "ECE": [_number(line["calibration_error"], 0.01, 1) for line in lines],

@@ -5,6 +5,7 @@ A run is a folder::
     config.json      what was asked for          checkpoints/     adapter, optimizer, step; the last two
     metrics.jsonl    what was seen on the way    adapter/         the best adapter, in Hugging Face form
     summary.json     the result, with versions and commit
+    answers.jsonl    of a language task: what was generated, before and after
 
 Order of resuming: ``config.json`` must agree; the last good checkpoint gives weights, optimizer, step, the best weights
 so far and the looks since; batch number = step, so the data goes on where it was; ``metrics.jsonl`` is cut back to the
@@ -234,9 +235,12 @@ class _Run:
         best = self.state._replace(trained=self.best)
         # a run that was gone on with has the best weights, and not what they predicted
         validation = self.best_seen or self.evaluate(best, setup.task.validation, generate=False)
+        language = setup.task.kind == "causal-lm"
+        if language:
+            self.console.print(f"answering {setup.task.test.rows} test rows, as trained and as at the start")
         test = self.evaluate(best, setup.task.test)
         # the model that was set up still has the weights of the start
-        started = setup.trainer.init(setup.model) if setup.task.kind == "causal-lm" else None
+        before = self.evaluate(setup.trainer.init(setup.model), setup.task.test) if language else None
         model = setup.trainer.model(setup.model, best)
         trained, whole = peft.trainable_parameters(model)
         summary = {
@@ -245,7 +249,8 @@ class _Run:
             "metric": setup.task.metric,
             "test_score": test.score,
             "test_loss": test.loss,
-            "test_score_before": None if started is None else self.evaluate(started, setup.task.test).score,
+            "test_score_before": before and before.score,
+            "test_loss_before": before and before.loss,
             "test_rows": len(test.correct),
             "validation_score": validation.score,
             "validation_loss": validation.loss,
@@ -266,6 +271,17 @@ class _Run:
             if config.method != "full":
                 peft.save_pretrained(model, self.workdir / "adapter", base_model_name_or_path=config.model)
                 summary["adapter_bytes"] = (self.workdir / "adapter" / "adapter_model.safetensors").stat().st_size
+            if before is not None:
+                columns = {
+                    "question": setup.task.test["question"],
+                    "answer": setup.task.test["answer"],
+                    "before": before.texts,
+                    "generated": test.texts,
+                }
+                rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+                write_whole(
+                    self.workdir / "answers.jsonl", "".join(json_text(row, indent=None) for row in rows).encode()
+                )
             write_whole(self.workdir / "summary.json", json_text(summary).encode())
         self.checkpoints.wait()
         return json.loads(json_text(summary))

@@ -54,6 +54,11 @@ def test_answers_are_learned_and_generated(sums: Path, tmp_path: Path) -> None:
     assert summary["test_score_before"] == 0
     assert summary["test_score"] == 1
     assert summary["test_rows"] == 20
+    assert summary["test_loss"] < 0.1 < summary["test_loss_before"]
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["question"] for answer in answers[:2]] == ["add 2 and 10 ?", "add 3 and 9 ?"]
+    assert {answer["generated"] for answer in answers} == {"so #### 12"}
+    assert "#### 12" not in {answer["before"][-7:] for answer in answers}
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "ntk_attention"])
