@@ -141,7 +141,7 @@ PROFILES: dict[Name, Profile] = {
         rows=ABLATION_ROWS,
         grid=(5e-3, 5e-2),
     ),
-    # generated school mathematics, exact match by generation: about an hour and a half
+    # generated school mathematics, exact match by generation: about two hours of two cores
     "math": Profile(
         tasks={"gsm_symbolic": {"steps": 40, "evaluate_every": 40, "validation_size": 40, "test_size": 64}},
         grid=(1e-4, 1e-3, 1e-2),
