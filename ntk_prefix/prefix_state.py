@@ -202,7 +202,8 @@ class PrefixState:
             The state, and a :class:`FitReport`.
 
         Raises:
-            ValueError: too few samples for the features to be determined, or no start.
+            ValueError: too few samples for the features to be determined, no start, or a state that the dtype cannot
+                hold.
 
         Numerics: on the host in float64; masses relative to their median, so only their ratios must be
             moderate.
@@ -244,6 +245,12 @@ class PrefixState:
         report = FitReport(*np.array(rows).T)
         logger.info("held-out error of the fit per head: %s", np.round(report.held_out_error, 4))
         dtype = accumulation_dtype(prefix_key.dtype)
+        largest = [max(np.abs(z).max(), np.abs(k).max()) for z, k in zip(zs, ks, strict=True)]
+        if beyond := [head for head, size in enumerate(largest) if not size <= jnp.finfo(dtype).max]:
+            raise ValueError(
+                f"expected a state that fits into {jnp.dtype(dtype).name}, got one of size e^{np.log(max(largest)):.0f} in "
+                f"heads {beyond}: it is as large as the keys' mass e^lse; leave these heads without a prefix, or fit in float64"
+            )
         return cls(jnp.asarray(np.stack(zs), dtype), jnp.asarray(np.stack(ks), dtype), phi, scale), report
 
     def attend(

@@ -191,6 +191,16 @@ class TestFit:
         assert np.all(np.isfinite(state.z))
         assert np.max(report.held_out_error) < 0.5
 
+    def test_a_state_that_float32_cannot_hold_is_refused(self):
+        """A head of the ViT has masses of e^215: its state was infinite, and the first step NaN."""
+        key, value = prefix(50)
+        query, own_key, own_value = layer()
+        shift = jnp.zeros((1, 2, 4)).at[0, 1, 0].set(40.0)  # of the second head's keys: masses of e^200
+        arrays = (query.at[..., 0].set(10.0), key + shift, value, own_key + shift[None], own_value)
+        assert np.isfinite(PrefixState.fit(*arrays, iterations=2).z).all()
+        with pytest.raises(ValueError, match=r"fits into float32, got one of size e\^\d+ in heads \[1\]"):
+            PrefixState.fit(*(array.astype(jnp.float32) for array in arrays), iterations=2)
+
     def test_grouped_heads_and_masks(self):
         key, value = prefix(100)
         query = jnp.concatenate([layer()[0], layer(seed=5)[0]], axis=2)

@@ -90,6 +90,8 @@ class Profile:
     """What it changes in all of them."""
     rows: tuple[Row, ...] = ()
     """Its methods; those of each task's model for none."""
+    impossible: tuple[tuple[str, str], ...] = ()
+    """Tasks and labels of rows that would be refused, so are left out."""
     grid: tuple[float, ...] = (5e-5, 5e-4, 5e-3, 5e-2)
     """Learning rates that every row is tuned over: low enough for all weights, high enough for a prefix."""
     seeds: int = 3
@@ -97,7 +99,8 @@ class Profile:
 
     def rows_of(self, task: str) -> tuple[Row, ...]:
         """The rows of a task."""
-        return self.rows or MODEL_ROWS[CONFIGS[task][1].model]
+        rows = self.rows or MODEL_ROWS[CONFIGS[task][1].model]
+        return tuple(row for row in rows if (task, row[0]) not in self.impossible)
 
 
 def _all_of_it(steps: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -139,6 +142,8 @@ PROFILES: dict[Name, Profile] = {
         tasks={name: _SMALL_TASKS[name] for name in ("sst2", "fashion_mnist")},
         shared=_SMALL_SHARED,
         rows=ABLATION_ROWS,
+        # one of the ViT's heads has keys of mass e^215, which no float32 state of absolute mass can hold
+        impossible=(("fashion_mnist", "published, from a prefix"),),
         grid=(5e-3, 5e-2),
     ),
     # generated school mathematics, exact match by generation: about two hours of two cores

@@ -166,6 +166,30 @@ def test_in_its_basis_features_are_white_and_a_unit_is_the_heads_own(method):
     assert np.linalg.cond(moments) > 10
 
 
+@pytest.mark.parametrize("loud", [1, 1000])
+def test_a_head_whose_mass_float32_cannot_hold_stays_as_it_is(loud):
+    """A head of the ViT has masses of e^215: its coordinates were infinite, and the first step NaN."""
+    x, mask = inputs()
+    calibration = {"x": x, "attention_mask": mask}
+    model = Tiny()
+    key = model.layers[1].attention.key.kernel
+    key[...] = loud * key[...]
+    plain = model(x, mask)
+    masses = np.median(peft.record(model, calibration)["layers.1.attention"].log_mass(), axis=(0, 1))
+    config = peft.NTKAttentionConfig(whiten=True, target=r"\.1\.attention$")
+    model = peft.apply(model, config, calibration=calibration)
+    state = model.layers[1].attention.core.adapters["default"]
+    state.z[...], state.k[...] = jnp.ones_like(state.z[...]), jnp.ones_like(state.k[...])
+    z, k = (np.abs(np.asarray(array)).max(axis=-1) for array in state.state())
+    beyond = masses > 80
+    assert beyond.any() == (loud > 1)
+    assert np.isfinite(model(x, mask)).all()
+    assert not z[beyond].any()
+    assert not k[beyond].any()
+    assert (z[~beyond] > 0).all()
+    assert beyond.all() == np.array_equal(model(x, mask), plain)
+
+
 def test_padding_is_not_calibrated_on():
     x, mask = inputs()
     config = peft.NTKAttentionConfig(whiten=True)

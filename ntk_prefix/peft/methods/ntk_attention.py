@@ -37,6 +37,11 @@ __all__ = ["NTKAttentionConfig", "PrefixTuningPlusConfig", "StateCore"]
 RIDGE = 1e-3
 """Added to the features' second moments, relative to their largest eigenvalue: what lies below is not amplified."""
 
+LARGEST_LOG_MASS = float(np.log(np.finfo(np.float32).max)) - 20
+"""Up to this (68.7) z and k of the size of a head's own mass fit into float32, with room for sums. One head of the ViT
+has 215: no float32 state of absolute mass can move what most of its tokens see.
+"""
+
 
 class Measured(NamedTuple):
     """Of one layer: the coordinates to train in and the state to start from; None for what is not asked for."""
@@ -231,7 +236,8 @@ class StateCore(Host, AttentionCore):
 def _coordinates(seen: LayerRecord, phi: FeatureMap, mass: str) -> tuple[Float[Array, "N R R"], Float[Array, "N"]]:
     """Return ``basis = rms(o) E[phi phi^T]^{-1/2}`` and ``unit = 1 / E[phi . 1]``, both times the head's mass.
 
-    The mass of a head is 1 if it is relative, else the median of ``e^{lse}`` over its tokens.
+    The mass of a head is 1 if it is relative, else the median of ``e^{lse}`` over its tokens, or 0 where float32
+    could not hold a state of that size: such a head stays as it is.
     """
     scaled = seen.query.astype(jnp.float32) * seen.query.shape[-1] ** -0.25
     tokens = np.asarray(seen.seen)
@@ -240,7 +246,8 @@ def _coordinates(seen: LayerRecord, phi: FeatureMap, mass: str) -> tuple[Float[A
     eigenvalues, vectors = np.linalg.eigh(moments)
     inverse_root = 1 / np.sqrt(eigenvalues + RIDGE * eigenvalues[:, -1:])
     size = np.sqrt(np.mean(np.asarray(seen.output, np.float64)[tokens] ** 2, axis=(0, 2)))  # [N]
-    own = np.ones_like(size) if mass == "relative" else np.exp(np.median(np.asarray(seen.log_mass())[tokens], axis=0))
+    log_mass = 0 * size if mass == "relative" else np.median(np.asarray(seen.log_mass())[tokens], axis=0)
+    own = np.exp(np.where(log_mass < LARGEST_LOG_MASS, log_mass, -np.inf))
     basis = (size * own)[:, None, None] * np.einsum("nrs,ns,nts->nrt", vectors, inverse_root, vectors)
     unit = own / np.abs(features.sum(axis=2)).mean(axis=0)
     return jnp.asarray(basis, jnp.float32), jnp.asarray(unit, jnp.float32)
