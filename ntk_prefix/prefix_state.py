@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 RIDGES = (1e-9, 1e-7, 1e-5, 1e-3)
 """Candidates for the ridge on z, relative to the mean eigenvalue of the features' second moments."""
 
+LARGEST_LOG_RATIO = 300
+"""Of masses in a fit: products of two stay far from the ends of float64, e^709."""
+
 
 class FitReport(NamedTuple):
     """How well a fit does, per head: ``|T - T_exact| / |T_exact|`` over queries and head dimension."""
@@ -202,11 +205,11 @@ class PrefixState:
             The state, and a :class:`FitReport`.
 
         Raises:
-            ValueError: too few samples for the features to be determined, no start, or a state that the dtype cannot
-                hold.
+            ValueError: too few samples for the features to be determined, no start, masses of too different sizes, or a
+                state that the dtype cannot hold.
 
         Numerics: on the host in float64; masses relative to their median, so only their ratios must be
-            moderate.
+            moderate, below e^300: products of two stay finite.
 
         Source: derived; the elimination of Z is the variable projection of Golub and Pereyra (1973).
         """
@@ -395,6 +398,11 @@ def _samples(
         own = Flash("xla", root**2, is_causal).forward(query, key, value, bias, mask)
         own_log, own_output = by_head(own.lse.transpose(0, 2, 1)), by_head(own.output)
     unit = np.median(prefix_log, axis=1, keepdims=True)
+    if (widest := max(np.abs(unit).max(), np.abs(np.maximum(own_log, prefix_log) - unit).max())) > LARGEST_LOG_RATIO:
+        raise ValueError(
+            f"expected masses e^lse between e^-{LARGEST_LOG_RATIO} and e^{LARGEST_LOG_RATIO}, also relative to their median, "
+            f"got e^{widest:.0f}: no sums of so different ones are exact; scale down queries or keys"
+        )
     own_mass, prefix_mass = np.exp(own_log - unit), np.exp(prefix_log - unit)
     share = (prefix_mass / (own_mass + prefix_mass))[..., None]
     dtype = accumulation_dtype(query.dtype)

@@ -200,6 +200,8 @@ class TestFit:
         assert np.isfinite(PrefixState.fit(*arrays, iterations=2).z).all()
         with pytest.raises(ValueError, match=r"fits into float32, got one of size e\^\d+ in heads \[1\]"):
             PrefixState.fit(*(array.astype(jnp.float32) for array in arrays), iterations=2)
+        with pytest.raises(ValueError, match=r"expected masses e\^lse between e\^-300 and e\^300"):
+            PrefixState.fit(4 * arrays[0], *arrays[1:], iterations=2)
 
     def test_grouped_heads_and_masks(self):
         key, value = prefix(100)

@@ -17,7 +17,7 @@ from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig
 from ntk_prefix.peft.methods.prefix_propagation import PrefixPropagationConfig
 from ntk_prefix.peft.methods.prefix_tuning import PrefixTuningConfig
 from ntk_prefix.peft.methods.weights import HeadConfig
-from ntk_prefix.peft.record import record
+from ntk_prefix.peft.record import LayerRecord, record
 from ntk_prefix.typing import Array, Int
 
 __all__ = [
@@ -65,7 +65,7 @@ def apply(
 
     Raises:
         ValueError: a target that matches nothing; a name that is taken; a method that changes weights in place
-            beside another adapter; two methods that replace the same attention.
+            beside another adapter; two methods that replace the same attention; a layer that cannot be measured.
     """
     chosen = [config] if isinstance(config, AdapterConfig) else list(config)
     rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -80,10 +80,15 @@ def apply(
         if isinstance(each, NTKAttentionConfig) and each.needs_calibration
         for path in paths
     }
-    measured: dict[str, Any] = {}
-    if wanted and calibration is not None:
-        # at once, layer by layer: what all layers saw may be more than the model
-        measured = record(model, calibration, lambda path, seen: wanted[path].measure(seen) if path in wanted else None)
+
+    def measure(path: str, seen: LayerRecord) -> Any:
+        try:
+            return wanted[path].measure(seen) if path in wanted else None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; target= can leave the layer out") from error
+
+    # at once, layer by layer: what all layers saw may be more than the model
+    measured = record(model, calibration, measure) if wanted and calibration is not None else {}
     try:
         for each, paths in plan:
             for path in paths:
