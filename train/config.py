@@ -45,6 +45,8 @@ class TrainConfig:
     """Examples split off the training data, for early stopping and for choosing."""
     test_size: int | None = None
     """Test examples to sample; None is all."""
+    test_beyond: int = 0
+    """Leave out the test examples that a sample of this size has, so that these are ones no earlier table has read."""
     max_length: int = 128
     """Tokens after which a text is cut; a BERT with fewer positions gets its own again."""
     window: int | None = None
@@ -90,6 +92,9 @@ class TrainConfig:
 
     evaluate_every: int = 100
     """Steps between looks at the validation split."""
+    choose_by: Literal["score", "loss"] = "score"
+    """What says on the validation split which step to keep: the score, the loss breaking ties, or the loss alone, which a
+    few hundred examples measure better."""
     patience: int = 5
     """Looks without improvement after which training stops; 0 never stops."""
     checkpoint_every: int = 100
@@ -123,6 +128,11 @@ class TrainConfig:
                 f"--pooling: expected it left alone with {self.method}, which reads its own {own[0]!r} row, got "
                 f"{self.pooling!r}. Use --adapter pool=cls, or pool=model to read as --pooling says."
             )
+
+    def worth(self, score: float, loss: float) -> float:
+        """How good a state is by what the validation split says of it; larger is better."""
+        # a split of a few hundred rows has ties in the score
+        return -loss if self.choose_by == "loss" else score - 1e-6 * loss
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for files."""
@@ -214,11 +224,19 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
     ),
     "gsm_symbolic": (
         "generated school mathematics, SmolLM2; exact match by generation",
-        TrainConfig(model="smollm2", task="gsm_symbolic", train_size=500, test_size=100, max_length=256, batch_size=8),
+        TrainConfig(
+            model="smollm2",
+            task="gsm_symbolic",
+            train_size=500,
+            test_size=100,
+            max_length=256,
+            batch_size=8,
+            choose_by="loss",
+        ),
     ),
     "gsm8k": (
         "school mathematics, SmolLM2; exact match by generation",
-        TrainConfig(model="smollm2", task="gsm8k", max_length=256, batch_size=8),
+        TrainConfig(model="smollm2", task="gsm8k", max_length=256, batch_size=8, choose_by="loss"),
     ),
 }
 """Where a run starts from: ``python -m train NAME``."""

@@ -84,7 +84,7 @@ class _Run:
         self.step = setup.trainer.stepper(setup.model)
         self.state = setup.trainer.init(setup.model)
         self.best = jax.tree.map(jnp.copy, self.state.trained)
-        self.best_score, self.best_step, self.looks_since = -1.0, 0, 0
+        self.best_worth, self.best_step, self.looks_since = 0.0, 0, 0
         self.best_seen: Predictions | None = None
         self.seconds: list[float] = []
         self.done = 0
@@ -169,10 +169,9 @@ class _Run:
         """Evaluate on the validation split; keep the best; stop if there was no better one for long."""
         seen = self.evaluate(self.state, self.setup.task.validation, generate=False)
         self._write(step=self.done, validation_score=seen.score, validation_loss=seen.loss)
-        # a split of a few hundred rows has ties; the loss breaks them
-        score = seen.score - 1e-6 * seen.loss if self.setup.task.kind != "causal-lm" else -seen.loss
-        if self.best_step == 0 or score > self.best_score:
-            self.best, self.best_score, self.best_step = jax.tree.map(jnp.copy, self.state.trained), score, self.done
+        worth = self.config.worth(seen.score, seen.loss)
+        if self.best_step == 0 or worth > self.best_worth:
+            self.best, self.best_worth, self.best_step = jax.tree.map(jnp.copy, self.state.trained), worth, self.done
             self.best_seen = seen
             self.looks_since = 0
         else:
@@ -194,7 +193,7 @@ class _Run:
 
     def _save(self) -> None:
         info = {
-            "best_score": self.best_score,
+            "best_worth": self.best_worth,
             "best_step": self.best_step,
             "looks_since": self.looks_since,
             "stopped": self.stopped,
@@ -215,7 +214,7 @@ class _Run:
         tree = self.setup.trainer.lay_out(jax.tree.unflatten(structure, [flat[name] for name in like]))
         self.best = tree.pop("best")
         self.state = TrainState(frozen=frozen, **tree)
-        self.best_score, self.best_step = info["best_score"], info["best_step"]
+        self.best_worth, self.best_step = info["best_worth"], info["best_step"]
         self.looks_since, self.stopped = info["looks_since"], info["stopped"]
         if self.metrics.exists():
             with self.metrics.open("r+b") as file:

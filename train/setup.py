@@ -54,6 +54,7 @@ def build(config: TrainConfig) -> Setup:
         train_size=config.train_size,
         validation_size=config.validation_size,
         test_size=config.test_size,
+        test_beyond=config.test_beyond,
         max_length=config.max_length,
         image_size=config.image_size,
         seed=config.seed,

@@ -71,6 +71,7 @@ def load(
     train_size: int | None = None,
     validation_size: int | float | None = None,
     test_size: int | None = None,
+    test_beyond: int = 0,
     max_length: int = 128,
     image_size: int = 56,
     image_mean: tuple[float, float, float] = IMAGENET_MEAN,
@@ -86,6 +87,7 @@ def load(
       train_size: rows to train on, drawn with ``seed``, stratified; all if None.
       validation_size: rows, or a fraction of the train split; a tenth, 1,000 rows at most, if None.
       test_size: rows of the test split, the same for every seed; all if None.
+      test_beyond: leave out the rows that ``test_size`` of this many would draw.
       max_length: tokens of a row. Classification truncates (the longer sentence of a pair first); in causal language
         modelling train rows that are longer are left out, others truncated, prompts never.
       image_size, image_mean, image_std: what the backbone wants; ImageNet's mean and deviation by default.
@@ -115,6 +117,10 @@ def load(
     train, validation = _split(f"{name}, validation_size", train, validation_size, SPLIT_SEED)
     if train_size is not None:
         train = _split(f"{name}, train_size", train, train_size, seed)[1]
+    if test_beyond:
+        test = _split(f"{name}, test_beyond", test, test_beyond, SPLIT_SEED)[0]
+        if not _rows_of(test):
+            raise ValueError(f"{name}, test_beyond: expected fewer than all {test_beyond} test rows.")
     if test_size is not None:
         test = _split(f"{name}, test_size", test, test_size, SPLIT_SEED)[1]
 

@@ -108,6 +108,17 @@ class TestTuning:
         monkeypatch.setattr(table, "_run", fake)
         assert {line["learning_rate"] for line in compare(comparison(tmp_path), QUIET)} == {1e-2}
 
+    @pytest.mark.parametrize(("changes", "chosen"), [((), 1e-2), (("choose_by=loss",), 1e-3)])
+    def test_the_rate_is_chosen_by_what_keeps_a_step(
+        self, changes: tuple[str, ...], chosen: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The higher rate has the better score and the higher loss."""
+        monkeypatch.setattr(
+            table, "_run", lambda _, cell, __: summary(cell) | {"validation_loss": 1 + cell.learning_rate}
+        )
+        lines = compare(comparison(tmp_path, set=changes), QUIET)
+        assert {line["learning_rate"] for line in lines} == {chosen}
+
     @pytest.mark.parametrize(("grid", "shown"), [((1e-3, 1e-2), "| 0.01* |"), ((1e-3, 1e-2, 1e-1), "| 0.01 |")])
     def test_a_rate_at_an_end_of_the_grid_is_marked(
         self, grid: tuple[float, ...], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -184,6 +184,17 @@ class TestEarlyStop:
         summary = run(still, tmp_path)
         assert (summary["best_step"], summary["steps"]) == (1, 3)
 
+    @pytest.mark.parametrize(("choose_by", "kept"), [("score", 1), ("loss", 2)])
+    def test_what_is_kept_is_what_the_configuration_chooses_by(
+        self, choose_by: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two looks: the first is right more often, the second has the lower loss."""
+        seen = [(True, 2.0), (False, 1.0), (False, 1.0)]
+        looks = iter(loop.Predictions(np.array([right]), loss, None) for right, loss in seen)
+        monkeypatch.setattr(loop.Evaluator, "__call__", lambda *_, **__: next(looks))
+        config = dataclasses.replace(TINY, steps=2, evaluate_every=1, checkpoint_every=2, choose_by=choose_by)
+        assert run(config, tmp_path)["best_step"] == kept
+
     def test_the_test_split_is_looked_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         looks = []
         whole = loop.Evaluator.__call__

@@ -113,6 +113,18 @@ def test_splits_are_stratified_disjoint_and_the_same_for_every_seed(glue):
     assert tasks.load("sst2", data_dir=glue, test_size=3).test.rows == 3
 
 
+def test_rows_beyond_a_test_sample_are_the_others(glue):
+    whole, sample, others, some = (
+        set(tasks.load("sst2", data_dir=glue, **sizes).test["text"])
+        for sizes in ({}, {"test_size": 3}, {"test_beyond": 3}, {"test_beyond": 3, "test_size": 2})
+    )
+    assert sample | others == whole
+    assert not sample & others
+    assert some < others
+    with pytest.raises(ValueError, match="test_beyond: expected fewer than all"):
+        tasks.load("sst2", data_dir=glue, test_beyond=len(whole))
+
+
 def test_a_test_split_of_our_own_has_no_input_of_the_others(tmp_path):
     rows = [{"text": f"{'good' if i % 2 else 'bad'} {i % 30}", "label": i % 2} for i in range(120)]
     write(tmp_path / "train.jsonl", [json.dumps(row) for row in rows])
