@@ -129,8 +129,9 @@ def ntk_attention(
         own_output = softmax_attention(
             query, key, value, bias=bias, mask=mask, is_causal=is_causal, scale=scale, implementation=implementation
         )
-        total = (own_output + linear.numerator.transpose(1, 2, 0, 3)) / (1 + linear.mass.transpose(1, 2, 0)[..., None])
-        return total.astype(query.dtype)
+        # in the layout of scores, where both parts are computed: one copy at the end instead of one for each
+        total = (own_output.transpose(0, 2, 1, 3) + linear.numerator) / (1 + linear.mass[..., None])
+        return total.transpose(0, 2, 1, 3).astype(query.dtype)
     if mass != "absolute":
         raise ValueError(f'expected mass "absolute" or "relative", got {mass!r}')
     implementation = _choose(implementation, query, key, bias, mask)
@@ -235,14 +236,10 @@ class _Source(NamedTuple):
 
 
 class _Linear(NamedTuple):
-    """What stands beside the softmax sums: a numerator and its mass >= 0.
+    """What stands beside the softmax sums: a numerator and its mass >= 0, in the layout of scores."""
 
-    Heads come first: one matrix product a head over all rows, and no copy between the features and the
-    product.
-    """
-
-    numerator: Float[Array, "N B T H"]
-    mass: Float[Array, "N B T"]
+    numerator: Float[Array, "B N T H"]
+    mass: Float[Array, "B N T"]
 
 
 def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: float) -> _Linear:
@@ -256,12 +253,19 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
             f"got k {k.shape} and z {[f.shape for f in factors]}: use the state's own map and heads"
         )
     dtype = accumulation_dtype(query.dtype)
-    features = phi(query.transpose(2, 0, 1, 3).astype(dtype) * math.sqrt(scale))
+    features = phi(query.transpose(0, 2, 1, 3).astype(dtype) * math.sqrt(scale))
     numerator = features
     for factor in factors:
-        numerator = jnp.einsum("nbtr,nrh->nbth", numerator, factor.astype(dtype))
-    mass = jnp.einsum("nbtr,nr->nbt", features, k.astype(dtype))
+        numerator = _times(numerator, factor.astype(dtype))
+    mass = jnp.sum(features * k.astype(dtype)[None, :, None], axis=-1)
     return _Linear(numerator, jnp.where(mass < 0, 0, mass))  # `maximum` would halve the gradient at k = 0
+
+
+def _times(x: Float[Array, "B N T R"], factor: Float[Array, "N R H"]) -> Float[Array, "B N T H"]:
+    """One product a head; a factor that is no larger than a row's x is repeated, which is cheaper than moving x."""
+    if x.shape[2] < factor.shape[2]:
+        return jnp.einsum("bntr,nrh->bnth", x, factor)
+    return x @ jnp.broadcast_to(factor, (x.shape[0], *factor.shape))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -292,10 +296,10 @@ def _attend_backward(flashes: tuple[Flash, ...], residuals: Any, d_output: Array
         d_sources.append(d_source)
     d_linear = None
     if linear is not None:
-        weight = _linear_weight(statistics.lse).transpose(1, 0, 2)
+        weight = _linear_weight(statistics.lse)
         d_total = d_output.astype(weight.dtype)
         projection = jnp.sum(d_total * statistics.output.astype(weight.dtype), axis=-1)
-        d_linear = _Linear(weight[..., None] * d_total.transpose(2, 0, 1, 3), -weight * projection.transpose(2, 0, 1))
+        d_linear = _Linear(weight[..., None] * d_total.transpose(0, 2, 1, 3), -weight * projection.transpose(0, 2, 1))
     return d_query.astype(query.dtype), tuple(d_sources), d_linear
 
 
@@ -307,7 +311,7 @@ def _merge(parts: list[Statistics], linear: _Linear | None) -> Statistics:
     """Return output and log-mass of all parts together; a part of mass 0 leaves the others' bits alone."""
     dtype = parts[0].lse.dtype
     logs = [part.lse for part in parts]
-    mass = None if linear is None else linear.mass.transpose(1, 0, 2)
+    mass = None if linear is None else linear.mass
     if mass is not None:
         logs.append(jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)), -jnp.inf))
     largest = functools.reduce(jnp.maximum, logs)
@@ -318,7 +322,7 @@ def _merge(parts: list[Statistics], linear: _Linear | None) -> Statistics:
     total = functools.reduce(jnp.add, weights)
     if linear is not None and mass is not None:
         weights.append(_linear_weight(largest))
-        values.append(linear.numerator.transpose(1, 2, 0, 3))
+        values.append(linear.numerator.transpose(0, 2, 1, 3))
         total = total + weights[-1] * mass
     total = jnp.where(empty, 1, total)
     output = functools.reduce(
@@ -389,16 +393,15 @@ def _reference(
     values = jnp.repeat(value, all_scores.shape[1] // value.shape[2], axis=2).astype(dtype)
     largest = jnp.max(all_scores, axis=-1, initial=-jnp.inf)
     if linear is not None:
-        mass = linear.mass.transpose(1, 0, 2)
-        largest = jnp.maximum(largest, jnp.log(mass))
+        largest = jnp.maximum(largest, jnp.log(linear.mass))
     largest = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, jnp.inf, largest))
     attention = jnp.exp(all_scores - largest[..., None])
     above = jnp.einsum("bnts,bsnh->bnth", attention, values)
     below = jnp.sum(attention, axis=-1)
     if linear is not None:
         weight = _linear_weight(largest)
-        above = above + weight[..., None] * linear.numerator.transpose(1, 0, 2, 3)
-        below = below + weight * mass
+        above = above + weight[..., None] * linear.numerator
+        below = below + weight * linear.mass
     below = jnp.where(below == 0, 1, below)
     return (above / below[..., None]).transpose(0, 2, 1, 3)
 

@@ -83,7 +83,7 @@ class Elu1(FeatureMap):
 
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
         """Return ``elu(x) + 1``, as ``exp(x)`` below 0, so that small features keep their digits."""
-        return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+        return _elu1(x)
 
     def error_bound(self, norm: float) -> float:
         """Return infinity: there is no bound."""
@@ -265,6 +265,18 @@ def attention_error_bound(kernel_error: float, value_max: float) -> float:
     Source: derived, paper.md section 1.
     """
     return 2 * kernel_error / (1 - kernel_error) * value_max if kernel_error < 1 else math.inf
+
+
+@jax.custom_jvp
+def _elu1(x: Array) -> Array:
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+
+
+@_elu1.defjvp
+def _elu1_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """The derivative is ``min(phi, 1)``: one pass over what is kept anyway, and 1 at 0 as it should be."""
+    features = _elu1(*primals)
+    return features, jnp.minimum(features, 1) * tangents[0]
 
 
 @functools.lru_cache(maxsize=64)

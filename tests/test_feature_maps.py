@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from ntk_prefix.feature_maps import (
     Elu1,
@@ -64,6 +65,14 @@ class TestElu1:
         assert jax.nn.elu(x)[0] + 1 == 0
         np.testing.assert_allclose(Elu1()(x), np.exp(-40.0), rtol=1e-5)
         assert jax.grad(lambda x: Elu1()(x)[0])(x)[0] > 0
+
+    def test_has_the_derivative_of_elu_and_1_at_0(self):
+        """Two pieces chosen by `where` have 1/2 there: half of `minimum`'s ties."""
+        x = jnp.linspace(-30, 30, 102)
+        slope = jax.grad(lambda x: Elu1()(x).sum())
+        np.testing.assert_allclose(slope(x), jnp.exp(jnp.minimum(x, 0)), rtol=1e-15)
+        assert slope(jnp.zeros(1)) == 1
+        check_grads(lambda x: Elu1()(jnp.asarray(x)), (x,), order=2)
 
     def test_approximates_nothing(self):
         assert Elu1().error_bound(1e-3) == math.inf
