@@ -366,10 +366,10 @@ def draw(lines: list[dict[str, Any]]) -> Figure:
             panel.errorbar(x, y, 100 * error, fmt="o", color=color, capsize=3)
             labels.append((y, x, line["row"], color))
         counts = [x for _, x, _, _ in labels]
-        # whole decades, so that methods of nearly equal size do not get an axis of their own
-        limits = (
-            (10 ** np.floor(np.log10(min(counts))), 10 ** (np.floor(np.log10(max(counts))) + 1)) if counts else (1, 10)
-        )
+        # whole decades, so that methods of nearly equal size do not get an axis of their own, and room
+        # for the labels on both sides
+        lowest, highest = np.log10(min(counts, default=1)), np.log10(max(counts, default=1))
+        limits = (10 ** np.floor(lowest - 0.7), 10 ** np.ceil(highest + 0.5))
         panel.set(
             title=task, xscale="log", xlim=limits, xlabel="trained parameters", ylabel="test score, %; bars: one SE"
         )
