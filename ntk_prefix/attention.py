@@ -244,7 +244,7 @@ class _Linear(NamedTuple):
 
 def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: float) -> _Linear:
     """Return what a state says about the prefix: ``N = phi(q) Z`` and ``E = max(phi(q) . k, 0)``."""
-    heads, head_dim = query.shape[2:]
+    batch, length, heads, head_dim = query.shape
     factors = z if isinstance(z, LowRank) else (z,)
     shape = (heads, phi.dim(head_dim))
     if k.shape != shape or any(f.shape[0] != heads for f in factors) or factors[0].shape[1] != shape[1]:
@@ -256,16 +256,12 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
     features = phi(query.transpose(0, 2, 1, 3).astype(dtype) * math.sqrt(scale))
     numerator = features
     for factor in factors:
-        numerator = _times(numerator, factor.astype(dtype))
+        if length < factor.shape[2]:
+            numerator = jnp.einsum("bntr,nrh->bnth", numerator, factor.astype(dtype))
+        else:  # repeated for the rows of the batch it is no larger than they are, and they stay where they are
+            numerator = numerator @ jnp.broadcast_to(factor.astype(dtype), (batch, *factor.shape))
     mass = jnp.sum(features * k.astype(dtype)[None, :, None], axis=-1)
     return _Linear(numerator, jnp.where(mass < 0, 0, mass))  # `maximum` would halve the gradient at k = 0
-
-
-def _times(x: Float[Array, "B N T R"], factor: Float[Array, "N R H"]) -> Float[Array, "B N T H"]:
-    """One product a head; a factor that is no larger than a row's x is repeated, which is cheaper than moving x."""
-    if x.shape[2] < factor.shape[2]:
-        return jnp.einsum("bntr,nrh->bnth", x, factor)
-    return x @ jnp.broadcast_to(factor, (x.shape[0], *factor.shape))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
