@@ -193,7 +193,7 @@ class _Run:
 
     def _save(self) -> None:
         info = {
-            "best_worth": self.best_worth,
+            "best_score": self.best_worth,
             "best_step": self.best_step,
             "looks_since": self.looks_since,
             "stopped": self.stopped,
@@ -214,7 +214,7 @@ class _Run:
         tree = self.setup.trainer.lay_out(jax.tree.unflatten(structure, [flat[name] for name in like]))
         self.best = tree.pop("best")
         self.state = TrainState(frozen=frozen, **tree)
-        self.best_worth, self.best_step = info["best_worth"], info["best_step"]
+        self.best_worth, self.best_step = info["best_score"], info["best_step"]
         self.looks_since, self.stopped = info["looks_since"], info["stopped"]
         if self.metrics.exists():
             with self.metrics.open("r+b") as file:
