@@ -67,14 +67,15 @@ class Comparison:
 
     profile: Name = "small"
     """small: samples sized for four hours of two cores; confirm: its rows of equal count on test rows that it has not
-    read; full: all data and two more tasks, for a GPU; ablation: parts of NTK-Attention; math: SmolLM2; long and
-    long_full: small and full for long documents, sized for three hours."""
+    read; full: all data and two more tasks, for a GPU; ablation: parts of NTK-Attention; math and math_short: SmolLM2 on
+    all kinds of generated problems and on eight short ones; long and long_full: small and full for long documents, sized
+    for three hours."""
     tasks: tuple[str, ...] = ()
     """Some of the profile's tasks; all for none."""
     rows: tuple[str, ...] = ()
     """Some of the rows, by label; all for none."""
     seeds: int | None = None
-    """How many; the profile's own (3, or 1 for math) if None."""
+    """How many; the profile's own (3, or 1 for mathematics) if None."""
     grid: tuple[float, ...] = ()
     """Learning rates that every row is tuned over; the profile's own for none."""
     data_dir: Path | None = None
@@ -277,6 +278,8 @@ def _line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: float
         "trainable_parameters": median("trainable_parameters"),
         "test_rows": median("test_rows"),
         "before": mean("test_score_before"),
+        "last_number_before": mean("test_last_number_before"),
+        "last_number": mean("test_last_number"),
         "loss_before": mean("test_loss_before"),
         "loss": mean("test_loss"),
         "seconds_a_step": median("seconds_a_step"),
@@ -303,7 +306,8 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
         "seed 0, marked * at an end of these: one beyond might be better; the head's is that of the task's configuration, "
         "but for the row that trains nothing else. Parameters include the head. Before: at the start, of language; the "
-        "score is that of generated answers, the loss that of the true ones. Ahead by: the difference of the means and its "
+        "score is that of generated answers, right if the number marked ####, and last number if the last one, is; the "
+        "loss is that of the true answers. Ahead by: the difference of the means and its "
         "standard error, the seeds of both rows taken as independent. Loss: mean cross entropy on the test rows. F1: macro; "
         f"ECE: expected calibration error, {BINS} bins of equal width; scaled: with a temperature from validation.\n"
     )
@@ -316,6 +320,8 @@ def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         "score": [_number(line["mean"], 0.01, 1) for line in lines],
         "spread": [_number(line["spread"], 0.01, 1) for line in lines],
         "ntk is ahead by": [_lead(ours.get(line["task"]), line) for line in lines],
+        "last number before": [_number(line["last_number_before"], 0.01, 1) for line in lines],
+        "last number": [_number(line["last_number"], 0.01, 1) for line in lines],
         "loss before": [_number(line["loss_before"], 1, 3) for line in lines],
         "loss": [_number(line["loss"], 1, 3) for line in lines],
         "F1": [_number(line["macro_f1"], 0.01, 1) for line in lines],

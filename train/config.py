@@ -234,6 +234,19 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
             choose_by="loss",
         ),
     ),
+    "gsm_symbolic_short": (
+        "the eight shortest kinds of generated school mathematics, SmolLM2; exact match by generation",
+        TrainConfig(
+            model="smollm2",
+            task="gsm_symbolic_short",
+            train_size=1000,
+            validation_size=100,
+            max_length=128,
+            batch_size=8,
+            max_new_tokens=80,
+            choose_by="loss",
+        ),
+    ),
     "gsm8k": (
         "school mathematics, SmolLM2; exact match by generation",
         TrainConfig(model="smollm2", task="gsm8k", max_length=256, batch_size=8, choose_by="loss"),

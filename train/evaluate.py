@@ -35,6 +35,8 @@ class Predictions(NamedTuple):
     """[rows], the true classes; None for language."""
     texts: tuple[str, ...] = ()
     """Generated answers; language only."""
+    last_number: float | None = None
+    """Share of them whose last number is right, marked as the answer or not; language only."""
 
     @property
     def score(self) -> float:
@@ -102,8 +104,11 @@ class Evaluator:
         if not generate:
             return Predictions(np.concatenate(correct), loss, None)
         texts = self._generate(state, split)
-        matched = [tasks.exact_match(text, truth) for text, truth in zip(texts, split["answer"], strict=True)]
-        return Predictions(np.array(matched), loss, None, texts=tuple(texts))
+        marked, last = (
+            np.array([tasks.exact_match(*pair, marked=m) for pair in zip(texts, split["answer"], strict=True)])
+            for m in (True, False)
+        )
+        return Predictions(marked, loss, None, texts=tuple(texts), last_number=float(last.mean()))
 
     def _generate(self, state: TrainState, split: data.Dataset) -> list[str]:
         task, config = self.setup.task, self.setup.config

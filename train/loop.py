@@ -250,6 +250,8 @@ class _Run:
             "test_loss": test.loss,
             "test_score_before": before and before.score,
             "test_loss_before": before and before.loss,
+            "test_last_number": test.last_number,
+            "test_last_number_before": before and before.last_number,
             "test_rows": len(test.correct),
             "validation_score": validation.score,
             "validation_loss": validation.loss,

@@ -283,11 +283,12 @@ def _cifar10() -> dict[str, Columns]:
     }
 
 
-_GSM_SYMBOLIC_ROWS = {"train": 5000, "test": 500}
+_SHORT_TEMPLATES = 8
+"""How many of the 85 templates the short form of gsm_symbolic has."""
 
 _GSM_SYMBOLIC = """
 import ast, importlib, json, random, sys
-root, rows = sys.argv[1], int(sys.argv[2])
+root, rows, shortest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.path.insert(0, root)
 package = "reasoning_gym.arithmetic.gsm_symbolic."
 halves = [importlib.import_module(package + name) for name in ("generators_00_49", "generators_50_99")]
@@ -297,30 +298,37 @@ sound = next(
     for line in ast.parse(source).body
     if isinstance(line, ast.Assign) and line.targets[0].id == "tasks_ok"
 )
+def solved(kind, draw):
+    example = getattr(halves[kind // 50], f"generate_{kind}")(random.Random(draw), 1.0)
+    return example["question"], example["metadata"]["answer_cot"]
+if shortest:
+    sound = sorted(sound, key=lambda kind: max(len("".join(solved(kind, draw))) for draw in range(50)))[:shortest]
 seen, draw = set(), 0
 while len(seen) < rows:
-    kind = sound[draw % len(sound)]
-    example = getattr(halves[kind // 50], f"generate_{kind}")(random.Random(draw), 1.0)
+    question, answer = solved(sound[draw % len(sound)], draw)
     draw += 1
-    if example["question"] not in seen:
-        seen.add(example["question"])
-        print(json.dumps([example["question"], example["metadata"]["answer_cot"]]))
+    if question not in seen:
+        seen.add(question)
+        print(json.dumps([question, answer]))
 """
 
 
-def _gsm_symbolic() -> dict[str, Columns]:
-    """The same problems every time; test has the templates of train with other names and numbers, no question twice."""
-    total = sum(_GSM_SYMBOLIC_ROWS.values())
+def _gsm_symbolic(*, train: int, test: int, shortest: int = 0) -> dict[str, Columns]:
+    """The same problems every time; test has the templates of train with other names and numbers, no question twice.
+
+    Of all templates, or of so many with the shortest solved problems.
+    """
     # a process of its own, without site-packages: the generators need only Python, and another version of their
     # package, if one is installed, must not stand in for them
-    command = [sys.executable, "-I", "-S", "-c", _GSM_SYMBOLIC, str(asset("gsm_symbolic")), str(total)]
+    command = [sys.executable, "-I", "-S", "-c", _GSM_SYMBOLIC, str(asset("gsm_symbolic"))]
+    command += [str(train + test), str(shortest)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     rows = [json.loads(line) for line in output.splitlines()]
 
     def columns(part: list[list[str]]) -> Columns:
         return {"question": [question for question, _ in part], "answer": [answer for _, answer in part]}
 
-    return {"train": columns(rows[_GSM_SYMBOLIC_ROWS["test"] :]), "test": columns(rows[: _GSM_SYMBOLIC_ROWS["test"]])}
+    return {"train": columns(rows[test:]), "test": columns(rows[:test])}
 
 
 # ------------------------------------------------------------------------------------------------------------- tasks
@@ -437,6 +445,11 @@ TASKS: dict[str, TaskSpec] = {
         assets=_cifar10,
     ),
     "gsm8k": TaskSpec(kind="causal-lm", columns=_SOLVED, hub="openai/gsm8k", subset="main"),
-    "gsm_symbolic": TaskSpec(kind="causal-lm", columns=_SOLVED, assets=_gsm_symbolic),
+    "gsm_symbolic": TaskSpec(kind="causal-lm", columns=_SOLVED, assets=lambda: _gsm_symbolic(train=5000, test=500)),
+    "gsm_symbolic_short": TaskSpec(
+        kind="causal-lm",
+        columns=_SOLVED,
+        assets=lambda: _gsm_symbolic(train=2000, test=400, shortest=_SHORT_TEMPLATES),
+    ),
 }
 """All tasks, by name."""

@@ -158,16 +158,34 @@ def extract_answer(text: str) -> Decimal | None:
     Commas are left out; the value counts, not its form: 18 and 18.00 are equal.
     """
     found = re.search(r"####\s*\$?(-?[0-9.,]+)", text)
+    return _value(found.group(1)) if found else None
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text, whatever stands before it; None if there is none."""
+    # a hyphen behind a digit or a bracket takes away
+    found = re.findall(r"(?:(?<![0-9)])-)?[0-9](?:[0-9.,]*[0-9])?", text)
+    return _value(found[-1]) if found else None
+
+
+def exact_match(generated: str, reference: str, *, marked: bool = True) -> bool:
+    """Whether a generated answer ends in the same number as the reference; no number is never right.
+
+    Args:
+      generated: what the model wrote.
+      reference: the true answer, its number after ``####``.
+      marked: the model's number must stand after ``####`` too; else its last number counts, which a model that was not
+        taught that form can be right by.
+    """
+    value = extract_answer(generated) if marked else last_number(generated)
+    return value is not None and value == extract_answer(reference)
+
+
+def _value(number: str) -> Decimal | None:
     try:
-        return Decimal(found.group(1).replace(",", "").rstrip(".")) if found else None
+        return Decimal(number.replace(",", "").rstrip("."))
     except InvalidOperation:
         return None
-
-
-def exact_match(generated: str, reference: str) -> bool:
-    """Whether a generated answer ends in the same number as the reference; no number is never right."""
-    value = extract_answer(generated)
-    return value is not None and value == extract_answer(reference)
 
 
 # ------------------------------------------------------------------------------------------------------------ splits

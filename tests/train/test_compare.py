@@ -130,6 +130,23 @@ class TestTuning:
         compare(comparison(tmp_path, grid=grid), QUIET)
         assert (tmp_path / "table.md").read_text().count(shown) == 2
 
+    def test_of_language_it_says_what_was_right_at_the_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        said = {
+            "test_score_before": 0.0,
+            "test_last_number_before": 0.25,
+            "test_last_number": 0.75,
+            "test_loss_before": 2.0,
+        }
+        monkeypatch.setattr(table, "_run", lambda _, cell, __: summary(cell) | said)
+        compare(comparison(tmp_path), QUIET)
+        lines = (tmp_path / "table.md").read_text().splitlines()
+        assert (
+            "| before | score | spread | ntk is ahead by | last number before | last number | loss before |" in lines[2]
+        )
+        assert lines[-1].startswith("| sst2 | ntk | 0.0 | 61.0 | 1.0 | - | 25.0 | 75.0 | 2.000 | 0.700 |")
+
 
 class TestCells:
     def test_a_finished_one_is_read_and_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

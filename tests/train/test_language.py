@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.models.formulas import CONFIGS, draw, write
+from train import tasks
 from train.config import TrainConfig
 from train.loop import run
 
@@ -59,6 +60,9 @@ def test_answers_are_learned_and_generated(sums: Path, tmp_path: Path) -> None:
     assert [answer["question"] for answer in answers[:2]] == ["add 2 and 10 ?", "add 3 and 9 ?"]
     assert {answer["generated"] for answer in answers} == {"so #### 12"}
     assert "#### 12" not in {answer["before"][-7:] for answer in answers}
+    # a number need not be marked to be the last one
+    before = [tasks.exact_match(answer["before"], answer["answer"], marked=False) for answer in answers]
+    assert (summary["test_last_number"], summary["test_last_number_before"]) == (1, sum(before) / 20)
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "ntk_attention"])

@@ -232,6 +232,24 @@ def test_answers_as_gsm8k_reads_them(text, number):
     assert tasks.exact_match(text, f"#### {number}") == (number is not None)
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 13 - 10 = 3 books, 3 and 13 together make 16.", 16),
+        ("16\n#### 17", 17),
+        ("he pays $1,234.50.", Decimal("1234.5")),
+        ("it falls to -3 degrees", -3),
+        ("which is 5-3", 3),
+        ("no idea", None),
+    ],
+)
+def test_an_answer_without_its_mark_is_read_by_its_last_number(text, number):
+    assert tasks.last_number(text) == number
+    truth = f"#### {number}"
+    assert tasks.exact_match(text, truth, marked=False) == (number is not None)
+    assert tasks.exact_match(text, truth) == ("####" in text)
+
+
 def test_the_hub_is_asked_for_the_files_of_the_task(glue, monkeypatch):
     asked = {}
 
@@ -330,13 +348,20 @@ def test_real_classification(name):
 
 
 @pytest.mark.slow
-def test_real_templates_of_math():
+@pytest.mark.parametrize(
+    ("name", "rows", "longest"),
+    [("gsm_symbolic", [4500, 500, 500], 1500), ("gsm_symbolic_short", [1800, 200, 400], 300)],
+)
+def test_real_templates_of_math(name, rows, longest):
     real("gsm_symbolic")
-    one, other = tasks.load("gsm_symbolic"), tasks.load("gsm_symbolic")
+    one, other = tasks.load(name), tasks.load(name)
     np.testing.assert_array_equal(one.train["answer"], other.train["answer"])
     held = [set(split["question"]) for split in (one.train, one.validation, one.test)]
-    assert [len(questions) for questions in held] == [4500, 500, 500]
-    assert len(set.union(*held)) == 5500
+    assert [len(questions) for questions in held] == rows
+    assert len(set.union(*held)) == sum(rows)
+    # characters; the short form is what it says
+    pairs = zip(one.test["question"], one.test["answer"], strict=True)
+    assert longest / 2 < max(len(question + answer) for question, answer in pairs) < longest
     assert all(tasks.extract_answer(answer) is not None for answer in one.train["answer"])
 
 
