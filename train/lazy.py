@@ -1,17 +1,17 @@
 r"""``python -m train.lazy``: does the empirical tangent kernel of an adapter explain what fine-tuning it reaches?
 
 For each method, on the same few examples: the kernel :math:`\Theta` of the logits of a pretrained model with respect to the
-adapter alone (not the head that is trained beside it, except for the method "head"), at its start; its spectrum; kernel
-regression with it,
+adapter, at its start; its spectrum; kernel regression with it,
 
 .. math::  f(x) = f_0(x) + \Theta(x, X) (\Theta(X, X) + \rho I)^{-1} (Y - f_0(X)),
 
 Y being 1 for the true label and 0 for the others, rho chosen on validation; and beside it the fine-tuned adapter of
-``python -m train``.  Where regression reaches as much as training, the lazy regime explains the accuracy; where training
-is ahead, features moved.
+``python -m train``, its learning rate chosen on validation.  A head is trained beside the adapter: the second regression
+has the sum of both kernels, each divided by its trace, for Adam moves both at rates of their own.  Where regression
+reaches as much as training, the lazy regime explains the accuracy; where training is ahead, features moved.
 
-The *conditioning* column is the kernel's participation number ``(tr)^2 / tr(Theta^2)``: how many directions of the
-training set are learned at comparable speed.
+*Participation* is ``(tr)^2 / tr(Theta^2)`` of the adapter's kernel: how many directions of the training set are learned
+at comparable speed.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Options:
     """Examples that the result is read on."""
     steps: int = 100
     """Of fine-tuning."""
-    learning_rate: float = 1e-3
-    """Of fine-tuning."""
+    learning_rates: tuple[float, ...] = (5e-4, 5e-3, 5e-2)
+    """Of fine-tuning; the one with the lowest validation loss counts."""
     max_length: int = 48
     """Tokens of a text."""
     seed: int = 0
@@ -91,6 +91,10 @@ class View:
     """Of the training kernel, largest first."""
     ridge: float
     regression_score: float
+    """With the adapter's kernel."""
+    joint_score: float
+    """With the head's kernel added; the same for the method "head"."""
+    learning_rate: float
     fine_tuned_score: float
 
     @property
@@ -113,66 +117,81 @@ class _Logits(nnx.Module):
 
 def view(options: Options, method: str, console: Console) -> View:
     """Compute a method's kernel on real examples, regress with it, and fine-tune beside it."""
-    config = _config(options, method)
-    setup = build(config)
+    configs = {rate: _config(options, method, rate) for rate in options.learning_rates}
+    setup = build(next(iter(configs.values())))
     split = setup.task
     arrays = [_inputs(part, options.max_length) for part in (split.train, split.validation, split.test)]
     labels = [part["labels"] for part in (split.train, split.validation, split.test)]
     model = _Logits(setup.model, split.train.pad_id)
     trained = peft.trainable_parameters(setup.model)[0]
     block = max(JACOBIAN_BYTES // (4 * split.num_labels * trained), 1)
-
-    adapter = nnx.All(peft.AdapterParam, nnx.Not(nnx.PathContains("head"))) if method != "head" else peft.AdapterParam
-
     # all splits at once: one program, compiled once
     everything, ends = jnp.concatenate(arrays), np.cumsum([len(x) for x in arrays])[:-1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KernelFallbackWarning)  # structured derivatives do not know attention
-        whole = empirical_ntk(model, everything, arrays[0], wrt=adapter, implementation="jacobian", batch_size=block)
-    columns = whole.shape[2] * whole.shape[3]
-    train_train, validation, test = (
-        rows.reshape(-1, columns) for rows in np.split(np.asarray(whole, np.float64), ends)
-    )
     start = np.split(np.asarray(model(everything), np.float64), ends)
-    eigenvalues, vectors = np.linalg.eigh(train_train)
-    missing = vectors.T @ (np.eye(split.num_labels)[labels[0]] - start[0]).ravel()
+    residual = (np.eye(split.num_labels)[labels[0]] - start[0]).ravel()
 
-    def score(part: int, cross: np.ndarray, ridge: float) -> float:
-        weights = vectors @ (missing / (eigenvalues.clip(0) + ridge * eigenvalues.mean()))
-        outputs = start[part] + (cross @ weights).reshape(start[part].shape)
-        return float((outputs.argmax(axis=1) == labels[part]).mean())
+    def kernels(wrt: Any) -> list[np.ndarray]:
+        """Of the training examples with themselves, validation, test, divided by the trace of the first."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KernelFallbackWarning)  # structured derivatives do not know attention
+            whole = empirical_ntk(model, everything, arrays[0], wrt=wrt, implementation="jacobian", batch_size=block)
+        columns = whole.shape[2] * whole.shape[3]
+        parts = [rows.reshape(-1, columns) for rows in np.split(np.asarray(whole, np.float64), ends)]
+        return [part / np.trace(parts[0]) for part in parts]
 
-    ridge = max(RIDGES, key=lambda r: score(1, validation, r))
-    regression = score(2, test, ridge)
-    console.print(f"{method}: kernel regression {regression:.3f}; fine-tuning ...")
-    tuned = run(config, options.out / "runs" / f"{options.config}-{method}", console)
-    return View(method, trained, eigenvalues[::-1], ridge, regression, tuned["test_score"])
+    def regress(train_train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """Eigenvalues, largest first, the chosen ridge and its score."""
+        eigenvalues, vectors = np.linalg.eigh(train_train)
+
+        def score(part: int, cross: np.ndarray, ridge: float) -> float:
+            weights = vectors @ (vectors.T @ residual / (eigenvalues.clip(0) + ridge * eigenvalues.mean()))
+            outputs = start[part] + (cross @ weights).reshape(start[part].shape)
+            return float((outputs.argmax(axis=1) == labels[part]).mean())
+
+        ridge = max(RIDGES, key=lambda r: score(1, validation, r))
+        return eigenvalues[::-1], ridge, score(2, test, ridge)
+
+    head = nnx.All(peft.AdapterParam, nnx.PathContains("head"))
+    of_head = kernels(head)
+    of_adapter = of_head if method == "head" else kernels(nnx.All(peft.AdapterParam, nnx.Not(head)))
+    eigenvalues, ridge, regression = regress(*of_adapter)
+    joint = regress(*(a + b for a, b in zip(of_adapter, of_head, strict=True)))[2]
+    console.print(f"{method}: kernel regression {regression:.3f}, with the head's {joint:.3f}; fine-tuning ...")
+    tuned = {
+        rate: run(config, options.out / "runs" / f"{options.config}-{method}-{rate:g}", console)
+        for rate, config in configs.items()
+    }
+    best = min(tuned, key=lambda rate: tuned[rate]["validation_loss"])
+    return View(method, trained, eigenvalues, ridge, regression, joint, best, tuned[best]["test_score"])
 
 
-def draw(views: list[View], title: str) -> Figure:
+def draw(views: list[View], heading: str) -> Figure:
     """Spectra on the left, scores on the right."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     spectra, scores = figure.subplots(1, 2)
     for index, each in enumerate(views):
         values = each.eigenvalues / each.eigenvalues[0]
         spectra.plot(np.arange(1, len(values) + 1), values.clip(1e-9), color=f"C{index}", label=each.method)
-        scores.barh(index + 0.18, 100 * each.regression_score, 0.34, color=f"C{index}", alpha=0.45)
-        scores.barh(index - 0.18, 100 * each.fine_tuned_score, 0.34, color=f"C{index}")
+        bars = ((each.regression_score, 0.3), (each.joint_score, 0.6), (each.fine_tuned_score, 1.0))
+        for place, (score, alpha) in enumerate(bars):
+            scores.barh(index + 0.26 * (place - 1), 100 * score, 0.24, color=f"C{index}", alpha=alpha)
     spectra.set(
         xscale="log", yscale="log", xlabel="index", ylabel="eigenvalue / largest", title="kernel of the adapter"
     )
     spectra.legend(frameon=False, fontsize=8)
     scores.set_yticks(range(len(views)), [each.method for each in views])
-    lowest = min(min(each.regression_score, each.fine_tuned_score) for each in views)
-    scores.set(xlim=(100 * lowest - 5, 100), xlabel="test score, %", title="pale: kernel regression, full: fine-tuned")
+    lowest = min(min(each.regression_score, each.joint_score, each.fine_tuned_score) for each in views)
+    title = "regression: the adapter's kernel, with the head's; fine-tuned"
+    scores.set(xlim=(100 * lowest - 5, 100), xlabel="test score, %", title=title + " (palest to full)")
     scores.invert_yaxis()
-    figure.suptitle(title)
+    figure.suptitle(heading)
     return figure
 
 
-def _config(options: Options, method: str) -> TrainConfig:
+def _config(options: Options, method: str, learning_rate: float) -> TrainConfig:
+    usual = CONFIGS[options.config][1]
     return dataclasses.replace(
-        CONFIGS[options.config][1],
+        usual,
         method=method,
         data_dir=options.data_dir,
         train_size=options.train_size,
@@ -180,7 +199,10 @@ def _config(options: Options, method: str) -> TrainConfig:
         test_size=options.test_size,
         max_length=options.max_length,
         steps=options.steps,
-        learning_rate=options.learning_rate,
+        learning_rate=learning_rate,
+        # where the head is all there is, it is what is tuned
+        head_learning_rate=learning_rate if method == "head" else usual.head_learning_rate,
+        choose_by="loss",
         evaluate_every=max(options.steps // 4, 1),
         seed=options.seed,
     )
@@ -199,10 +221,11 @@ def main(options: Options) -> None:
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
     views = [view(options, method, console) for method in options.methods]
-    table = Table("method", "parameters", "participation", "ridge", "kernel regression", "fine-tuned")
+    table = Table("method", "parameters", "participation", "kernel regression", "with the head's", "fine-tuned", "rate")
     for each in views:
-        row = (each.method, f"{each.parameters:,}", f"{each.participation:.2f}", f"{each.ridge:g}")
-        table.add_row(*row, f"{100 * each.regression_score:.1f}", f"{100 * each.fine_tuned_score:.1f}")
+        scores = (each.regression_score, each.joint_score, each.fine_tuned_score)
+        row = (each.method, f"{each.parameters:,}", f"{each.participation:.2f}")
+        table.add_row(*row, *(f"{100 * score:.1f}" for score in scores), f"{each.learning_rate:g}")
     console.print(table)
     title = f"{options.config}, {options.train_size} examples"
     draw(views, title).savefig(options.out / "lazy.png", dpi=150)
