@@ -61,7 +61,9 @@ def main() -> int:
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         console.print(f"[red]{escape(str(error))}[/]")
         return 2
-    score = f"{summary['metric']} {summary['test_score']:.4f} on {summary['test_rows']} test rows"
+    score = "test split not looked at"
+    if summary["test_score"] is not None:
+        score = f"{summary['metric']} {summary['test_score']:.4f} on {summary['test_rows']} test rows"
     if "calibration_error" in summary:
         score += f", calibration error {summary['calibration_error']:.3f}"
     console.print(

@@ -3,7 +3,7 @@
 Each cell is one run of ``python -m train`` in a folder and a process of its own: a crash costs one cell, memory is
 measured for each, and a finished cell is never run again.  Every row gets the same tuning budget: the same grid of
 learning rates, one run each with the first seed; the rate with the best *validation* score is then run with the other
-seeds.  Test scores are of the chosen rate only.
+seeds.  The test split is looked at for the chosen rate only.
 
 Two processes may fill one folder with different tasks or rows; the table is then written by running it once more for all.
 """
@@ -145,16 +145,16 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
     pairs = [(task, row) for task in comparison.chosen_tasks() for row in comparison.rows_of(task)]
     for (task, row), rate, seed in itertools.product(pairs, comparison.rates, range(comparison.repeats)):
         _check(comparison, Cell(task, row, rate, seed))
-    each = len(comparison.rates) + comparison.repeats - 1
+    each = len(comparison.rates) + comparison.repeats
     lines: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("cells", total=each * len(pairs))
         for task, row in pairs:
             finished: dict[Cell, dict[str, Any]] = {}
-            for cell in _cells(comparison, task, row, finished):
+            for cell, test in _cells(comparison, task, row, finished):
                 progress.update(bar, description=f"{task} {row[0]} {cell.learning_rate:g} seed {cell.seed}")
-                finished[cell] = _run(comparison, cell, progress.console)
+                finished[cell] = _run(comparison, cell, progress.console, test=test)
                 progress.advance(bar)
             lines.append(_line(task, row, finished, _best_rate(comparison, finished)))
             write_whole(comparison.out / "table.json", json_text(_document(comparison, lines)).encode())
@@ -165,12 +165,15 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
     return lines
 
 
-def _cells(comparison: Comparison, task: str, row: Row, finished: dict[Cell, dict[str, Any]]) -> Iterator[Cell]:
-    """The grid with the first seed, then the best rate with the others."""
+def _cells(
+    comparison: Comparison, task: str, row: Row, finished: dict[Cell, dict[str, Any]]
+) -> Iterator[tuple[Cell, bool]]:
+    """The grid with the first seed, then the best rate with all seeds; whether the test split is looked at."""
     for rate in comparison.rates:
-        yield Cell(task, row, rate, 0)
-    for seed in range(1, comparison.repeats):
-        yield Cell(task, row, _best_rate(comparison, finished), seed)
+        yield Cell(task, row, rate, 0), False
+    best = _best_rate(comparison, finished)
+    for seed in range(comparison.repeats):
+        yield Cell(task, row, best, seed), True
 
 
 def _best_rate(comparison: Comparison, finished: dict[Cell, dict[str, Any]]) -> float:
@@ -194,6 +197,7 @@ def _check(comparison: Comparison, cell: Cell) -> None:
         return
     usual = CONFIGS[cell.task][1].as_dict()
     stored, wanted = {**usual, **json.loads(path.read_text())}, {**usual, **comparison.fields(cell)}
+    del wanted["test"]  # looked at when the rate is chosen
     if differs := sorted(name for name, value in wanted.items() if _plain(stored[name]) != _plain(value)):
         raise ValueError(
             f"--out: expected a new folder, or one of this table, got {cell.folder} in {comparison.out}, which was run with "
@@ -210,12 +214,16 @@ def _plain(value: Any) -> Any:
     return json.loads(json_text(value))
 
 
-def _run(comparison: Comparison, cell: Cell, console: Console) -> dict[str, Any]:
+def _run(comparison: Comparison, cell: Cell, console: Console, *, test: bool) -> dict[str, Any]:
     """Run a cell, or read it; a run that diverged counts as a score of 0, said in the table."""
     folder = comparison.out / cell.folder
     summary, failed = folder / "summary.json", folder / "diverged.txt"
-    if not summary.is_file() and not failed.is_file():
-        arguments: list[str] = []
+
+    def finished() -> bool:
+        return summary.is_file() and (not test or json.loads(summary.read_text())["test_score"] is not None)
+
+    if not finished() and not failed.is_file():
+        arguments = ["--test" if test else "--no-test"]
         for name, value in comparison.fields(cell).items():
             values = [str(entry) for entry in value] if isinstance(value, tuple) else [str(value)]
             if values:
@@ -241,7 +249,7 @@ def _run(comparison: Comparison, cell: Cell, console: Console) -> dict[str, Any]
         if process.returncode and "finite loss" in output:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(failed, output.encode())
-        elif not summary.is_file():
+        elif not finished():
             raise RuntimeError(f"{cell.folder}: the run ended with {process.returncode}:\n{output[-2000:]}")
         console.print(f"{cell.folder}: {time.perf_counter() - begun:.0f} s")
     if failed.is_file():

@@ -103,6 +103,8 @@ class TrainConfig:
     """Of generated answers (math)."""
     seed: int = 0
     """Of the split, the order, the head and the adapter."""
+    test: bool = True
+    """Look at the test split at the end; a run that did not is brought up to it by the same command with it."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, before anything is loaded."""

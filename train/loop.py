@@ -67,7 +67,7 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> d
     if finished is not None:
         return finished
     setup = build(config)
-    if jax.process_index() == 0 and not (workdir / "config.json").is_file():
+    if jax.process_index() == 0:
         # only now: a run that could not be set up leaves the folder to one that can
         write_whole(workdir / "config.json", json_text(config.as_dict()).encode())
     with Checkpoints(workdir / "checkpoints") as checkpoints, _Signals() as signals:
@@ -86,7 +86,6 @@ class _Run:
         self.best = jax.tree.map(jnp.copy, self.state.trained)
         self.best_worth, self.best_step, self.looks_since = 0.0, 0, 0
         self.best_seen: Predictions | None = None
-        self.seconds: list[float] = []
         self.done = 0
         self.stopped = False
         self.metrics = workdir / "metrics.jsonl"
@@ -155,13 +154,12 @@ class _Run:
                 f"step {self.done}: expected a finite loss, got {losses}. The last checkpoint is whole; "
                 "lower --learning-rate, or use --precision float32, in another --workdir."
             )
-        self.seconds.append(seconds / len(readings))
         self._write(
             step=self.done,
             loss=statistics.fmean(losses),
             gradient_norm=values[-1]["gradient_norm"],
             update_norm=values[-1]["update_norm"],
-            seconds_a_step=self.seconds[-1],
+            seconds_a_step=seconds / len(readings),
         )
         readings[:] = [{"loss": jnp.asarray(statistics.fmean(losses))}]
 
@@ -229,15 +227,15 @@ class _Run:
     # --------------------------------------------------------------------------------------------- result
 
     def _sum_up(self) -> dict[str, Any]:
-        """Look at the test split, once, with the best weights; save the adapter and the summary."""
+        """Look at the test split, once and if it is asked for, with the best weights; save the adapter and the summary."""
         config, setup = self.config, self.setup
         best = self.state._replace(trained=self.best)
         # a run that was gone on with has the best weights, and not what they predicted
         validation = self.best_seen or self.evaluate(best, setup.task.validation, generate=False)
-        language = setup.task.kind == "causal-lm"
+        language = config.test and setup.task.kind == "causal-lm"
         if language:
             self.console.print(f"answering {setup.task.test.rows} test rows, as trained and as at the start")
-        test = self.evaluate(best, setup.task.test)
+        test = self.evaluate(best, setup.task.test) if config.test else None
         # the model that was set up still has the weights of the start
         before = self.evaluate(setup.trainer.init(setup.model), setup.task.test) if language else None
         model = setup.trainer.model(setup.model, best)
@@ -246,21 +244,21 @@ class _Run:
             "task": config.task,
             "method": config.method,
             "metric": setup.task.metric,
-            "test_score": test.score,
-            "test_loss": test.loss,
+            "test_score": test and test.score,
+            "test_loss": test and test.loss,
             "test_score_before": before and before.score,
             "test_loss_before": before and before.loss,
-            "test_last_number": test.last_number,
+            "test_last_number": test and test.last_number,
             "test_last_number_before": before and before.last_number,
-            "test_rows": len(test.correct),
+            "test_rows": test and len(test.correct),
             "validation_score": validation.score,
             "validation_loss": validation.loss,
             "best_step": self.best_step,
             "steps": self.done,
             "trainable_parameters": trained,
             "parameters": whole,
-            "seconds_a_step": statistics.median(self.seconds) if self.seconds else None,
-            "peak_memory_bytes": _peak_memory(),
+            "seconds_a_step": self._median_seconds(),
+            "peak_memory_bytes": self._peak_memory(),
             "adapter_bytes": None,
             "label_names": setup.task.label_names,
             "source": setup.task.source,
@@ -272,7 +270,7 @@ class _Run:
             if config.method != "full":
                 peft.save_pretrained(model, self.workdir / "adapter", base_model_name_or_path=config.model)
                 summary["adapter_bytes"] = (self.workdir / "adapter" / "adapter_model.safetensors").stat().st_size
-            if before is not None:
+            if test is not None and before is not None:
                 columns = {
                     "question": setup.task.test["question"],
                     "answer": setup.task.test["answer"],
@@ -286,6 +284,19 @@ class _Run:
             write_whole(self.workdir / "summary.json", json_text(summary).encode())
         self.checkpoints.wait()
         return json.loads(json_text(summary))
+
+    def _median_seconds(self) -> float | None:
+        """Of a step, over all that was logged, by earlier processes too."""
+        if not self.metrics.exists():  # not the first process, which alone writes
+            return None
+        lines = map(json.loads, self.metrics.read_text().splitlines())
+        seconds = [line["seconds_a_step"] for line in lines if "seconds_a_step" in line]
+        return statistics.median(seconds) if seconds else None
+
+    def _peak_memory(self) -> int:
+        """Of this process, or of one that trained and left the test split to this one."""
+        before = self.workdir / "summary.json"
+        return max(_peak_memory(), json.loads(before.read_text())["peak_memory_bytes"] if before.is_file() else 0)
 
 
 class _Signals:
@@ -313,7 +324,7 @@ class _Signals:
 
 
 def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
-    """Return the summary if the run is finished in the folder.
+    """Return the summary if the run is finished in the folder, test split included if that is asked for.
 
     Raises:
         ValueError: the folder has another configuration's run.
@@ -322,20 +333,23 @@ def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
     if path.is_file():
         # a field that the run's version did not have yet was what it is by default
         defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
-        there = {**json.loads(json_text(defaults)), **json.loads(path.read_text())}
+        # whether the test split is looked at changes nothing of what is trained
+        there = {**json.loads(json_text(defaults)), **json.loads(path.read_text()), "test": config.test}
         if there != wanted:
             changed = sorted(key for key in wanted if there.get(key) != wanted[key])
             raise ValueError(
                 f"--workdir: expected a new folder, or one of this configuration, got {workdir}, which differs in "
                 f"{', '.join(changed)}. Name another folder."
             )
-    summary = workdir / "summary.json"
-    return json.loads(summary.read_text()) if summary.is_file() else None
+    if not (workdir / "summary.json").is_file():
+        return None
+    summary = json.loads((workdir / "summary.json").read_text())
+    return None if config.test and summary["test_score"] is None else summary
 
 
-def _confidence(validation: Predictions, test: Predictions) -> dict[str, Any]:
+def _confidence(validation: Predictions, test: Predictions | None) -> dict[str, Any]:
     """What a classifier's probabilities are worth on the test split; the temperature is validation's."""
-    if test.log_probabilities is None or test.labels is None or validation.log_probabilities is None:
+    if test is None or test.log_probabilities is None or test.labels is None or validation.log_probabilities is None:
         return {}
     assert validation.labels is not None
     bins = confidence.reliability(np.exp(test.log_probabilities), test.labels)

@@ -50,12 +50,12 @@ def summary(cell: Cell) -> dict:
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
-    """Cells as they are run; no training."""
-    cells: list[Cell] = []
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Cell, bool]]:
+    """Cells as they are run, and whether on test; no training."""
+    cells: list[tuple[Cell, bool]] = []
 
-    def fake(comparison: Comparison, cell: Cell, console: Console) -> dict:
-        cells.append(cell)
+    def fake(comparison: Comparison, cell: Cell, console: Console, test: bool) -> dict:
+        cells.append((cell, test))
         return summary(cell)
 
     monkeypatch.setattr(table, "_run", fake)
@@ -73,14 +73,17 @@ def finish(comparison: Comparison, cell: Cell) -> None:
 
 class TestTuning:
     def test_every_row_runs_the_grid_once_and_the_best_rate_with_the_other_seeds(
-        self, ran: list[Cell], tmp_path: Path
+        self, ran: list[tuple[Cell, bool]], tmp_path: Path
     ) -> None:
         compare(comparison(tmp_path), QUIET)
         for label in ("lora r=8", "ntk"):
-            done = [(cell.learning_rate, cell.seed) for cell in ran if cell.row[0] == label]
-            assert done == [(1e-3, 0), (1e-2, 0), (1e-2, 1), (1e-2, 2)]
+            done = [(cell.learning_rate, cell.seed, test) for cell, test in ran if cell.row[0] == label]
+            grid, chosen = [(1e-3, 0, False), (1e-2, 0, False)], [(1e-2, seed, True) for seed in range(3)]
+            assert done == grid + chosen
 
-    def test_the_table_has_mean_and_spread_of_the_chosen_rate_only(self, ran: list[Cell], tmp_path: Path) -> None:
+    def test_the_table_has_mean_and_spread_of_the_chosen_rate_only(
+        self, ran: list[tuple[Cell, bool]], tmp_path: Path
+    ) -> None:
         lines = compare(comparison(tmp_path), QUIET)
         assert [line["row"] for line in lines] == ["lora r=8", "ntk"]
         np.testing.assert_allclose([line["mean"] for line in lines], [0.51, 0.61])
@@ -98,11 +101,11 @@ class TestTuning:
             assert (tmp_path / name).stat().st_size > 1000
 
     def test_the_test_score_does_not_choose(
-        self, ran: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, ran: list[tuple[Cell, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Control: a rate that is better on test and worse on validation is not taken."""
 
-        def fake(comparison: Comparison, cell: Cell, console: Console) -> dict:
+        def fake(comparison: Comparison, cell: Cell, console: Console, test: bool) -> dict:
             return summary(cell) | {"test_score": 1 - cell.learning_rate}
 
         monkeypatch.setattr(table, "_run", fake)
@@ -114,7 +117,7 @@ class TestTuning:
     ) -> None:
         """The higher rate has the better score and the higher loss."""
         monkeypatch.setattr(
-            table, "_run", lambda _, cell, __: summary(cell) | {"validation_loss": 1 + cell.learning_rate}
+            table, "_run", lambda _, cell, __, test: summary(cell) | {"validation_loss": 1 + cell.learning_rate}
         )
         lines = compare(comparison(tmp_path, set=changes), QUIET)
         assert {line["learning_rate"] for line in lines} == {chosen}
@@ -125,7 +128,7 @@ class TestTuning:
     ) -> None:
         best = {"validation_score": 1.0}
         monkeypatch.setattr(
-            table, "_run", lambda _, cell, __: summary(cell) | (best if cell.learning_rate == 1e-2 else {})
+            table, "_run", lambda _, cell, __, test: summary(cell) | (best if cell.learning_rate == 1e-2 else {})
         )
         compare(comparison(tmp_path, grid=grid), QUIET)
         assert (tmp_path / "table.md").read_text().count(shown) == 2
@@ -139,7 +142,7 @@ class TestTuning:
             "test_last_number": 0.75,
             "test_loss_before": 2.0,
         }
-        monkeypatch.setattr(table, "_run", lambda _, cell, __: summary(cell) | said)
+        monkeypatch.setattr(table, "_run", lambda _, cell, __, test: summary(cell) | said)
         compare(comparison(tmp_path), QUIET)
         lines = (tmp_path / "table.md").read_text().splitlines()
         assert (
@@ -157,6 +160,26 @@ class TestCells:
         (line,) = compare(chosen, QUIET)
         assert line["mean"] == summary(cell)["test_score"]
 
+    def test_the_chosen_one_is_run_again_for_the_test_split_and_no_other_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        chosen, asked = comparison(tmp_path, rows=("ntk",), seeds=1), []
+
+        def popen(command: list[str], **_: object) -> contextlib.AbstractContextManager:
+            asked.append((command[-1], "--test" in command, "--no-test" in command))
+            cell = Cell("sst2", MODEL_ROWS["minilm"][-1], float(command[command.index("--learning-rate") + 1]), 0)
+            if not (folder := tmp_path / cell.folder).is_dir():
+                finish(chosen, cell)
+            found = summary(cell) | ({} if "--test" in command else {"test_score": None})
+            (folder / "summary.json").write_text(json.dumps(found))
+            return contextlib.nullcontext(SimpleNamespace(returncode=0, communicate=lambda: ("", None)))
+
+        monkeypatch.setattr(table, "subprocess", SimpleNamespace(PIPE=0, STDOUT=0, Popen=popen))
+        (line,) = compare(chosen, QUIET)
+        assert line["mean"] == 0.6
+        folders = [str(tmp_path / f"cells/sst2/ntk/{rate}-seed0") for rate in ("0.001", "0.01")]
+        assert asked == [(folders[0], False, True), (folders[1], False, True), (folders[1], True, False)]
+
     @pytest.mark.parametrize(
         ("change", "said"),
         [
@@ -167,7 +190,7 @@ class TestCells:
         ],
     )
     def test_one_of_another_configuration_is_not_taken_for_ours(
-        self, change: tuple[str, ...], said: str | None, ran: list[Cell], tmp_path: Path
+        self, change: tuple[str, ...], said: str | None, ran: list[tuple[Cell, bool]], tmp_path: Path
     ) -> None:
         """Found before any cell is run, also where only a later one differs."""
         before = comparison(tmp_path)
@@ -182,7 +205,7 @@ class TestCells:
 
     @pytest.mark.parametrize("ending", ["summary.json", "diverged.txt"])
     def test_nor_is_one_of_another_default_finished_or_diverged(
-        self, ending: str, ran: list[Cell], tmp_path: Path
+        self, ending: str, ran: list[tuple[Cell, bool]], tmp_path: Path
     ) -> None:
         """No field of the table names the head's rate of this row: only the file of the cell does."""
         chosen, cell = comparison(tmp_path), Cell("sst2", MODEL_ROWS["minilm"][-1], 1e-3, 0)

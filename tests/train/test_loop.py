@@ -65,6 +65,36 @@ class TestAFinishedRun:
         assert run(TINY, unbroken) == json.loads((unbroken / "summary.json").read_text())
 
 
+class TestTheTestSplit:
+    def test_can_be_left_for_later(self, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A first run does not read it; the second reads it and takes no step."""
+        evaluated = []
+        evaluate = loop.Evaluator.__call__
+
+        def counted(self: Any, state: Any, split: data.Dataset, **options: Any) -> Any:
+            evaluated.append(split is self.setup.task.test)
+            return evaluate(self, state, split, **options)
+
+        monkeypatch.setattr(loop.Evaluator, "__call__", counted)
+        first = run(dataclasses.replace(TINY, test=False), tmp_path)
+        assert not any(evaluated)
+        assert (first["test_score"], first["test_rows"], first.get("macro_f1")) == (None, None, None)
+        assert run(dataclasses.replace(TINY, test=False), tmp_path) == first
+        second = run(TINY, tmp_path)
+        assert sum(evaluated) == 1
+        assert metrics(tmp_path) == metrics(unbroken)
+        whole = json.loads((unbroken / "summary.json").read_text())
+        for name in ("test_score", "test_loss", "test_rows", "validation_loss", "macro_f1", "best_step", "config"):
+            assert second[name] == whole[name], name
+        assert second["seconds_a_step"] == first["seconds_a_step"]
+        assert second["peak_memory_bytes"] >= first["peak_memory_bytes"]
+        assert json.loads((tmp_path / "config.json").read_text()) == TINY.as_dict() | {"adapter": []}
+        np.testing.assert_equal(weights(tmp_path), weights(unbroken))
+
+    def test_once_read_is_not_forgotten(self, unbroken: Path) -> None:
+        assert run(dataclasses.replace(TINY, test=False), unbroken)["test_rows"] == TINY.test_size
+
+
 class TestWhatARunLearns:
     """A LoRA and a head on a random frozen transformer."""
 
