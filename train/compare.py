@@ -240,11 +240,14 @@ def _run(comparison: Comparison, cell: Cell, console: Console, *, test: bool) ->
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            process_group=0,  # Ctrl-C comes to us alone: a run that is asked to stop twice does not wait to save
         ) as process:
             try:
                 output, _ = process.communicate()
             except KeyboardInterrupt:
-                process.terminate()  # it saves
+                console.print(f"{cell.folder} saves, then all stops")
+                process.terminate()
+                process.communicate()
                 raise
         if process.returncode and "finite loss" in output:
             folder.mkdir(parents=True, exist_ok=True)

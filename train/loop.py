@@ -14,6 +14,7 @@ checkpoint's step. The numbers are then bit for bit those of an unbroken run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -26,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,20 +60,22 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> d
     """Train, or go on training, what ``config`` says in ``workdir``; return the summary.
 
     Raises:
-        ValueError: a configuration that does not fit itself, its data, its model, or what stands in the folder.
+        ValueError: a configuration that does not fit itself, its data, its model, or what stands in the folder; a folder
+            that another process trains in.
         FloatingPointError: the loss is not finite.
         Interrupted: SIGTERM or SIGINT; the state is saved.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    finished = _claim(config, workdir)
-    if finished is not None:
-        return finished
-    setup = build(config)
-    if jax.process_index() == 0:
-        # only now: a run that could not be set up leaves the folder to one that can
-        write_whole(workdir / "config.json", json_text(config.as_dict()).encode())
-    with Checkpoints(workdir / "checkpoints") as checkpoints, _Signals() as signals:
-        return _Run(setup, workdir, checkpoints, console or Console(quiet=True)).train(signals)
+    with _alone(workdir):
+        finished = _claim(config, workdir)
+        if finished is not None:
+            return finished
+        setup = build(config)
+        if jax.process_index() == 0:
+            # only now: a run that could not be set up leaves the folder to one that can
+            write_whole(workdir / "config.json", json_text(config.as_dict()).encode())
+        with Checkpoints(workdir / "checkpoints") as checkpoints, _Signals() as signals:
+            return _Run(setup, workdir, checkpoints, console or Console(quiet=True)).train(signals)
 
 
 class _Run:
@@ -111,6 +115,8 @@ class _Run:
                     self.state, reading = self.step(self.state, self.setup.trainer.place(next(batches)))
                 readings.append(reading)
                 self.done += 1
+                if len(readings) > 1:  # one step ahead of the device and no more: a signal is heard at the next
+                    jax.block_until_ready(readings[-2])
                 at_look = self.done % config.evaluate_every == 0 or self.done == config.steps
                 at_save = self.done % config.checkpoint_every == 0 or self.done == config.steps
                 if len(readings) == LOOK or at_look or at_save or signals.received:
@@ -121,10 +127,12 @@ class _Run:
                         self._look()
                     if at_save or signals.received or self.stopped:
                         self._save()
-                    if signals.received and self.done < config.steps and not self.stopped:
+                    if signals.received:
                         self.checkpoints.wait()
                         raise Interrupted(f"stopped at step {self.done} of {config.steps}; the same command goes on")
                     begun = time.perf_counter()
+        self.checkpoints.wait()
+        signals.saved = True
         return self._sum_up()
 
     # ------------------------------------------------------------------------------------------ on the way
@@ -282,7 +290,6 @@ class _Run:
                     self.workdir / "answers.jsonl", "".join(json_text(row, indent=None) for row in rows).encode()
                 )
             write_whole(self.workdir / "summary.json", json_text(summary).encode())
-        self.checkpoints.wait()
         return json.loads(json_text(summary))
 
     def _median_seconds(self) -> float | None:
@@ -300,10 +307,10 @@ class _Run:
 
 
 class _Signals:
-    """Turns SIGTERM and SIGINT into a wish to stop after the step that is running."""
+    """Turns SIGTERM and SIGINT into a wish to stop after the step that is running, or at once when all is saved."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self.saved = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -318,9 +325,31 @@ class _Signals:
             signal.signal(kind, before)
 
     def _hear(self, kind: int, frame: FrameType | None) -> None:
+        if self.saved:
+            raise Interrupted("stopped between the last step and the result; the same command goes on")
         if self.received:  # asked twice: at once
             raise KeyboardInterrupt
         self.received = True
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Hold the folder, which ends with this process however it ends; of several processes of a job the first does.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        held = filelock.FileLock(workdir / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(
+            f"--workdir: expected a folder that no other run is using, got {workdir}. Wait for that run, or name another."
+        ) from None
+    with held:
+        yield
 
 
 def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import signal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -156,6 +157,42 @@ class TestABrokenRun:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
         looks = [[line for line in metrics(w) if "validation_score" in line] for w in (tmp_path, unbroken)]
         assert looks[0] == looks[1]
+
+    @pytest.mark.parametrize(
+        ("at", "said"), [("last step", "step 8 of 8"), ("test split", "between the last step and")]
+    )
+    def test_asked_to_stop_at_its_end_it_does_and_the_result_is_made_by_the_next(
+        self, at: str, said: str, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Answering a test split takes a decoder minutes; no step is lost, and none taken again."""
+        signals: list[loop._Signals] = []
+        evaluate = loop.Evaluator.__call__
+
+        class Kept(loop._Signals):
+            def __enter__(self) -> loop._Signals:
+                signals.append(self)
+                return super().__enter__()
+
+        def asking(self: Any, state: Any, split: data.Dataset, **options: Any) -> Any:
+            last_look = int(state.step) == TINY.steps
+            if split is self.setup.task.test if at == "test split" else last_look:
+                signals[-1]._hear(signal.SIGTERM, None)
+            return evaluate(self, state, split, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_Signals", Kept)
+            patch.setattr(loop.Evaluator, "__call__", asking)
+            with pytest.raises(loop.Interrupted, match=said):
+                run(TINY, tmp_path)
+        assert not (tmp_path / "summary.json").exists()
+        run(TINY, tmp_path)
+        np.testing.assert_equal(weights(tmp_path), weights(unbroken))
+        assert metrics(tmp_path) == metrics(unbroken)
+
+    def test_a_folder_that_another_run_holds_is_left_to_it(self, unbroken: Path) -> None:
+        with loop._alone(unbroken), pytest.raises(ValueError, match="that no other run is using"):
+            run(TINY, unbroken)
+        assert run(TINY, unbroken)["steps"] == TINY.steps
 
     def test_another_configuration_does_not_take_the_folder_over(self, unbroken: Path) -> None:
         with pytest.raises(ValueError, match=r"differs in learning_rate, seed"):
