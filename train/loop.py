@@ -128,11 +128,12 @@ class _Run:
                     if at_save or signals.received or self.stopped:
                         self._save()
                     if signals.received:
-                        self.checkpoints.wait()
-                        raise Interrupted(f"stopped at step {self.done} of {config.steps}; the same command goes on")
+                        break
                     begun = time.perf_counter()
         self.checkpoints.wait()
         signals.saved = True
+        if signals.received:  # also if that was while the last checkpoint was written
+            raise Interrupted(f"stopped at step {self.done} of {config.steps}; the same command goes on")
         return self._sum_up()
 
     # ------------------------------------------------------------------------------------------ on the way
