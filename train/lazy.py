@@ -181,8 +181,8 @@ def draw(views: list[View], heading: str) -> Figure:
     spectra.legend(frameon=False, fontsize=8)
     scores.set_yticks(range(len(views)), [each.method for each in views])
     lowest = min(min(each.regression_score, each.joint_score, each.fine_tuned_score) for each in views)
-    title = "regression: the adapter's kernel, with the head's; fine-tuned"
-    scores.set(xlim=(100 * lowest - 5, 100), xlabel="test score, %", title=title + " (palest to full)")
+    title = "pale: kernel regression, middle: with the head's\nkernel too, full: fine-tuned"
+    scores.set(xlim=(100 * lowest - 5, 100), xlabel="test score, %", title=title)
     scores.invert_yaxis()
     figure.suptitle(heading)
     return figure
