@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
+from ntk_prefix.models.elementwise import ACTIVATIONS
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -33,15 +34,6 @@ __all__ = [
 ]
 
 Pooling = Literal["mean", "cls", "last"]
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-"""By Hugging Face name."""
 
 
 @jax.tree_util.register_dataclass
@@ -98,17 +90,6 @@ def known_fields(config_class: type[BackboneConfig], config: Mapping[str, Any]) 
     if missing:
         raise ValueError(f"config.json: expected {missing} for a {config_class.__name__}, got {sorted(config)}")
     return {f.name: config[f.name] for f in fields if config.get(f.name) is not None}
-
-
-def layer_norm(features: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> Callable[[], nnx.Module]:
-    """Return what makes a LayerNorm: statistics, scale and bias in float32, the result in ``dtype``."""
-    norm = functools.partial(nnx.LayerNorm, features, epsilon=epsilon, dtype=dtype, rngs=rngs)
-    return functools.partial(norm, promote_dtype=keep_dtypes, use_fast_variance=False)
-
-
-def keep_dtypes(arrays: Any, **_: Any) -> Any:
-    """Leave a norm's scale and bias in float32 beside narrower inputs; flax would round them first."""
-    return arrays
 
 
 class Mlp(nnx.Module):

@@ -23,8 +23,8 @@ from ntk_prefix.models.backbone import (
     Pooling,
     TransformerLayer,
     known_fields,
-    layer_norm,
 )
+from ntk_prefix.models.elementwise import layer_norm
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 

@@ -25,7 +25,6 @@ from ntk_prefix.models.backbone import (
     Output,
     Pooling,
     TransformerLayer,
-    keep_dtypes,
     known_fields,
 )
 from ntk_prefix.precision import accumulation_dtype
@@ -82,6 +81,11 @@ class LlamaConfig(BackboneConfig):
         return cls(**known_fields(cls, {**config, **{k: rope[k] for k in ("rope_theta",) if k in rope}}))
 
 
+def _keep_dtypes(arrays: Any, **_: Any) -> Any:
+    """Leave a norm's scale in float32 beside narrower inputs.  A function of the module: models of one shape share it."""
+    return arrays
+
+
 class Llama(Backbone):
     """A Llama decoder: ids [B, T] -> hidden states [B, T, D] and, with ``causal_lm``, logits [B, T, V].
 
@@ -122,7 +126,7 @@ class Llama(Backbone):
             config.hidden_size,
             epsilon=config.rms_norm_eps,
             dtype=self.dtype,
-            promote_dtype=keep_dtypes,
+            promote_dtype=_keep_dtypes,
             rngs=rngs,
         )
         self.causal_lm = causal_lm

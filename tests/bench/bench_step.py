@@ -5,6 +5,7 @@
 The *floor* is the time that the step's matrix products take at the rate of one large product measured in the same run:
 forward, and backward through frozen weights (activations' gradients only), without attention's own products. Then the
 parts of a layer are timed alone, forward and backward, as often as the model has them: where the rest of the step goes.
+The library's GELU and LayerNorm, which ours stand in for, are timed beside them.
 
 Ours run in huge pages, as ``python -m train`` does, or without. Theirs run twice, with and without; the faster counts,
 method by method.
@@ -18,6 +19,7 @@ if __name__ == "__main__" and "--no-huge-pages" not in sys.argv:
     use_huge_pages()
 
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -38,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_prefix import models, ntk_attention, peft, softmax_attention
+from ntk_prefix.models.elementwise import LayerNorm, gelu
 from ntk_prefix.training import Trainer
 from train import assets
 from train.config import adapter_config
@@ -150,7 +153,8 @@ def interleaved(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str,
 def parts() -> dict[str, float]:
     """Seconds a step, forward and backward, of what a model has of each part; median of 9, each part compiled alone."""
     tokens, layers = BATCH * LENGTH, 6
-    norm = nnx.LayerNorm(384, use_fast_variance=False, rngs=nnx.Rngs(0))
+    norm = LayerNorm(384, rngs=nnx.Rngs(0))
+    flax_norm = nnx.LayerNorm(384, use_fast_variance=False, rngs=nnx.Rngs(0))
     up, square = (nnx.Linear(384, width, rngs=nnx.Rngs(0)) for width in (1536, 384))
     down = nnx.Linear(1536, 384, rngs=nnx.Rngs(0))
     heads = (BATCH, LENGTH, 12, 32)
@@ -159,8 +163,10 @@ def parts() -> dict[str, float]:
         "maps of attention": (4 * layers, square, ((tokens, 384),)),
         "maps of the MLP, up": (layers, up, ((tokens, 384),)),
         "maps of the MLP, down": (layers, down, ((tokens, 1536),)),
-        "GELU": (layers, lambda x: jax.nn.gelu(x, approximate=False), ((tokens, 1536),)),
+        "GELU": (layers, gelu, ((tokens, 1536),)),
+        "GELU of jax.nn": (layers, functools.partial(jax.nn.gelu, approximate=False), ((tokens, 1536),)),
         "layer norm of a sum": (2 * layers, lambda x, y: norm(x + y), ((tokens, 384),) * 2),
+        "layer norm of flax": (2 * layers, lambda x, y: flax_norm(x + y), ((tokens, 384),) * 2),
         "attention": (layers, softmax_attention, (heads,) * 3),
         "NTK-Attention": (layers, lambda q, k_, v: ntk_attention(q, k_, v, z, k, mass="relative"), (heads,) * 3),
     }
