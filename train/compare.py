@@ -312,9 +312,14 @@ def _document(comparison: Comparison, lines: list[dict[str, Any]]) -> dict[str, 
 
 def _markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
     """The table, for people."""
-    about = (
+    seeds = (
         f"Test score, mean and standard deviation over {comparison.repeats} seeds (each draws its own training sample, order "
-        f"and start); learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
+        "and start)"
+        if comparison.repeats > 1
+        else "Test score of one seed"
+    )
+    about = (
+        f"{seeds}; learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
         "seed 0, marked * at an end of these: one beyond might be better; the head's is that of the task's configuration, "
         "but for the row that trains nothing else. Parameters include the head. Before: at the start, of language; the "
         "score is that of generated answers, right if the number marked ####, and last number if the last one, is; the "
