@@ -11,7 +11,8 @@ has the sum of both kernels, each divided by its trace, for Adam moves both at r
 reaches as much as training, the lazy regime explains the accuracy; where training is ahead, features moved.
 
 *Participation* is ``(tr)^2 / tr(Theta^2)`` of the adapter's kernel: how many directions of the training set are learned
-at comparable speed.
+at comparable speed.  Each seed draws its own sample and start; one look, a method on a seed, is a file, and the same
+command later makes those that are missing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if __name__ == "__main__":
     use_huge_pages()
 
 import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ from train.config import CONFIGS, METHODS, TrainConfig
 from train.loop import run
 from train.setup import build
 
-__all__ = ["Options", "View", "draw", "view"]
+__all__ = ["Options", "View", "draw", "look", "view"]
 
 JACOBIAN_BYTES = 2**29
 """A block of examples is as large as this lets its Jacobian be."""
@@ -63,11 +65,11 @@ class Options:
     """As in ``train``."""
     methods: tuple[str, ...] = ("head", "lora", "prefix_tuning", "ntk_attention_published", "ntk_attention")
     """By name."""
-    train_size: int = 128
+    train_size: int = 256
     """Examples that kernel and adapter are trained on."""
     validation_size: int = 200
     """Examples that the ridge, and the step, are chosen on."""
-    test_size: int = 400
+    test_size: int = 800
     """Examples that the result is read on."""
     steps: int = 100
     """Of fine-tuning."""
@@ -75,17 +77,25 @@ class Options:
     """Of fine-tuning; the one with the lowest validation loss counts."""
     max_length: int = 48
     """Tokens of a text."""
-    seed: int = 0
-    """Of the sample and the start."""
+    seeds: int = 3
+    """How many samples and starts."""
     out: Path = Path("runs/lazy")
-    """Folder of table, figure and the fine-tuning runs."""
+    """Folder of table, figure, looks and the fine-tuning runs."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is not there, before any work."""
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}.")
+        if self.seeds < 1:
+            raise ValueError(f"--seeds: expected at least one, got {self.seeds}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What one method's kernel says, and what training made of the adapter."""
+    """What one method's kernel says on one sample, and what training made of the adapter."""
 
     method: str
+    seed: int
     parameters: int
     eigenvalues: Float[np.ndarray, " n"]
     """Of the training kernel, largest first."""
@@ -102,6 +112,11 @@ class View:
         """``(sum of eigenvalues)^2 / sum of squares``: 1 if all gradient points one way."""
         return float(self.eigenvalues.sum() ** 2 / np.sum(self.eigenvalues**2))
 
+    @property
+    def scores(self) -> tuple[float, float, float]:
+        """Of regression, regression with the head's kernel, and training."""
+        return self.regression_score, self.joint_score, self.fine_tuned_score
+
 
 class _Logits(nnx.Module):
     """A classifier as a function of one array, as a kernel wants it: ids (padding is ``pad_id``) or pixels."""
@@ -115,9 +130,32 @@ class _Logits(nnx.Module):
         return self.model(x).logits
 
 
-def view(options: Options, method: str, console: Console) -> View:
+def look(options: Options, method: str, seed: int, console: Console) -> View:
+    """Return :func:`view`, from its file if it has been made.
+
+    Raises:
+        ValueError: it was made with other options.
+    """
+    file = options.out / "views" / f"{options.config}-{method}-{seed}.json"
+    free = ("methods", "seeds", "out", "data_dir")
+    asked = json.loads(json_text({k: v for k, v in dataclasses.asdict(options).items() if k not in free}))
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        if stored["options"] != asked:
+            raise ValueError(
+                f"--out: expected a new folder, or one of these options, got {options.out}, where {file.name} has "
+                f"{stored['options']} and not {asked}. Name another folder."
+            )
+        return View(**stored["view"] | {"eigenvalues": np.asarray(stored["view"]["eigenvalues"])})
+    made = view(options, method, seed, console)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json_text({"options": asked, "view": _plain(made)}).encode())
+    return made
+
+
+def view(options: Options, method: str, seed: int, console: Console) -> View:
     """Compute a method's kernel on real examples, regress with it, and fine-tune beside it."""
-    configs = {rate: _config(options, method, rate) for rate in options.learning_rates}
+    configs = {rate: _config(options, method, rate, seed) for rate in options.learning_rates}
     setup = build(next(iter(configs.values())))
     split = setup.task
     arrays = [_inputs(part, options.max_length) for part in (split.train, split.validation, split.test)]
@@ -156,31 +194,37 @@ def view(options: Options, method: str, console: Console) -> View:
     of_adapter = of_head if method == "head" else kernels(nnx.All(peft.AdapterParam, nnx.Not(head)))
     eigenvalues, ridge, regression = regress(*of_adapter)
     joint = regress(*(a + b for a, b in zip(of_adapter, of_head, strict=True)))[2]
-    console.print(f"{method}: kernel regression {regression:.3f}, with the head's {joint:.3f}; fine-tuning ...")
+    console.print(
+        f"{method}, seed {seed}: kernel regression {regression:.3f}, with the head's {joint:.3f}; fine-tuning ..."
+    )
     tuned = {
-        rate: run(config, options.out / "runs" / f"{options.config}-{method}-{rate:g}", console)
+        rate: run(config, options.out / "runs" / f"{options.config}-{method}-{rate:g}-{seed}", console)
         for rate, config in configs.items()
     }
     best = min(tuned, key=lambda rate: tuned[rate]["validation_loss"])
-    return View(method, trained, eigenvalues, ridge, regression, joint, best, tuned[best]["test_score"])
+    return View(method, seed, trained, eigenvalues, ridge, regression, joint, best, tuned[best]["test_score"])
 
 
 def draw(views: list[View], heading: str) -> Figure:
-    """Spectra on the left, scores on the right."""
+    """Spectra on the left, one line a sample; scores on the right, with their standard deviation."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     spectra, scores = figure.subplots(1, 2)
-    for index, each in enumerate(views):
-        values = each.eigenvalues / each.eigenvalues[0]
-        spectra.plot(np.arange(1, len(values) + 1), values.clip(1e-9), color=f"C{index}", label=each.method)
-        bars = ((each.regression_score, 0.3), (each.joint_score, 0.6), (each.fine_tuned_score, 1.0))
-        for place, (score, alpha) in enumerate(bars):
-            scores.barh(index + 0.26 * (place - 1), 100 * score, 0.24, color=f"C{index}", alpha=alpha)
+    methods = _by_method(views)
+    for index, (method, seen) in enumerate(methods.items()):
+        for each in seen:
+            values = each.eigenvalues / each.eigenvalues[0]
+            label = method if each is seen[0] else None
+            spectra.plot(np.arange(1, len(values) + 1), values.clip(1e-9), color=f"C{index}", lw=1, label=label)
+        means, spreads = _mean_and_spread([each.scores for each in seen])
+        for place, alpha in enumerate((0.3, 0.6, 1.0)):
+            bar = {"color": f"C{index}", "alpha": alpha, "error_kw": {"lw": 1}}
+            scores.barh(index + 0.26 * (place - 1), 100 * means[place], 0.24, xerr=100 * spreads[place], **bar)
     spectra.set(
         xscale="log", yscale="log", xlabel="index", ylabel="eigenvalue / largest", title="kernel of the adapter"
     )
     spectra.legend(frameon=False, fontsize=8)
-    scores.set_yticks(range(len(views)), [each.method for each in views])
-    lowest = min(min(each.regression_score, each.joint_score, each.fine_tuned_score) for each in views)
+    scores.set_yticks(range(len(methods)), list(methods))
+    lowest = min(min(each.scores) for each in views)
     title = "pale: kernel regression, middle: with the head's\nkernel too, full: fine-tuned"
     scores.set(xlim=(100 * lowest - 5, 100), xlabel="test score, %", title=title)
     scores.invert_yaxis()
@@ -188,7 +232,21 @@ def draw(views: list[View], heading: str) -> Figure:
     return figure
 
 
-def _config(options: Options, method: str, learning_rate: float) -> TrainConfig:
+def _by_method(views: list[View]) -> dict[str, list[View]]:
+    return {method: [v for v in views if v.method == method] for method in dict.fromkeys(v.method for v in views)}
+
+
+def _mean_and_spread(values: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Over the samples, the first axis; the spread of one sample is 0."""
+    array = np.asarray(values, np.float64)
+    return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else 0 * array[0]
+
+
+def _plain(each: View) -> dict[str, Any]:
+    return dataclasses.asdict(each) | {"eigenvalues": each.eigenvalues.tolist()}
+
+
+def _config(options: Options, method: str, learning_rate: float, seed: int) -> TrainConfig:
     usual = CONFIGS[options.config][1]
     return dataclasses.replace(
         usual,
@@ -204,7 +262,7 @@ def _config(options: Options, method: str, learning_rate: float) -> TrainConfig:
         head_learning_rate=learning_rate if method == "head" else usual.head_learning_rate,
         choose_by="loss",
         evaluate_every=max(options.steps // 4, 1),
-        seed=options.seed,
+        seed=seed,
     )
 
 
@@ -215,25 +273,45 @@ def _inputs(split: data.Dataset, length: int) -> Array:
 
 
 def main(options: Options) -> None:
-    """Look at every method, print a table, draw."""
-    if unknown := set(options.methods) - set(METHODS):
-        raise SystemExit(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}.")
+    """Look at every method on every sample, print a table, draw."""
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    views = [view(options, method, console) for method in options.methods]
-    table = Table("method", "parameters", "participation", "kernel regression", "with the head's", "fine-tuned", "rate")
-    for each in views:
-        scores = (each.regression_score, each.joint_score, each.fine_tuned_score)
-        row = (each.method, f"{each.parameters:,}", f"{each.participation:.2f}")
-        table.add_row(*row, *(f"{100 * score:.1f}" for score in scores), f"{each.learning_rate:g}")
+    views = [look(options, m, seed, console) for seed in range(options.seeds) for m in options.methods]
+    table = Table(
+        "method", "parameters", "participation", "kernel regression", "with the head's", "fine-tuned", "ahead by"
+    )
+    for method, seen in _by_method(views).items():
+        # on one sample each: what the samples share cancels
+        leads = [each.fine_tuned_score - each.joint_score for each in seen]
+        lead, spread = _mean_and_spread(leads)
+        means, spreads = _mean_and_spread([each.scores for each in seen])
+        participation = _mean_and_spread([each.participation for each in seen])[0]
+        table.add_row(
+            method,
+            f"{seen[0].parameters:,}",
+            f"{participation:.2f}",
+            *(f"{100 * mean:.1f} ± {100 * s:.1f}" for mean, s in zip(means, spreads, strict=True)),
+            f"{100 * lead:+.1f} ± {100 * spread / len(seen) ** 0.5:.1f}",
+        )
     console.print(table)
-    title = f"{options.config}, {options.train_size} examples"
+    console.print(
+        f"{options.seeds} samples: test score, %, mean and standard deviation; fine-tuning ahead of both kernels by, with "
+        "the standard error of the differences"
+    )
+    title = f"{options.config}, {options.train_size} examples, {options.seeds} samples"
     draw(views, title).savefig(options.out / "lazy.png", dpi=150)
-    numbers = [dataclasses.asdict(each) | {"eigenvalues": each.eigenvalues.tolist()} for each in views]
-    document = {"options": dataclasses.asdict(options), "views": numbers, **provenance("neural-tangents")}
+    sources = ("ntk_prefix/**/*.py", "train/*.py")
+    document = {
+        "options": dataclasses.asdict(options),
+        "views": [_plain(each) for each in views],
+        **provenance("neural-tangents", sources=sources),
+    }
     write_whole(options.out / "lazy.json", json_text(document).encode())
     console.print(f"{options.out / 'lazy.png'}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m train.lazy"))
+    try:
+        main(tyro.cli(Options, prog="python -m train.lazy"))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
