@@ -10,9 +10,9 @@ Y being 1 for the true label and 0 for the others, rho chosen on validation; and
 has the sum of both kernels, each divided by its trace, for Adam moves both at rates of their own.  Where regression
 reaches as much as training, the lazy regime explains the accuracy; where training is ahead, features moved.
 
-*Participation* is ``(tr)^2 / tr(Theta^2)`` of the adapter's kernel: how many directions of the training set are learned
-at comparable speed.  Each seed draws its own sample and start; one look, a method on a seed, is a file, and the same
-command later makes those that are missing.
+*Directions* are ``(tr)^2 / tr(Theta^2)`` of the adapter's kernel, its participation: how many directions of the training
+set are learned at comparable speed.  Each seed draws its own sample and start; one look, a method on a seed, is a file,
+and the same command later makes those that are missing.
 """
 
 from __future__ import annotations
@@ -277,19 +277,20 @@ def main(options: Options) -> None:
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
     views = [look(options, m, seed, console) for seed in range(options.seeds) for m in options.methods]
-    table = Table(
-        "method", "parameters", "participation", "kernel regression", "with the head's", "fine-tuned", "ahead by"
-    )
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    for name in ("parameters", "directions", "kernel regression", "with the head's", "fine-tuned", "ahead by"):
+        table.add_column(name)
     for method, seen in _by_method(views).items():
         # on one sample each: what the samples share cancels
         leads = [each.fine_tuned_score - each.joint_score for each in seen]
         lead, spread = _mean_and_spread(leads)
         means, spreads = _mean_and_spread([each.scores for each in seen])
-        participation = _mean_and_spread([each.participation for each in seen])[0]
+        directions = _mean_and_spread([each.participation for each in seen])[0]
         table.add_row(
             method,
             f"{seen[0].parameters:,}",
-            f"{participation:.2f}",
+            f"{directions:.1f}",
             *(f"{100 * mean:.1f} ± {100 * s:.1f}" for mean, s in zip(means, spreads, strict=True)),
             f"{100 * lead:+.1f} ± {100 * spread / len(seen) ** 0.5:.1f}",
         )
