@@ -139,7 +139,7 @@ def look(options: Options, method: str, seed: int, console: Console) -> View:
         ValueError: it was made with other options.
     """
     file = options.out / "views" / f"{options.config}-{method}-{seed}.json"
-    free = ("methods", "seeds", "out", "data_dir")
+    free = ("methods", "seeds", "out")
     asked = json.loads(json_text({k: v for k, v in dataclasses.asdict(options).items() if k not in free}))
     if file.is_file():
         stored = json.loads(file.read_text())
@@ -151,7 +151,7 @@ def look(options: Options, method: str, seed: int, console: Console) -> View:
         return View(**stored["view"] | {"eigenvalues": np.asarray(stored["view"]["eigenvalues"])})
     made = view(options, method, seed, console)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json_text({"options": asked, "view": _plain(made)}).encode())
+    write_whole(file, json_text({"options": asked, "view": _plain(made), **_provenance()}).encode())
     return made
 
 
@@ -249,6 +249,10 @@ def _mean_and_spread(values: Any) -> tuple[np.ndarray, np.ndarray]:
     return array.mean(axis=0), array.std(axis=0, ddof=1) if len(array) > 1 else 0 * array[0]
 
 
+def _provenance() -> dict[str, Any]:
+    return provenance("neural-tangents", sources=("ntk_prefix/**/*.py", "train/*.py"))
+
+
 def _plain(each: View) -> dict[str, Any]:
     return dataclasses.asdict(each) | {"eigenvalues": each.eigenvalues.tolist()}
 
@@ -288,6 +292,10 @@ def main(options: Options) -> None:
     table.add_column("method", no_wrap=True)
     for name in ("parameters", "directions", "kernel regression", "with the head's", "fine-tuned", "ahead by"):
         table.add_column(name)
+
+    def plus_minus(error: float) -> str:
+        return f" ± {100 * error:.1f}" if options.seeds > 1 else ""
+
     for method, seen in _by_method(views).items():
         # on one sample each: what the samples share cancels
         leads = [each.fine_tuned_score - each.joint_score for each in seen]
@@ -298,21 +306,20 @@ def main(options: Options) -> None:
             method,
             f"{seen[0].parameters:,}",
             f"{directions:.1f}",
-            *(f"{100 * mean:.1f} ± {100 * s:.1f}" for mean, s in zip(means, spreads, strict=True)),
-            f"{100 * lead:+.1f} ± {100 * spread / len(seen) ** 0.5:.1f}",
+            *(f"{100 * mean:.1f}" + plus_minus(error) for mean, error in zip(means, spreads, strict=True)),
+            f"{100 * lead:+.1f}" + plus_minus(spread / options.seeds**0.5),
         )
     console.print(table)
+    over = ", mean and standard deviation (ahead by: standard error)" if options.seeds > 1 else ""
     console.print(
-        f"{options.seeds} samples: test score, %, mean and standard deviation; fine-tuning ahead of both kernels by, with "
-        "the standard error of the differences"
+        f"samples: {options.seeds}; test score, %{over}. Ahead by: fine-tuning minus regression with both kernels."
     )
-    title = f"{options.config}, {options.train_size} examples, {options.seeds} samples"
+    title = f"{options.config}, {options.train_size} examples, samples: {options.seeds}"
     draw(views, title).savefig(options.out / "lazy.png", dpi=150)
-    sources = ("ntk_prefix/**/*.py", "train/*.py")
     document = {
         "options": dataclasses.asdict(options),
         "views": [_plain(each) for each in views],
-        **provenance("neural-tangents", sources=sources),
+        **_provenance(),
     }
     write_whole(options.out / "lazy.json", json_text(document).encode())
     console.print(f"{options.out / 'lazy.png'}")
