@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ import tyro
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ntk_prefix import peft
@@ -43,7 +45,7 @@ from ntk_prefix.results import json_text, provenance, write_whole
 from ntk_prefix.typing import Array, Float
 from train import data
 from train.config import CONFIGS, METHODS, TrainConfig
-from train.loop import run
+from train.loop import Interrupted, run
 from train.setup import build
 
 __all__ = ["Options", "View", "draw", "look", "view"]
@@ -61,7 +63,7 @@ RIDGES = tuple(10.0**power for power in range(-5, 2))
 class Options:
     """Of one look."""
 
-    config: str = "sst2"
+    config: str = "rotten_tomatoes"
     """A named configuration of ``train``, classification."""
     data_dir: str | None = None
     """As in ``train``."""
@@ -325,8 +327,18 @@ def main(options: Options) -> None:
     console.print(f"{options.out / 'lazy.png'}")
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """Parse, look; say in a line what is wrong."""
+    console = Console()
     try:
         main(tyro.cli(Options, prog="python -m train.lazy"))
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    except Interrupted as stop:
+        console.print(f"[yellow]{escape(str(stop))}[/]")
+    except (ValueError, RuntimeError, OSError) as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command())
