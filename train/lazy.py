@@ -235,7 +235,11 @@ def draw(views: list[View], heading: str) -> Figure:
     scores.set_yticks(range(len(methods)), list(methods))
     lowest, highest = (100 * choose(choose(each.scores) for each in views) for choose in (min, max))
     title = "pale: kernel regression, middle: with the head's\nkernel too, full: fine-tuned"
-    scores.set(xlim=(lowest - 5, min(highest + 5, 100)), xlabel="test score, %", title=title)
+    scores.set(
+        xlim=(lowest - 5, min(highest + 5, 100)),
+        xlabel="test score, %; cut at the left, lines: standard deviation",
+        title=title,
+    )
     scores.invert_yaxis()
     figure.suptitle(heading)
     return figure
