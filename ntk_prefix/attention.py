@@ -4,8 +4,8 @@ A prefix enters softmax attention only through a numerator and a mass per query,
 
 .. math::  T = \frac{A V + N}{A 1 + E}, \qquad A = e^{scores}, \quad N = \phi(q) Z, \quad E = \phi(q) \cdot k
 
-(or, exactly, :math:`N = \sum_j e^{q \cdot p_j} v_j` and :math:`E = \sum_j e^{q \cdot p_j}`).  So no attention
-kernel of our own is needed.  Forward: any flash attention returns ``o`` and ``lse``; with
+(or, exactly, :math:`N = \sum_j e^{q \cdot p_j} v_j` and :math:`E = \sum_j e^{q \cdot p_j}`). So no attention
+kernel of our own is needed. Forward: any flash attention returns ``o`` and ``lse``; with
 ``L = logaddexp(lse, log E)``,
 
 .. math::  T = e^{lse - L} o + e^{-L} N .
@@ -17,7 +17,7 @@ Backward: with ``P = exp(scores - L)`` (its rows sum to less than 1),
     dE = -e^{-L} rowsum(dT \circ T),
 
 and the first two are what the *ordinary* flash backward computes when it is handed ``T`` and ``L`` as its
-output and log-sum-exp.  Merging outside, on the ``lse`` that
+output and log-sum-exp. Merging outside, on the ``lse`` that
 ``jax.nn.dot_product_attention(return_residual=True)`` returns, gives the same loss and wrong gradients for q
 and k, because that ``lse`` is under ``stop_gradient``.
 
@@ -80,7 +80,7 @@ def ntk_attention(
     applied to ``q * sqrt(scale)``, which is ``q / H**0.25`` by default.
 
     With ``mass="relative"``, z and k are in units of each query's own mass ``A 1``, so that with ``o`` the
-    attention without a prefix ``T = (o + phi(q) Z) / (1 + phi(q) . k)``.  A prefix made of real tokens is
+    attention without a prefix ``T = (o + phi(q) Z) / (1 + phi(q) . k)``. A prefix made of real tokens is
     absolute; for training, relative keeps the factor ``e^{-lse}``, which spans many orders between heads, out
     of the gradient.
 
@@ -108,10 +108,10 @@ def ntk_attention(
     Raises:
         ValueError: shapes do not fit together, or the named implementation cannot take them.
 
-    Numerics: scores, softmax, features and sums are in float32 (float64 for float64 inputs).  The two parts
-    are weighed in log space, so scores of any finite size are safe.  ``phi(q) . k`` below zero, which k >= 0
-    rules out for a positive map, counts as zero (and then has no gradient).  A row that sees neither a key
-    nor prefix mass is 0, with gradient 0.  The weight ``e^{-L}`` of ``phi(q) Z`` is capped at the largest
+    Numerics: scores, softmax, features and sums are in float32 (float64 for float64 inputs). The two parts
+    are weighed in log space, so scores of any finite size are safe. ``phi(q) . k`` below zero, which k >= 0
+    rules out for a positive map, counts as zero (and then has no gradient). A row that sees neither a key
+    nor prefix mass is 0, with gradient 0. The weight ``e^{-L}`` of ``phi(q) Z`` is capped at the largest
     float over ``e^20``, which matters only where own keys and prefix together have a mass below ``e^-68`` in
     float32 (``e^-689`` in float64).
 
@@ -223,7 +223,7 @@ def softmax_attention(
     return _attend((Flash(implementation, scale, is_causal),), query, (_Source(key, value, bias, mask),), None)
 
 
-# ----------------------------------------------------------------------------------------- the one custom_vjp
+# ------------------------------------------------------------------------------- the one custom_vjp
 
 
 class _Source(NamedTuple):
@@ -402,7 +402,7 @@ def _reference(
     return (above / below[..., None]).transpose(0, 2, 1, 3)
 
 
-# -------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 
 def _choose(implementation: str | None, query: Array, key: Array, bias: Array | None, mask: Array | None) -> str:

@@ -46,7 +46,7 @@ def weight_scale(*, sigma: float, inputs: int, outputs: int, failure: float, con
     """How large the prefix scores may get: ``B = max( C sigma sqrt(log(n d / delta)), 1 )``.
 
     Raises:
-      ValueError: a size or sigma not positive, failure outside (0, 1).
+        ValueError: a size or sigma not positive, failure outside (0, 1).
 
     Source: recalled; the constant C is not verified against the text.
     """
@@ -71,18 +71,18 @@ def log10_prefix_length(
         m = C lambda^{-2} n^2 d^2 e^{18 B} log^2(n d / delta)
 
     Args:
-      smallest: lambda, > 0.
-      inputs, outputs: n, d.
-      scale: B, from ``weight_scale``.
-      failure: delta.
-      exponent: the 18 in e^{18 B}.
-      constant: C, hidden in the Omega.
+        smallest: lambda, > 0.
+        inputs, outputs: n, d.
+        scale: B, from ``weight_scale``.
+        failure: delta.
+        exponent: the 18 in e^{18 B}.
+        constant: C, hidden in the Omega.
 
     Returns:
-      log10 m: the number itself overflows float64 already for B around 39.
+        log10 m: the number itself overflows float64 already for B around 39.
 
     Raises:
-      ValueError: lambda, a size or a constant not positive, failure outside (0, 1).
+        ValueError: lambda, a size or a constant not positive, failure outside (0, 1).
 
     Source: recalled.
     """
@@ -139,14 +139,14 @@ def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float,
     """Largest |F(t) - Y|^2 the convergence theorem allows: ``(1 - m eta lambda / 2)^t |F(0) - Y|^2``.
 
     Args:
-      steps: t.
-      smallest: lambda, in the normalisation of H(W), that is of the NTK over m.
-      tokens: m.
-      step_size: eta.
-      initial: |F(0) - Y|^2.
+        steps: t.
+        smallest: lambda, in the normalisation of H(W), that is of the NTK over m.
+        tokens: m.
+        step_size: eta.
+        initial: |F(0) - Y|^2.
 
     Raises:
-      ValueError: where m eta lambda / 2 is not in (0, 1]: the envelope says nothing there.
+        ValueError: where m eta lambda / 2 is not in (0, 1]: the envelope says nothing there.
 
     Source: recalled; that it holds at every step is what the claim ``convergence`` measures.
     """
@@ -176,12 +176,12 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
     of any token moves: g_i sqrt(outputs) for the fixed model, 2 R + g_i sum_r S_ir |w_r| for the tied one.
 
     Args:
-      model: at W(0).
-      inputs: [n, d].
-      radius: R >= 0.
+        model: at W(0).
+        inputs: [n, d].
+        radius: R >= 0.
 
     Returns:
-      the bound, in the normalisation of H(W).
+        the bound, in the normalisation of H(W).
 
     Numerics: evaluated in floating point without directed rounding: a bound up to a relative error of about m eps.
 
@@ -211,10 +211,10 @@ def token_movement(*, smallest: float, tokens: int, initial_error: float, steepe
         |w_r(t) - w_r(0)| <= eta sum_s |J_r(s)| |F(s) - Y| <= 4 max_s |J_r(s)| |F(0) - Y| / (m lambda)
 
     Args:
-      smallest: lambda, in the normalisation of H(W).
-      tokens: m.
-      initial_error: |F(0) - Y|_F.
-      steepest: largest norm of J_r, the [n d, d] derivative of all outputs by one token, along the way.
+        smallest: lambda, in the normalisation of H(W).
+        tokens: m.
+        initial_error: |F(0) - Y|_F.
+        steepest: largest norm of J_r, the [n d, d] derivative of all outputs by one token, along the way.
 
     Source: derived (theory/README.md): a geometric series of ratio sqrt(1 - x) <= 1 - x / 2 at x = m eta lambda / 2.
     """

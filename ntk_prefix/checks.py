@@ -15,7 +15,7 @@ def check_inputs(name: str, inputs: jax.Array, *, features: int | None = None) -
     Shapes and dtypes are checked always, finiteness only outside of ``jax.jit`` (a tracer has no values).
 
     Raises:
-      ValueError: naming the argument, what was expected, what came, and what to do.
+        ValueError: naming the argument, what was expected, what came, and what to do.
     """
     if inputs.ndim != 2 or 0 in inputs.shape:
         raise ValueError(
@@ -43,7 +43,7 @@ def check_unit_ball(name: str, inputs: jax.Array) -> None:
     """Refuse rows outside of the unit ball: the bounds are stated for ``|x_i| <= 1``.
 
     Raises:
-      ValueError: with the largest norm found and the factor that mends it.
+        ValueError: with the largest norm found and the factor that mends it.
     """
     norms = np.linalg.norm(np.asarray(inputs, np.float64), axis=1)
     # four roundings: a row normalised in the input's own precision must pass
@@ -59,7 +59,7 @@ def check_positive(name: str, value: float) -> None:
     """Refuse anything but a finite number above zero.
 
     Raises:
-      ValueError: naming the argument and what came.
+        ValueError: naming the argument and what came.
     """
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number > 0, got {value}.")

@@ -1,6 +1,6 @@
 r"""Feature maps ``phi`` with ``phi(q) . phi(k)`` in the place of ``exp(q . k)``.
 
-A prefix enters attention only through ``sum_j exp(q . k_j) v_j`` and ``sum_j exp(q . k_j)``.  With a feature
+A prefix enters attention only through ``sum_j exp(q . k_j) v_j`` and ``sum_j exp(q . k_j)``. With a feature
 map these become ``phi(q) Z`` and ``phi(q) . k``: a state whose size does not depend on the length of the
 prefix.
 
@@ -37,7 +37,7 @@ __all__ = ["Elu", "Elu1", "FeatureMap", "Gelu", "PositiveRandom", "Taylor", "att
 
 
 class FeatureMap:
-    """A map from scaled queries and keys to features.  Subclasses are frozen dataclasses."""
+    """A map from scaled queries and keys to features. Subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
 
@@ -133,7 +133,7 @@ class Taylor(FeatureMap):
     r"""The truncated exponential series: ``phi(q) . phi(k) = sum_{t <= g} (q . k)^t / t!``.
 
     One feature ``x^a / sqrt(a!)`` for each multi-index ``a`` with ``|a| <= g``; equal monomials are merged,
-    so that R = C(H + g, g) and not ``1 + H + ... + H^g``.  For an even degree the sum is positive for every q
+    so that R = C(H + g, g) and not ``1 + H + ... + H^g``. For an even degree the sum is positive for every q
     and k, for an odd degree it can be negative; single features are negative either way.
 
     Numerics: monomials are products of ``degree`` entries; nothing is in log space.

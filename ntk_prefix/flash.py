@@ -1,7 +1,7 @@
 r"""Softmax attention that hands its statistics out, and takes them back in.
 
-Flash attention has two halves.  The forward returns the output ``o`` and, per row, the log of the softmax
-denominator, ``lse = logsumexp(scores)``.  The backward takes both back in, recomputes ``P = exp(scores -
+Flash attention has two halves. The forward returns the output ``o`` and, per row, the log of the softmax
+denominator, ``lse = logsumexp(scores)``. The backward takes both back in, recomputes ``P = exp(scores -
 lse)`` block by block, and never needs to know that ``o`` and ``lse`` came from these keys alone.
 :mod:`ntk_prefix.attention` lives on that: it merges a prefix into ``o`` and ``lse`` and hands the *merged*
 pair to the ordinary backward, which then returns exactly the gradients of the merged attention.
@@ -45,7 +45,7 @@ their rate, small enough (8 MiB) that scores, probabilities and their gradients 
 class Statistics(NamedTuple):
     """What a flash forward returns: ``output = softmax(scores) V`` and ``lse = logsumexp(scores)``.
 
-    A row without any key (all masked, or S = 0) has ``lse = -inf`` and output 0.  The output is in the
+    A row without any key (all masked, or S = 0) has ``lse = -inf`` and output 0. The output is in the
     accumulation dtype if the library gives it so (``xla``), for whoever merges to round once.
     """
 
@@ -102,8 +102,8 @@ class Flash:
 
         Args:
             query, key, value, bias, mask: as in :meth:`forward`.
-            statistics: the pair the layer's output was made of.  Handing in a merged pair is the point: rows
-                of P then sum to less than 1, and the gradients are those of the merged attention.  ``lse =
+            statistics: the pair the layer's output was made of. Handing in a merged pair is the point: rows
+                of P then sum to less than 1, and the gradients are those of the merged attention. ``lse =
                 +inf`` switches a row off.
             d_output: the cotangent of the layer's output.
         """
@@ -111,7 +111,7 @@ class Flash:
         return half(self, query, key, value, bias, mask, statistics, d_output)
 
 
-# -------------------------------------------------------------------------------------------------------- xla
+# ---------------------------------------------------------------------------------------------- xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,7 +374,7 @@ def _add(x: Array, index: Array, block: Array) -> Array:
     return _put(x, index, _at(x, index) + block)
 
 
-# ------------------------------------------------------------------------------------------------------ cudnn
+# -------------------------------------------------------------------------------------------- cudnn
 
 
 def cudnn_problem(query: Array, key: Array, bias: Array | None = None, mask: Array | None = None) -> str | None:

@@ -63,9 +63,7 @@ class Frozen(nnx.Variable):
     """An array that belongs to a model and is never trained: signs, projections."""
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Pure functions
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------- Pure functions
 
 
 def attention_mass(weights: Weights, inputs: Inputs) -> Float[Array, "n m"]:
@@ -74,11 +72,11 @@ def attention_mass(weights: Weights, inputs: Inputs) -> Float[Array, "n m"]:
         T_{ir} = m softmax_r(w_r . x_i)
 
     Args:
-      weights: prefix tokens w_r, [m, d].
-      inputs: queries x_i, [n, d]; no 1/sqrt(d) is applied.
+        weights: prefix tokens w_r, [m, d].
+        inputs: queries x_i, [n, d]; no 1/sqrt(d) is applied.
 
     Returns:
-      T, [n, m], in the accumulation dtype (float32 at least). Rows sum to m.
+        T, [n, m], in the accumulation dtype (float32 at least). Rows sum to m.
 
     Numerics: the maximum is subtracted and m enters as log m, so no finite input gives NaN.
     """
@@ -106,11 +104,11 @@ def tied_jacobian(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) 
         dF_k(x) / dw_r = m S_r [ a_r e_k + (a_r w_{r,k} - sum_j S_j a_j w_{j,k}) x ]
 
     Args:
-      weights, signs, inputs: as in ``tied_outputs``.
+        weights, signs, inputs: as in ``tied_outputs``.
 
     Returns:
-      [n, d, m, d]: input, output, token, coordinate of the token. It is dense: for small m only
-      (``kernels.prefix_ntk`` never forms it).
+        [n, d, m, d]: input, output, token, coordinate of the token. It is dense: for small m only
+        (``kernels.prefix_ntk`` never forms it).
 
     Source: derived; checked against autodiff and finite differences by the claim ``gradients``.
     """
@@ -130,7 +128,7 @@ def fixed_jacobian(weights: Weights, signs: Signs, inputs: Inputs) -> Float[Arra
         dF_k(x) / dw_r = m S_r ( a_{r,k} - <a_k, S> ) x
 
     Returns:
-      [n, outputs, m, d], dense, as ``tied_jacobian``.
+        [n, outputs, m, d], dense, as ``tied_jacobian``.
 
     Source: derived; checked by the claim ``gradients``.
     """
@@ -152,12 +150,12 @@ def attend(
         PrefixAttn(X, P) = softmax( X W_Q (S W_K)^T / sqrt(d) ) S W_V ,     S = [P; X]
 
     Args:
-      prefix: P, [m, d], m >= 0.
-      inputs: X, [L, d].
-      query_projection, key_projection, value_projection: W_Q, W_K, W_V, [d, d]; applied from the right.
+        prefix: P, [m, d], m >= 0.
+        inputs: X, [L, d].
+        query_projection, key_projection, value_projection: W_Q, W_K, W_V, [d, d]; applied from the right.
 
     Returns:
-      [L, d], in the inputs' dtype; the softmax is accumulated in float32 at least.
+        [L, d], in the inputs' dtype; the softmax is accumulated in float32 at least.
 
     Source: Liang et al., arXiv 2406.14036 (read in the authors' public code).
     """
@@ -170,9 +168,7 @@ def attend(
     return jnp.matmul(probabilities, values).astype(inputs.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# A prefix described by its seed
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------- A prefix described by its seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,17 +184,17 @@ class RandomPrefix:
     With ``symmetric`` the rows come in neighbouring pairs ``(w, a), (w, -a)``, which makes F = 0 at the start.
 
     Args:
-      key: a ``jax.random.key``.
-      d: width of a token.
-      m: number of tokens; even if symmetric.
-      sigma: standard deviation of every coordinate.
-      symmetric: pair the rows.
-      model: "tied" (one sign a token) or "fixed" (one sign a token and output).
-      outputs: width of the output of the fixed model; d if None. The tied model has d outputs.
-      dtype: of the rows; None is JAX's default float.
+        key: a ``jax.random.key``.
+        d: width of a token.
+        m: number of tokens; even if symmetric.
+        sigma: standard deviation of every coordinate.
+        symmetric: pair the rows.
+        model: "tied" (one sign a token) or "fixed" (one sign a token and output).
+        outputs: width of the output of the fixed model; d if None. The tied model has d outputs.
+        dtype: of the rows; None is JAX's default float.
 
     Raises:
-      ValueError: m odd with symmetric, m, d or sigma not positive, outputs given for the tied model.
+        ValueError: m odd with symmetric, m, d or sigma not positive, outputs given for the tied model.
     """
 
     key: KeyArray
@@ -270,9 +266,7 @@ jax.tree_util.register_dataclass(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Modules
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ Modules
 
 
 class _PrefixOnlyModel(nnx.Module):
@@ -341,15 +335,15 @@ class TiedPrefixModel(_PrefixOnlyModel):
     ============  =========  ==============  =======================================
 
     Args:
-      d: width of inputs and outputs.
-      m: prefix tokens; even with symmetric initialisation.
-      sigma: standard deviation of the rows at the start.
-      symmetric: pair the rows with opposite signs, so that F = 0 at the start.
-      dtype: of the weights; None is JAX's default float.
-      rngs: flax random streams; the stream ``params`` is used.
+        d: width of inputs and outputs.
+        m: prefix tokens; even with symmetric initialisation.
+        sigma: standard deviation of the rows at the start.
+        symmetric: pair the rows with opposite signs, so that F = 0 at the start.
+        dtype: of the weights; None is JAX's default float.
+        rngs: flax random streams; the stream ``params`` is used.
 
     Raises:
-      ValueError: see ``RandomPrefix``.
+        ValueError: see ``RandomPrefix``.
 
     Source: form after Liang et al., arXiv 2406.14036; constants not verified against the text.
     """
@@ -385,13 +379,13 @@ class FixedValuePrefixModel(_PrefixOnlyModel):
     ============  =========  ==============  =======================================
 
     Args:
-      d: width of inputs.
-      m: prefix tokens; even with symmetric initialisation.
-      outputs: width of the outputs; d if None.
-      sigma, symmetric, dtype, rngs: as in ``TiedPrefixModel``.
+        d: width of inputs.
+        m: prefix tokens; even with symmetric initialisation.
+        outputs: width of the outputs; d if None.
+        sigma, symmetric, dtype, rngs: as in ``TiedPrefixModel``.
 
     Raises:
-      ValueError: see ``RandomPrefix``.
+        ValueError: see ``RandomPrefix``.
 
     Source: arXiv 2405.03251 (softmax regression), in the scaling of Liang et al.
     """
@@ -430,14 +424,14 @@ class PrefixAttentionLayer(nnx.Module):
     ====================  =========  ========  ======================================================
 
     Args:
-      d: width.
-      m: prefix tokens.
-      sigma: standard deviation of the prefix at the start.
-      dtype: of the weights; None is JAX's default float.
-      rngs: flax random streams; the stream ``params`` is used.
+        d: width.
+        m: prefix tokens.
+        sigma: standard deviation of the prefix at the start.
+        dtype: of the weights; None is JAX's default float.
+        rngs: flax random streams; the stream ``params`` is used.
 
     Raises:
-      ValueError: d, m or sigma not positive.
+        ValueError: d, m or sigma not positive.
 
     Source: Liang et al., arXiv 2406.14036 (read in the authors' public code), one head.
     """

@@ -47,15 +47,15 @@ def polynomial_degree(score: float, error: float) -> int:
     For ``S = c log n`` it grows as ``3.591 c log n``: 3.591 solves k (log k - 1) = 1.
 
     Args:
-      score: S >= 0, the largest |scale q . k|; ``scale * max|q| * max|k|`` bounds it in O(n). (With entries up to B and the
-        default scale, S <= sqrt(H) B^2.)
-      error: > 0; of the outputs, over the largest |value|.
+        score: S >= 0, the largest |scale q . k|; ``scale * max|q| * max|k|`` bounds it in O(n). (With entries up to B
+            and the default scale, S <= sqrt(H) B^2.)
+        error: > 0; of the outputs, over the largest |value|.
 
     Returns:
-      g >= 0, of either parity: with eps < 1 the polynomial is positive on these scores.
+        g >= 0, of either parity: with eps < 1 the polynomial is positive on these scores.
 
     Raises:
-      ValueError: a score that is negative or not finite, an error that is not positive.
+        ValueError: a score that is negative or not finite, an error that is not positive.
 
     Numerics: in log space, so that scores in the thousands are fine.
 
@@ -108,19 +108,19 @@ def polynomial_attention(
     themselves, which is the same number.
 
     Args:
-      query: [B, T, N, H], not scaled.
-      key, value: [B, S, K, H] with N a multiple of K; causal: S = T.
-      degree: g >= 0. An even one keeps every weight positive, so that the output stays between the values whatever the
-        scores; an odd one does where the scores are within what :func:`polynomial_degree` was asked for.
-      is_causal: token i attends to tokens j <= i.
-      scale: of the scores; 1/sqrt(H) by default.
+        query: [B, T, N, H], not scaled.
+        key, value: [B, S, K, H] with N a multiple of K; causal: S = T.
+        degree: g >= 0. An even one keeps every weight positive, so that the output stays between the values whatever
+            the scores; an odd one does where the scores are within what :func:`polynomial_degree` was asked for.
+        is_causal: token i attends to tokens j <= i.
+        scale: of the scores; 1/sqrt(H) by default.
 
     Returns:
-      [B, T, N, H] in the dtype of ``query``. With |scale q . k| <= S it is within ``2 eps / (1 - eps) max|V|`` of
-      softmax attention, eps as in :func:`polynomial_degree`.
+        [B, T, N, H] in the dtype of ``query``. With |scale q . k| <= S it is within ``2 eps / (1 - eps) max|V|`` of
+        softmax attention, eps as in :func:`polynomial_degree`.
 
     Raises:
-      ValueError: shapes that do not fit together, an empty sequence, degree < 0, scale <= 0.
+        ValueError: shapes that do not fit together, an empty sequence, degree < 0, scale <= 0.
 
     Numerics: sums accumulate in float32 at least. The polynomial of a negative score cancels: a weight has the
     relative error of ``e^{2 S}`` roundings at worst, so scores beyond 5 want float64.

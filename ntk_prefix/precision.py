@@ -13,6 +13,6 @@ def accumulation_dtype(*arrays: Any) -> jnp.dtype:
     """float64 for float64, float32 for anything narrower.
 
     Args:
-      arrays: arrays or dtypes, promoted together.
+        arrays: arrays or dtypes, promoted together.
     """
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)

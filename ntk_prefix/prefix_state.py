@@ -5,7 +5,7 @@ Two ways lead from a real prefix (keys and values of one attention layer, from a
 any library, or simply a long text run through the layer) to a state.
 
 ``from_prefix``
-    The sums ``z = sum_j phi(p_j) v_j^T`` and ``k = sum_j phi(p_j)``.  Right when ``phi(q) . phi(p)`` is close
+    The sums ``z = sum_j phi(p_j) v_j^T`` and ``k = sum_j phi(p_j)``. Right when ``phi(q) . phi(p)`` is close
     to ``exp(q . p)``, as for Taylor and random features; for ``elu1`` it is not, and the sums are far off.
 ``fit``
     The ``z, k`` whose *attention output* is closest to that of the exact prefix on sample queries, for any
@@ -182,18 +182,18 @@ class PrefixState:
 
         .. math::  \sum_i |T_i - T^*_i|^2, \qquad T_i = (\phi_i Z + a_i o_i) / (\phi_i \cdot k + a_i)
 
-        over Z and k >= 0, where ``T*`` is the exact prefix attention.  For a given k the best Z is a linear
+        over Z and k >= 0, where ``T*`` is the exact prefix attention. For a given k the best Z is a linear
         least squares problem, so the descent is in k alone; it starts at the k that fits the exact prefix
-        masses, each relative to its row's whole mass, by non-negative least squares.  The problem is not
+        masses, each relative to its row's whole mass, by non-negative least squares. The problem is not
         convex: further starts are drawn, and the k with the least error on the samples is kept.
 
         Args:
             query: [B, T, N, H], sample queries, not scaled.
             prefix_key, prefix_value: [M, K, H].
             key, value: [B, S, K, H], the keys that the queries see beside the prefix; None fits attention
-                over the prefix alone.  With them, the state is made good where the prefix matters, so give
+                over the prefix alone. With them, the state is made good where the prefix matters, so give
                 them if there are any.
-            feature_map: a name or a map.  With negative features (Taylor), k is only fitted to
+            feature_map: a name or a map. With negative features (Taylor), k is only fitted to
                 the masses, without a constraint.
             bias, mask, is_causal, scale: of the layer, as in :func:`ntk_prefix.attention.ntk_attention`.
             held_out: the fraction of samples (whole sequences if B >= 4) that is only used for the report.
@@ -300,7 +300,7 @@ class PrefixState:
         return cls(jnp.repeat(z, repeats, axis=0), jnp.repeat(k, repeats, axis=0), phi, scale)
 
 
-# --------------------------------------------------------------------------------------------------- the sums
+# ----------------------------------------------------------------------------------------- the sums
 
 
 def _root(scale: float | None, head_dim: int) -> float:
@@ -329,7 +329,7 @@ def _add_block(phi: FeatureMap, root: float, sums: Any, key: Array, value: Array
     return tuple(zip(*pairs, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------- the fit
+# ------------------------------------------------------------------------------------------ the fit
 
 
 class _Head(NamedTuple):

@@ -56,17 +56,17 @@ class Trainer:
     """How a model is trained; holds no arrays.
 
     Args:
-      loss: ``loss(model, batch)``, the sum of the losses of the batch's rows, a scalar.
-      optimizer: any optax transformation.
-      wrt: nnx filter of what is trained, e.g. ``nnx.Param`` or a subclass of it.
-      reduction: "sum" descends the sum over rows, "mean" the mean.
-      parallel: "jit" (a mesh, shardings) or "pmap" (a replica a device).
-      mesh: devices of "jit", of all processes; the batch is sharded over all its axes, weights and optimizer state
-        over "fsdp". None is one device.
-      devices: devices of "pmap"; None is all there are, those of other processes included.
+        loss: ``loss(model, batch)``, the sum of the losses of the batch's rows, a scalar.
+        optimizer: any optax transformation.
+        wrt: nnx filter of what is trained, e.g. ``nnx.Param`` or a subclass of it.
+        reduction: "sum" descends the sum over rows, "mean" the mean.
+        parallel: "jit" (a mesh, shardings) or "pmap" (a replica a device).
+        mesh: devices of "jit", of all processes; the batch is sharded over all its axes, weights and optimizer state
+            over "fsdp". None is one device.
+        devices: devices of "pmap"; None is all there are, those of other processes included.
 
     Raises:
-      ValueError: an unknown way, a mesh with pmap or devices with jit; in ``step``, a batch that does not divide.
+        ValueError: an unknown way, a mesh with pmap or devices with jit; in ``step``, a batch that does not divide.
 
     Numerics: gradients of different ways and device counts differ by the order of one sum over devices; equal to a few
     roundings, which ``tests/test_training.py`` checks.
@@ -98,7 +98,7 @@ class Trainer:
         """The state before the first step, laid out on the devices.
 
         Raises:
-          ValueError: ``wrt`` selects nothing of the model.
+            ValueError: ``wrt`` selects nothing of the model.
         """
         trained, frozen = nnx.state(model, self.wrt, ...)
         if not jax.tree.leaves(trained):
@@ -129,7 +129,7 @@ class Trainer:
         """Lay a batch out over the devices, rows divided among them; each process gives its own rows.
 
         Raises:
-          ValueError: the number of rows does not divide by the number of devices.
+            ValueError: the number of rows does not divide by the number of devices.
         """
         devices = self.mesh.local_devices if self.mesh is not None else self._devices
         shares = 1 if self.parallel == "jit" and self.mesh is None else len(devices)

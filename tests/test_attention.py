@@ -193,7 +193,7 @@ class TestAgainstTheFormula:
         np.testing.assert_allclose(attend(**arrays, z=LowRank(left, right)), whole, atol=1e-13)
 
 
-# -------------------------------------------------------------------------------------- gradients, two layers
+# ---------------------------------------------------------------------------- gradients, two layers
 
 
 def two_layers(attend, arrays):
@@ -329,7 +329,7 @@ def worst_directional_error(loss, grads, arrays, step=1e-5):
     return max(errors)
 
 
-# --------------------------------------------------------------------------------------------- the zero state
+# ----------------------------------------------------------------------------------- the zero state
 
 
 class TestZeroState:
@@ -376,7 +376,7 @@ class TestZeroState:
         np.testing.assert_array_equal(negative, attend(**arrays, k=0 * k))
 
 
-# --------------------------------------------------------------------------------------------------- extremes
+# ----------------------------------------------------------------------------------------- extremes
 
 
 def value_and_grads(implementation, arrays, **options):
@@ -455,7 +455,7 @@ class TestExtremes:
         np.testing.assert_allclose(output, literal(case), atol=tolerance * (1 + np.max(np.abs(literal(case)))))
 
 
-# ------------------------------------------------------------------------------------- exact prefix attention
+# --------------------------------------------------------------------------- exact prefix attention
 
 
 def by_concatenation(query, key, value, prefix_key, prefix_value, *, is_causal):
@@ -514,7 +514,7 @@ class TestPrefixAttention:
         assert errors[-1] < errors[0] / 10
 
 
-# ------------------------------------------------------------------------------------ living in a JAX program
+# -------------------------------------------------------------------------- living in a JAX program
 
 
 class TestDecoding:

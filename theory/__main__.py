@@ -43,7 +43,7 @@ def claims(names: tuple[str, ...] = ()) -> list[Claim]:
     """The named claims, all of them for none, in the order of the report.
 
     Raises:
-      ValueError: a name that is no claim.
+        ValueError: a name that is no claim.
     """
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
@@ -114,15 +114,15 @@ def main(
     run goes on where it stopped. Exits with 1 if a claim does not hold or a control does not fail, with 2 on bad input.
 
     Args:
-      claim: claims to test; none means all.
-      profile: "quick" takes minutes on two cores, "full" shows the sizes of a paper.
-      data: "digits", or a .npy file with your own floats [n, d], rows distinct and in the unit ball.
-      out: folder of the report.
-      seed: of the data's choice and of every prefix.
-      inputs: rows to take; the default is 16 of the digits, all of a file.
-      width: principal components of the digits.
-      sigma: standard deviation of a prefix token's coordinates.
-      list_claims: list the claims and stop.
+        claim: claims to test; none means all.
+        profile: "quick" takes minutes on two cores, "full" shows the sizes of a paper.
+        data: "digits", or a .npy file with your own floats [n, d], rows distinct and in the unit ball.
+        out: folder of the report.
+        seed: of the data's choice and of every prefix.
+        inputs: rows to take; the default is 16 of the digits, all of a file.
+        width: principal components of the digits.
+        sigma: standard deviation of a prefix token's coordinates.
+        list_claims: list the claims and stop.
     """
     console = Console()
     try:

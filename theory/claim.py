@@ -52,9 +52,9 @@ class Evidence:
     """What a measurement found.
 
     Args:
-      checks: the comparisons, all of which must hold.
-      parameters: what it was measured at: sizes, seeds, step sizes; plain numbers and strings, for claims.json.
-      series: arrays that the figure draws.
+        checks: the comparisons, all of which must hold.
+        parameters: what it was measured at: sizes, seeds, step sizes; plain numbers and strings, for claims.json.
+        series: arrays that the figure draws.
     """
 
     checks: tuple[Check, ...]
@@ -77,16 +77,16 @@ class Claim:
     """A statement of the theory and how it is put to the test.
 
     Args:
-      name: as on the command line.
-      title: a few words.
-      statement: the statement, in symbols.
-      source: where it comes from and how sure that is.
-      measure: the measurement, on a problem.
-      control: the same measurement where the statement must fail.
-      control_statement: what the control changes.
-      draw: a figure from the evidence and the control's, ready for a paper.
-      caption: of the figure.
-      drawn: whether it draws its own inputs from the seed, so that the problem's rows and sigma do not enter.
+        name: as on the command line.
+        title: a few words.
+        statement: the statement, in symbols.
+        source: where it comes from and how sure that is.
+        measure: the measurement, on a problem.
+        control: the same measurement where the statement must fail.
+        control_statement: what the control changes.
+        draw: a figure from the evidence and the control's, ready for a paper.
+        caption: of the figure.
+        drawn: whether it draws its own inputs from the seed, so that the problem's rows and sigma do not enter.
     """
 
     name: str

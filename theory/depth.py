@@ -48,8 +48,8 @@ class Stack(nnx.Module):
         x_0 = x ,   x_l = x_{l-1} + scale A_l(x_{l-1}) ,   F(x) = readout (x_D - x)
 
     Args:
-      layers: models [n, d] -> [n, d].
-      scale: of every layer's output. ``readout``, 1 until it is set, multiplies what the stack adds to its input.
+        layers: models [n, d] -> [n, d].
+        scale: of every layer's output. ``readout``, 1 until it is set, multiplies what the stack adds to its input.
     """
 
     def __init__(self, layers: Sequence[nnx.Module], scale: float = 1.0) -> None:
@@ -254,9 +254,7 @@ def _apart(a: Kernel, b: Kernel) -> float:
     return float(jnp.linalg.norm((a - b).ravel()) / (jnp.linalg.norm(a.ravel()) + jnp.linalg.norm(b.ravel())))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- Training
 
 
 class Trained(NamedTuple):

@@ -30,11 +30,11 @@ def exponent(sizes: ArrayLike, errors: ArrayLike) -> Exponent:
     """Least-squares slope of log error against log size.
 
     Args:
-      sizes: [k] sizes, k >= 3; repeated measurements at one size are points of their own.
-      errors: [k] positive measurements.
+        sizes: [k] sizes, k >= 3; repeated measurements at one size are points of their own.
+        errors: [k] positive measurements.
 
     Returns:
-      the exponent and the regression's own 95 % interval (Student's t), which takes the points as independent.
+        the exponent and the regression's own 95 % interval (Student's t), which takes the points as independent.
     """
     fit = stats.linregress(np.log(np.asarray(sizes, float)), np.log(np.asarray(errors, float)))
     # without any scatter scipy divides zero by zero

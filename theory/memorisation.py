@@ -54,18 +54,16 @@ def steps(problem: Problem) -> int:
     return 6000 if problem.full else 3000
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Trained: one attention layer, one head, fixed random weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------- Trained: one attention layer, one head, fixed random weights
 
 
 class Task(NamedTuple):
     """Sequences, answers, fixed weights and a first prompt; the arrays of several tasks are stacked in front.
 
     Args:
-      stream: [N, L, D], the embedded tokens; answers: [N, L].
-      query_key: [D, D], W_Q W_K^T / sqrt(D); value: [D], W_V and the readout.
-      prompt: [M, D]; absent: [M], 0 or minus infinity for tokens that this task does not have.
+        stream: [N, L, D], the embedded tokens; answers: [N, L].
+        query_key: [D, D], W_Q W_K^T / sqrt(D); value: [D], W_V and the readout.
+        prompt: [M, D]; absent: [M], 0 or minus infinity for tokens that this task does not have.
     """
 
     stream: Array
@@ -157,9 +155,7 @@ def shortest(used: list[int], errors: np.ndarray, goal: float) -> np.ndarray:
     return np.where(reached.any(0), np.array(used)[reached.argmax(0)], np.inf)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Constructed
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------- Constructed
 
 
 def constructed(problem: Problem, sequences: int, error: float, *, shuffled: bool = False) -> tuple[int, float, float]:
@@ -212,9 +208,7 @@ def _half_table(problem: Problem) -> float:
     return largest_error(built, target, built.prompt(target), random) / error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The claim
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- The claim
 
 
 def _measure(problem: Problem) -> Evidence:

@@ -73,9 +73,7 @@ class Tokens(NamedTuple):
     """[queries, levels]."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sequences, and how far the polynomial is from attention on them
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------- Sequences, and how far the polynomial is from attention on them
 
 
 @functools.lru_cache(maxsize=1)
@@ -150,9 +148,7 @@ def _between(errors: np.ndarray) -> float:
     return whole + float(below / (above - below))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a degree costs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------ What a degree costs
 
 
 def log_rank(width: int, degree: float) -> float:
@@ -184,9 +180,7 @@ def rank_exponent(growth: float) -> float:
     return (width + growth) * math.log(width + growth) - width * math.log(width) - growth * math.log(growth)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The claim
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- The claim
 
 
 class _Errors(NamedTuple):
@@ -332,9 +326,7 @@ def _crossing(errors: _Errors) -> dict[str, list[float]]:
     return found | {"proved": [_slope("full", errors.proved[name]).value for name in GRID]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The algorithm itself
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- The algorithm itself
 
 
 def _sequence(problem: Problem, n: int, width: int, norm: float) -> tuple[jax.Array, jax.Array, jax.Array]:

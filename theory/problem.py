@@ -25,12 +25,12 @@ class Problem:
     """Inputs, targets, and how long a prefix may get.
 
     Args:
-      name: where the data came from, for the report.
-      inputs: [n, d] in float64, distinct rows, |x_i| <= 1.
-      targets: [n, d] in float64, |y_i| <= 1.
-      sigma: standard deviation of a prefix token's coordinates.
-      seed: of every prefix drawn.
-      profile: "quick" for minutes, "full" for the sizes a paper would show.
+        name: where the data came from, for the report.
+        inputs: [n, d] in float64, distinct rows, |x_i| <= 1.
+        targets: [n, d] in float64, |y_i| <= 1.
+        sigma: standard deviation of a prefix token's coordinates.
+        seed: of every prefix drawn.
+        profile: "quick" for minutes, "full" for the sizes a paper would show.
     """
 
     name: str
@@ -73,14 +73,14 @@ def load(data: str, *, inputs: int | None, width: int, sigma: float, seed: int, 
     """Read ``digits`` or a .npy file and check everything the claims rely on, before any of them runs.
 
     Args:
-      data: "digits", or the path of a .npy file with a float [n, d] array in the unit ball.
-      inputs: how many rows to take; None is 16 of the digits, all of a file.
-      width: d for the digits (principal components); a file has its own.
-      sigma, seed, profile: as in ``Problem``.
+        data: "digits", or the path of a .npy file with a float [n, d] array in the unit ball.
+        inputs: how many rows to take; None is 16 of the digits, all of a file.
+        width: d for the digits (principal components); a file has its own.
+        sigma, seed, profile: as in ``Problem``.
 
     Raises:
-      ValueError: what was expected, what came, and what to do: no such file, not [n, d], not finite, rows outside of the
-        unit ball, duplicated rows, too large a problem.
+        ValueError: what was expected, what came, and what to do: no such file, not [n, d], not finite, rows outside of
+            the unit ball, duplicated rows, too large a problem.
     """
     check_positive("sigma", sigma)
     x, y, name = _digits(inputs or 16, width, seed) if data == "digits" else _file(Path(data), inputs, seed)

@@ -37,11 +37,11 @@ class Transformer(NamedTuple):
     """Every weight; D is the width of the stream, W that of the values.
 
     Args:
-      embed: [d, D], of an input token.
-      position: [L, D], added to it.
-      hidden, bias, out: [D, H], [H], [H, D]: the feed-forward layer before attention, with a skip connection.
-      query, key, value: [D, r], [D, r], [D, W]; scores are not scaled.
-      layers: affine maps (weight, bias) of the feed-forward part after it, on [stream, attention], ReLU in between.
+        embed: [d, D], of an input token.
+        position: [L, D], added to it.
+        hidden, bias, out: [D, H], [H], [H, D]: the feed-forward layer before attention, with a skip connection.
+        query, key, value: [D, r], [D, r], [D, W]; scores are not scaled.
+        layers: affine maps (weight, bias) of the feed-forward part after it, on [stream, attention], ReLU in between.
     """
 
     embed: np.ndarray
@@ -94,17 +94,17 @@ class Construction:
     The class: f from [0, 1]^(L x d) to [-size, size]^(L x d) with |f(X) - f(X')|_max <= lipschitz |X - X'|_max.
 
     Args:
-      d: width of tokens and answers.
-      length: L, tokens of a sequence.
-      grid: G, cells a side.
-      contexts: False for weights that do not look at the other tokens (one slot).
-      sharpness: tau > 0; a neighbouring cell's line weighs e^(-2 tau t) at relative distance t from the border.
-      share: attention that the inputs get at most, relative to the prompt.
-      apart: what lines of other rows lose in score.
-      lipschitz, size: of the class.
+        d: width of tokens and answers.
+        length: L, tokens of a sequence.
+        grid: G, cells a side.
+        contexts: False for weights that do not look at the other tokens (one slot).
+        sharpness: tau > 0; a neighbouring cell's line weighs e^(-2 tau t) at relative distance t from the border.
+        share: attention that the inputs get at most, relative to the prompt.
+        apart: what lines of other rows lose in score.
+        lipschitz, size: of the class.
 
     Raises:
-      ValueError: sizes below 1, or numbers that are not positive.
+        ValueError: sizes below 1, or numbers that are not positive.
     """
 
     d: int
@@ -175,9 +175,7 @@ class Construction:
         """The theorem: sup |out - f|_max <= lipschitz h (1/2 + d t(tau)) + 2 size leak, for all functions of the class."""
         return self.lipschitz / self.grid * (0.5 + self.d * self.tail) + 2 * self.size * self.leak
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # The prompt
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------- The prompt
 
     @functools.cached_property
     def columns(self) -> dict[str, slice]:
@@ -209,10 +207,10 @@ class Construction:
         """The table of a function on the grid, [L_p, D]: for every row, one token a cell of [0, 1]^(L x d).
 
         Args:
-          function: [B, L, d] -> [B, L, d]; the theorem is about those of the class.
+            function: [B, L, d] -> [B, L, d]; the theorem is about those of the class.
 
         Raises:
-          ValueError: answers of another shape, or larger than ``size``.
+            ValueError: answers of another shape, or larger than ``size``.
         """
         d, length = self.d, self.length
         axes = np.meshgrid(*[np.arange(self.grid)] * (d * length), indexing="ij")
@@ -233,9 +231,7 @@ class Construction:
             tables.append(self.lines(np.full(len(cell), i), self.centres[cell[:, i]], slot, answers[:, i]))
         return np.concatenate(tables)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # The weights
-    # ------------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------- The weights
 
     @functools.cached_property
     def transformer(self) -> Transformer:
@@ -346,9 +342,7 @@ def _maxima(count: int, d: int) -> tuple[np.ndarray, np.ndarray]:
     return np.kron(split, np.eye(d)), np.kron(merge, np.eye(d))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Functions with a known Lipschitz constant, and how far a transformer is from them
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------- Functions with a known Lipschitz constant, and how far a transformer is from them
 
 
 def functions(random: np.random.Generator, d: int, length: int) -> dict[str, Function]:

@@ -51,7 +51,7 @@ class Folder:
         """Hold the folder; what another configuration left unfinished in it is dropped.
 
         Raises:
-          ValueError: another process holds it.
+            ValueError: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as lock:
@@ -99,9 +99,7 @@ class Folder:
         return json.loads(path.read_text()) if path.is_file() else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the reader sees
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- What the reader sees
 
 
 def number(value: float | int | str | None) -> str:

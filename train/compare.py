@@ -1,9 +1,9 @@
 """``python -m train.compare``: methods x tasks x seeds, one table and one figure; run it again to go on.
 
 Each cell is one run of ``python -m train`` in a folder and a process of its own: a crash costs one cell, memory is
-measured for each, and a finished cell is never run again.  Every row gets the same tuning budget: the same grid of
+measured for each, and a finished cell is never run again. Every row gets the same tuning budget: the same grid of
 learning rates, one run each with the first seed; the rate with the best *validation* score is then run with the other
-seeds.  The test split is looked at for the chosen rate only.
+seeds. The test split is looked at for the chosen rate only.
 
 Two processes may fill one folder with different tasks or rows; the table is then written by running it once more for all.
 """

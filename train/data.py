@@ -57,19 +57,19 @@ class Dataset(Mapping[str, np.ndarray]):
     """A split: columns of equal length, read-only.
 
     Args:
-      columns: what there is of
-        ``input_ids``       object, each int32 [tokens]
-        ``token_type_ids``  object, the same shapes; of models that tell two sentences apart
-        ``labels``          int32; classification
-        ``prompt_length``   int32; causal language modelling: the loss is on the tokens from here on
-        ``prompt_ids``      object, each int32; what to generate from
-        ``image``           uint8 [rows, h, w] or [rows, h, w, 3], or object of such
-        and columns that no batch holds: ``text``, ``question``, ``answer``, ...
-      pad_id: token that pads.
-      image: how images are handed out.
+        columns: what there is of
+            ``input_ids``       object, each int32 [tokens]
+            ``token_type_ids``  object, the same shapes; of models that tell two sentences apart
+            ``labels``          int32; classification
+            ``prompt_length``   int32; causal language modelling: the loss is on the tokens from here on
+            ``prompt_ids``      object, each int32; what to generate from
+            ``image``           uint8 [rows, h, w] or [rows, h, w, 3], or object of such
+            and columns that no batch holds: ``text``, ``question``, ``answer``, ...
+        pad_id: token that pads.
+        image: how images are handed out.
 
     Raises:
-      ValueError: no row, or columns of different length.
+        ValueError: no row, or columns of different length.
     """
 
     columns: Mapping[str, np.ndarray]
@@ -117,22 +117,23 @@ def train_batches(
     """Batches without end, from number ``start`` on.
 
     Args:
-      split: the rows.
-      batch_size: rows of a global batch, over all processes.
-      seed: of the order; every epoch has another.
-      start: number of the first batch: as many as have been used before.
-      buckets: lengths that text is padded to.
-      process_index, process_count: which share of each batch this process holds.
-      grouped: batches that are drawn together and divided by length; 1 leaves the order as it is drawn.
+        split: the rows.
+        batch_size: rows of a global batch, over all processes.
+        seed: of the order; every epoch has another.
+        start: number of the first batch: as many as have been used before.
+        buckets: lengths that text is padded to.
+        process_index, process_count: which share of each batch this process holds.
+        grouped: batches that are drawn together and divided by length; 1 leaves the order as it is drawn.
 
     Returns:
-      Pairs (i, batch). Of text: ``input_ids``, ``attention_mask`` and, where the split has them, ``token_type_ids``,
-      all int32 [rows, bucket]; ``labels`` int32 [rows], or [rows, bucket] with ``IGNORED`` outside of the answer, not
-      shifted, for causal language modelling. Of images: ``pixel_values`` float32 [rows, size, size, 3] and ``labels``.
-      ``weight`` float32 [rows] is 1.
+        Pairs (i, batch). Of text: ``input_ids``, ``attention_mask`` and, where the split has them, ``token_type_ids``,
+        all int32 [rows, bucket]; ``labels`` int32 [rows], or [rows, bucket] with ``IGNORED`` outside of the answer, not
+        shifted, for causal language modelling. Of images: ``pixel_values`` float32 [rows, size, size, 3] and
+            ``labels``.
+        ``weight`` float32 [rows] is 1.
 
     Raises:
-      ValueError: at the call: a split without tokens or images, rows that fit no bucket, a share that is not whole.
+        ValueError: at the call: a split without tokens or images, rows that fit no bucket, a share that is not whole.
     """
     share = _share(batch_size, process_index, process_count)
     lengths = _lengths(split, buckets)
@@ -170,13 +171,13 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every row once, in order; batches as those of ``train_batches``.  ``by_length`` first makes less padding.
+    """Every row once, in order; batches as those of ``train_batches``. ``by_length`` first makes less padding.
 
     The last batch is filled up to ``batch_size`` with rows of ``weight`` 0, so row r stands in batch
     ``r // batch_size`` at place ``r % batch_size``.
 
     Raises:
-      ValueError: as ``train_batches``.
+        ValueError: as ``train_batches``.
     """
     share = _share(batch_size, process_index, process_count)
     lengths = _lengths(split, buckets)
@@ -204,16 +205,16 @@ def prompt_batches(
     """What to generate from: the prompts of a causal language modelling split, once each and in order.
 
     Args:
-      split: with a column ``prompt_ids``.
-      batch_size: rows of a batch; the last is filled up with rows of ``weight`` 0.
-      buckets: lengths that prompts are padded to.
-      side: where the padding goes. Left lets every row be continued at the same column.
+        split: with a column ``prompt_ids``.
+        batch_size: rows of a batch; the last is filled up with rows of ``weight`` 0.
+        buckets: lengths that prompts are padded to.
+        side: where the padding goes. Left lets every row be continued at the same column.
 
     Returns:
-      Batches of ``input_ids`` and ``attention_mask``, int32 [rows, bucket], and ``weight`` float32 [rows].
+        Batches of ``input_ids`` and ``attention_mask``, int32 [rows, bucket], and ``weight`` float32 [rows].
 
     Raises:
-      ValueError: a split without prompts, a prompt that fits no bucket.
+        ValueError: a split without prompts, a prompt that fits no bucket.
     """
     lengths = _lengths(split, buckets, "prompt_ids")
     return (
@@ -222,7 +223,7 @@ def prompt_batches(
     )
 
 
-# ------------------------------------------------------------------------------------------------------ the parts
+# ---------------------------------------------------------------------------------------- the parts
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:

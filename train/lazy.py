@@ -7,11 +7,11 @@ adapter, at its start; its spectrum; kernel regression with it,
 
 Y being 1 for the true label and 0 for the others, rho chosen on validation; and beside it the fine-tuned adapter of
 ``python -m train``, its learning rate chosen on validation.  A head is trained beside the adapter: the second regression
-has the sum of both kernels, each divided by its trace, for Adam moves both at rates of their own.  Where regression
+has the sum of both kernels, each divided by its trace, for Adam moves both at rates of their own. Where regression
 reaches as much as training, the lazy regime explains the accuracy; where training is ahead, features moved.
 
 *Directions* are ``(tr)^2 / tr(Theta^2)`` of the adapter's kernel, its participation: how many directions of the training
-set are learned at comparable speed.  Each seed draws its own sample and start; one look, a method on a seed, is a file,
+set are learned at comparable speed. Each seed draws its own sample and start; one look, a method on a seed, is a file,
 and the same command later makes those that are missing.
 """
 

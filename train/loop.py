@@ -136,7 +136,7 @@ class _Run:
             raise Interrupted(f"stopped at step {self.done} of {config.steps}; the same command goes on")
         return self._sum_up()
 
-    # ------------------------------------------------------------------------------------------ on the way
+    # ----------------------------------------------------------------------------------- on the way
 
     def _batches(self) -> Iterator[data.Batch]:
         config = self.config
@@ -188,7 +188,7 @@ class _Run:
     def _line(self, readings: list[dict[str, jax.Array]]) -> str:
         return f"{self.config.task} {self.config.method}  loss {float(readings[-1]['loss']):.4f}"
 
-    # --------------------------------------------------------------------------------------------- kept
+    # ----------------------------------------------------------------------------------------- kept
 
     def _tree(self) -> dict[str, Any]:
         """What a checkpoint holds: everything that training changes, frozen weights left out."""
@@ -233,7 +233,7 @@ class _Run:
             with self.metrics.open("a") as file:
                 file.write(json_text(values, indent=None))
 
-    # --------------------------------------------------------------------------------------------- result
+    # --------------------------------------------------------------------------------------- result
 
     def _sum_up(self) -> dict[str, Any]:
         """Look at the test split, once and if it is asked for, with the best weights; save the adapter and the summary."""

@@ -153,7 +153,7 @@ def model_inputs(model: nnx.Module, batch: Mapping[str, Any]) -> dict[str, Array
 def loss_of(kind: str) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]:
     """Return the loss of a kind of task, summed over the batch's rows, as :class:`Trainer` wants it.
 
-    Classification: cross entropy, no label smoothing.  Language: cross entropy of the answer's tokens, averaged over
+    Classification: cross entropy, no label smoothing. Language: cross entropy of the answer's tokens, averaged over
     each row's own, so that every example counts alike, whatever its length and whichever device holds it.
     """
 

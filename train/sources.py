@@ -44,14 +44,14 @@ class TaskSpec:
     """What a task is, whatever its rows come from.
 
     Args:
-      kind: what is predicted.
-      columns: our name of a column -> the names it goes by in files, the usual one first.
-      label_names: of the classes, in the order of their numbers; empty for causal language modelling.
-      hub, subset: the usual data set on the hub and the folder in it.
-      folders: other names that a folder of it goes by.
-      test: names of the split that is our ``test``.
-      headerless: the column names of files that come without a header.
-      assets: rows from the package assets, ``{"train": ..., "test": ...}``; None if no asset has them.
+        kind: what is predicted.
+        columns: our name of a column -> the names it goes by in files, the usual one first.
+        label_names: of the classes, in the order of their numbers; empty for causal language modelling.
+        hub, subset: the usual data set on the hub and the folder in it.
+        folders: other names that a folder of it goes by.
+        test: names of the split that is our ``test``.
+        headerless: the column names of files that come without a header.
+        assets: rows from the package assets, ``{"train": ..., "test": ...}``; None if no asset has them.
     """
 
     kind: Kind
@@ -69,7 +69,7 @@ def spec_of(name: str) -> TaskSpec:
     """The task of a name.
 
     Raises:
-      ValueError: an unknown name.
+        ValueError: an unknown name.
     """
     if name not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}.")
@@ -92,10 +92,10 @@ def read(name: str, data_dir: Path | str | None = None) -> tuple[dict[str, Colum
     """Rows of a task's ``train`` split, and of its ``test`` split if the source has one; and the source's name.
 
     Raises:
-      ValueError: an unknown task; a file that cannot be read; a missing column; an unknown or missing label; an empty
-        split or text.
-      FileNotFoundError: a folder without the task.
-      AssetError: rows that no asset has, or that cannot be fetched.
+        ValueError: an unknown task; a file that cannot be read; a missing column; an unknown or missing label; an empty
+            split or text.
+        FileNotFoundError: a folder without the task.
+        AssetError: rows that no asset has, or that cannot be fetched.
     """
     spec = spec_of(name)
     splits, source = _splits(name, spec, data_dir)
@@ -231,7 +231,7 @@ def _checked(where: str, columns: Columns, spec: TaskSpec) -> Columns:
     return columns | {"label": np.array(labels, np.int32)}
 
 
-# ------------------------------------------------------------------------------------------------------------ assets
+# ------------------------------------------------------------------------------------------- assets
 
 
 def _reviews(source: str) -> dict[str, Columns]:
@@ -331,7 +331,7 @@ def _gsm_symbolic(*, train: int, test: int, shortest: int = 0) -> dict[str, Colu
     return {"train": columns(rows[test:]), "test": columns(rows[:test])}
 
 
-# ------------------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 _LABEL = ("label", "labels")
 _SENTENCE = {"text": ("sentence", "text", "content"), "label": _LABEL}

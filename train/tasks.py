@@ -81,23 +81,23 @@ def load(
     """A task and its three splits.
 
     Args:
-      name: one of ``train.sources.TASKS``.
-      tokenizer: the model's: a ``Tokenizer``, a tokenizer.json, or a folder with one. None leaves text as it is.
-      data_dir: where the rows come from, see ``train.sources``.
-      train_size: rows to train on, drawn with ``seed``, stratified; all if None.
-      validation_size: rows, or a fraction of the train split; a tenth, 1,000 rows at most, if None.
-      test_size: rows of the test split, the same for every seed; all if None.
-      test_beyond: leave out the rows that ``test_size`` of this many would draw.
-      max_length: tokens of a row. Classification truncates (the longer sentence of a pair first); in causal language
-        modelling train rows that are longer are left out, others truncated, prompts never.
-      image_size, image_mean, image_std: what the backbone wants; ImageNet's mean and deviation by default.
-      seed: of the train rows.
+        name: one of ``train.sources.TASKS``.
+        tokenizer: the model's: a ``Tokenizer``, a tokenizer.json, or a folder with one. None leaves text as it is.
+        data_dir: where the rows come from, see ``train.sources``.
+        train_size: rows to train on, drawn with ``seed``, stratified; all if None.
+        validation_size: rows, or a fraction of the train split; a tenth, 1,000 rows at most, if None.
+        test_size: rows of the test split, the same for every seed; all if None.
+        test_beyond: leave out the rows that ``test_size`` of this many would draw.
+        max_length: tokens of a row. Classification truncates (the longer sentence of a pair first); in causal language
+            modelling train rows that are longer are left out, others truncated, prompts never.
+        image_size, image_mean, image_std: what the backbone wants; ImageNet's mean and deviation by default.
+        seed: of the train rows.
 
     Raises:
-      ValueError: an unknown task; a size larger than what there is; a missing column; an unknown or missing label; an
-        empty split or text.
-      FileNotFoundError: a folder without the task.
-      AssetError: rows that no asset has, or that cannot be fetched.
+        ValueError: an unknown task; a size larger than what there is; a missing column; an unknown or missing label; an
+            empty split or text.
+        FileNotFoundError: a folder without the task.
+        AssetError: rows that no asset has, or that cannot be fetched.
     """
     spec = spec_of(name)
     if not isinstance(seed, int) or seed < 0:
@@ -172,10 +172,10 @@ def exact_match(generated: str, reference: str, *, marked: bool = True) -> bool:
     """Whether a generated answer ends in the same number as the reference; no number is never right.
 
     Args:
-      generated: what the model wrote.
-      reference: the true answer, its number after ``####``.
-      marked: the model's number must stand after ``####`` too; else its last number counts, which a model that was not
-        taught that form can be right by.
+        generated: what the model wrote.
+        reference: the true answer, its number after ``####``.
+        marked: the model's number must stand after ``####`` too; else its last number counts, which a model that was
+            not taught that form can be right by.
     """
     value = extract_answer(generated) if marked else last_number(generated)
     return value is not None and value == extract_answer(reference)
@@ -188,7 +188,7 @@ def _value(number: str) -> Decimal | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------------ splits
+# ------------------------------------------------------------------------------------------- splits
 
 
 def _rows_of(columns: Columns) -> int:
@@ -232,7 +232,7 @@ def _without_repeats(columns: Columns) -> Columns:
     return _taken(columns, np.sort(list(first.values())))
 
 
-# ------------------------------------------------------------------------------------------------------------ tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 
 def _tokenizer(given: Tokenizer | Path | str) -> Tokenizer:

@@ -36,9 +36,9 @@ class Prior:
     """The data, and what their prefix is drawn from.
 
     Args:
-      inputs: [n, d]; targets: [n, o].
-      sigma, model: of the prefix.
-      failure: delta.
+        inputs: [n, d]; targets: [n, o].
+        sigma, model: of the prefix.
+        failure: delta.
     """
 
     inputs: np.ndarray

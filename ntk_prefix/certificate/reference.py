@@ -71,12 +71,12 @@ class Reference:
     """The run e(t) = (I - m eta H^)^t e(0), with H^ = V diag(values) V^T exactly.
 
     Args:
-      kernel: an enclosure of the kernel as computed (or of the limit, for the a-priori form).
-      kernel_error: Frobenius norm of what is between that and H(W(0)), not counting the enclosure's own radius.
-      error: e(0) = F(0) - Y, flattened, [N].
-      error_rounding: Frobenius norm of its rounding.
-      rate: m eta.
-      relative_error: omega, of what else is between them: H^^(1/2) B H^^(1/2) with |B| <= omega.
+        kernel: an enclosure of the kernel as computed (or of the limit, for the a-priori form).
+        kernel_error: Frobenius norm of what is between that and H(W(0)), not counting the enclosure's own radius.
+        error: e(0) = F(0) - Y, flattened, [N].
+        error_rounding: Frobenius norm of its rounding.
+        rate: m eta.
+        relative_error: omega, of what else is between them: H^^(1/2) B H^^(1/2) with |B| <= omega.
     """
 
     kernel: Enclosure

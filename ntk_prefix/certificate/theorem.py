@@ -41,19 +41,19 @@ class Certificate:
     own ball of radius ``radii[r]``, and sqrt(lambda_min(H(W(t)))) stays above sqrt(smallest) - drift.
 
     Args:
-      holds: whether the proof goes through. If not, nothing is said, and ``explain()`` names the step that fails.
-      model, m: the model and its prefix length.
-      step_size: eta.
-      rate: x in |F(t+1) - Y|^2 <= (1 - x) |F(t) - Y|^2.
-      radius: the largest radius of any token.
-      deviation: bound on |W(t) - W(0) - linearised displacement|_F at every step, part of every radius.
-      smallest, largest: bounds on the extreme eigenvalues of H(W(0)).
-      drift: bound on |J(W(t)) - J(W(0))|_op / sqrt(m) at every step.
-      initial_error: upper bound on |F(0) - Y|_F.
-      steps: the inequalities of the proof.
-      drift_parts: what the drift is made of: which step of the proof loses most.
-      radii: one radius for every token [m]; empty for an a-priori certificate.
-      failure: probability that an a-priori certificate does not apply to the prefix drawn; 0 a posteriori.
+        holds: whether the proof goes through. If not, nothing is said, and ``explain()`` names the step that fails.
+        model, m: the model and its prefix length.
+        step_size: eta.
+        rate: x in |F(t+1) - Y|^2 <= (1 - x) |F(t) - Y|^2.
+        radius: the largest radius of any token.
+        deviation: bound on |W(t) - W(0) - linearised displacement|_F at every step, part of every radius.
+        smallest, largest: bounds on the extreme eigenvalues of H(W(0)).
+        drift: bound on |J(W(t)) - J(W(0))|_op / sqrt(m) at every step.
+        initial_error: upper bound on |F(0) - Y|_F.
+        steps: the inequalities of the proof.
+        drift_parts: what the drift is made of: which step of the proof loses most.
+        radii: one radius for every token [m]; empty for an a-priori certificate.
+        failure: probability that an a-priori certificate does not apply to the prefix drawn; 0 a posteriori.
     """
 
     holds: bool
@@ -85,7 +85,7 @@ class Certificate:
         """Steps after which the loss is certain to be below ``fraction`` of the initial one.
 
         Raises:
-          ValueError: the certificate does not hold, or the fraction is not in (0, 1).
+            ValueError: the certificate does not hold, or the fraction is not in (0, 1).
         """
         if not self.holds:
             raise ValueError(f"steps_to: this certificate does not hold.\n{self.explain()}")
@@ -134,23 +134,23 @@ def certify(
     """Certify that gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 converges, before it starts.
 
     Args:
-      x: [n, d] inputs, distinct, float64. Nothing is assumed of their norms.
-      y: [n, outputs] targets, float64; d of them for the tied model.
-      sigma: standard deviation of the prefix at initialisation.
-      model: "fixed" or "tied"; or a model, or a ``RandomPrefix``: then its own weights are the starting point (a trained
-        model restarts the certificate where it stands), and sigma, m, key and symmetric are its own.
-      m: prefix length; None searches for the smallest (``find_m``).
-      delta: None for the a-posteriori certificate of the prefix drawn with ``key``: nothing is left to chance. A
-        number in (0, 1) for the a-priori one: of any prefix that will be drawn, with probability 1 - delta.
-      key: of the prefix, as in ``RandomPrefix``; ``jax.random.key(0)`` if None.
-      symmetric: pairs of tokens with opposite signs, so that F(0) = 0.
-      step_size: eta; None takes a quarter of the largest stable one.
+        x: [n, d] inputs, distinct, float64. Nothing is assumed of their norms.
+        y: [n, outputs] targets, float64; d of them for the tied model.
+        sigma: standard deviation of the prefix at initialisation.
+        model: "fixed" or "tied"; or a model, or a ``RandomPrefix``: then its own weights are the starting point (a
+            trained model restarts the certificate where it stands), and sigma, m, key and symmetric are its own.
+        m: prefix length; None searches for the smallest (``find_m``).
+        delta: None for the a-posteriori certificate of the prefix drawn with ``key``: nothing is left to chance. A
+            number in (0, 1) for the a-priori one: of any prefix that will be drawn, with probability 1 - delta.
+        key: of the prefix, as in ``RandomPrefix``; ``jax.random.key(0)`` if None.
+        symmetric: pairs of tokens with opposite signs, so that F(0) = 0.
+        step_size: eta; None takes a quarter of the largest stable one.
 
     Returns:
-      the certificate; look at ``holds`` first, and print ``explain()``.
+        the certificate; look at ``holds`` first, and print ``explain()``.
 
     Raises:
-      ValueError: inputs that are not float64 or of the wrong shape, JAX without 64-bit numbers.
+        ValueError: inputs that are not float64 or of the wrong shape, JAX without 64-bit numbers.
 
     Numerics: every bound is rounded outward (``certificate.rounding`` lists what is assumed of the machine). What is
     certified is gradient descent in exact arithmetic from the drawn floats.
@@ -287,10 +287,10 @@ def find_m(
     result is certified, and a length ``resolution`` shorter was refused (or is 2).
 
     Args:
-      x, y, sigma, model, key, symmetric: as in ``certify``.
-      start: the first length tried, even; if it is certified, shorter ones are tried too.
-      largest: the last one; the certificate returned for it does not hold if none did.
-      resolution: relative width at which the bisection stops.
+        x, y, sigma, model, key, symmetric: as in ``certify``.
+        start: the first length tried, even; if it is certified, shorter ones are tried too.
+        largest: the last one; the certificate returned for it does not hold if none did.
+        resolution: relative width at which the bisection stops.
     """
 
     def attempt(m: int) -> Certificate:

@@ -33,9 +33,9 @@ class Claimed:
     """The ball and what is claimed of it, before a pass proves or refutes it.
 
     Args:
-      total: V, bound on the Frobenius norm of all deviations from the linearised run together.
-      normaliser: h_i, [n], bound on |log sum_r S_ir(0) e^{x_i . u_r}|.
-      centre: s_i, [n], bound on how far the mean value c_i moves.
+        total: V, bound on the Frobenius norm of all deviations from the linearised run together.
+        normaliser: h_i, [n], bound on |log sum_r S_ir(0) e^{x_i . u_r}|.
+        centre: s_i, [n], bound on how far the mean value c_i moves.
     """
 
     total: float
@@ -48,8 +48,8 @@ class Ball:
     """What one pass computes of the ball ``Claimed``, every entry an upper bound.
 
     Args:
-      normaliser, centre: as in ``Claimed``, computed.
-      parts: bounds on the operator norm of each part of (J(W) - J(W(0))) / sqrt(m), by name.
+        normaliser, centre: as in ``Claimed``, computed.
+        parts: bounds on the operator norm of each part of (J(W) - J(W(0))) / sqrt(m), by name.
     """
 
     normaliser: np.ndarray
@@ -66,8 +66,8 @@ class Tokens:
     """A prefix at the point where the certificate starts, and the inputs it is seen by.
 
     Args:
-      prefix: a model with its current weights, or a ``RandomPrefix``, which is drawn tile by tile and never stored.
-      inputs: [n, d], float64.
+        prefix: a model with its current weights, or a ``RandomPrefix``, which is drawn tile by tile and never stored.
+        inputs: [n, d], float64.
     """
 
     def __init__(self, prefix: Prefix, inputs: Array) -> None:
@@ -175,8 +175,8 @@ class Tokens:
             rho_r = max_k |J_r^T q_k| / m + |J_r|_F between / m
 
         Args:
-          path: m q_k, [k, n, o]: a polygon near which ``m q(t)`` stays, J^T q(t) being the linearised displacement.
-          between: Frobenius norm of the largest distance of m q(t) from that polygon.
+            path: m q_k, [k, n, o]: a polygon near which ``m q(t)`` stays, J^T q(t) being the linearised displacement.
+            between: Frobenius norm of the largest distance of m q(t) from that polygon.
         """
         # the products of one component are rounded relative to |J_r|_F |q|
         # a few sizes only, so that all lengths of a path share a program: the last point stands again
@@ -195,9 +195,9 @@ class Tokens:
         """One pass over the ball { u = p + v: |p_r| <= rho_r, |v|_F <= V }: theory/certificate.md, section 4.
 
         Args:
-          claimed: V, h, s.
-          movement: rho_r.
-          spread: lambda_max(sum_r S_ir v_r v_r^T), [n].
+            claimed: V, h, s.
+            movement: rho_r.
+            spread: lambda_max(sum_r S_ir v_r v_r^T), [n].
         """
         sums: dict[str, np.ndarray] = {}
         steepest = 0.0
@@ -261,9 +261,7 @@ def _operator(squares: np.ndarray) -> float:
     return float(np.sqrt(((squares @ vector) / vector).max()))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Programs of one tile
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- Programs of one tile
 
 
 @jax.jit

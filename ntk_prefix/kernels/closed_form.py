@@ -79,23 +79,24 @@ def prefix_ntk(
     The empirical NTK of the model (a plain sum over its parameters) is m times this.
 
     Args:
-      model_or_prefix: a model with its current weights, or a ``RandomPrefix``: then the tokens are drawn block by
-        block and never stored, so m = 10^9 is a matter of time only.
-      x1: [n1, d] inputs, finite. Nothing is assumed of their norms.
-      x2: [n2, d] inputs; None means x1, and only pairs i <= j are computed.
-      block: prefix tokens multiplied at once; None chooses it so that the factors take 8 MiB. For a ``RandomPrefix``,
-        whose counter draws 8192 rows at a time, it is rounded down to a power of two.
-      mesh: devices to share the tokens among, over all axes of the mesh; None is one device.
-      part: "full" is the kernel that governs gradient descent. "key" keeps only the derivative through the key (the
-        x x^T part), which is the form recalled from Liang et al. for the tied model; the two agree for the fixed one.
+        model_or_prefix: a model with its current weights, or a ``RandomPrefix``: then the tokens are drawn block by
+            block and never stored, so m = 10^9 is a matter of time only.
+        x1: [n1, d] inputs, finite. Nothing is assumed of their norms.
+        x2: [n2, d] inputs; None means x1, and only pairs i <= j are computed.
+        block: prefix tokens multiplied at once; None chooses it so that the factors take 8 MiB. For a ``RandomPrefix``,
+            whose counter draws 8192 rows at a time, it is rounded down to a power of two.
+        mesh: devices to share the tokens among, over all axes of the mesh; None is one device.
+        part: "full" is the kernel that governs gradient descent. "key" keeps only the derivative through the key (the x
+            x^T part), which is the form recalled from Liang et al. for the tied model; the two agree for the fixed one.
 
     Returns:
-      [n1, d, n2, d] (outputs in place of d for the fixed model) in the accumulation dtype: float64 for float64 inputs,
-      float32 otherwise. Exactly symmetric when x2 is None.
+        [n1, d, n2, d] (outputs in place of d for the fixed model) in the accumulation dtype: float64 for float64
+            inputs,
+        float32 otherwise. Exactly symmetric when x2 is None.
 
     Raises:
-      ValueError: inputs that are not a finite [n, d] of the prefix's width; a block < 1; an unknown part; a prefix of
-        another type.
+        ValueError: inputs that are not a finite [n, d] of the prefix's width; a block < 1; an unknown part; a prefix of
+            another type.
 
     Numerics: scores are shifted by their log-sum-exp, or by its expectation sigma^2 |x|^2 / 2 where they are known to
     be Gaussian and of moderate width (sigma |x| <= 5; inputs traced by a surrounding ``jax.jit`` are not known), so

@@ -69,28 +69,28 @@ def predict(
         F_t(x)  = F_0(x) - eta Theta(x, X) sum_{s < t} (I - eta Theta)^s (F_0 - y)
 
     Args:
-      ntk_train_train: Theta of the training inputs, the sum over parameters as ``empirical_ntk`` gives it (m times
-        ``prefix_ntk``, whose H has a 1/m). Its shape says how it acts:
-        [n, d, n, d]  full;
-        [n, d, n]     diagonal: output k has its own kernel ``[:, k, :]``, and outputs do not mix;
-        [n, n]        the same kernel for every output, Theta (x) I_d. From a trace: ``trace / d``.
-      y_train: targets, [n, d].
-      learning_rate: eta, the step of plain gradient descent on the loss. Above ``2 / lambda_max`` the discrete form
-        diverges, as gradient descent does.
-      steps: times, [T], counted in steps: whole numbers >= 0, or any real >= 0 with ``flow``.
-      flow: predict the gradient flow instead, at time ``eta * steps``.
-      loss: "mse-sum" is the theory's ``1/2 sum |F - y|^2``; "mse-mean" is that over n d, neural-tangents' own, under
-        which eta counts for eta / (n d).
-      f_train_0: outputs on the training inputs at the start, [n, d]; None is 0 (symmetric initialisation).
-      ntk_test_train: kernel between test and training inputs: [n2, d, n, d], [n2, d, n] or [n2, n], as the other one.
-      f_test_0: outputs on the test inputs at the start, [n2, d]; None is 0.
+        ntk_train_train: Theta of the training inputs, the sum over parameters as ``empirical_ntk`` gives it (m times
+            ``prefix_ntk``, whose H has a 1/m). Its shape says how it acts:
+            [n, d, n, d]  full;
+            [n, d, n]     diagonal: output k has its own kernel ``[:, k, :]``, and outputs do not mix;
+            [n, n]        the same kernel for every output, Theta (x) I_d. From a trace: ``trace / d``.
+        y_train: targets, [n, d].
+        learning_rate: eta, the step of plain gradient descent on the loss. Above ``2 / lambda_max`` the discrete form
+            diverges, as gradient descent does.
+        steps: times, [T], counted in steps: whole numbers >= 0, or any real >= 0 with ``flow``.
+        flow: predict the gradient flow instead, at time ``eta * steps``.
+        loss: "mse-sum" is the theory's ``1/2 sum |F - y|^2``; "mse-mean" is that over n d, neural-tangents' own, under
+            which eta counts for eta / (n d).
+        f_train_0: outputs on the training inputs at the start, [n, d]; None is 0 (symmetric initialisation).
+        ntk_test_train: kernel between test and training inputs: [n2, d, n, d], [n2, d, n] or [n2, n], as the other one.
+        f_test_0: outputs on the test inputs at the start, [n2, d]; None is 0.
 
     Returns:
-      A ``Prediction``: train [T, n, d], loss [T] and, given ``ntk_test_train``, test [T, n2, d].
+        A ``Prediction``: train [T, n, d], loss [T] and, given ``ntk_test_train``, test [T, n2, d].
 
     Raises:
-      ValueError: shapes that do not belong together, numbers that are not finite, a learning rate that is not
-        positive, steps that are negative or not whole.
+        ValueError: shapes that do not belong together, numbers that are not finite, a learning rate that is not
+            positive, steps that are negative or not whole.
 
     Numerics: the common dtype of kernel and targets; float64 for long times. A kernel [n, d, n, d] is read in (n, d)
     order, so its matrix is symmetric. Singular kernels are fine. The flow cannot be
@@ -142,9 +142,7 @@ def predict(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Every kind of kernel as a batch of matrices [g, N2, N], acting on columns [g, N, c]
-# ------------------------------------------------------------------------------------------------------------------
+# -------------- Every kind of kernel as a batch of matrices [g, N2, N], acting on columns [g, N, c]
 #
 #   full      g = 1, N = n d, c = 1
 #   diagonal  g = d, N = n,   c = 1
@@ -209,9 +207,7 @@ def _check_steps(steps: Array, flow: bool) -> Array:
     return jnp.asarray(times, jnp.result_type(float))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The two dynamics: changes of the outputs since the start
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------- The two dynamics: changes of the outputs since the start
 
 
 @jax.jit

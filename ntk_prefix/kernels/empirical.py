@@ -57,34 +57,34 @@ def empirical_ntk(
         Theta_{(i,k),(j,l)} = sum_theta  dF_k(x_i)/dtheta  dF_l(x_j)/dtheta
 
     Args:
-      model: called as ``model(x)``, [n, ...] -> [n, *out]. An ``nnx.Module`` (in evaluation mode, ``model.eval()``, if
-        it has dropout or batch norm), or a bound Linen module, ``module.bind(variables)``.
-      x1: first inputs, [n1, ...], of any dtype the model takes; floating point inputs must be finite.
-      x2: second inputs, [n2, ...]. None means x1: the result is then symmetric to the last bit.
-      wrt: the parameters that count: any nnx filter, or the name of a Linen collection ("params" if left alone).
-      implementation: how it is computed; all agree to rounding.
-        "structured": structured derivatives, the fastest by far where outputs are many and a parameter is used in one
-        way (the fixed-value prefix); one used in several (the tied prefix) costs what its Jacobian costs;
-        "auto": the same, and "jacobian" with a ``KernelFallbackWarning`` for a model it does not know;
-        "jacobian": both Jacobians and their product. The plainest; memory n d times the number of parameters;
-        "vector_products": no stored Jacobian with ``vmap_axes=None``, more forward passes;
-        "neural_tangents": compiles all three and takes the fewest flops. Not under ``jax.jit``.
-      vmap_axes: 0 if row i of the output depends on row i of the input only; None for models whose rows interact (batch
-        norm in training, attention over the batch), which is slower. 0 for such a model is silently wrong.
-      trace_axes: output axes (1, 2, .. or negative) to sum the diagonal over: ``sum_k Theta_{(i,k),(j,k)}``, no 1/d.
-      diagonal_axes: output axes of which only the diagonal is kept, once: ``Theta_{(i,k),(j,k)}``.
-      batch_size: rows of x1 and of x2 taken at a time, which bounds the memory. It need not divide n1 or n2. With
-        x2=None only the blocks on and above the diagonal are computed.
+        model: called as ``model(x)``, [n, ...] -> [n, *out]. An ``nnx.Module`` (in evaluation mode, ``model.eval()``,
+            if it has dropout or batch norm), or a bound Linen module, ``module.bind(variables)``.
+        x1: first inputs, [n1, ...], of any dtype the model takes; floating point inputs must be finite.
+        x2: second inputs, [n2, ...]. None means x1: the result is then symmetric to the last bit.
+        wrt: the parameters that count: any nnx filter, or the name of a Linen collection ("params" if left alone).
+        implementation: how it is computed; all agree to rounding. "structured": structured derivatives, the fastest by
+            far where outputs are many and a parameter is used in one way (the fixed-value prefix); one used in several
+            (the tied prefix) costs what its Jacobian costs; "auto": the same, and "jacobian" with a
+            ``KernelFallbackWarning`` for a model it does not know; "jacobian": both Jacobians and their product. The
+            plainest; memory n d times the number of parameters; "vector_products": no stored Jacobian with
+            ``vmap_axes=None``, more forward passes; "neural_tangents": compiles all three and takes the fewest flops.
+            Not under ``jax.jit``.
+        vmap_axes: 0 if row i of the output depends on row i of the input only; None for models whose rows interact
+            (batch norm in training, attention over the batch), which is slower. 0 for such a model is silently wrong.
+        trace_axes: output axes (1, 2, .. or negative) to sum the diagonal over: ``sum_k Theta_{(i,k),(j,k)}``, no 1/d.
+        diagonal_axes: output axes of which only the diagonal is kept, once: ``Theta_{(i,k),(j,k)}``.
+        batch_size: rows of x1 and of x2 taken at a time, which bounds the memory. It need not divide n1 or n2. With
+            x2=None only the blocks on and above the diagonal are computed.
 
     Returns:
-      [n1, *out, n2, *out]; [n1, d, n2, d] for vectors. ``trace_axes`` are missing on both sides, ``diagonal_axes`` on
-      the second: [n1, n2] and [n1, d, n2].
+        [n1, *out, n2, *out]; [n1, d, n2, d] for vectors. ``trace_axes`` are missing on both sides, ``diagonal_axes`` on
+        the second: [n1, n2] and [n1, d, n2].
 
     Raises:
-      TypeError: the model is not a Flax module, or is an unbound Linen module.
-      ValueError: an input or parameter is not finite, ``wrt`` matches nothing, an option is unknown, the output is
-        not one floating point array with a row for every input.
-      ImportError: neural-tangents is missing or unsuitable.
+        TypeError: the model is not a Flax module, or is an unbound Linen module.
+        ValueError: an input or parameter is not finite, ``wrt`` matches nothing, an option is unknown, the output is
+            not one floating point array with a row for every input.
+        ImportError: neural-tangents is missing or unsuitable.
 
     Numerics: the dtype of parameters and inputs; matrix products run in that dtype with JAX's default precision
     (on a GPU or TPU wrap the call in ``jax.default_matmul_precision("highest")``). Tracing structured derivatives takes
@@ -140,9 +140,7 @@ def empirical_ntk(
         return _blocks(task, parameters, constants, x1, x2, batch_size)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The model as a pure function
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------- The model as a pure function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,9 +251,7 @@ def _output_axes(name: str, axes: int | Sequence[int], ndim: int) -> tuple[int, 
     return tuple(sorted(canonical))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The kernel, block by block
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------- The kernel, block by block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

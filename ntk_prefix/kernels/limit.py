@@ -39,18 +39,18 @@ def limit_ntk(
     with c = x_i . x_j and mu = sigma^2 (x_i + x_j); rows are outputs of x_i, columns outputs of x_j.
 
     Args:
-      x1: [n1, d] inputs, finite.
-      x2: [n2, d] inputs; None means x1.
-      sigma: standard deviation of a prefix token's coordinates at initialisation.
-      model: "tied" or "fixed", as in ``one_layer``.
-      outputs: number of outputs of the fixed model; d if None.
-      part: "full", or "key" for the x x^T part alone: c e^{sigma^2 c} (sigma^2 I + mu mu^T) for the tied model.
+        x1: [n1, d] inputs, finite.
+        x2: [n2, d] inputs; None means x1.
+        sigma: standard deviation of a prefix token's coordinates at initialisation.
+        model: "tied" or "fixed", as in ``one_layer``.
+        outputs: number of outputs of the fixed model; d if None.
+        part: "full", or "key" for the x x^T part alone: c e^{sigma^2 c} (sigma^2 I + mu mu^T) for the tied model.
 
     Returns:
-      [n1, d, n2, d] (outputs in place of d for the fixed model), in the inputs' dtype.
+        [n1, d, n2, d] (outputs in place of d for the fixed model), in the inputs' dtype.
 
     Raises:
-      ValueError: inputs that are not finite [n, d] of one width, sigma <= 0, an unknown model or part.
+        ValueError: inputs that are not finite [n, d] of one width, sigma <= 0, an unknown model or part.
 
     Source: derived here; the paper assumes the limit and has no formula for it.
     """
@@ -96,15 +96,15 @@ def real_layer_limit_ntk(
         lim m Theta = e^{sigma^2 c} [ (1 + sigma^2 c) A A^T + (2 sigma^2 + sigma^4 c) A u_j (A u_i)^T ]
 
     Args:
-      x1, x2: [n1, d] and [n2, d] tokens that query the prefix; which sequence they stand in no longer matters.
-      query_projection, key_projection, value_projection: W_Q, W_K, W_V, [d, d], applied from the right.
-      sigma: standard deviation of the prefix at initialisation.
+        x1, x2: [n1, d] and [n2, d] tokens that query the prefix; which sequence they stand in no longer matters.
+        query_projection, key_projection, value_projection: W_Q, W_K, W_V, [d, d], applied from the right.
+        sigma: standard deviation of the prefix at initialisation.
 
     Returns:
-      [n1, d, n2, d], in the inputs' dtype.
+        [n1, d, n2, d], in the inputs' dtype.
 
     Raises:
-      ValueError: inputs that are not finite [n, d] of one width, sigma <= 0.
+        ValueError: inputs that are not finite [n, d] of one width, sigma <= 0.
 
     Source: derived here (theory/README.md); checked by the claim ``real_layer``.
     """

@@ -36,15 +36,15 @@ def linear_program(
     """Rewrite a linear map for structured derivatives.
 
     Args:
-      pushforward: the map, as ``jax.linearize`` returns it.
-      primals_in: trees of its inputs, of which shapes and dtypes count.
-      get_structure: of one equation with respect to one operand, given all operands' avals: neural-tangents' rule.
+        pushforward: the map, as ``jax.linearize`` returns it.
+        primals_in: trees of its inputs, of which shapes and dtypes count.
+        get_structure: of one equation with respect to one operand, given all operands' avals: neural-tangents' rule.
 
     Returns:
-      The program, and the values of its constants, which may be tracers.
+        The program, and the values of its constants, which may be tracers.
 
     Raises:
-      NotImplementedError: an equation has several outputs.
+        NotImplementedError: an equation has several outputs.
     """
     nested = jax.make_jaxpr(pushforward)(*jax.tree.map(_abstract, primals_in))
     flat = jax.make_jaxpr(functools.partial(_evaluate, nested.jaxpr, nested.consts))(*nested.in_avals)

@@ -68,11 +68,11 @@ def load() -> ModuleType:
     call it, any number of times. Afterwards a plain ``import neural_tangents`` finds it too.
 
     Returns:
-      The module ``neural_tangents``.
+        The module ``neural_tangents``.
 
     Raises:
-      ImportError: it (or frozendict) is not installed, is not 0.6.5, JAX is older than 0.10.2, or it was imported
-        before this function could adapt it.
+        ImportError: it (or frozendict) is not installed, is not 0.6.5, JAX is older than 0.10.2, or it was imported
+            before this function could adapt it.
 
     Warns:
       UntestedJaxWarning: JAX is not one of ``TESTED_JAX``.
@@ -132,9 +132,7 @@ def _check_versions() -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Importing: overlays instead of patches
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------- Importing: overlays instead of patches
 
 
 class _Overlay(ModuleType):
@@ -217,9 +215,7 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Rebuilding: what leaned on machinery that is gone
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------ Rebuilding: what leaned on machinery that is gone
 
 
 def _mend(package: Any, empirical: Any, predict: Any) -> None:

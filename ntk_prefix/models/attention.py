@@ -102,7 +102,7 @@ class AttentionLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         """Return the layer's output and the cache with this call's keys written at ``start``.
 
-        With a cache, S is the buffer's length and ``mask`` has to hide what is not yet written.  With a window, tokens
+        With a cache, S is the buffer's length and ``mask`` has to hide what is not yet written. With a window, tokens
         see ``window`` neighbours to each side and the first ``leading`` rows (:func:`~ntk_prefix.models.window.windowed`).
 
         Raises:

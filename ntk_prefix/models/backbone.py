@@ -183,7 +183,7 @@ class LeadingRows(nnx.Module):
         self.num_layers, self.features = num_layers, features
 
     def __call__(self) -> Float[Array, "layers j D"] | None:
-        """Return what is added to the j leading rows before each layer; the rows start at zero.  None: no rows."""
+        """Return what is added to the j leading rows before each layer; the rows start at zero. None: no rows."""
         return None
 
     @property

@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     raise ValueError(f"expected a Hugging Face folder, a .gguf or an .onnx file, got {path}")
 
 
-# ------------------------------------------------------------------------------------- Hugging Face's folder
+# ---------------------------------------------------------------------------- Hugging Face's folder
 
 
 def _read_folder(folder: Path) -> Checkpoint:
@@ -98,7 +98,7 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file}: expected JSON, got a file that is broken: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------ GGUF
+# --------------------------------------------------------------------------------------------- GGUF
 
 _GGUF_CONFIG = {
     "vocab_size": "vocab_size",
@@ -244,7 +244,7 @@ def gguf_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------ ONNX
+# --------------------------------------------------------------------------------------------- ONNX
 
 
 def _read_onnx(path: Path) -> Checkpoint:

@@ -82,7 +82,7 @@ class LlamaConfig(BackboneConfig):
 
 
 def _keep_dtypes(arrays: Any, **_: Any) -> Any:
-    """Leave a norm's scale in float32 beside narrower inputs.  A function of the module: models of one shape share it."""
+    """Leave a norm's scale in float32 beside narrower inputs. A function of the module: models of one shape share it."""
     return arrays
 
 

@@ -13,12 +13,12 @@ anything else, together too  NTK_PREFIX                      as above; ``prefix_
 ===========================  ==============================  ==================================================
 
 The first two are read and written by Hugging Face peft (0.21); it cannot read the others, several methods in one
-adapter among them.  Modules are called what they are called in a Hugging Face checkpoint, by the models' table
+adapter among them. Modules are called what they are called in a Hugging Face checkpoint, by the models' table
 ``hugging_face_names``; for BERT and Llama that is also what peft calls them, while transformers 5 renames the modules
-of ViTs when it loads them, so there peft finds none of its own.  Weights of linear maps are stored [out, in].
+of ViTs when it loads them, so there peft finds none of its own. Weights of linear maps are stored [out, in].
 
 ``z`` and ``k`` are stored in the published meaning: the coordinates they were trained in (``whiten``) are multiplied
-in, and ``mass`` stands in the configuration.  So a file is enough to compute and to train on, from the same function,
+in, and ``mass`` stands in the configuration. So a file is enough to compute and to train on, from the same function,
 but not to resume a run bit for bit: that is what checkpoints are for.
 """
 
@@ -149,7 +149,7 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
     return model
 
 
-# --------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------ tensors
 
 
 class _Slot(NamedTuple):
@@ -213,7 +213,7 @@ def _check(slots: Mapping[str, _Slot], tensors: Mapping[str, Array], directory: 
         raise ValueError(f"{where}: expected tensors that have a place in this adapter, got also {left_over[:4]}")
 
 
-# ------------------------------------------------------------------------------------------------ disk
+# --------------------------------------------------------------------------------------------- disk
 
 
 def _write(directory: Path, form: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:

@@ -67,7 +67,7 @@ HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """``init_lora_weights`` that leave the model's own weights as they were."""
 
 
-# ----------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 HEAD = re.compile(r"(head|classifier|score)\.(weight|bias)$")
 
@@ -126,7 +126,7 @@ class Names:
         return f"head.{leaf}" if module == self.head else key
 
 
-# --------------------------------------------------------------------------------------- configurations
+# ----------------------------------------------------------------------------------- configurations
 
 
 def to_form(chosen: Sequence[AdapterConfig], model: Any, names: Names, tensors: Mapping[str, Array]) -> dict[str, Any]:

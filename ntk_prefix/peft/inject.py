@@ -279,7 +279,7 @@ def print_trainable_parameters(model: Any) -> None:
     print(f"trainable params: {trained:,} || all params: {whole:,} || trainable%: {100 * trained / whole:.4f}")
 
 
-# ----------------------------------------------------------------------------------------------- surgery
+# ------------------------------------------------------------------------------------------ surgery
 
 
 def _check(model: Any, chosen: list[AdapterConfig], name: str) -> None:

@@ -1,9 +1,9 @@
 """NTK-Attention beside its peers: ``python -m tests.bench.bench_attention`` prints the table.
 
 Every line compares programs inside one run: rounds are interleaved, so that a busy machine slows all of them
-alike, and a ratio is the median over rounds of the ratio within the round.  Peers are
+alike, and a ratio is the median over rounds of the ratio within the round. Peers are
 ``jax.nn.dot_product_attention`` and a plain einsum - softmax - einsum; ours does more work than either, since
-it has a prefix.  Memory is XLA's own account of temporary buffers.  The lines for a GPU appear when there is
+it has a prefix. Memory is XLA's own account of temporary buffers. The lines for a GPU appear when there is
 one.
 """
 

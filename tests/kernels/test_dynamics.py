@@ -67,9 +67,7 @@ def as_full(kernel: jax.Array) -> jax.Array:
     return jnp.asarray(np.einsum("ikj,kl->ikjl", written, np.eye(3)))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Discrete steps
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------- Discrete steps
 
 
 def test_fifty_steps_of_descent(model: LinearModel) -> None:
@@ -132,9 +130,7 @@ def test_small_rates_keep_their_digits() -> None:
     assert relative_error(predicted.train, jnp.array([[[1e-11]]])) < 1e-8  # the next order, x t
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Continuous time
-# ------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------- Continuous time
 
 
 def test_the_flow_is_the_matrix_exponential(model: LinearModel) -> None:
@@ -174,9 +170,7 @@ def test_the_mean_loss_is_the_sum_at_a_rate_divided_by_its_size(model: LinearMod
         assert relative_error(15 * mean.loss, total.loss) < EXACT
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Full, diagonal, alike
-# ------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- Full, diagonal, alike
 
 
 @pytest.mark.parametrize("flow", [False, True], ids=["descent", "flow"])
@@ -244,9 +238,7 @@ def test_float32_stays_float32(flow: bool, x64: bool) -> None:
     assert {predicted.train.dtype, predicted.test.dtype, predicted.loss.dtype} == {jnp.dtype("float32")}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Errors
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------- Errors
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,7 @@ def kernel_by_jacrev(function: Callable, parameters: object, x1: jax.Array, x2: 
     return (rows(x1) @ rows(x2).T).reshape(shapes).transpose([i + j * half for i in range(half) for j in range(2)])
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Loading
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ Loading
 
 
 def test_it_is_loaded_when_asked_for_and_nothing_else_is_touched() -> None:
@@ -114,9 +112,7 @@ def test_a_package_imported_by_somebody_else_is_refused() -> None:
         adapter._load.__wrapped__()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Kernels of plain functions
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------- Kernels of plain functions
 
 
 @jax.custom_vjp
@@ -254,9 +250,7 @@ def test_what_structured_derivatives_do_not_know_is_named() -> None:
         kernel_fn(normal(33, 3, 2), None, normal(34, 1, 2))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The rest of the package, each part against an independent computation
-# ------------------------------------------------------------------------------------------------------------------
+# ---------------------------- The rest of the package, each part against an independent computation
 
 
 def test_linearize_is_the_jvp() -> None:

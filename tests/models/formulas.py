@@ -120,7 +120,7 @@ def write(folder: Path, config: dict[str, Any], tensors: Tensors, shards: int = 
     return folder
 
 
-# ------------------------------------------------------------------------------------------------- the formulas
+# ------------------------------------------------------------------------------------- the formulas
 
 
 def linear(tensors: Tensors, name: str, x: np.ndarray) -> np.ndarray:

@@ -124,7 +124,7 @@ def test_rows_may_be_shifted_differently(folders: dict[str, Path]) -> None:
         assert relative(mixed[row : row + 1], formula("bert", offset)[0][row : row + 1], MASK[row : row + 1]) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------ the hook
+# ----------------------------------------------------------------------------------------- the hook
 
 
 class Recorder(nnx.Module):
@@ -253,7 +253,7 @@ def test_one_compilation_for_one_shape(folders: dict[str, Path], kind: str) -> N
     assert nnx.split(load(folders, kind))[0] == graph
 
 
-# ---------------------------------------------------------------------------------------------- names and heads
+# ---------------------------------------------------------------------------------- names and heads
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -324,7 +324,7 @@ def test_output_is_a_pytree() -> None:
         output.logits = jnp.ones(1)  # type: ignore[misc]
 
 
-# -------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_too_many_positions(folders: dict[str, Path]) -> None:

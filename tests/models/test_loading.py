@@ -65,7 +65,7 @@ def test_narrow_tensors_become_float32(tmp_path: Path, dtype: Any) -> None:
     holds(models.from_pretrained(write(tmp_path, CONFIGS["bert"], tensors)), "bert", tensors)
 
 
-# --------------------------------------------------------------------------------------------------------- heads
+# -------------------------------------------------------------------------------------------- heads
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_new_head_comes_from_the_given_stream(tmp_path: Path) -> None:
     assert 0.01 < head(0).std() < 0.03
 
 
-# ---------------------------------------------------------------------------------------------------------- GGUF
+# --------------------------------------------------------------------------------------------- GGUF
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -194,7 +194,7 @@ def test_gguf_tokenizer(tmp_path: Path) -> None:
         models.gguf_tokenizer(tmp_path / "none.gguf")
 
 
-# ---------------------------------------------------------------------------------------------------------- ONNX
+# --------------------------------------------------------------------------------------------- ONNX
 
 
 def write_onnx(path: Path, config: dict[str, Any], tensors: Tensors, prefix: str = "backbone") -> Path:
@@ -255,7 +255,7 @@ def test_onnx_of_something_else(tmp_path: Path) -> None:
         models.from_pretrained(tmp_path / "a.onnx")
 
 
-# -------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def changed(**changes: Any) -> Callable[[dict[str, Any], Tensors], None]:

@@ -40,7 +40,7 @@ def method(request):
     return request.param
 
 
-# ------------------------------------------------------------------------------------------------ start
+# -------------------------------------------------------------------------------------------- start
 
 
 def test_starts_where_it_should(method):
@@ -86,7 +86,7 @@ def test_training_moves_the_adapter_and_nothing_else(method):
     assert np.abs(np.asarray(trained(method)(*inputs())) - frozen()).max() > 1e-2
 
 
-# -------------------------------------------------------------------------------- off, on, several, gone
+# --------------------------------------------------------------------------- off, on, several, gone
 
 
 @pytest.mark.parametrize("method", HOSTED)
@@ -170,7 +170,7 @@ def test_together_each_method_adds_what_it_adds():
     assert np.abs(without_lora - without_both).max() > 1e-3
 
 
-# ------------------------------------------------------------------------------------------ mixed batches
+# ------------------------------------------------------------------------------------ mixed batches
 
 
 def pair(method):
@@ -244,7 +244,7 @@ def test_a_mixed_batch_does_not_have_the_shift_of_the_adapter_that_is_active():
     assert model.position_offset == 0
 
 
-# -------------------------------------------------------------------------------------------------- merge
+# -------------------------------------------------------------------------------------------- merge
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora on one layer", "head"])
@@ -281,7 +281,7 @@ def test_what_no_weight_can_stand_for_is_not_merged(method, name):
     np.testing.assert_array_equal(model(*inputs()), before)
 
 
-# --------------------------------------------------------------------------------------- transformations
+# ---------------------------------------------------------------------------------- transformations
 
 
 @pytest.mark.parametrize("method", BASIC)
@@ -388,7 +388,7 @@ def test_decoding_token_by_token_is_the_causal_pass_over_all_tokens(llama, metho
     assert np.abs(whole - np.asarray(llama(ids).logits)).max() > 1e-2
 
 
-# --------------------------------------------------------------------------------------- what k is about
+# ---------------------------------------------------------------------------------- what k is about
 
 
 def test_k_leaves_zero_and_stays_above():
@@ -411,7 +411,7 @@ def test_any_update_leaves_k_at_or_above_zero_and_others_free(k, update):
     np.testing.assert_allclose(moved["z"][...], np.array(k) + update, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------- messages
+# ----------------------------------------------------------------------------------------- messages
 
 
 def test_a_target_that_matches_nothing_says_what_there_is():

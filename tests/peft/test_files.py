@@ -97,7 +97,7 @@ def with_added(tensors, scales):
     return np.asarray(model(*inputs()))
 
 
-# ----------------------------------------------------------------------------------- names and layouts
+# -------------------------------------------------------------------------------- names and layouts
 
 
 def test_lora_has_the_names_and_layouts_of_peft(tmp_path):
@@ -222,7 +222,7 @@ def test_a_model_is_called_as_its_task_is(tmp_path):
         peft.load_adapter(models.Llama(llama, causal_lm=False, rngs=nnx.Rngs(0)), tmp_path / "sorts")
 
 
-# -------------------------------------------------------------------------------------- Hugging Face's
+# ----------------------------------------------------------------------------------- Hugging Face's
 
 
 def test_lora_of_peft_computes_what_the_weights_say(tmp_path):
@@ -349,7 +349,7 @@ def test_fields_of_later_versions_are_taken_as_long_as_they_are_off(tmp_path):
         peft.load_adapter(Tiny(), tmp_path)
 
 
-# ---------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- there and back
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -407,7 +407,7 @@ def test_weights_in_bfloat16_are_read(tmp_path):
     np.testing.assert_allclose(model(*inputs()), trained("lora")(*inputs()), atol=0.05)
 
 
-# ----------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def damaged(directory, damage):

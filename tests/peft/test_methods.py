@@ -83,7 +83,7 @@ def test_trained_weights_are_loras_to_other_libraries():
     assert sum(leaf.size for leaf in trained_leaves) == peft.trainable_parameters(trained("ntk"))[0]
 
 
-# -------------------------------------------------------------------------------------------- calibration
+# -------------------------------------------------------------------------------------- calibration
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

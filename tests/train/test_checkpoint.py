@@ -143,7 +143,7 @@ def test_a_step_is_written_once_and_never_before_a_later_one(saved):
         Checkpoints(saved, keep=0)
 
 
-# ------------------------------------------------------------------------------------------------- damaged, foreign
+# --------------------------------------------------------------------------------- damaged, foreign
 
 
 def largest(folder: Path) -> Path:
@@ -264,7 +264,7 @@ def test_strangers_and_leftovers_are_named(saved, caplog):
     assert not (saved / "4.orbax-checkpoint-tmp").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- kill -9
+# ------------------------------------------------------------------------------------------ kill -9
 
 
 def advanced(state: dict, step: int) -> dict:

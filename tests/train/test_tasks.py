@@ -316,7 +316,7 @@ def test_what_cannot_be_found(tmp_path, glue, tokenizer):
         tasks.load("rte", data_dir=glue)
 
 
-# ----------------------------------------------------------------------------------------------------- real assets
+# -------------------------------------------------------------------------------------- real assets
 
 COUNTS = {  # rows of test, classes, a class's share of train at least
     "rotten_tomatoes": (1706, 2, 0.49),

@@ -1,16 +1,16 @@
 r"""NTK-Attention as an adapter: an infinitely long trained prefix, in ``R H + R`` numbers a head.
 
 The state that a layer attends with is ``z = basis @ z'`` and ``k = unit k'``, where z' and k' are trained, from zero,
-and basis and unit are measured once and then fixed.  They cost nothing and vanish in the saved file, which holds z and
+and basis and unit are measured once and then fixed. They cost nothing and vanish in the saved file, which holds z and
 k; they are there because the published coordinates (both 1) are badly scaled for training in two ways that the
 empirical neural tangent kernel shows:
 
-1.  features of ``elu1`` are nearly constant over the queries of a real model (their second moments have a condition
+1. features of ``elu1`` are nearly constant over the queries of a real model (their second moments have a condition
     number above 1e3), so almost all of the gradient points one way;
-2.  with ``mass="absolute"`` the prefix enters with the factor ``e^{-lse}``, many orders apart between heads.
+2. with ``mass="absolute"`` the prefix enters with the factor ``e^{-lse}``, many orders apart between heads.
 
 ``whiten`` takes ``basis = rms(o) E[phi phi^T]^{-1/2}``: in it features have second moment 1 and a unit step of z'
-changes the head's output by its own size.  ``mass="relative"`` weighs the prefix against each query's own mass.
+changes the head's output by its own size. ``mass="relative"`` weighs the prefix against each query's own mass.
 """
 
 from __future__ import annotations

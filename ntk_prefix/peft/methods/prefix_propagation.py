@@ -1,7 +1,7 @@
 r"""Prefix propagation: trained rows that run through the layers with the text, attend to it and are attended to.
 
 j rows of zeros are put before the tokens; before every layer l, ``H[:j] += P^l`` with P^l in R^{j x D}; the frozen
-layer then runs on all j + T rows.  In each layer a prefix is thus a query, a key and a value made of *one* trained
+layer then runs on all j + T rows. In each layer a prefix is thus a query, a key and a value made of *one* trained
 vector and of what the rows have read so far: half the weights of prefix tuning, whose keys and values are trained
 apart and never see the input.
 

@@ -25,7 +25,7 @@ class PrefixTuningConfig(AdapterConfig):
         target: which attention layers.
         num_tokens: M.
         init_scale: standard deviation of the start; the tokens cannot start at the frozen model.
-        shift_positions: count the prefix in the positions of the tokens, as Hugging Face models do.  Off by
+        shift_positions: count the prefix in the positions of the tokens, as Hugging Face models do. Off by
             default: a prefix is no text, and a shift moves pretrained positions.
 
     Source: Li and Liang, arXiv 2101.00190; Liu et al. (P-Tuning V2), arXiv 2110.07602; without a reparametrising
