@@ -17,12 +17,12 @@ and multiplied out, every G is a combination of moments ``sum_r T_i T_j f_r`` wi
 They depend on the pair of inputs and on the pair of coordinates separately and symmetrically, so all of them are one
 matrix product over the tokens, [pairs of inputs, m] x [m, pairs of coordinates]: m n^2 o^2 / 2 flops when x2 is None,
 a quarter of what the Gram matrix of the Jacobian's n o rows takes. It is made block by block of tokens and memory is
-O((n^2 + o^2) (block + o^2)), whatever m is. Tokens are first moved by a common centre, so that what is multiplied out
+O((n^2 + o^2) (block + o^2)), whatever m is. Tokens are first moved by a common center, so that what is multiplied out
 does not cancel unless single inputs have outputs far apart.
 
-A symmetric prefix described by its seed needs one pass: the centre is zero, the normaliser is near its expectation
-and a pair of tokens contributes twice the same. Any other prefix is passed over twice: first the normalisers and
-centres, then the moments.
+A symmetric prefix described by its seed needs one pass: the center is zero, the normalizer is near its expectation
+and a pair of tokens contributes twice the same. Any other prefix is passed over twice: first the normalizers and
+centers, then the moments.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def prefix_ntk(
     mesh: Mesh | None = None,
     part: KernelPart = "full",
 ) -> Kernel:
-    """Neural tangent kernel of a stylised prefix model with respect to its prefix, with the 1/m of H(W).
+    """Neural tangent kernel of a stylized prefix model with respect to its prefix, with the 1/m of H(W).
 
         H(W)_{(i,k),(j,l)} = (1/m) sum_r < dF_k(x1_i)/dw_r , dF_l(x2_j)/dw_r >
 
@@ -102,7 +102,7 @@ def prefix_ntk(
     be Gaussian and of moderate width (sigma |x| <= 5; inputs traced by a surrounding ``jax.jit`` are not known), so
     the exponentials are of order one. The error is a few eps of the largest entry. It is more only where the attention
     of given weights is all on single tokens, different ones for different inputs: then eps m |x|^2 |u|^2, which the
-    centred kernel itself can be far below. Products run with JAX's default precision: on a GPU or TPU wrap a float32
+    centered kernel itself can be far below. Products run with JAX's default precision: on a GPU or TPU wrap a float32
     call in ``jax.default_matmul_precision("highest")``.
 
     Source: derived from the gradients in ``one_layer``; checked against autodiff by the claim ``kernel``.
@@ -228,14 +228,14 @@ def _streamed_kernel(
         if drawn is not None and one_pass:
             outputs = x1.shape[1] if model == "tied" else drawn.outputs or drawn.d
             shifts = [drawn.sigma**2 * (x**2).sum(1) / 2 for x in inputs]
-            centres = [jnp.zeros((len(x), outputs), x1.dtype) for x in inputs]
+            centers = [jnp.zeros((len(x), outputs), x1.dtype) for x in inputs]
         else:
-            shifts, centres = _normalisers(tile, stream, inputs, model, rows, axes)
+            shifts, centers = _normalizers(tile, stream, inputs, model, rows, axes)
             if drawn is not None and drawn.symmetric:  # of a pair one token is drawn, and the two cancel
-                centres = [jnp.zeros_like(centre) for centre in centres]
-        common = jnp.concatenate(centres).mean(0)
+                centers = [jnp.zeros_like(center) for center in centers]
+        common = jnp.concatenate(centers).mean(0)
         totals, moments = _moments(tile, stream, inputs, shifts, common, model, tile_rows // block, axes)
-        return totals, moments, [centre - common[None] for centre in centres]
+        return totals, moments, [center - common[None] for center in centers]
 
     if mesh is not None:
         local_sums = jax.shard_map(
@@ -245,11 +245,11 @@ def _streamed_kernel(
             out_specs=PartitionSpec(),
             check_vma=False,
         )
-    totals, moments, centres = local_sums(drawn, stream, inputs)
+    totals, moments, centers = local_sums(drawn, stream, inputs)
     left, right = _pairs(inputs)
     moments = moments * (rows / (totals[0][left] * totals[-1][right]))[:, None]
     blocks = _contract(
-        moments, (x1[left], inputs[-1][right]), (centres[0][left], centres[-1][right]), model=model, part=part
+        moments, (x1[left], inputs[-1][right]), (centers[0][left], centers[-1][right]), model=model, part=part
     )
     outputs = blocks.shape[1]
     if x2 is not None:
@@ -270,7 +270,7 @@ def _pairs(inputs: tuple[OtherInputs, ...]) -> tuple[np.ndarray, np.ndarray]:
     return first, second
 
 
-def _normalisers(
+def _normalizers(
     tile: _Tile, stream: _Stream, inputs: tuple[OtherInputs, ...], model: ModelName, rows: Array, axes: tuple[str, ...]
 ) -> tuple[list[Array], list[Array]]:
     """First pass: log(mean exp score) and the model's output over m, per input, with a running maximum."""
@@ -302,7 +302,7 @@ def _normalisers(
     start = [(jnp.full(len(x), lowest), jnp.zeros(len(x), dtype), jnp.zeros((len(x), outputs), dtype)) for x in inputs]
     sums, _ = jax.lax.scan(step, jax.tree.map(lambda leaf: leaf.astype(dtype), start), stream)
 
-    shifts, centres = [], []
+    shifts, centers = [], []
     for top, total, moment in sums:
         if axes:
             highest = jax.lax.pmax(top, axes)
@@ -310,8 +310,8 @@ def _normalisers(
             moment = jax.lax.psum(moment * jnp.exp(top - highest)[:, None], axes)
             top = highest
         shifts.append(top + jnp.log(total) - jnp.log(rows))
-        centres.append(moment / total[:, None])
-    return shifts, centres
+        centers.append(moment / total[:, None])
+    return shifts, centers
 
 
 def _moments(
@@ -330,7 +330,7 @@ def _moments(
     first, second = np.triu_indices(len(common))
 
     def factor(weights: Array, signs: Array) -> Float[Array, "f block"]:
-        """What is summed over the tokens, u already moved by the common centre: u_k u_l, s u, and tied: u, s; 1."""
+        """What is summed over the tokens, u already moved by the common center: u_k u_l, s u, and tied: u, s; 1."""
         one = jnp.ones((1, len(weights)), dtype)
         if model == "fixed":
             moved = signs.T - common[:, None]
@@ -363,13 +363,13 @@ def _moments(
 def _contract(
     moments: Float[Array, "pairs f"],
     x: tuple[Float[Array, "pairs d"], Float[Array, "pairs d"]],
-    centre: tuple[Float[Array, "pairs o"], Float[Array, "pairs o"]],
+    center: tuple[Float[Array, "pairs o"], Float[Array, "pairs o"]],
     *,
     model: ModelName,
     part: KernelPart,
 ) -> Float[Array, "pairs o o"]:
     """From the moments to the kernel, pair by pair: the formulas in this module's docstring."""
-    outputs = centre[0].shape[1]
+    outputs = center[0].shape[1]
     first, second = np.triu_indices(outputs)
     entry = np.zeros((outputs, outputs), int)
     entry[first, second] = entry[second, first] = np.arange(len(first))
@@ -383,11 +383,11 @@ def _contract(
 
     inner = (x[0] * x[1]).sum(1)[:, None, None]
     through_key = inner * (
-        quadratic[:, entry] - outer(linear, centre[1]) - outer(centre[0], linear) + mass * outer(*centre)
+        quadratic[:, entry] - outer(linear, center[1]) - outer(center[0], linear) + mass * outer(*center)
     )
     if model == "fixed" or part == "key":
         return through_key
     plain, sign, _ = rest
     through_value = mass * jnp.eye(outputs, dtype=moments.dtype)[None]
-    mixed = outer(x[1], plain - sign * centre[1]) + outer(plain - sign * centre[0], x[0])
+    mixed = outer(x[1], plain - sign * center[1]) + outer(plain - sign * center[0], x[0])
     return through_value + mixed + through_key

@@ -81,7 +81,7 @@ def predict(
         flow: predict the gradient flow instead, at time ``eta * steps``.
         loss: "mse-sum" is the theory's ``1/2 sum |F - y|^2``; "mse-mean" is that over n d, neural-tangents' own, under
             which eta counts for eta / (n d).
-        f_train_0: outputs on the training inputs at the start, [n, d]; None is 0 (symmetric initialisation).
+        f_train_0: outputs on the training inputs at the start, [n, d]; None is 0 (symmetric initialization).
         ntk_test_train: kernel between test and training inputs: [n2, d, n, d], [n2, d, n] or [n2, n], as the other one.
         f_test_0: outputs on the test inputs at the start, [n2, d]; None is 0.
 

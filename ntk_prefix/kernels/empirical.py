@@ -4,7 +4,7 @@ With theta the trainable parameters of a model F, and x_i, x_j two inputs,
 
     Theta_{(i,k),(j,l)} = < dF_k(x_i)/dtheta , dF_l(x_j)/dtheta >
 
-It governs gradient descent on ``1/2 |F - y|^2``. For the stylised models of ``one_layer`` it is ``m H(W)``, where H is
+It governs gradient descent on ``1/2 |F - y|^2``. For the stylized models of ``one_layer`` it is ``m H(W)``, where H is
 what ``prefix_ntk`` returns.
 
 neural-tangents orders a kernel [n1, n2, d, d] and its ``trace_axes`` take a *mean*. Here a kernel is [n1, d, n2, d] and

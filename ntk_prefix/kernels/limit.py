@@ -31,7 +31,7 @@ def limit_ntk(
     outputs: int | None = None,
     part: KernelPart = "full",
 ) -> Kernel:
-    """The infinite-prefix kernel H* of a stylised prefix model: the limit of ``prefix_ntk`` as m grows.
+    """The infinite-prefix kernel H* of a stylized prefix model: the limit of ``prefix_ntk`` as m grows.
 
         tied    H*_{(i,.),(j,.)} = e^{sigma^2 c} [ (1 + sigma^2 c) I + x_j mu^T + mu x_i^T + c mu mu^T ]
         fixed   H*_{(i,.),(j,.)} = c e^{sigma^2 c} I
@@ -41,7 +41,7 @@ def limit_ntk(
     Args:
         x1: [n1, d] inputs, finite.
         x2: [n2, d] inputs; None means x1.
-        sigma: standard deviation of a prefix token's coordinates at initialisation.
+        sigma: standard deviation of a prefix token's coordinates at initialization.
         model: "tied" or "fixed", as in ``one_layer``.
         outputs: number of outputs of the fixed model; d if None.
         part: "full", or "key" for the x x^T part alone: c e^{sigma^2 c} (sigma^2 I + mu mu^T) for the tied model.
@@ -90,15 +90,15 @@ def real_layer_limit_ntk(
 ) -> Kernel:
     """The infinite-prefix kernel of ``PrefixAttentionLayer``: the limit of m times its NTK as m grows past L.
 
-    Here values carry no signs: a token's value is W_V^T p and the output tends to the tilted mean, so the centre does
-    not vanish as it does in the stylised models. With u_i = W_K W_Q^T x_i / sqrt(d), A = W_V^T, c = u_i . u_j,
+    Here values carry no signs: a token's value is W_V^T p and the output tends to the tilted mean, so the center does
+    not vanish as it does in the stylized models. With u_i = W_K W_Q^T x_i / sqrt(d), A = W_V^T, c = u_i . u_j,
 
         lim m Theta = e^{sigma^2 c} [ (1 + sigma^2 c) A A^T + (2 sigma^2 + sigma^4 c) A u_j (A u_i)^T ]
 
     Args:
         x1, x2: [n1, d] and [n2, d] tokens that query the prefix; which sequence they stand in no longer matters.
         query_projection, key_projection, value_projection: W_Q, W_K, W_V, [d, d], applied from the right.
-        sigma: standard deviation of the prefix at initialisation.
+        sigma: standard deviation of the prefix at initialization.
 
     Returns:
         [n1, d, n2, d], in the inputs' dtype.

@@ -8,7 +8,7 @@ and does not import on anything newer than 0.5. ``load`` returns it in working o
 - its ``experimental`` package, the only importer of TensorFlow, is an empty stand-in: ``empirical_ntk_fn_tf`` is lost
   and nothing else;
 - functions whose private JAX machinery is gone are rebuilt on ``jax.linearize``, ``jax.make_jaxpr`` and
-  ``jax.linear_transpose``: ``linear_program`` next door prepares models for structured derivatives, which so learn
+  ``jax.linear_transpose``: ``linear_jaxpr`` next door prepares models for structured derivatives, which so learn
   ``jax.checkpoint``, ``jnp.split``, ``custom_vjp`` and parameters used in several ways;
 - predictions of singular kernels are finite.
 
@@ -41,7 +41,7 @@ import jax.interpreters.ad
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.kernels.linear_program import equation_jvp, equation_vjp, linear_program
+from ntk_prefix.kernels.linear_jaxpr import equation_jvp, equation_vjp, linear_jaxpr
 
 __all__ = ["TESTED_JAX", "UntestedJaxWarning", "load"]
 
@@ -250,14 +250,14 @@ def _primals_out_and_pullback(
     _fwd: bool | None,
     *primals_in: Any,
 ) -> tuple[Any, Callable[[Any], Any]]:
-    """Outputs of ``function`` and the map that neural-tangents walks backwards through its linearisation.
+    """Outputs of ``function`` and the map that neural-tangents walks backwards through its linearization.
 
     Where reverse mode would return cotangents, ``_backward_pass`` collects df/dy or dy/dw, as ``mode`` says.
     """
     # loops unroll and jitted functions dissolve into primitives, which is what the structure rules know
     with jax.disable_jit():
         primals_out, pushforward = jax.linearize(function, *primals_in)
-        program, consts = linear_program(
+        program, consts = linear_jaxpr(
             pushforward, primals_in, functools.partial(empirical.rules.get_structure, _s_rules=_s_rules)
         )
 
@@ -325,13 +325,13 @@ def _max_learning_rate(
     return 2 * (1 + momentum) * (y_train_size or side) / (largest + eps)
 
 
-def _inverse_expm1(normalisation: int | float) -> Callable[[Any, Any], Any]:
+def _inverse_expm1(normalization: int | float) -> Callable[[Any, Any], Any]:
     """``(exp(-x t) - 1) / x`` for eigenvalues x, with its limit -t where the kernel is singular (there it was NaN)."""
 
     def function(eigenvalues: Any, times: Any) -> Any:
         positive = eigenvalues > 0
         safe = jnp.where(positive, eigenvalues, 1.0)
-        change = jnp.expm1(-safe * times / normalisation) / safe
-        return jnp.where(positive, change, -times / normalisation)
+        change = jnp.expm1(-safe * times / normalization) / safe
+        return jnp.where(positive, change, -times / normalization)
 
     return function

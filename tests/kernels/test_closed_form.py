@@ -146,7 +146,7 @@ class TestEqualsAutodiff:
 
     @both_models
     def test_after_training(self, kind: str) -> None:
-        """Once trained the pairs have parted: F is not zero, nor is the centre."""
+        """Once trained the pairs have parted: F is not zero, nor is the center."""
         start, x = model(kind), inputs()
         trainer = Trainer(loss=half_squared_error, optimizer=optax.sgd(0.02), reduction="sum")
         state, step = trainer.init(start), trainer.stepper(start)
@@ -337,7 +337,7 @@ print(json.dumps({
     "control": float(abs(alone - small).max() / abs(alone).max()),
     "one": after_one - before,
     "eight": after_eight - before,
-    "materialised": peak() - before,
+    "materialized": peak() - before,
 }))
 """
 
@@ -353,4 +353,4 @@ def test_ten_million_tokens_on_one_device_and_on_eight() -> None:
     # a tile of 8192 rows is a few MB a device; 10^7 rows of 4 numbers are 320 MB
     assert measured["one"] < 64 * 2**20
     assert measured["eight"] < 160 * 2**20
-    assert measured["materialised"] > 320e6
+    assert measured["materialized"] > 320e6

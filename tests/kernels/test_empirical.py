@@ -36,7 +36,7 @@ def relative_error(value: jax.Array, truth: jax.Array) -> float:
 
 
 def nnx_model(name: str) -> TiedPrefixModel | FixedValuePrefixModel:
-    # without symmetric initialisation, so that nothing cancels
+    # without symmetric initialization, so that nothing cancels
     if name == "tied":
         return TiedPrefixModel(3, 6, symmetric=False, rngs=nnx.Rngs(0))
     return FixedValuePrefixModel(3, 6, outputs=2, symmetric=False, rngs=nnx.Rngs(0))
@@ -246,7 +246,7 @@ def test_it_can_be_compiled() -> None:
 # ---------------------------------------------------------------------------- Models that need care
 
 
-class Centred(nnx.Module):
+class Centered(nnx.Module):
     """Rows interact: the mean over the batch is subtracted."""
 
     def __init__(self) -> None:
@@ -258,7 +258,7 @@ class Centred(nnx.Module):
 
 
 def test_rows_that_interact_need_vmap_axes_none() -> None:
-    model, x = Centred(), inputs(1, 4)
+    model, x = Centered(), inputs(1, 4)
     truth = kernel_by_jacrev(model, x, x)
     assert relative_error(empirical_ntk(model, x, vmap_axes=None), truth) < EXACT
     # control: taken row by row, every output is zero

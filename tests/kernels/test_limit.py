@@ -112,12 +112,12 @@ class TestItIsTheExpectation:
 
     @every_kernel
     @pytest.mark.parametrize(("d", "sigma"), [(1, 1.0), (1, 0.5), (2, 1.0)])
-    def test_of_the_stylised_models(self, model: str, part: str, d: int, sigma: float) -> None:
+    def test_of_the_stylized_models(self, model: str, part: str, d: int, sigma: float) -> None:
         x = np.asarray(inputs(d=d))
 
         def summand(token: np.ndarray) -> np.ndarray:
             mass = np.exp(x @ token - sigma**2 * (x**2).sum(1) / 2)
-            if model == "fixed":  # signs of different outputs are independent, and the centre vanishes
+            if model == "fixed":  # signs of different outputs are independent, and the center vanishes
                 return np.einsum("ij,ij,kl->ikjl", np.outer(mass, mass), x @ x.T, np.eye(d))
             gradients = np.einsum("k,ic->ikc", token, x)  # by the key
             if part == "full":
@@ -137,8 +137,8 @@ class TestItIsTheExpectation:
 
         def summand(token: np.ndarray) -> np.ndarray:
             mass = np.exp(u @ token - sigma**2 * (u**2).sum(1) / 2)
-            centred = (token - sigma**2 * u) @ value  # sigma^2 u is the mean of the tilted tokens
-            gradients = value.T + np.einsum("ik,ic->ikc", centred, u)
+            centered = (token - sigma**2 * u) @ value  # sigma^2 u is the mean of the tilted tokens
+            gradients = value.T + np.einsum("ik,ic->ikc", centered, u)
             return np.einsum("i,ikc,j,jlc->ikjl", mass, gradients, mass, gradients)
 
         kernel = real_layer_limit_ntk(inputs(), **frozen, sigma=sigma)
@@ -226,7 +226,7 @@ class TestWrongUseIsTold:
     @pytest.mark.parametrize(
         "kernel",
         [limit_ntk, lambda *x, **options: real_layer_limit_ntk(*x, **projections(), **options)],
-        ids=["stylised", "real layer"],
+        ids=["stylized", "real layer"],
     )
     def test_of_inputs(self, kernel: Callable) -> None:
         x = inputs()

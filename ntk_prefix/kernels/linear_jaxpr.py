@@ -1,6 +1,6 @@
-"""Linear programs as neural-tangents reads them: flat, single-output, each parameter used in one way.
+"""Linear jaxprs as neural-tangents reads them: flat, single-output, each parameter used in one way.
 
-Structured derivatives walk the linearisation of a model equation by equation and know the structure of each one. What
+Structured derivatives walk the linearization of a model equation by equation and know the structure of each one. What
 ``jax.linearize`` returns is rewritten for them here. No number changes:
 
 1. wrappers (jit, checkpoint, custom derivatives) are opened, and ``split`` becomes slices;
@@ -27,10 +27,10 @@ import jax.interpreters.ad
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["equation_jvp", "equation_vjp", "linear_program"]
+__all__ = ["equation_jvp", "equation_vjp", "linear_jaxpr"]
 
 
-def linear_program(
+def linear_jaxpr(
     pushforward: Callable[..., Any], primals_in: Any, get_structure: Callable[[Any, list[Any], int], Any]
 ) -> tuple[SimpleNamespace, list[Any]]:
     """Rewrite a linear map for structured derivatives.
