@@ -140,7 +140,7 @@ def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float,
 
     Args:
         steps: t.
-        smallest: lambda, in the normalisation of H(W), that is of the NTK over m.
+        smallest: lambda, in the normalization of H(W), that is of the NTK over m.
         tokens: m.
         step_size: eta.
         initial: |F(0) - Y|^2.
@@ -172,7 +172,7 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
         |H(W) - H(W(0))|_F <= 2 sqrt(lambda_max(H(W(0)))) delta + delta^2 ,
         m delta^2 = sum_{i,r} ( g_i |J_ir| + (1 + g_i) T_ir |x_i| s_i )^2 ,    g_i = e^{2 R |x_i|} - 1
 
-    with |J_ir| the Frobenius norm of the derivative of F(x_i) by token r, and s_i a bound on how far the centred value
+    with |J_ir| the Frobenius norm of the derivative of F(x_i) by token r, and s_i a bound on how far the centered value
     of any token moves: g_i sqrt(outputs) for the fixed model, 2 R + g_i sum_r S_ir |w_r| for the tied one.
 
     Args:
@@ -181,7 +181,7 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
         radius: R >= 0.
 
     Returns:
-        the bound, in the normalisation of H(W).
+        the bound, in the normalization of H(W).
 
     Numerics: evaluated in floating point without directed rounding: a bound up to a relative error of about m eps.
 
@@ -211,7 +211,7 @@ def token_movement(*, smallest: float, tokens: int, initial_error: float, steepe
         |w_r(t) - w_r(0)| <= eta sum_s |J_r(s)| |F(s) - Y| <= 4 max_s |J_r(s)| |F(0) - Y| / (m lambda)
 
     Args:
-        smallest: lambda, in the normalisation of H(W).
+        smallest: lambda, in the normalization of H(W).
         tokens: m.
         initial_error: |F(0) - Y|_F.
         steepest: largest norm of J_r, the [n d, d] derivative of all outputs by one token, along the way.
@@ -224,7 +224,7 @@ def token_movement(*, smallest: float, tokens: int, initial_error: float, steepe
 
 
 def largest_stable_step(*, largest: float, tokens: int) -> float:
-    """Step size above which gradient descent on the linearised model diverges: ``2 / (m lambda_max)``.
+    """Step size above which gradient descent on the linearized model diverges: ``2 / (m lambda_max)``.
 
     Source: derived; exact for a quadratic loss, and the negative control of the claim ``convergence``.
     """

@@ -46,7 +46,7 @@ def check_unit_ball(name: str, inputs: jax.Array) -> None:
         ValueError: with the largest norm found and the factor that mends it.
     """
     norms = np.linalg.norm(np.asarray(inputs, np.float64), axis=1)
-    # four roundings: a row normalised in the input's own precision must pass
+    # four roundings: a row normalized in the input's own precision must pass
     tolerance = 4 * float(jnp.finfo(inputs.dtype).eps)
     if norms.max() > 1 + tolerance:
         raise ValueError(

@@ -96,7 +96,7 @@ class Flash:
         statistics: Statistics,
         d_output: Float[Array, "B T N H"],
     ) -> Gradients:
-        """Return the gradients, given the statistics that the rows were *finally* normalised with.
+        """Return the gradients, given the statistics that the rows were *finally* normalized with.
 
         ``P = exp(scores - lse)``, ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O))``.
 

@@ -1,4 +1,4 @@
-"""One layer of prefix attention: the stylised model of the theory, and the real thing.
+"""One layer of prefix attention: the stylized model of the theory, and the real thing.
 
 An infinitely long prefix drowns the L inputs of a sequence, so the theory keeps the prefix only. Each prefix token
 r is one trainable row ``w_r``; a query x attends to all m of them,
@@ -16,7 +16,7 @@ here                    the papers                    shape
 ``weights``             W, rows w_r                   [m, d]
 ``signs``               a, uniform in {-1, +1}        [m, d]; tied: one sign a row, so [m, 1]
 ``mass``                T = m S                       [n, m]
-``centre``              <a, S> (fixed), beta S (tied) [n, d]: the prefix's output over m
+``center``              <a, S> (fixed), beta S (tied) [n, d]: the prefix's output over m
 ======================  ============================  ===========================================
 
 Sources: the tied model has the form after Liang et al. (arXiv 2406.14036), constants not verified against the text;
@@ -82,8 +82,8 @@ def attention_mass(weights: Weights, inputs: Inputs) -> Float[Array, "n m"]:
     """
     dtype = accumulation_dtype(weights, inputs)
     scores = jnp.matmul(inputs.astype(dtype), weights.astype(dtype).T)
-    normaliser = jax.nn.logsumexp(scores, axis=1, keepdims=True)
-    return jnp.exp(scores - normaliser + math.log(weights.shape[0]))
+    normalizer = jax.nn.logsumexp(scores, axis=1, keepdims=True)
+    return jnp.exp(scores - normalizer + math.log(weights.shape[0]))
 
 
 def tied_outputs(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) -> Float[Array, "n d"]:
@@ -114,8 +114,8 @@ def tied_jacobian(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) 
     """
     mass = attention_mass(weights, inputs)
     values = (signs * weights).astype(mass.dtype)
-    centre = jnp.matmul(mass, values) / weights.shape[0]
-    through_key = jnp.einsum("im,imk,ic->ikmc", mass, values[None] - centre[:, None], inputs.astype(mass.dtype))
+    center = jnp.matmul(mass, values) / weights.shape[0]
+    through_key = jnp.einsum("im,imk,ic->ikmc", mass, values[None] - center[:, None], inputs.astype(mass.dtype))
     through_value = jnp.einsum(
         "im,m,kc->ikmc", mass, signs[:, 0].astype(mass.dtype), jnp.eye(weights.shape[1], dtype=mass.dtype)
     )
@@ -134,8 +134,8 @@ def fixed_jacobian(weights: Weights, signs: Signs, inputs: Inputs) -> Float[Arra
     """
     mass = attention_mass(weights, inputs)
     signs = signs.astype(mass.dtype)
-    centre = jnp.matmul(mass, signs) / weights.shape[0]
-    return jnp.einsum("im,imk,ic->ikmc", mass, signs[None] - centre[:, None], inputs.astype(mass.dtype))
+    center = jnp.matmul(mass, signs) / weights.shape[0]
+    return jnp.einsum("im,imk,ic->ikmc", mass, signs[None] - center[:, None], inputs.astype(mass.dtype))
 
 
 def attend(
@@ -173,7 +173,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomPrefix:
-    """A prefix of m tokens at initialisation, described by its seed instead of its m rows.
+    """A prefix of m tokens at initialization, described by its seed instead of its m rows.
 
         w_r ~ N(0, sigma^2 I_d) ,   a uniform in {-1, +1}
 
@@ -181,7 +181,7 @@ class RandomPrefix:
     recomputed anywhere: a prefix of 10^9 tokens takes no memory, does not depend on how many devices share it, and a
     shorter one with the same key is its beginning. The models below start from exactly these rows.
 
-    With ``symmetric`` the rows come in neighbouring pairs ``(w, a), (w, -a)``, which makes F = 0 at the start.
+    With ``symmetric`` the rows come in neighboring pairs ``(w, a), (w, -a)``, which makes F = 0 at the start.
 
     Args:
         key: a ``jax.random.key``.
@@ -213,7 +213,7 @@ class RandomPrefix:
         check_positive("sigma", self.sigma)
         if self.symmetric and self.m % 2:
             raise ValueError(
-                "m: expected an even number of prefix tokens, since symmetric initialisation draws pairs, "
+                "m: expected an even number of prefix tokens, since symmetric initialization draws pairs, "
                 f"got {self.m}. Use m={self.m + 1}, or symmetric=False."
             )
         if self.model not in ("tied", "fixed"):
@@ -225,7 +225,7 @@ class RandomPrefix:
 
     @property
     def rows(self) -> int:
-        """Distinct rows: m / 2 with symmetric initialisation, else m."""
+        """Distinct rows: m / 2 with symmetric initialization, else m."""
         return self.m // 2 if self.symmetric else self.m
 
     @property
@@ -270,7 +270,7 @@ jax.tree_util.register_dataclass(
 
 
 class _PrefixOnlyModel(nnx.Module):
-    """The shared start of the two stylised models: m trainable rows, fixed signs."""
+    """The shared start of the two stylized models: m trainable rows, fixed signs."""
 
     def __init__(
         self,
@@ -315,15 +315,15 @@ class _PrefixOnlyModel(nnx.Module):
         weights, signs = self.weights[...], self.signs[...]
         mass = attention_mass(weights, inputs)
         values = signs * weights if tied else signs
-        centred = values[None] - (jnp.matmul(mass, values) / self.m)[:, None]
-        squares = jnp.square(inputs).sum(1, keepdims=True) * jnp.square(centred).sum(2)
+        centered = values[None] - (jnp.matmul(mass, values) / self.m)[:, None]
+        squares = jnp.square(inputs).sum(1, keepdims=True) * jnp.square(centered).sum(2)
         if tied:
-            squares += weights.shape[1] + 2 * signs.T * jnp.einsum("irk,ik->ir", centred, inputs)
+            squares += weights.shape[1] + 2 * signs.T * jnp.einsum("irk,ik->ir", centered, inputs)
         return mass * jnp.sqrt(squares)
 
 
 class TiedPrefixModel(_PrefixOnlyModel):
-    """The stylised model whose prefix is both key and value.
+    """The stylized model whose prefix is both key and value.
 
         F_k(x) = m sum_r softmax_r(W x) a_r w_{r,k}
 
@@ -336,7 +336,7 @@ class TiedPrefixModel(_PrefixOnlyModel):
 
     Args:
         d: width of inputs and outputs.
-        m: prefix tokens; even with symmetric initialisation.
+        m: prefix tokens; even with symmetric initialization.
         sigma: standard deviation of the rows at the start.
         symmetric: pair the rows with opposite signs, so that F = 0 at the start.
         dtype: of the weights; None is JAX's default float.
@@ -367,7 +367,7 @@ class TiedPrefixModel(_PrefixOnlyModel):
 
 
 class FixedValuePrefixModel(_PrefixOnlyModel):
-    """The stylised model whose values are fixed signs: softmax regression.
+    """The stylized model whose values are fixed signs: softmax regression.
 
         F_k(x) = m sum_r softmax_r(W x) a_{r,k}
 
@@ -380,7 +380,7 @@ class FixedValuePrefixModel(_PrefixOnlyModel):
 
     Args:
         d: width of inputs.
-        m: prefix tokens; even with symmetric initialisation.
+        m: prefix tokens; even with symmetric initialization.
         outputs: width of the outputs; d if None.
         sigma, symmetric, dtype, rngs: as in ``TiedPrefixModel``.
 

@@ -178,7 +178,7 @@ class PrefixState:
         close.
 
         Per head, over sample queries with features ``phi_i``, own mass ``a_i = e^{lse_i}`` and own output
-        ``o_i``, minimise
+        ``o_i``, minimize
 
         .. math::  \sum_i |T_i - T^*_i|^2, \qquad T_i = (\phi_i Z + a_i o_i) / (\phi_i \cdot k + a_i)
 
@@ -197,7 +197,7 @@ class PrefixState:
                 the masses, without a constraint.
             bias, mask, is_causal, scale: of the layer, as in :func:`ntk_prefix.attention.ntk_attention`.
             held_out: the fraction of samples (whole sequences if B >= 4) that is only used for the report.
-            iterations: of the descent in k, each a factorisation of R x R moments; 0 leaves k at its start.
+            iterations: of the descent in k, each a factorization of R x R moments; 0 leaves k at its start.
             starts: of the descent, each as long as the first.
             seed: of the splits and of the drawn starts.
 

@@ -9,7 +9,7 @@ letter  axis                                   letter  axis
 ``T``   query length                           ``M``   prefix length of a real layer
 ``S``   key and value length                   ``R``   dimension of a feature map
 ``N``   query heads                            ``D``   features of a transformer
-``K``   key-value heads, N % K == 0            ``n``   inputs of the stylised model
+``K``   key-value heads, N % K == 0            ``n``   inputs of the stylized model
 ``G``   N // K                                 ``d``   input and output dimension there
 ``o``   outputs of the fixed-value model       ``m``   prefix tokens there
 ======  =====================================  ======  ====================================
@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int, Key
 __all__ = ["Array", "Bool", "Float", "Inputs", "Int", "Kernel", "KeyArray", "OtherInputs", "Signs", "Weights"]
 
 Inputs = Float[Array, "n d"]
-"""Rows are inputs of the stylised model; the theory wants ``|x_i| <= 1``."""
+"""Rows are inputs of the stylized model; the theory wants ``|x_i| <= 1``."""
 
 OtherInputs = Float[Array, "_ d"]
 """A second set of inputs, of the same width but with any number of rows."""

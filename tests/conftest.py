@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def x64(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Run each test in float64; parametrise ``x64`` indirectly with [True, False] to run it in both."""
+    """Run each test in float64; parametrize ``x64`` indirectly with [True, False] to run it in both."""
     enabled = getattr(request, "param", True)
     with jax.enable_x64(enabled):
         yield enabled

@@ -308,7 +308,7 @@ class TestARunIsDominated:
         kernel = descend(kind).kernel
         limit = bounds.largest_stable_step(largest=float(np.linalg.eigvalsh(kernel)[-1]), tokens=M)
 
-        def growth(step: float) -> float:  # of the linearised error, (I - eta m H)^t
+        def growth(step: float) -> float:  # of the linearized error, (I - eta m H)^t
             return float(np.abs(1 - step * M * np.linalg.eigvalsh(kernel)).max())
 
         assert growth(0.99 * limit) < 1 < growth(1.01 * limit)

@@ -150,7 +150,7 @@ class TestTokens:
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("name", ["fixed", "tied"])
     def test_the_drift_in_the_ball_is_bounded(self, name: str, symmetric: bool) -> None:
-        """Displacements of every kind in the ball: no Jacobian leaves it, no mean value, no normaliser."""
+        """Displacements of every kind in the ball: no Jacobian leaves it, no mean value, no normalizer."""
         x, _ = data()
         m = 64
         model = drawn(name, m, symmetric=symmetric)
@@ -158,7 +158,7 @@ class TestTokens:
         spread, _ = tokens.second_moments()
         rng = np.random.default_rng(0)
         start = jacobian(model, x)
-        centre = np.asarray(model(x)) / m
+        center = np.asarray(model(x)) / m
         for scale in (1e-3, 3e-2):
             rho = scale * rng.uniform(0.1, 1, m)
             movement = np.zeros((1, 8192))
@@ -167,9 +167,9 @@ class TestTokens:
             claimed = Claimed(total, np.zeros(N), np.zeros(N))
             for _ in range(8):
                 ball = tokens.ball(claimed, movement, spread)
-                if (ball.normaliser <= claimed.normaliser).all() and (ball.centre <= claimed.centre).all():
+                if (ball.normalizer <= claimed.normalizer).all() and (ball.center <= claimed.center).all():
                     break
-                claimed = Claimed(total, 1.1 * ball.normaliser, 1.1 * ball.centre)
+                claimed = Claimed(total, 1.1 * ball.normalizer, 1.1 * ball.center)
             worst = 0.0
             weights = np.asarray(model.weights[...])
             # along one input the attention of every token grows or shrinks together
@@ -191,14 +191,14 @@ class TestTokens:
                 assert drift <= ball.drift
                 values = np.asarray(model.signs[...]) * (moved if name == "tied" else 1)
                 attention = np.asarray(jax.nn.softmax(x @ moved.T, axis=1))
-                assert (np.linalg.norm(attention @ values - centre, axis=1) <= claimed.centre).all()
+                assert (np.linalg.norm(attention @ values - center, axis=1) <= claimed.center).all()
                 before = np.asarray(jax.nn.softmax(x @ weights.T, axis=1))
                 shift = np.log((before * np.exp(np.asarray(x) @ (moved - weights).T)).sum(1))
-                assert (np.abs(shift) <= claimed.normaliser).all()
+                assert (np.abs(shift) <= claimed.normalizer).all()
             assert worst > ball.drift / 30, "a bound so far off tests nothing"
 
     @pytest.mark.parametrize("name", ["fixed", "tied"])
-    def test_the_linearised_movement(self, name: str) -> None:
+    def test_the_linearized_movement(self, name: str) -> None:
         x, _ = data()
         m = 64
         model = drawn(name, m, symmetric=False)

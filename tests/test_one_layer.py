@@ -1,4 +1,4 @@
-"""What one layer of prefix attention is: the two stylised models, their prefix, and the real layer."""
+"""What one layer of prefix attention is: the two stylized models, their prefix, and the real layer."""
 
 import dataclasses
 import math
@@ -118,7 +118,7 @@ class TestAttentionMass:
             assert jnp.isfinite(jax.jacrev(outputs)(scale * weights, signs, inputs())).all()
 
 
-class TestStylisedModels:
+class TestStylizedModels:
     @both_models
     def test_the_formula_written_out(self, model: str) -> None:
         outputs, _, weights, signs = parts(model, symmetric=False)
@@ -133,7 +133,7 @@ class TestStylisedModels:
         np.testing.assert_allclose(outputs(weights, signs, inputs()), expected, atol=M * M * EPS)
 
     @both_models
-    def test_symmetric_initialisation_starts_at_zero(self, model: str) -> None:
+    def test_symmetric_initialization_starts_at_zero(self, model: str) -> None:
         outputs, _, weights, signs = parts(model, symmetric=True)
         # pairs cancel term by term; the matrix product may add them in another order
         np.testing.assert_allclose(outputs(weights, signs, inputs()), 0, atol=4 * M * EPS)
@@ -227,7 +227,7 @@ class TestRandomPrefix:
         return RandomPrefix(**settings)  # type: ignore[arg-type]
 
     @both_models
-    def test_materialised_is_the_tiles_in_order(self, model: str) -> None:
+    def test_materialized_is_the_tiles_in_order(self, model: str) -> None:
         rows = 2 * TILE + 10
         prefix = self.prefix(m=rows, symmetric=False, model=model)
         weights, signs = prefix.materialise()
@@ -250,7 +250,7 @@ class TestRandomPrefix:
             np.testing.assert_array_equal(less, more[:100])
 
     @both_models
-    def test_symmetric_rows_come_in_neighbouring_pairs(self, model: str) -> None:
+    def test_symmetric_rows_come_in_neighboring_pairs(self, model: str) -> None:
         weights, signs = self.prefix(model=model).materialise()
         np.testing.assert_array_equal(weights[::2], weights[1::2])
         np.testing.assert_array_equal(signs[::2], -signs[1::2])

@@ -122,7 +122,7 @@ def _figure(evidence: Evidence, control: Evidence) -> Figure:
     elu.bar(
         ["raw sums", "fit"],
         [evidence.parameters["elu1_raw"], evidence.parameters["elu1_fit"]],
-        color=[figures.COLOURS["control"], figures.COLOURS["bound"]],
+        color=[figures.COLORS["control"], figures.COLORS["bound"]],
     )
     figures.label(elu, title="elu1, d = 16, m = 512", x="", y="held-out relative error")
     return figure

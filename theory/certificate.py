@@ -246,22 +246,22 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
     figure, axes = figures.panels(2)
     for name, kinds in evidence.series["lengths"].items():
         for (kind, found), style in zip(kinds.items(), ("o-", "^--", "s:"), strict=True):
-            axes[0].plot(list(found), list(found.values()), style, color=figures.COLOURS[name], label=f"{name}: {kind}")
+            axes[0].plot(list(found), list(found.values()), style, color=figures.COLORS[name], label=f"{name}: {kind}")
     figures.label(
         axes[0], title="Prefix length that guarantees convergence", x="inputs n", y="prefix length m", log="xy"
     )
     for (label, (error, envelope)), style in zip(
         evidence.series["curves"].items(), ("-", "--", "-.", ":", "-"), strict=False
     ):
-        colour = figures.COLOURS[label.split(",")[0]]
-        axes[1].plot(np.arange(1, len(error) + 1), error / error[0], style, color=colour, label=label)
+        color = figures.COLORS[label.split(",")[0]]
+        axes[1].plot(np.arange(1, len(error) + 1), error / error[0], style, color=color, label=label)
         axes[1].plot(
-            np.arange(1, len(error) + 1), envelope / envelope[0], style, color=figures.COLOURS["bound"], linewidth=1
+            np.arange(1, len(error) + 1), envelope / envelope[0], style, color=figures.COLORS["bound"], linewidth=1
         )
     for label, (error, _) in control.series["curves"].items():
         shown = np.where(np.isfinite(error) & (error < 1e3 * error[0]), error, np.nan) / error[0]
         axes[1].plot(
-            np.arange(1, len(error) + 1), shown, ":", color=figures.COLOURS["control"], label=f"control: {label}"
+            np.arange(1, len(error) + 1), shown, ":", color=figures.COLORS["control"], label=f"control: {label}"
         )
     figures.label(
         axes[1], title="The loss under its guarantee (green)", x="step t + 1", y="|F(t) - Y|^2 / |F(0) - Y|^2", log="xy"

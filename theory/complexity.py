@@ -106,17 +106,17 @@ def _exact(query: Array, key: Array, value: Array) -> Prepare:
 
 def _figure(evidence: Evidence, control: Evidence) -> Figure:
     figure, (times, memory, counts) = figures.panels(3, width=4.0)
-    for found, name, colour in (
-        (evidence, "NTK-Attention", figures.COLOURS["real"]),
-        (control, "exact prefix attention", figures.COLOURS["control"]),
+    for found, name, color in (
+        (evidence, "NTK-Attention", figures.COLORS["real"]),
+        (control, "exact prefix attention", figures.COLORS["control"]),
     ):
         milliseconds = {m: 1e3 * seconds for m, seconds in found.series["seconds"].items()}
-        figures.power_law(times, milliseconds, name, colour)
-        memory.plot(LENGTHS, [size / 2**10 for size in found.series["kept"].values()], "o-", color=colour, label=name)
+        figures.power_law(times, milliseconds, name, color)
+        memory.plot(LENGTHS, [size / 2**10 for size in found.series["kept"].values()], "o-", color=color, label=name)
     figures.label(times, title="Time of one call", x="prefix length m", y="milliseconds", log="xy")
     figures.label(memory, title="Kept for the prefix", x="prefix length m", y="KiB", log="xy")
     shown = evidence.series["counts"]["ViT-B/16"]
-    counts.barh(list(shown), list(shown.values()), color=figures.COLOURS["tied"])
+    counts.barh(list(shown), list(shown.values()), color=figures.COLORS["tied"])
     counts.invert_yaxis()
     figures.label(counts, title="Trained parameters, ViT-B/16", x="parameters", y="", log="x")
     counts.set_xlim(left=1e4)

@@ -89,12 +89,12 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
             for kind, style in (("data", "-"), ("slowest", "--")):
                 text = f"m = {m}" if kind == "data" else "slowest targets" if m == used[-1] else None
                 axis.plot(
-                    evidence.series["curves"][name, kind, m], style, color=figures.COLOURS[name], alpha=fade, label=text
+                    evidence.series["curves"][name, kind, m], style, color=figures.COLORS[name], alpha=fade, label=text
                 )
-        axis.plot(evidence.series["envelopes"][name, used[-1]], color=figures.COLOURS["bound"], label="envelope")
+        axis.plot(evidence.series["envelopes"][name, used[-1]], color=figures.COLORS["bound"], label="envelope")
         broken = control.series["curves"][name, "data", used[-1]]
         broken = np.where(np.isfinite(broken) & (broken < 10), broken, np.nan)
-        axis.plot(broken, ":", color=figures.COLOURS["control"], label="control: step too large")
+        axis.plot(broken, ":", color=figures.COLORS["control"], label="control: step too large")
         figures.label(axis, title=f"Gradient descent, {name}", x="step t", y="|F(t) - Y|^2 / |F(0) - Y|^2", log="y")
     return figure
 

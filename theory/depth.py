@@ -31,7 +31,7 @@ INPUTS = 3
 DEPTHS = (1, 2, 3, 4)
 REPEATS = 4
 SIGMA = 0.5
-"""Largest sigma of the stylised stacks: at 1 their rate shows from m = 2^15 on only (claim ``limit``)."""
+"""Largest sigma of the stylized stacks: at 1 their rate shows from m = 2^15 on only (claim ``limit``)."""
 
 CLOSE, DISTINCT = 0.05, 0.2
 """Relative distance of a drawn kernel from its limit at the longest prefix, at most; distance between draws where there is
@@ -104,19 +104,19 @@ def _tied(problem: Problem, depth: int, m: int, repeat: int, *, power: float, pa
 
 
 class Scaling(NamedTuple):
-    """A stylised stack's scaling, and whether its kernel has a limit."""
+    """A stylized stack's scaling, and whether its kernel has a limit."""
 
     power: float
     paired: bool
     limit: bool
-    colour: str
+    color: str
 
 
 SCALINGS = {
-    "scale m, paired signs": Scaling(1.0, True, True, figures.COLOURS["tied"]),
-    "average, random signs": Scaling(0.0, False, True, figures.COLOURS["bound"]),
-    "scale sqrt(m), random signs": Scaling(0.5, False, False, figures.COLOURS["fixed"]),
-    "scale m, random signs": Scaling(1.0, False, False, figures.COLOURS["control"]),
+    "scale m, paired signs": Scaling(1.0, True, True, figures.COLORS["tied"]),
+    "average, random signs": Scaling(0.0, False, True, figures.COLORS["bound"]),
+    "scale sqrt(m), random signs": Scaling(0.5, False, False, figures.COLORS["fixed"]),
+    "scale m, random signs": Scaling(1.0, False, False, figures.COLORS["control"]),
 }
 """With paired signs every layer is zero at the start, whatever its scale: one scale stands for all."""
 
@@ -217,7 +217,7 @@ def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> 
     return Evidence(tuple(checks), {}, series)
 
 
-def _stylised(problem: Problem) -> Evidence:
+def _stylized(problem: Problem) -> Evidence:
     """Tied stacks in every scaling: against depth times H* where there is a limit, draw against draw everywhere."""
     checks: list[Check] = []
     apart: dict[str, dict[int, np.ndarray]] = {}
@@ -345,7 +345,7 @@ def _trained(problem: Problem) -> Evidence:
 def _measure(problem: Problem) -> Evidence:
     parts = {
         "stacked": _stacked(_small(problem, np.inf)),
-        "stylised": _stylised(_small(problem, SIGMA)),
+        "stylized": _stylized(_small(problem, SIGMA)),
         "trained": _trained(problem),
     }
     parameters = {
@@ -358,7 +358,7 @@ def _measure(problem: Problem) -> Evidence:
         "repeats": REPEATS,
         **{
             f"smallest_eigenvalue_{name}_by_depth": " ".join(f"{v:.2e}" for v in parts[part].series["limits"].values())
-            for name, part in (("real", "stacked"), ("tied", "stylised"))
+            for name, part in (("real", "stacked"), ("tied", "stylized"))
         },
     }
     checks = tuple(check for part in parts.values() for check in part.checks)
@@ -367,24 +367,24 @@ def _measure(problem: Problem) -> Evidence:
 
 def _draw(evidence: Evidence, control: Evidence) -> Figure:
     figure, (real, tied, drift, smallest) = figures.panels(4, width=3.8, height=4.3)
-    stacked, stylised, trained = (evidence.series[name] for name in ("stacked", "stylised", "trained"))
+    stacked, stylized, trained = (evidence.series[name] for name in ("stacked", "stylized", "trained"))
     shades = dict(zip(DEPTHS[1:], ("#b9a3d6", "#6b3fa0", "#2e1650"), strict=True))
-    for depth, colour in shades.items():
-        figures.power_law(real, stacked["errors"][depth], f"D = {depth}", colour, stacked["slopes"][depth])
+    for depth, color in shades.items():
+        figures.power_law(real, stacked["errors"][depth], f"D = {depth}", color, stacked["slopes"][depth])
         wrong = {m: np.median(found) for m, found in control.series["errors"][depth].items()}
         text = "not carried up the stream (control)" if depth == DEPTHS[-1] else None
-        real.plot(list(wrong), list(wrong.values()), ":", color=figures.COLOURS["control"], label=text)
+        real.plot(list(wrong), list(wrong.values()), ":", color=figures.COLORS["control"], label=text)
     figures.label(real, title="D real layers: a limit", x="prefix length m", y="|m Theta - limit| / |limit|", log="xy")
-    for name, found in stylised["apart"].items():
+    for name, found in stylized["apart"].items():
         tied.plot(
-            list(found), [values.mean() for values in found.values()], "o-", color=SCALINGS[name].colour, label=name
+            list(found), [values.mean() for values in found.values()], "o-", color=SCALINGS[name].color, label=name
         )
     figures.label(tied, title="Two tied layers", x="prefix length m", y="distance between draws (at most 1)", log="xy")
     for name, what in TRAINED.items():
         found = trained["drifts"][name]
         drift.plot(
             list(found), [np.median(values) for values in found.values()], "o-" if what.lazy else "s--",
-            color=figures.COLOURS[what.layers], label=f"{name}: slope {trained['slopes'][name].value:.2f}",
+            color=figures.COLORS[what.layers], label=f"{name}: slope {trained['slopes'][name].value:.2f}",
         )  # fmt: skip
     figures.label(
         drift,
@@ -393,10 +393,10 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
         y="|Theta(T) - Theta(0)| / |Theta(0)|",
         log="xy",
     )
-    for name, colour in (("stacked", "real"), ("stylised", "tied")):
+    for name, color in (("stacked", "real"), ("stylized", "tied")):
         limits = evidence.series[name]["limits"]
         text = "real layers, limit" if name == "stacked" else "tied layers, D H*"
-        smallest.plot(list(limits), list(limits.values()), "o-", color=figures.COLOURS[colour], label=text)
+        smallest.plot(list(limits), list(limits.values()), "o-", color=figures.COLORS[color], label=text)
     drawn = stacked["drawn"]
     smallest.plot(list(drawn), list(drawn.values()), "x", color="black", markersize=7, label="real layers, drawn")
     figures.label(smallest, title="Smallest eigenvalue", x="layers D", y="lambda_min", log="y")

@@ -1,4 +1,4 @@
-"""Gradient descent on a stylised model with everything the theory speaks of recorded on the way."""
+"""Gradient descent on a stylized model with everything the theory speaks of recorded on the way."""
 
 from __future__ import annotations
 

@@ -79,21 +79,21 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
             else:
                 fade = 0.25 + 0.75 * index / (len(shown) - 2)
                 curves.plot(
-                    curve, color=figures.COLOURS[name], alpha=fade, label=key if index == len(shown) - 2 else None
+                    curve, color=figures.COLORS[name], alpha=fade, label=key if index == len(shown) - 2 else None
                 )
         slopes = evidence.series["slopes"]
-        figures.power_law(rates, evidence.series["errors"][name], f"{name}, by H*", figures.COLOURS[name], slopes[name])
+        figures.power_law(rates, evidence.series["errors"][name], f"{name}, by H*", figures.COLORS[name], slopes[name])
         medians = {m: np.median(values) for m, values in evidence.series["own"][name].items()}
         slope = slopes[f"{name}, own kernel"]
         rates.plot(
             list(medians),
             list(medians.values()),
             "--",
-            color=figures.COLOURS[name],
+            color=figures.COLORS[name],
             label=f"{name}, by H(W(0)): slope {slope.value:.2f}",
         )
         wrong = control.series["errors"][name]
-        rates.plot(list(wrong), [np.median(v) for v in wrong.values()], ":", color=figures.COLOURS["control"])
+        rates.plot(list(wrong), [np.median(v) for v in wrong.values()], ":", color=figures.COLORS["control"])
     figures.label(curves, title="Training curves (darker: longer prefix)", x="step t", y="|F(t) - Y|^2", log="y")
     figures.label(
         rates, title="Distance from the prediction", x="prefix length m", y="max_t |F(t) - predicted| / |Y|", log="xy"

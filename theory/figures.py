@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from theory.fits import Exponent
 
-COLOURS = {"tied": "#1f5fa8", "fixed": "#c8531c", "control": "#8a8a8a", "bound": "#2a7f4f", "real": "#6b3fa0"}
-"""The same model has the same colour in every figure; controls are grey, bounds green."""
+COLORS = {"tied": "#1f5fa8", "fixed": "#c8531c", "control": "#8a8a8a", "bound": "#2a7f4f", "real": "#6b3fa0"}
+"""The same model has the same color in every figure; controls are gray, bounds green."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -51,16 +51,12 @@ def label(axis: Axes, *, title: str, x: str, y: str, log: str = "") -> None:
         axis.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=1 if len(axis.figure.axes) > 1 else 2)
 
 
-def power_law(
-    axis: Axes, errors: dict[int, np.ndarray], name: str, colour: str, fitted: Exponent | None = None
-) -> None:
+def power_law(axis: Axes, errors: dict[int, np.ndarray], name: str, color: str, fitted: Exponent | None = None) -> None:
     """Repeated measurements by size: median, band between the extremes, the fitted exponent in the legend."""
     sizes, values = list(errors), list(errors.values())
-    axis.fill_between(
-        sizes, [v.min() for v in values], [v.max() for v in values], color=colour, alpha=0.15, linewidth=0
-    )
+    axis.fill_between(sizes, [v.min() for v in values], [v.max() for v in values], color=color, alpha=0.15, linewidth=0)
     text = name if fitted is None else f"{name}: slope {fitted.value:.2f} [{fitted.low:.2f}, {fitted.high:.2f}]"
-    axis.plot(sizes, [np.median(v) for v in values], "o-", color=colour, label=text)
+    axis.plot(sizes, [np.median(v) for v in values], "o-", color=color, label=text)
 
 
 def guide(axis: Axes, sizes: Iterable[float], start: float, power: float, name: str) -> None:

@@ -77,8 +77,8 @@ def _approach(problem: Problem, covariance: float = 1.0) -> Evidence:
 def _figure(evidence: Evidence, control: Evidence) -> Figure:
     figure, (axis,) = figures.panels(width=5.0)
     errors = evidence.series["errors"]
-    figures.power_law(axis, errors, "closed form", figures.COLOURS["real"], evidence.series["slope"])
-    figures.power_law(axis, control.series["errors"], "control", figures.COLOURS["control"])
+    figures.power_law(axis, errors, "closed form", figures.COLORS["real"], evidence.series["slope"])
+    figures.power_law(axis, control.series["errors"], "control", figures.COLORS["control"])
     figures.guide(axis, list(errors), 1.5 * float(np.median(errors[LENGTHS[0]])), -0.5, "slope -1/2")
     figures.label(axis, title="A Gaussian prefix", x="prefix length m", y="|T - T_infinite| / |T_infinite|", log="xy")
     return figure

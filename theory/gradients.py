@@ -28,8 +28,8 @@ OUTPUTS = {"tied": tied_outputs, "fixed": fixed_outputs}
 JACOBIANS = {"tied": tied_jacobian, "fixed": fixed_jacobian}
 
 
-def _uncentred(model: str) -> Callable[[Array, Array, Array], Array]:
-    """The gradient without its centring term: what one gets by forgetting that softmax is normalised."""
+def _uncentered(model: str) -> Callable[[Array, Array, Array], Array]:
+    """The gradient without its centering term: what one gets by forgetting that softmax is normalized."""
 
     def jacobian(weights: Array, signs: Array, inputs: Array) -> Array:
         mass = attention_mass(weights, inputs)
@@ -72,9 +72,9 @@ def _compare(problem: Problem, jacobians: dict[str, Callable[..., Array]]) -> Ev
 def _draw(evidence: Evidence, control: Evidence) -> Figure:
     figure, (axis,) = figures.panels()
     for name in MODELS:
-        axis.plot(SPACINGS, evidence.series["errors"][name], "o-", color=figures.COLOURS[name], label=name)
+        axis.plot(SPACINGS, evidence.series["errors"][name], "o-", color=figures.COLORS[name], label=name)
         axis.plot(
-            SPACINGS, control.series["errors"][name], ":", color=figures.COLOURS[name], label=f"{name}, uncentred"
+            SPACINGS, control.series["errors"][name], ":", color=figures.COLORS[name], label=f"{name}, uncentered"
         )
     figures.guide(axis, SPACINGS, evidence.series["errors"]["fixed"][0] * 2, 2, "slope 2")
     figures.label(
@@ -90,9 +90,9 @@ CLAIM = Claim(
     "fixed: dF_k/dw_r = m S_r (a_kr - <a_k, S>) x",
     source="derived (theory/README.md)",
     measure=lambda problem: _compare(problem, dict(JACOBIANS)),
-    control=lambda problem: _compare(problem, {name: _uncentred(name) for name in MODELS}),
-    control_statement="the same gradients without the centring term, as if softmax were not normalised",
+    control=lambda problem: _compare(problem, {name: _uncentered(name) for name in MODELS}),
+    control_statement="the same gradients without the centering term, as if softmax were not normalized",
     draw=_draw,
     caption="Relative difference between the closed-form directional derivative and central differences of spacing h; "
-    "dotted: without the centring term the difference does not vanish.",
+    "dotted: without the centering term the difference does not vanish.",
 )

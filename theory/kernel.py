@@ -22,7 +22,7 @@ def _compare(problem: Problem, part: KernelPart) -> Evidence:
     checks = []
     inputs = problem.inputs[:3]
     for name in MODELS:
-        # plain initialisation: the centring term does not vanish
+        # plain initialization: the centering term does not vanish
         model = build(problem, name, TOKENS, "kernel", symmetric=False)
         closed = prefix_ntk(model, inputs, part=part)
         for implementation in IMPLEMENTATIONS:
@@ -47,17 +47,17 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
     axis.barh(
         rows,
         [check.measured for check in evidence.checks],
-        color=[figures.COLOURS[name.split(":")[0]] for name in names],
+        color=[figures.COLORS[name.split(":")[0]] for name in names],
         left=1e-18,
     )
     axis.plot(
         [check.measured for check in control.checks],
         range(len(control.checks)),
         "x",
-        color=figures.COLOURS["control"],
+        color=figures.COLORS["control"],
         label="control: key part only",
     )
-    axis.axvline(TOLERANCE, color=figures.COLOURS["bound"], label="tolerance")
+    axis.axvline(TOLERANCE, color=figures.COLORS["bound"], label="tolerance")
     axis.set_yticks(rows, names)
     axis.invert_yaxis()
     figures.label(axis, title="Closed form against neural-tangents", x="relative difference", y="", log="x")

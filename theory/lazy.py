@@ -94,14 +94,14 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
                 m: np.array([v])
                 for m, v in zip(evidence.series["lengths"], evidence.series["found"][name, what], strict=True)
             }
-            figures.power_law(axis, values, name, figures.COLOURS[name], evidence.series["slopes"][name, what])
+            figures.power_law(axis, values, name, figures.COLORS[name], evidence.series["slopes"][name, what])
             if what == "movement":
-                axis.plot(list(values), evidence.series["found"][name, "allowed"], "--", color=figures.COLOURS["bound"])
+                axis.plot(list(values), evidence.series["found"][name, "allowed"], "--", color=figures.COLORS["bound"])
             axis.plot(
                 list(values),
                 control.series["found"][name, what],
                 ":",
-                color=figures.COLOURS[name],
+                color=figures.COLORS[name],
                 label=f"{name}, without the factor m",
             )
         figures.label(

@@ -86,13 +86,13 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
     figure, axes = figures.panels(len(evidence.series["errors"]) // 2)
     for index, (name, errors) in enumerate(evidence.series["errors"].items()):
         axis, model = axes[index // 2], name.split(",")[0]
-        figures.power_law(axis, errors, model, figures.COLOURS[model], evidence.series["slopes"][name])
+        figures.power_law(axis, errors, model, figures.COLORS[model], evidence.series["slopes"][name])
         wrong = control.series["errors"][name]
         axis.plot(
             list(wrong),
             [np.median(found) for found in wrong.values()],
             ":",
-            color=figures.COLOURS[model],
+            color=figures.COLORS[model],
             label=f"{model}, control",
         )
         if index % 2:

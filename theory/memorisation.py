@@ -1,4 +1,4 @@
-"""How long a prompt must be to memorise: by construction, by training, and by counting what its numbers can tell apart."""
+"""How long a prompt must be to memorize: by construction, by training, and by counting what its numbers can tell apart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from theory.problem import Problem
 from theory.prompting import Construction, Function, apply, largest_error, tents
 
 D, LENGTH = 16, 2
-"""Width of tokens and tokens of a sequence, of the sequences to memorise."""
+"""Width of tokens and tokens of a sequence, of the sequences to memorize."""
 
 FRACTIONS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
 """Prompt lengths tried, in units of the length whose trained numbers equal the answers' in number."""
@@ -45,7 +45,7 @@ FULL_GRIDS = {
 
 
 def sizes(problem: Problem) -> tuple[int, ...]:
-    """N, the numbers of sequences to memorise."""
+    """N, the numbers of sequences to memorize."""
     return (8, 16, 32, 64, 128) if problem.full else (8, 16, 32, 64)
 
 
@@ -106,7 +106,7 @@ def train(tasks: Task, count: int) -> Array:
     """The smallest max-error [tasks] on the way of Adam, full batch, cosine decay, on the prompt alone."""
 
     def one(task: Task) -> Array:
-        optimiser = optax.adam(optax.cosine_decay_schedule(RATE, count, 0.01))
+        optimizer = optax.adam(optax.cosine_decay_schedule(RATE, count, 0.01))
 
         def step(
             carry: tuple[Array, optax.OptState, Array], _: None
@@ -114,10 +114,10 @@ def train(tasks: Task, count: int) -> Array:
             prompt, state, best = carry
             answers, backward = jax.vjp(functools.partial(answer, task), prompt)
             error = answers - task.answers
-            update, state = optimiser.update(backward(error * (2 / error.size))[0], state)
+            update, state = optimizer.update(backward(error * (2 / error.size))[0], state)
             return (optax.apply_updates(prompt, update), state, jnp.minimum(best, jnp.abs(error).max())), None
 
-        start = (task.prompt, optimiser.init(task.prompt), jnp.float32(jnp.inf))
+        start = (task.prompt, optimizer.init(task.prompt), jnp.float32(jnp.inf))
         return jax.lax.scan(step, start, None, length=count)[0][2]
 
     return jax.vmap(one)(tasks)
@@ -293,23 +293,23 @@ def _figure(evidence: Evidence, control: Evidence) -> Figure:
         training.plot(ratio, errors, "o-", color=shade, label=f"N = {n}")
     sequences, tokens, best = control.series["excluded"]
     training.plot(
-        tokens * D / (sequences * LENGTH), best, "x", color=figures.COLOURS["control"], label="control: too short"
+        tokens * D / (sequences * LENGTH), best, "x", color=figures.COLORS["control"], label="control: too short"
     )
     training.axhline(goal, color="black", linestyle=":", linewidth=0.9, label=f"goal {goal:g}")
     figures.label(training, title="Trained prompts", x="trained numbers / answers", y="largest error", log="xy")
     used = list(series["found"])
-    figures.power_law(growth, series["found"], "trained", figures.COLOURS["tied"], series["growth"])
-    growth.plot(used, [n * LENGTH for n in used], "s-", color=figures.COLOURS["fixed"], label="constructed, N L")
+    figures.power_law(growth, series["found"], "trained", figures.COLORS["tied"], series["growth"])
+    growth.plot(used, [n * LENGTH for n in used], "s-", color=figures.COLORS["fixed"], label="constructed, N L")
     balanced = [n * LENGTH / D for n in used]
     growth.plot(used, balanced, ":", color="black", linewidth=0.9, label="as many numbers as answers")
     least = [counted(n, goal) for n in used]
-    growth.plot(used, least, "--", color=figures.COLOURS["bound"], label="lower bound, counting")
+    growth.plot(used, least, "--", color=figures.COLORS["bound"], label="lower bound, counting")
     figures.label(growth, title=f"N random sequences, error {goal:g}", x="sequences N", y="prompt tokens", log="xy")
     for axis, ticks in ((training, [0.125, 0.25, 0.5, 1, 2, 4]), (growth, used)):
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
-    colours = ("#0b2c54", "#1f5fa8", "#6b3fa0", "#c8531c", "#d99a2b")
-    for shade, ((d, length), (asked, tokens)) in zip(colours, series["tables"].items(), strict=False):
+    colors = ("#0b2c54", "#1f5fa8", "#6b3fa0", "#c8531c", "#d99a2b")
+    for shade, ((d, length), (asked, tokens)) in zip(colors, series["tables"].items(), strict=False):
         slope = series["slopes"][d, length]
         worst.plot(1 / asked, tokens, "o", color=shade, label=f"d = {d}, L = {length}: slope {slope.value:.2f}")
         worst.plot(1 / asked, fewest(d, length, asked), "-", color=shade, linewidth=0.9)
@@ -322,7 +322,7 @@ def _figure(evidence: Evidence, control: Evidence) -> Figure:
 
 CLAIM = Claim(
     name="memorisation",
-    title="How long a prompt must be to memorise",
+    title="How long a prompt must be to memorize",
     statement="N random sequences: N L tokens of a lookup reach any error, a trained prompt of D-wide tokens needs a multiple "
     "of N L / D, no prompt of b-bit numbers fewer than N L log2(1/eps) / (b D). Worst C-Lipschitz functions: "
     "L (C/eps)^(dL) (1/2 + d t)^(dL) tokens do, L (C/eps)^(dL) 2^(-dL) lines any table needs",

@@ -87,15 +87,15 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
             RADII,
             evidence.series["stated"],
             "--",
-            color=figures.COLOURS["bound"],
+            color=figures.COLORS["bound"],
             label="R n d e^{10B}, after the paper",
         )
         axis.plot(
-            RADII, evidence.series["allowed"][name], "-", color=figures.COLOURS["bound"], label="derived from W(0)"
+            RADII, evidence.series["allowed"][name], "-", color=figures.COLORS["bound"], label="derived from W(0)"
         )
-        axis.plot(RADII, evidence.series["drifts"][name], "o-", color=figures.COLOURS[name], label="largest found")
+        axis.plot(RADII, evidence.series["drifts"][name], "o-", color=figures.COLORS[name], label="largest found")
         axis.plot(
-            RADII, control.series["drifts"][name], ":", color=figures.COLOURS["control"], label="control: moved too far"
+            RADII, control.series["drifts"][name], ":", color=figures.COLORS["control"], label="control: moved too far"
         )
         figures.label(axis, title=f"Kernel drift, {name}", x="radius R", y="|H(W) - H(W(0))|  (Frobenius)", log="xy")
     return figure
@@ -103,7 +103,7 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
 
 CLAIM = Claim(
     name="perturbation",
-    title="The kernel near initialisation",
+    title="The kernel near initialization",
     statement="|w_r - w_r(0)| <= R for all r implies |H(W) - H(W(0))|_F <= 2 sqrt(lambda_max) delta(R) + delta(R)^2, "
     "delta explicit in W(0), and <= R n d e^(10B)",
     source="first bound derived (theory/README.md); second: form after arXiv 2406.14036, constants not verified",

@@ -420,12 +420,12 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
     figure, (degrees, work, exponents, times) = figures.panels(4, width=3.8, height=4.3)
     shades = dict(zip(REGIMES, ("#9fd0b4", "#2a7f4f", "#9dbfe3", "#1f5fa8", "#c8531c"), strict=True))
     lengths = [2.0**power for power in POWERS]
-    for name, colour in shades.items():
+    for name, color in shades.items():
         for kind, style in (("full", "-"), ("causal", "--"), ("proved", ":")):
             found = list(evidence.series["degrees"][kind, name].values())
-            degrees.plot(lengths, found, style, color=colour, label=name if kind == "full" else None)
+            degrees.plot(lengths, found, style, color=color, label=name if kind == "full" else None)
         found = [operations(power, degree) for power, degree in evidence.series["degrees"]["full", name].items()]
-        work.plot(lengths, found, color=colour, label=name)
+        work.plot(lengths, found, color=color, label=name)
     work.plot(lengths, [exact_operations(power) for power in POWERS], "--", color="black", label="exact attention")
     for style, kind in (("--", "the same, causal"), (":", "proved to suffice")):
         degrees.plot([], [], style, color="black", label=kind)
@@ -434,18 +434,16 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
     degrees.minorticks_off()
     figures.label(work, title="Operations, full attention", x="tokens n", y="multiplications", log="xy")
     crossing = evidence.series["crossing"]
-    for kind, colour in (("full", "tied"), ("causal", "fixed"), ("proved", "bound")):
+    for kind, color in (("full", "tied"), ("causal", "fixed"), ("proved", "bound")):
         name = "proved to suffice" if kind == "proved" else f"needed, {kind}"
-        exponents.plot(BETAS, crossing[kind], "o-", color=figures.COLOURS[colour], label=name)
+        exponents.plot(BETAS, crossing[kind], "o-", color=figures.COLORS[color], label=name)
     exponents.axhline(2, color="black", linewidth=0.9, linestyle="--", label="exact attention")
     figures.label(exponents, title="Exponent of the operations", x="beta = B / sqrt(log n)", y="exponent in n")
-    colours = ("tied", "real", "control", "fixed")
-    for (name, seconds), colour in zip(evidence.series["seconds"].items(), colours, strict=False):
+    colors = ("tied", "real", "control", "fixed")
+    for (name, seconds), color in zip(evidence.series["seconds"].items(), colors, strict=False):
         sizes = [2.0**power for power in seconds]
         slope = fits.exponent(sizes, list(seconds.values())).value
-        times.plot(
-            sizes, list(seconds.values()), "o-", color=figures.COLOURS[colour], label=f"{name}: slope {slope:.1f}"
-        )
+        times.plot(sizes, list(seconds.values()), "o-", color=figures.COLORS[color], label=f"{name}: slope {slope:.1f}")
     figures.label(times, title="Time on this machine", x="tokens n", y="seconds", log="xy")
     return figure
 

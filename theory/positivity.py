@@ -38,9 +38,9 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
     for axis, model in zip(axes, MODELS, strict=True):
         eigenvalues, floor = evidence.series["spectra"][model]
         duplicated, _ = control.series["spectra"][model]
-        axis.plot(np.abs(duplicated[::-1]), "x", color=figures.COLOURS["control"], label="one input duplicated")
-        axis.plot(eigenvalues[::-1], "o", color=figures.COLOURS[model], label="distinct inputs")
-        axis.axhline(floor, color=figures.COLOURS["bound"], linewidth=1, label="rounding")
+        axis.plot(np.abs(duplicated[::-1]), "x", color=figures.COLORS["control"], label="one input duplicated")
+        axis.plot(eigenvalues[::-1], "o", color=figures.COLORS[model], label="distinct inputs")
+        axis.axhline(floor, color=figures.COLORS["bound"], linewidth=1, label="rounding")
         figures.label(
             axis, title=f"Spectrum of H*, {model}", x="eigenvalue, from the largest", y="|eigenvalue|", log="y"
         )

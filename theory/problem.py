@@ -104,8 +104,8 @@ def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
         raise ValueError(
             f"expected 2 <= --inputs <= {len(images)} and 1 <= --width <= {images.shape[1]}, got {n} and {d}."
         )
-    centred = images - images.mean(0)
-    components = np.linalg.svd(centred, full_matrices=False)[2][:d] @ centred.T
+    centered = images - images.mean(0)
+    components = np.linalg.svd(centered, full_matrices=False)[2][:d] @ centered.T
     prototypes = np.stack([components[:, labels == label].mean(1) for label in range(10)])
     rows = np.random.default_rng(seed).permutation(len(images))[:n]
     x = components[:, rows].T

@@ -98,7 +98,7 @@ class Construction:
         length: L, tokens of a sequence.
         grid: G, cells a side.
         contexts: False for weights that do not look at the other tokens (one slot).
-        sharpness: tau > 0; a neighbouring cell's line weighs e^(-2 tau t) at relative distance t from the border.
+        sharpness: tau > 0; a neighboring cell's line weighs e^(-2 tau t) at relative distance t from the border.
         share: attention that the inputs get at most, relative to the prompt.
         apart: what lines of other rows lose in score.
         lipschitz, size: of the class.
@@ -143,7 +143,7 @@ class Construction:
         return 2 * self.d + self.length + 3
 
     @property
-    def centres(self) -> np.ndarray:
+    def centers(self) -> np.ndarray:
         """Of the cells, along one coordinate."""
         return (np.arange(self.grid) + 0.5) / self.grid
 
@@ -215,7 +215,7 @@ class Construction:
         d, length = self.d, self.length
         axes = np.meshgrid(*[np.arange(self.grid)] * (d * length), indexing="ij")
         cell = np.stack(axes, -1).reshape(-1, length, d)
-        answers = np.asarray(function(self.centres[cell]))
+        answers = np.asarray(function(self.centers[cell]))
         if answers.shape != cell.shape:
             raise ValueError(f"function: expected answers {cell.shape}, [B, L, d] as the inputs, got {answers.shape}.")
         if not np.abs(answers).max() <= self.size:
@@ -228,7 +228,7 @@ class Construction:
         for i in range(length):
             others = np.delete(cell, i, axis=1).reshape(len(cell), -1)
             slot = others @ places if self.contexts else np.zeros(len(cell))
-            tables.append(self.lines(np.full(len(cell), i), self.centres[cell[:, i]], slot, answers[:, i]))
+            tables.append(self.lines(np.full(len(cell), i), self.centers[cell[:, i]], slot, answers[:, i]))
         return np.concatenate(tables)
 
     # ---------------------------------------------------------------------------------- The weights
@@ -312,7 +312,7 @@ class Construction:
                 for sign in (1.0, -1.0):
                     unit, pay = np.zeros((total, 1)), np.zeros((1, answers))
                     unit[context + j * d + k] = sign * length
-                    unit[share] = -sign * self.centres[g] - 0.5 / self.grid
+                    unit[share] = -sign * self.centers[g] - 0.5 / self.grid
                     # silent for other rows, whose arguments stay below 1
                     unit[self.columns["position"].start + i] = 2.0
                     # the context of row i leaves out row i
@@ -330,7 +330,7 @@ class Construction:
 
 
 def _maxima(count: int, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """max(a, b) = relu(a - b) + relu(b) - relu(-b) over neighbours of ``count`` d-vectors: before and after the ReLU."""
+    """max(a, b) = relu(a - b) + relu(b) - relu(-b) over neighbors of ``count`` d-vectors: before and after the ReLU."""
     half = (count + 1) // 2
     split, merge = np.zeros((count, 3 * half)), np.zeros((3 * half, half))
     for pair in range(half):

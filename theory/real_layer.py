@@ -1,4 +1,4 @@
-"""The real layer, inputs present: as m outgrows L its kernel tends to a limit of its own, not to the stylised one."""
+"""The real layer, inputs present: as m outgrows L its kernel tends to a limit of its own, not to the stylized one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _own_limit(problem: Problem, layer: PrefixAttentionLayer) -> Kernel:
     )
 
 
-def _stylised_limit(problem: Problem, layer: PrefixAttentionLayer) -> Kernel:
+def _stylized_limit(problem: Problem, layer: PrefixAttentionLayer) -> Kernel:
     """The tied model's limit at the same scores, its values projected: what absorbing the projections would give."""
     effective = layer.query_projection[...] @ layer.key_projection[...].T / jnp.sqrt(problem.d)
     limit = limit_ntk(problem.inputs @ effective, sigma=problem.sigma, model="tied")
@@ -49,7 +49,7 @@ def _stylised_limit(problem: Problem, layer: PrefixAttentionLayer) -> Kernel:
 def _approach(problem: Problem, limit: str) -> Evidence:
     lengths = [2**power for power in (range(2, 17, 2) if problem.full else range(2, 13, 2))]
     repeats = 4
-    goal = (_own_limit if limit == "own" else _stylised_limit)(problem, _layer(problem, 2, 0))
+    goal = (_own_limit if limit == "own" else _stylized_limit)(problem, _layer(problem, 2, 0))
     errors = {}
     for m in lengths:
         # one sequence of L d outputs: its dense Jacobian is small, and cheaper than structured derivatives
@@ -71,8 +71,8 @@ def _approach(problem: Problem, limit: str) -> Evidence:
 def _draw(evidence: Evidence, control: Evidence) -> Figure:
     figure, (axis,) = figures.panels(width=5.0)
     errors = evidence.series["errors"]
-    figures.power_law(axis, errors, "its own limit", figures.COLOURS["real"], evidence.series["slope"])
-    figures.power_law(axis, control.series["errors"], "the stylised limit (control)", figures.COLOURS["control"])
+    figures.power_law(axis, errors, "its own limit", figures.COLORS["real"], evidence.series["slope"])
+    figures.power_law(axis, control.series["errors"], "the stylized limit (control)", figures.COLORS["control"])
     axis.axvline(evidence.series["sequence"], color="black", linewidth=0.8, linestyle=":", label="m = L")
     last = max(errors)
     figures.guide(axis, list(errors), 0.6 * np.median(errors[last]) * (last / min(errors)) ** 0.5, -0.5, "slope -1/2")
@@ -85,12 +85,12 @@ CLAIM = Claim(
     title="Real prefix attention has a limit of its own",
     statement="m Theta -> e^(s c)[(1 + s c) A A^T + (2 s + s^2 c) A u_j (A u_i)^T] at least as fast as m^(-1/2) "
     "once m outgrows L, with "
-    "s = sigma^2, u = W_K W_Q^T x / sqrt(d), A = W_V^T, c = u_i.u_j; the stylised limit keeps a constant distance",
+    "s = sigma^2, u = W_K W_Q^T x / sqrt(d), A = W_V^T, c = u_i.u_j; the stylized limit keeps a constant distance",
     source="derived (theory/README.md); empirical NTK by neural-tangents, inputs present",
     measure=lambda problem: _approach(problem, "own"),
-    control=lambda problem: _approach(problem, "stylised"),
-    control_statement="the stylised tied limit at the same scores: real values carry no signs, so it is another kernel",
+    control=lambda problem: _approach(problem, "stylized"),
+    control_statement="the stylized tied limit at the same scores: real values carry no signs, so it is another kernel",
     draw=_draw,
     caption="Relative distance of the real layer's kernel, inputs present, from its own infinite-prefix limit and from the "
-    "stylised one. While m is below L the inputs hold most of the attention.",
+    "stylized one. While m is below L the inputs hold most of the attention.",
 )

@@ -46,10 +46,10 @@ def _random(problem: Problem, *labels: int) -> np.random.Generator:
 
 
 def _border(construction: Construction) -> Function:
-    """Distance to the nearest centre: its table is zero, like that of its negative, so no prompt of a table knows it."""
+    """Distance to the nearest center: its table is zero, like that of its negative, so no prompt of a table knows it."""
 
     def function(x: np.ndarray) -> np.ndarray:
-        distance = np.abs(x[..., None] - construction.centres).min(-1)
+        distance = np.abs(x[..., None] - construction.centers).min(-1)
         return np.broadcast_to(distance.max((1, 2), keepdims=True), x.shape)
 
     return function
@@ -147,22 +147,22 @@ def _figure(evidence: Evidence, control: Evidence) -> Figure:
     figures.label(lengths, title="A table in the prompt", x="prompt tokens", y="largest |out - f|", log="xy")
     swept, (d, length, grid) = evidence.series["swept"], SWEPT
     taus = list(swept)
-    sharpness.plot(taus, [bound for _, bound in swept.values()], color=figures.COLOURS["bound"], label="bound")
+    sharpness.plot(taus, [bound for _, bound in swept.values()], color=figures.COLORS["bound"], label="bound")
     sharpness.plot(
-        taus, [error for error, _ in swept.values()], "o-", color=figures.COLOURS["tied"], label="largest error"
+        taus, [error for error, _ in swept.values()], "o-", color=figures.COLORS["tied"], label="largest error"
     )
     sharpness.axhline(0.5 / grid, color="black", linestyle=":", linewidth=0.9, label="half a cell")
     figures.label(
         sharpness, title=f"Softmax as a lookup, d = {d}, G = {grid}", x="sharpness tau", y="largest |out - f|", log="xy"
     )
-    colours = {"its own prompt": figures.COLOURS["tied"], "no context": figures.COLOURS["control"]}
+    colors = {"its own prompt": figures.COLORS["tied"], "no context": figures.COLORS["control"]}
     errors = control.series["errors"]
     for name in next(iter(errors.values())):
         context.plot(
             list(errors),
             [found[name] for found in errors.values()],
             "o-",
-            color=colours.get(name, "#c8531c"),
+            color=colors.get(name, "#c8531c"),
             label=name,
         )
     figures.label(context, title="Answer with the other token", x="prompt tokens", y="largest |out - f|", log="xy")

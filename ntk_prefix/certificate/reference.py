@@ -1,6 +1,6 @@
-"""The linearised run, and what a bounded drift of the Jacobian makes of it: theory/certificate.md, sections 2 and 3.
+"""The linearized run, and what a bounded drift of the Jacobian makes of it: theory/certificate.md, sections 2 and 3.
 
-Everything is in the normalisation of H = J J^T / m: with Theta = m H, ``rate`` is m eta, path lengths are m times their
+Everything is in the normalization of H = J J^T / m: with Theta = m H, ``rate`` is m eta, path lengths are m times their
 size, a Jacobian is J / sqrt(m). The inputs are a few hundred numbers; the prefix is not seen here.
 """
 
@@ -17,7 +17,7 @@ from ntk_prefix.certificate.rounding import OUTWARD, Enclosure, gamma
 __all__ = ["Paths", "Reference", "Step"]
 
 RATIO = 1.25
-"""Of consecutive times on the polygon near the linearised run: its distance falls as the square of log RATIO."""
+"""Of consecutive times on the polygon near the linearized run: its distance falls as the square of log RATIO."""
 
 FINE = 1.03
 """Of consecutive times in the sums over all steps, which are taken from above."""
@@ -58,7 +58,7 @@ class Paths(NamedTuple):
     """What gradient descent cannot exceed while |J(W) - J(W(0))|_op / sqrt(m) <= drift.
 
     ``outputs``: P, m eta sum_t |F(t) - Y|. ``weights``: G, sqrt(m) eta sum_t |J(t)^T (F(t) - Y)|.
-    ``deviation``: V, sqrt(m) |W(t) - W(0) - linearised displacement|_F at every t.
+    ``deviation``: V, sqrt(m) |W(t) - W(0) - linearized displacement|_F at every t.
     """
 
     outputs: float
@@ -114,15 +114,15 @@ class Reference:
         object.__setattr__(self, "_polygon", self._near(coefficients, rounding, horizon))
 
     outputs: float = dataclasses.field(init=False)
-    """m eta sum_t |e(t)| of the linearised run."""
+    """m eta sum_t |e(t)| of the linearized run."""
     weights: float = dataclasses.field(init=False)
-    """m eta sum_t |H^^(1/2) e(t)| of the linearised run."""
+    """m eta sum_t |H^^(1/2) e(t)| of the linearized run."""
     half: float = dataclasses.field(init=False)
     """s_1 = m eta sum_t |H^^(1/2) (I - m eta H^)^t|_op."""
     whole: float = dataclasses.field(init=False)
     """s_2 = m eta sum_t |H^ (I - m eta H^)^t|_op."""
     norm: float = dataclasses.field(init=False)
-    """sqrt( e(0)^T H^^-1 e(0) ): sqrt(m) times the length of the linearised displacement, at most."""
+    """sqrt( e(0)^T H^^-1 e(0) ): sqrt(m) times the length of the linearized displacement, at most."""
     _polygon: tuple[np.ndarray, float] = dataclasses.field(init=False)
 
     @property
@@ -141,7 +141,7 @@ class Reference:
         return (float(self.kernel.values[-1]) * (1 + self.relative_error) + self.discrepancy) * OUTWARD
 
     def polygon(self) -> tuple[np.ndarray, float]:
-        """Points near m q(t), where J(0)^T q(t) is the linearised displacement, [k, N], and how near.
+        """Points near m q(t), where J(0)^T q(t) is the linearized displacement, [k, N], and how near.
 
         m q(t) = H^^-1 (I - (I - m eta H^)^t) e(0)
         """

@@ -46,7 +46,7 @@ class Certificate:
         step_size: eta.
         rate: x in |F(t+1) - Y|^2 <= (1 - x) |F(t) - Y|^2.
         radius: the largest radius of any token.
-        deviation: bound on |W(t) - W(0) - linearised displacement|_F at every step, part of every radius.
+        deviation: bound on |W(t) - W(0) - linearized displacement|_F at every step, part of every radius.
         smallest, largest: bounds on the extreme eigenvalues of H(W(0)).
         drift: bound on |J(W(t)) - J(W(0))|_op / sqrt(m) at every step.
         initial_error: upper bound on |F(0) - Y|_F.
@@ -136,7 +136,7 @@ def certify(
     Args:
         x: [n, d] inputs, distinct, float64. Nothing is assumed of their norms.
         y: [n, outputs] targets, float64; d of them for the tied model.
-        sigma: standard deviation of the prefix at initialisation.
+        sigma: standard deviation of the prefix at initialization.
         model: "fixed" or "tied"; or a model, or a ``RandomPrefix``: then its own weights are the starting point (a
             trained model restarts the certificate where it stands), and sigma, m, key and symmetric are its own.
         m: prefix length; None searches for the smallest (``find_m``).
@@ -359,7 +359,7 @@ def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Ce
             OUTWARD * float(enclosure.values[0]) - smallest,
             smallest,
         ),
-        Step("the step is stable: m eta lambda_max of the linearised run", OUTWARD * rate * top, 0.99),
+        Step("the step is stable: m eta lambda_max of the linearized run", OUTWARD * rate * top, 0.99),
     ]
     refused = Certificate(
         holds=False,
@@ -417,7 +417,7 @@ def _close(tokens: Tokens, reference: Reference, movement: np.ndarray, spread: n
     claimed = Claimed(0.0, np.zeros(n), np.zeros(n))
     drift, parts, steps = 0.0, {}, []
     for attempt in range(PASSES):
-        exponent = float(tokens.norms.max()) * (float(movement.max()) + claimed.total) + float(claimed.normaliser.max())
+        exponent = float(tokens.norms.max()) * (float(movement.max()) + claimed.total) + float(claimed.normalizer.max())
         steps = [Step("exponents are small: |x_i| R_r + h_i of every token", OUTWARD * exponent, LARGEST_EXPONENT)]
         if not steps[0].holds:
             break
@@ -428,8 +428,8 @@ def _close(tokens: Tokens, reference: Reference, movement: np.ndarray, spread: n
         if drift:
             steps += [
                 Step("the drift implies itself: computed in the ball, over the one assumed", ball.drift / drift, 1.0),
-                Step("so does the normaliser", _worst(ball.normaliser, claimed.normaliser), 1.0),
-                Step("so does the mean value", _worst(ball.centre, claimed.centre), 1.0),
+                Step("so does the normalizer", _worst(ball.normalizer, claimed.normalizer), 1.0),
+                Step("so does the mean value", _worst(ball.center, claimed.center), 1.0),
             ]
             if all(step.holds for step in steps):
                 break
@@ -439,7 +439,7 @@ def _close(tokens: Tokens, reference: Reference, movement: np.ndarray, spread: n
             return _Closure((steps[0], *needed), claimed, wanted, parts)
         drift = wanted
         total = OUTWARD * reference.paths(drift).deviation / math.sqrt(tokens.m)
-        claimed = Claimed(total, 1.5 * ball.normaliser, 1.5 * ball.centre)
+        claimed = Claimed(total, 1.5 * ball.normalizer, 1.5 * ball.center)
     return _Closure(tuple(steps), claimed, drift, parts)
 
 

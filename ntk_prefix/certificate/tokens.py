@@ -1,7 +1,7 @@
 """Sums over the prefix, one tile of tokens at a time: the only place that sees the tokens.
 
 Every pass is a loop over tiles of one shape, so a prefix of any length runs the same few compiled programs and takes
-the memory of a tile, plus one number a token: how far the linearised run takes it.
+the memory of a tile, plus one number a token: how far the linearized run takes it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Claimed:
     """The ball and what is claimed of it, before a pass proves or refutes it.
 
     Args:
-        total: V, bound on the Frobenius norm of all deviations from the linearised run together.
-        normaliser: h_i, [n], bound on |log sum_r S_ir(0) e^{x_i . u_r}|.
-        centre: s_i, [n], bound on how far the mean value c_i moves.
+        total: V, bound on the Frobenius norm of all deviations from the linearized run together.
+        normalizer: h_i, [n], bound on |log sum_r S_ir(0) e^{x_i . u_r}|.
+        center: s_i, [n], bound on how far the mean value c_i moves.
     """
 
     total: float
-    normaliser: np.ndarray
-    centre: np.ndarray
+    normalizer: np.ndarray
+    center: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Ball:
     """What one pass computes of the ball ``Claimed``, every entry an upper bound.
 
     Args:
-        normaliser, centre: as in ``Claimed``, computed.
+        normalizer, center: as in ``Claimed``, computed.
         parts: bounds on the operator norm of each part of (J(W) - J(W(0))) / sqrt(m), by name.
     """
 
-    normaliser: np.ndarray
-    centre: np.ndarray
+    normalizer: np.ndarray
+    center: np.ndarray
     parts: dict[str, float]
 
     @property
@@ -86,12 +86,12 @@ class Tokens:
                 jnp.pad(array[...].astype(float), ((0, pad), (0, 0))).reshape(-1, TILE, array[...].shape[1])
                 for array in (prefix.weights, prefix.signs)
             )
-        self._normalise()
+        self._normalize()
 
     @property
     def outputs(self) -> int:
         """Number of outputs of the model."""
-        return self.centre.shape[1]
+        return self.center.shape[1]
 
     def _tiles(self) -> Iterator[_Rows]:
         """Weights, signs and which of the rows are real."""
@@ -106,10 +106,10 @@ class Tokens:
     def _copies(self) -> int:
         return 2 if self.paired else 1
 
-    def _normalise(self) -> None:
-        """First pass: normalisers of the attention and mean values, and the rounding of everything built on them.
+    def _normalize(self) -> None:
+        """First pass: normalizers of the attention and mean values, and the rounding of everything built on them.
 
-        A score is off by gamma_d |x_i| |w_r|, the shifted score by three more roundings of it, the normaliser by as
+        A score is off by gamma_d |x_i| |w_r|, the shifted score by three more roundings of it, the normalizer by as
         much and by its sum: hence the relative error of T_ir. Whatever else is computed here is made of positive
         terms with at most four factors T or S, a bounded number of other operations, and exponentials of arguments
         below 1, whose relative error is at most that of the argument.
@@ -129,18 +129,18 @@ class Tokens:
         self.slack = 16 * (2 * score + gamma(self.m + 64 * (d + len(self.inputs)) + 256))
         """Relative error of every positive sum below (twelve roundings of T or of an exponent, and the sum itself)."""
         if self.paired:
-            self.centre = np.zeros_like(moment[0])
-            self.centre_error = 0.0
+            self.center = np.zeros_like(moment[0])
+            self.center_error = 0.0
         else:
-            self.centre = (fade[:, :, None] * moment).sum(0) / (mean * self.m)[:, None]
+            self.center = (fade[:, :, None] * moment).sum(0) / (mean * self.m)[:, None]
             # per entry slack times the mean absolute value of a token; over all n o entries
-            self.centre_error = self.slack * float(value.max()) * float(np.sqrt(self.centre.size))
-        self.value_reach = np.linalg.norm(self.centre, axis=1) * (1 + self.slack) + self.centre_error
+            self.center_error = self.slack * float(value.max()) * float(np.sqrt(self.center.size))
+        self.value_reach = np.linalg.norm(self.center, axis=1) * (1 + self.slack) + self.center_error
         """|c_i|, [n]."""
 
     def outputs_now(self) -> tuple[np.ndarray, float]:
         """The model's outputs F(x_i) = m c_i, [n, o], and the Frobenius norm of their rounding error."""
-        return self.m * self.centre, self.m * self.centre_error * (1 + self.slack)
+        return self.m * self.center, self.m * self.center_error * (1 + self.slack)
 
     def second_moments(self) -> tuple[np.ndarray, float]:
         """Bounds on lambda_max(sum_r S_ir v_r v_r^T), [n], and the rounding of the kernel ``prefix_ntk`` computes.
@@ -170,12 +170,12 @@ class Tokens:
         return np.maximum(found.values[..., -1], 0) + found.radius + self.slack * np.trace(matrices, axis1=-2, axis2=-1)
 
     def movement(self, path: np.ndarray, between: float) -> np.ndarray:
-        """Bounds rho_r on how far the linearised run takes each token, [tiles, rows of a tile].
+        """Bounds rho_r on how far the linearized run takes each token, [tiles, rows of a tile].
 
             rho_r = max_k |J_r^T q_k| / m + |J_r|_F between / m
 
         Args:
-            path: m q_k, [k, n, o]: a polygon near which ``m q(t)`` stays, J^T q(t) being the linearised displacement.
+            path: m q_k, [k, n, o]: a polygon near which ``m q(t)`` stays, J^T q(t) being the linearized displacement.
             between: Frobenius norm of the largest distance of m q(t) from that polygon.
         """
         # the products of one component are rounded relative to |J_r|_F |q|
@@ -185,7 +185,7 @@ class Tokens:
         return np.stack(
             [
                 np.asarray(
-                    _movement(*tile, *self._common(), self.centre, self.value_reach, path, reach, tied=self.tied)
+                    _movement(*tile, *self._common(), self.center, self.value_reach, path, reach, tied=self.tied)
                 )
                 for tile in self._tiles()
             ]
@@ -208,8 +208,8 @@ class Tokens:
                 self.value_reach,
                 rho,
                 claimed.total,
-                claimed.normaliser,
-                claimed.centre,
+                claimed.normalizer,
+                claimed.center,
                 tied=self.tied,
             )
             sums = {name: sums.get(name, 0.0) + np.asarray(value) for name, value in added.items()}
@@ -220,10 +220,10 @@ class Tokens:
         # a sum over S = T / m, and a root of a sum over S^2
         mean = lambda name: sums[name] / self.m  # noqa: E731
         root = lambda name: np.sqrt(sums[name]) / self.m  # noqa: E731
-        normaliser = norms * (mean("grow") + total * root("grow_squared"))
-        centre = np.sqrt(mean("step_squared") * spread) + norms * total * root("value_squared")
+        normalizer = norms * (mean("grow") + total * root("grow_squared"))
+        center = np.sqrt(mean("step_squared") * spread) + norms * total * root("value_squared")
         if self.tied:
-            centre = centre + mean("carried") + total * root("carried_squared")
+            center = center + mean("carried") + total * root("carried_squared")
 
         inner = np.abs(self.inputs @ self.inputs.T) + gamma(len(self.inputs[0]) + 2) * norms[:, None] * norms[None]
         n, o = len(norms), self.outputs
@@ -235,8 +235,8 @@ class Tokens:
         blocks[left, right] = blocks[right, left] = self._largest(quadratic)
         parts = {
             "attention, through the values": _operator(inner * blocks),
-            "the mean value": _operator(inner * sums["mass"] / self.m * claimed.centre[:, None] * claimed.centre[None]),
-            "deviations from the linearised run": steepest * total / float(np.sqrt(self.m)),
+            "the mean value": _operator(inner * sums["mass"] / self.m * claimed.center[:, None] * claimed.center[None]),
+            "deviations from the linearized run": steepest * total / float(np.sqrt(self.m)),
         }
         if not self.paired:
             about = np.diagonal(sums["step"]) / self.m * np.square(norms * self.value_reach)
@@ -245,7 +245,7 @@ class Tokens:
             parts["attention, through the tokens"] = _operator(sums["step"] / self.m)
             parts["the tokens as values"] = _operator(inner * sums["moved"] / self.m)
         parts = {name: value * up for name, value in parts.items()}
-        return Ball(normaliser * up, centre * up, parts)
+        return Ball(normalizer * up, center * up, parts)
 
 
 def _operator(squares: np.ndarray) -> float:
@@ -316,7 +316,7 @@ def _movement(
     inputs: Array,
     shift: Array,
     norms: Array,
-    centre: Array,
+    center: Array,
     reach: Array,
     path: Array,
     between: Array,
@@ -327,7 +327,7 @@ def _movement(
 
     def length(point: Array) -> Array:
         """|J_r^T q|^2 of every token."""
-        along = jnp.matmul(point, values.T) - (centre * point).sum(1)[:, None]
+        along = jnp.matmul(point, values.T) - (center * point).sum(1)[:, None]
         moved = jnp.matmul((mass * along).T, inputs)
         if tied:
             moved += signs * jnp.matmul(mass.T, point)
@@ -349,15 +349,15 @@ def _ball(
     reach: Array,
     rho: Array,
     total: Array,
-    normaliser: Array,
-    centre: Array,
+    normalizer: Array,
+    center: Array,
     *,
     tied: bool,
 ) -> tuple[dict[str, Array], Array]:
     mass, values = _mass(weights, valid, inputs, shift), _values(weights, signs, tied)
     outputs = values.shape[1]
     rho = jnp.where(valid, rho, 0)[None]
-    x, h = norms[:, None], normaliser[:, None]
+    x, h = norms[:, None], normalizer[:, None]
     radius = rho + total
     exponent = x * radius + h
     growth, growth_alone, size = _secant(exponent), _secant(x * radius), jnp.exp(exponent)

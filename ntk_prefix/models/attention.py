@@ -103,7 +103,7 @@ class AttentionLayer(nnx.Module):
         """Return the layer's output and the cache with this call's keys written at ``start``.
 
         With a cache, S is the buffer's length and ``mask`` has to hide what is not yet written. With a window, tokens
-        see ``window`` neighbours to each side and the first ``leading`` rows (:func:`~ntk_prefix.models.window.windowed`).
+        see ``window`` neighbors to each side and the first ``leading`` rows (:func:`~ntk_prefix.models.window.windowed`).
 
         Raises:
             ValueError: a window beside a cache, a causal mask, or adapters that differ from row to row.

@@ -304,7 +304,7 @@ class Classifier(nnx.Module):
             raise ValueError(f"num_labels: expected at least 1, got {num_labels}")
         self.backbone = backbone
         self.pooling = pooling
-        # as small as transformers are initialised: the first loss is that of a guess
+        # as small as transformers are initialized: the first loss is that of a guess
         init = nnx.initializers.normal(0.02)
         self.head = nnx.Linear(backbone.config.hidden_size, num_labels, kernel_init=init, rngs=rngs)
 

@@ -74,11 +74,11 @@ class LayerNorm(nnx.LayerNorm):
     """
 
     def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:  # type: ignore[override]
-        """Normalise each vector."""
+        """Normalize each vector."""
         wide = x.astype(accumulation_dtype(x.dtype))
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+        normal = centered * jax.lax.rsqrt(variance + self.epsilon)
         scale, bias = (cast(nnx.Param, p)[...].reshape(*[1] * (x.ndim - 1), -1) for p in (self.scale, self.bias))
         return (normal * scale + bias).astype(self.dtype or x.dtype)
 

@@ -2,7 +2,7 @@
 
 =====================  ==================================================================================
 a folder               ``config.json`` and ``model.safetensors``, or shards with an index
-``.gguf``              dequantised by the ``gguf`` package; hyper-parameters and tokenizer from the metadata
+``.gguf``              dequantized by the ``gguf`` package; hyper-parameters and tokenizer from the metadata
 ``.onnx``              a torch export of a vision transformer in DINOv2 layout, mapped by node names
 =====================  ==================================================================================
 
@@ -153,23 +153,23 @@ def _read_gguf(path: Path) -> Checkpoint:
     config = {name: value for name, value in stored.items() if value is not None}
     if (scaling := metadata.get("llama.rope.scaling.type", "none")) != "none":
         config["rope_scaling"] = {"rope_type": scaling}
-    quantised = {tensor.name: tensor for tensor in all_tensors}
-    if "token_embd.weight" in quantised:
-        config["vocab_size"] = int(quantised["token_embd.weight"].shape[1])
-    config["tie_word_embeddings"] = "output.weight" not in quantised
-    config["attention_bias"] = "blk.0.attn_q.bias" in quantised
+    quantized = {tensor.name: tensor for tensor in all_tensors}
+    if "token_embd.weight" in quantized:
+        config["vocab_size"] = int(quantized["token_embd.weight"].shape[1])
+    config["tie_word_embeddings"] = "output.weight" not in quantized
+    config["attention_bias"] = "blk.0.attn_q.bias" in quantized
     config["model_type"] = architecture
 
     def read(name: str, heads: int) -> np.ndarray:
-        values = dequantize(quantised[name].data, quantised[name].tensor_type)
+        values = dequantize(quantized[name].data, quantized[name].tensor_type)
         if not heads:
             return values
-        # llama.cpp turns neighbours (2 j, 2 j + 1) where Hugging Face turns (j, j + H/2), and has sorted the rows so
+        # llama.cpp turns neighbors (2 j, 2 j + 1) where Hugging Face turns (j, j + H/2), and has sorted the rows so
         pairs = values.reshape(heads, -1, 2, *values.shape[1:])
         return pairs.swapaxes(1, 2).reshape(values.shape)
 
     tensors: dict[str, Callable[[], np.ndarray]] = {}
-    for name in quantised:
+    for name in quantized:
         module, _, parameter = name.rpartition(".")
         block = re.match(r"blk\.(\d+)\.", module)
         template = re.sub(r"^blk\.\d+\.", "blk.{i}.", module)

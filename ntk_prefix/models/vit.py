@@ -114,14 +114,14 @@ def bicubic_matrix(old: int, new: int, a: float = -0.75) -> np.ndarray:
     """The linear map [new, old] of bicubic resampling along one axis.
 
     Sample i of the new axis lies at ``(i + 1/2) old / new - 1/2`` of the old one and is the sum of its four
-    neighbours, each weighed by Keys' kernel at its distance; beyond the border the border's value goes on.
+    neighbors, each weighed by Keys' kernel at its distance; beyond the border the border's value goes on.
     No antialiasing.
 
     Source: Keys 1981; ``a`` and the borders are torch's and ONNX's.
     """
-    centres = (np.arange(new) + 0.5) * old / new - 0.5
-    taps = np.floor(centres).astype(int)[:, None] + np.arange(-1, 3)
-    distance = np.abs(centres[:, None] - taps)
+    centers = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(centers).astype(int)[:, None] + np.arange(-1, 3)
+    distance = np.abs(centers[:, None] - taps)
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
     matrix = np.zeros((new, old))
@@ -207,7 +207,7 @@ class Vit(Backbone):
         return f"{self.config.model_type}."
 
     def __call__(self, pixel_values: Float[Array, "B height width channels"]) -> Output:
-        """Encode a batch of images, normalised as the checkpoint wants them.
+        """Encode a batch of images, normalized as the checkpoint wants them.
 
         Raises:
             ValueError: sides that patches do not divide, or another number of channels.

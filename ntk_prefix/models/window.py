@@ -1,4 +1,4 @@
-"""Attention in which a token sees its neighbours and some leading rows: memory and time linear in the length.
+"""Attention in which a token sees its neighbors and some leading rows: memory and time linear in the length.
 
 Queries are cut into blocks of ``window`` tokens, each with its own block of keys, the one before and the one after; the
 blocks are folded into the batch and go through the layer's ordinary core. So every core (plain, a trained prefix,

@@ -1,4 +1,4 @@
-"""Adapters on frozen transformers, trained by type: NTK-Attention, LoRA, prefix tuning and their neighbours.
+"""Adapters on frozen transformers, trained by type: NTK-Attention, LoRA, prefix tuning and their neighbors.
 
 >>> model = npx.models.from_pretrained(folder, task="sequence-classification", num_labels=2)
 >>> npx.peft.apply(model, npx.peft.NTKAttentionConfig())

@@ -7,7 +7,7 @@
 The model is the fixed one, at whose kernel neural-tangents is good. Of the tied model, whose parameter is used twice,
 it holds the Jacobian: 0.7 GB at m = 1,024, so that m = 65,536 is out of reach.
 
-Times are taken in one process, the contenders taking turns, so that a neighbour on the machine slows all of them;
+Times are taken in one process, the contenders taking turns, so that a neighbor on the machine slows all of them;
 ratios are medians over the rounds. Peak memory is taken in a process for each contender, over what it had after its
 imports. The machine's matrix-product rate is measured in the same rounds: what a contender reaches of it is its flops
 (those of the formula it evaluates) over its time.

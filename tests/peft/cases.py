@@ -1,4 +1,4 @@
-"""The methods that the matrix of behaviours runs over, and what all of its tests need."""
+"""The methods that the matrix of behaviors runs over, and what all of its tests need."""
 
 import functools
 

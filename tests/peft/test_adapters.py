@@ -1,4 +1,4 @@
-"""One matrix of behaviours over methods, as in Hugging Face peft's tests, and what only some methods have."""
+"""One matrix of behaviors over methods, as in Hugging Face peft's tests, and what only some methods have."""
 
 import jax
 import jax.numpy as jnp

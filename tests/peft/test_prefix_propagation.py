@@ -109,7 +109,7 @@ class TestKernelForm:
             assert np.abs(other - both).max() > 1e-2
 
     @pytest.mark.parametrize("kernel", ["exp", "rbf", "poly"])
-    def test_kernels_are_normalised_over_the_prefix(self, kernel):
+    def test_kernels_are_normalized_over_the_prefix(self, kernel):
         query, key, value, prefix_key, prefix_value = heads()
         with jax.enable_x64(True):
             alpha = jnp.array([0.0, 1.0, -0.5, 2.0])

@@ -1,4 +1,4 @@
-"""The fixed transformer whose prompt is a table, part by part and as a whole, and what prompts can memorise."""
+"""The fixed transformer whose prompt is a table, part by part and as a whole, and what prompts can memorize."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ class TestParts:
         built = Construction(d=2, length=1, grid=7)
         x = random.uniform(size=(500, 1, 2))
         envelope = stream(built, x)[..., built.columns["envelope"]][..., 0]
-        expected = (2 * x[..., None] * built.centres - built.centres**2).max(-1).sum(-1)
+        expected = (2 * x[..., None] * built.centers - built.centers**2).max(-1).sum(-1)
         np.testing.assert_allclose(envelope, expected, atol=1e-14)
 
     def test_tokens_are_moved_to_their_places(self, random: np.random.Generator) -> None:
@@ -170,11 +170,11 @@ class TestFunctions:
         x = random.uniform(size=(4000, length, d))
         moved = np.clip(x + 1e-3 * random.choice((-1.0, 1.0), x.shape), 0, 1)
         far = random.uniform(size=x.shape)
-        centres = Construction(d=d, length=length, grid=3)
+        centers = Construction(d=d, length=length, grid=3)
         known: dict[str, Function] = {
             **functions(random, d, length),
             "tents": tents(random, d, length, 3),
-            "border": universality._border(centres),
+            "border": universality._border(centers),
         }
         for name, function in known.items():
             near, apart = (

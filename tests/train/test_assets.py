@@ -65,7 +65,7 @@ def tiny(content: bytes, file: str, source: str, prefix: str = "") -> Asset:
         size=len(content),
         members={f"{prefix}tiny/model/{name}": name for name in ("weights.bin", "config.json")},
         entry="weights.bin",
-        licence="MIT",
+        license="MIT",
     )
 
 
@@ -102,7 +102,7 @@ def test_fetches_verifies_and_takes_out_only_what_is_wanted(offered, tmp_path, n
     assert path.read_bytes() == FILES["tiny/model/weights.bin"]
     assert {file.name for file in path.parent.iterdir()} == {"weights.bin", "config.json", "asset.json"}
     assert left(tmp_path / "cache") == {"tiny-1.0"}
-    assert json.loads((path.parent / "asset.json").read_text())["licence"] == "MIT"
+    assert json.loads((path.parent / "asset.json").read_text())["license"] == "MIT"
     no_download()
     assets._asset.cache_clear()
     assert asset("tiny") == path

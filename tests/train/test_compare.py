@@ -283,7 +283,7 @@ def backbone(name: str) -> models.Backbone:
     return models.Vit(config, rngs=nnx.Rngs(0))
 
 
-LABELLED = {**MODEL_ROWS, "minilm": MODEL_ROWS["minilm"] + LONG_ROWS + ABLATION_ROWS}
+LABELED = {**MODEL_ROWS, "minilm": MODEL_ROWS["minilm"] + LONG_ROWS + ABLATION_ROWS}
 MATCHED = {
     "smollm2": [("lora r=19", "prefix 96", "prefix-tuning+", "ntk published", "ntk")],
     "minilm": [
@@ -297,7 +297,7 @@ MATCHED = {
 
 @pytest.mark.parametrize("name", MATCHED)
 def test_rows_that_the_table_calls_matched_train_as_much_within_four_percent(name: str) -> None:
-    rows = {row[0]: row for row in LABELLED[name]}
+    rows = {row[0]: row for row in LABELED[name]}
     ids = {"pixel_values": jnp.ones((2, 28, 28, 3))} if name == "vit" else {"input_ids": jnp.ones((2, 4), int)}
     for group in MATCHED[name]:
         counts = []
@@ -309,4 +309,4 @@ def test_rows_that_the_table_calls_matched_train_as_much_within_four_percent(nam
 
 
 def test_every_row_names_a_method() -> None:
-    assert {row[1] for rows in LABELLED.values() for row in rows} <= set(METHODS)
+    assert {row[1] for rows in LABELED.values() for row in rows} <= set(METHODS)

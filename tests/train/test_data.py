@@ -82,7 +82,7 @@ def test_rows_in_order_of_length_find_their_way_back(split):
     np.testing.assert_array_equal(ordered["labels"][places], split["labels"])
 
 
-def test_neighbouring_seeds_share_no_epoch():
+def test_neighboring_seeds_share_no_epoch():
     split = Dataset({"input_ids": tokens([2] * 50), "labels": np.arange(50, dtype=np.int32)})
     epochs = {
         tuple(batch["labels"])
@@ -157,11 +157,11 @@ def test_the_loss_of_a_language_model_is_on_the_answer_only():
     np.testing.assert_array_equal(right["weight"], [1, 1, 0])
 
 
-def test_images_are_resized_and_normalised():
-    grey = np.zeros((2, 4, 4), np.uint8)
-    grey[1] = 255
+def test_images_are_resized_and_normalized():
+    gray = np.zeros((2, 4, 4), np.uint8)
+    gray[1] = 255
     wanted = ImageFormat(size=6, mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 2.0))
-    split = Dataset({"image": grey, "labels": np.arange(2, dtype=np.int32)}, image=wanted)
+    split = Dataset({"image": gray, "labels": np.arange(2, dtype=np.int32)}, image=wanted)
     (batch,) = data.evaluation_batches(split, 2)
     assert batch["pixel_values"].shape == (2, 6, 6, 3)
     assert batch["pixel_values"].dtype == np.float32

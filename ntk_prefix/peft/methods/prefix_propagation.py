@@ -13,7 +13,7 @@ The *kernel form* puts one trained number in place of the share and any kernel i
 
 .. math::  \mathrm{softmax}(q k_x) v_x + \alpha\, K_n(q, k_p) v_p ,
 
-with K_n row-normalised; for ``exp`` and ``alpha = s / (1 - s)`` it is the first one, times ``1 - s``.
+with K_n row-normalized; for ``exp`` and ``alpha = s / (1 - s)`` it is the first one, times ``1 - s``.
 
 Source: Li et al., Prefix propagation, arXiv 2305.12086; defaults after its authors' code.
 """
@@ -192,10 +192,10 @@ def kernel_attention(
     lengthscale: float | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    r"""Return ``softmax(q k_x / sqrt(H)) v_x + alpha K_n(q, k_p) v_p`` with K_n normalised to sum 1 over the prefix.
+    r"""Return ``softmax(q k_x / sqrt(H)) v_x + alpha K_n(q, k_p) v_p`` with K_n normalized to sum 1 over the prefix.
 
     ======== ==========================================
-    kernel   K(q, p), before it is normalised
+    kernel   K(q, p), before it is normalized
     ======== ==========================================
     exp      ``exp(q . p / sqrt(H))``
     rbf      ``exp(-|q - p|^2 / (2 lengthscale^2))``

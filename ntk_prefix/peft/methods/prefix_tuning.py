@@ -28,7 +28,7 @@ class PrefixTuningConfig(AdapterConfig):
         shift_positions: count the prefix in the positions of the tokens, as Hugging Face models do. Off by
             default: a prefix is no text, and a shift moves pretrained positions.
 
-    Source: Li and Liang, arXiv 2101.00190; Liu et al. (P-Tuning V2), arXiv 2110.07602; without a reparametrising
+    Source: Li and Liang, arXiv 2101.00190; Liu et al. (P-Tuning V2), arXiv 2110.07602; without a reparametrizing
     network, like peft's default.
     """
 
