@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.flash import Flash, Statistics, cudnn_problem
@@ -133,7 +134,7 @@ def ntk_attention(
         total = (own_output.transpose(0, 2, 1, 3) + linear.numerator) / (1 + linear.mass[..., None])
         return total.transpose(0, 2, 1, 3).astype(query.dtype)
     if mass != "absolute":
-        raise ValueError(f'expected mass "absolute" or "relative", got {mass!r}')
+        raise UsageError(f'expected mass "absolute" or "relative", got {mass!r}')
     implementation = _choose(implementation, query, key, bias, mask)
     if implementation == "reference":
         own = _scores(query, key, bias, mask, is_causal=is_causal, scale=scale)
@@ -248,7 +249,7 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
     factors = z if isinstance(z, LowRank) else (z,)
     shape = (heads, phi.dim(head_dim))
     if k.shape != shape or any(f.shape[0] != heads for f in factors) or factors[0].shape[1] != shape[1]:
-        raise ValueError(
+        raise UsageError(
             f"expected k {shape} and z {(*shape, head_dim)} for {heads} heads and {phi}, "
             f"got k {k.shape} and z {[f.shape for f in factors]}: use the state's own map and heads"
         )
@@ -412,14 +413,14 @@ def _choose(implementation: str | None, query: Array, key: Array, bias: Array | 
         logger.info("attention runs on %s", "cudnn" if problem is None else f"xla: {problem}")
         return "cudnn" if problem is None else "xla"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"expected implementation among {IMPLEMENTATIONS} or None, got {implementation!r}")
+        raise UsageError(f"expected implementation among {IMPLEMENTATIONS} or None, got {implementation!r}")
     return implementation
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     if not scale > 0:
-        raise ValueError(f"expected scale > 0, got {scale}: feature maps are applied to q * sqrt(scale)")
+        raise UsageError(f"expected scale > 0, got {scale}: feature maps are applied to q * sqrt(scale)")
     return scale
 
 
@@ -428,34 +429,34 @@ def _check(
 ) -> float:
     """Raise unless the shapes are those of attention; return the scale."""
     if query.ndim != 4 or key.ndim != 4:
-        raise ValueError(f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}")
+        raise UsageError(f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}")
     batch, length, heads, head_dim = query.shape
     if value.shape != key.shape:
-        raise ValueError(f"expected value of the key's shape {key.shape}, got {value.shape}")
+        raise UsageError(f"expected value of the key's shape {key.shape}, got {value.shape}")
     if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[2] == 0 or heads % key.shape[2]:
-        raise ValueError(
+        raise UsageError(
             f"expected key [{batch}, S, K, {head_dim}] with K a divisor of {heads}, got {key.shape}: "
             f"key and query share batch and head dimension, and key heads divide query heads"
         )
     full = (batch, heads, length, key.shape[1])
     for name, x in (("bias", bias), ("mask", mask)):
         if x is not None and (x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True))):
-            raise ValueError(
+            raise UsageError(
                 f"expected {name} of shape {full}, each axis possibly 1, got {x.shape}: add axes of size 1"
             )
     if mask is not None and mask.dtype != jnp.bool_:
-        raise ValueError(f"expected a boolean mask, True where a key is seen, got {mask.dtype}: use bias for numbers")
+        raise UsageError(f"expected a boolean mask, True where a key is seen, got {mask.dtype}: use bias for numbers")
     return _scale(scale, head_dim)
 
 
 def _check_prefix(query: Array, key: Array, prefix_key: Array, prefix_value: Array) -> None:
     batch = {3: (), 4: (query.shape[0],)}.get(prefix_key.ndim)
     if batch is None or prefix_key.shape != (*batch, prefix_key.shape[-3], *key.shape[2:]):
-        raise ValueError(
+        raise UsageError(
             f"expected prefix_key [M, {key.shape[2]}, {key.shape[3]}], or that with a leading batch axis of "
             f"{query.shape[0]}, got {prefix_key.shape}: a prefix has the key's heads, not the query's"
         )
     if prefix_value.shape != prefix_key.shape:
-        raise ValueError(
+        raise UsageError(
             f"expected prefix_value of the prefix_key's shape {prefix_key.shape}, got {prefix_value.shape}"
         )

@@ -24,7 +24,7 @@ import math
 
 import jax.numpy as jnp
 
-from ntk_prefix.checks import check_positive
+from ntk_prefix.checks import UsageError, check_positive
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel, attention_mass
 from ntk_prefix.typing import Inputs
@@ -152,7 +152,7 @@ def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float,
     """
     contraction = _contraction(smallest, tokens, step_size) / 2
     if contraction > 1 + 1e-12:  # a step of 2 / (m lambda), rounded, is still one
-        raise ValueError(f"step_size: expected m eta lambda / 2 <= 1, got {contraction:.3g}. Take a smaller step.")
+        raise UsageError(f"step_size: expected m eta lambda / 2 <= 1, got {contraction:.3g}. Take a smaller step.")
     return initial * (1 - min(contraction, 1.0)) ** steps
 
 
@@ -243,12 +243,12 @@ def _contraction(smallest: float, tokens: int, step_size: float) -> float:
 
 def _check_failure(failure: float) -> None:
     if not 0 < failure < 1:
-        raise ValueError(f"failure: expected a probability in (0, 1), got {failure}.")
+        raise UsageError(f"failure: expected a probability in (0, 1), got {failure}.")
 
 
 def _check_radius(radius: float) -> None:
     if not (math.isfinite(radius) and radius >= 0):
-        raise ValueError(f"radius: expected a finite number >= 0, got {radius}.")
+        raise UsageError(f"radius: expected a finite number >= 0, got {radius}.")
 
 
 def _check_sizes(inputs: int, outputs: int) -> None:

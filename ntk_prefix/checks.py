@@ -1,12 +1,64 @@
-"""What a wrong input is told, written once: expected this, got that, do this."""
+"""What a wrong input is told, in one form: the name, what was expected, what came, what to do.
+
+:class:`UsageError` is for what a user can mend; the programs print it as one line and exit with 2.  Any other exception is
+a mistake of ours and keeps its traceback.  :func:`explain` is the one place that tells them apart.
+"""
 
 from __future__ import annotations
+
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_inputs", "check_positive", "check_unit_ball"]
+__all__ = [
+    "NonFiniteError",
+    "UsageError",
+    "check_inputs",
+    "check_positive",
+    "check_unit_ball",
+    "expected",
+    "explain",
+]
+
+
+class UsageError(ValueError):
+    """An input that does not fit: its text says what was expected, what came, and what to do."""
+
+
+class NonFiniteError(UsageError, FloatingPointError):
+    """A number that must be finite and is NaN or infinite; its text names it."""
+
+
+def expected(name: str, wanted: object, got: object, hint: str = "") -> UsageError:
+    """Return the error ``name: expected wanted, got got. Hint.``, to be raised.
+
+    Args:
+        name: the argument, the flag, or the file and the field in it.
+        wanted: what would have been right.
+        got: what came.
+        hint: what to do, a sentence without its stop.
+    """
+    return UsageError(f"{name}: expected {wanted}, got {got}." + (f" {hint}." if hint else ""))
+
+
+def explain(error: BaseException) -> str | None:
+    """Return one line for an error that a user can mend, None for one that is ours and must keep its traceback.
+
+    A user can mend a :class:`UsageError`, what the operating system refuses (the file is named), and a machine whose
+    memory is too small.
+    """
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, OSError):
+        name = os.fspath(error.filename) if isinstance(error.filename, str | os.PathLike) else error.filename
+        return f"{name}: {error.strerror or error}." if name else str(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    ):
+        return f"expected this to fit into memory, got: {str(error).splitlines()[0] if str(error) else 'no room'}"
+    return None
 
 
 def check_inputs(name: str, inputs: jax.Array, *, features: int | None = None) -> None:
@@ -18,22 +70,22 @@ def check_inputs(name: str, inputs: jax.Array, *, features: int | None = None) -
         ValueError: naming the argument, what was expected, what came, and what to do.
     """
     if inputs.ndim != 2 or 0 in inputs.shape:
-        raise ValueError(
+        raise UsageError(
             f"{name}: expected a matrix [n, d] with n, d >= 1, got shape {inputs.shape}. "
             "One row per input: use x[None, :] for a single one, x.reshape(n, -1) for images."
         )
     if features is not None and inputs.shape[1] != features:
-        raise ValueError(
+        raise UsageError(
             f"{name}: expected d = {features} columns (the prefix has d = {features}), got {inputs.shape[1]}."
         )
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise ValueError(f"{name}: expected floating point numbers, got {inputs.dtype}. Use x.astype(float).")
+        raise UsageError(f"{name}: expected floating point numbers, got {inputs.dtype}. Use x.astype(float).")
     if isinstance(inputs, jax.core.Tracer):
         return
     values = np.asarray(inputs).astype(np.float64)
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(
+        raise UsageError(
             f"{name}: expected finite numbers, got {values[row, column]} at row {row}, column {column}. "
             "Drop or impute such rows first."
         )
@@ -49,7 +101,7 @@ def check_unit_ball(name: str, inputs: jax.Array) -> None:
     # four roundings: a row normalized in the input's own precision must pass
     tolerance = 4 * float(jnp.finfo(inputs.dtype).eps)
     if norms.max() > 1 + tolerance:
-        raise ValueError(
+        raise UsageError(
             f"{name}: expected rows in the unit ball, |x_i| <= 1, got |x_{norms.argmax()}| = {norms.max():.6g}. "
             f"Scale the data once: x / {norms.max():.6g}."
         )
@@ -62,4 +114,4 @@ def check_positive(name: str, value: float) -> None:
         ValueError: naming the argument and what came.
     """
     if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}.")
+        raise UsageError(f"{name}: expected a finite number > 0, got {value}.")

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Elu", "Elu1", "FeatureMap", "Gelu", "PositiveRandom", "Taylor", "attention_error_bound", "feature_map"]
@@ -149,7 +150,7 @@ class Taylor(FeatureMap):
 
     def __post_init__(self) -> None:
         if self.degree < 0:
-            raise ValueError(f"expected degree >= 0, got {self.degree}: degree 0 is the constant feature 1")
+            raise UsageError(f"expected degree >= 0, got {self.degree}: degree 0 is the constant feature 1")
 
     @property
     def positive(self) -> bool:
@@ -204,9 +205,9 @@ class PositiveRandom(FeatureMap):
 
     def __post_init__(self) -> None:
         if self.features < 1:
-            raise ValueError(f"expected features >= 1, got {self.features}")
+            raise UsageError(f"expected features >= 1, got {self.features}")
         if not 0 < self.failure_probability < 1:
-            raise ValueError(f"expected 0 < failure_probability < 1, got {self.failure_probability}")
+            raise UsageError(f"expected 0 < failure_probability < 1, got {self.failure_probability}")
 
     @property
     def positive(self) -> bool:
@@ -246,10 +247,10 @@ def feature_map(name: str | FeatureMap, **options: Any) -> FeatureMap:
     """
     if isinstance(name, FeatureMap):
         if options:
-            raise ValueError(f"expected no options beside a feature map, got {options}: use dataclasses.replace")
+            raise UsageError(f"expected no options beside a feature map, got {options}: use dataclasses.replace")
         return name
     if name not in _REGISTRY:
-        raise ValueError(f"expected a feature map among {sorted(_REGISTRY)}, got {name!r}")
+        raise UsageError(f"expected a feature map among {sorted(_REGISTRY)}, got {name!r}")
     return _REGISTRY[name](**options)
 
 

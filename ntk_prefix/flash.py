@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
 
@@ -432,7 +433,7 @@ def _cudnn_arguments(
     """Return what both primitives take: the unused operands as empty arrays, mask folded into the bias."""
     problem = _cudnn_shape_problem(query, key, bias, mask)
     if problem:
-        raise ValueError(problem)
+        raise UsageError(problem)
     unused = jnp.zeros(0, query.dtype)
     has_bias = bias is not None or mask is not None
     combined = unused

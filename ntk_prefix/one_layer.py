@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from ntk_prefix.checks import check_inputs, check_positive
+from ntk_prefix.checks import UsageError, check_inputs, check_positive
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray, Signs, Weights
 
@@ -212,16 +212,16 @@ class RandomPrefix:
         check_positive("m", self.m)
         check_positive("sigma", self.sigma)
         if self.symmetric and self.m % 2:
-            raise ValueError(
+            raise UsageError(
                 "m: expected an even number of prefix tokens, since symmetric initialization draws pairs, "
                 f"got {self.m}. Use m={self.m + 1}, or symmetric=False."
             )
         if self.model not in ("tied", "fixed"):
-            raise ValueError(f'model: expected "tied" or "fixed", got {self.model!r}.')
+            raise UsageError(f'model: expected "tied" or "fixed", got {self.model!r}.')
         if self.outputs is not None:
             check_positive("outputs", self.outputs)
         if self.model == "tied" and self.outputs not in (None, self.d):
-            raise ValueError(f"outputs: the tied model has d = {self.d} outputs, got {self.outputs}. Leave it out.")
+            raise UsageError(f"outputs: the tied model has d = {self.d} outputs, got {self.outputs}. Leave it out.")
 
     @property
     def rows(self) -> int:
@@ -452,7 +452,7 @@ class PrefixAttentionLayer(nnx.Module):
     def __call__(self, inputs: Float[Array, "*B L d"]) -> Float[Array, "*B L d"]:
         """One sequence [L, d], or any batch of them [..., L, d]; floating point and finite."""
         if inputs.ndim < 2 or inputs.shape[-1] != self.prefix.shape[1]:
-            raise ValueError(f"inputs: expected [..., L, d = {self.prefix.shape[1]}], got shape {inputs.shape}.")
+            raise UsageError(f"inputs: expected [..., L, d = {self.prefix.shape[1]}], got shape {inputs.shape}.")
         check_inputs("inputs", inputs.reshape(-1, inputs.shape[-1]))
         layer = lambda sequence: attend(  # noqa: E731
             self.prefix[...],

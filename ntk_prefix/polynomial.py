@@ -23,7 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ntk_prefix.checks import check_positive
+from ntk_prefix.checks import UsageError, check_positive
 from ntk_prefix.feature_maps import Taylor
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
@@ -62,7 +62,7 @@ def polynomial_degree(score: float, error: float) -> int:
     Source: derived (theory/README.md, section 11).
     """
     if not (math.isfinite(score) and score >= 0):
-        raise ValueError(f"score: expected a finite number >= 0, the largest |scale q . k|, got {score}.")
+        raise UsageError(f"score: expected a finite number >= 0, the largest |scale q . k|, got {score}.")
     check_positive("error", error)
     if score == 0:
         return 0
@@ -131,17 +131,17 @@ def polynomial_attention(
     Source: Alman & Song 2023 (the algorithm); merged monomials and the causal form derived here.
     """
     if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(f"expected [B, T, heads, H] each, got {query.shape}, {key.shape} and {value.shape}")
+        raise UsageError(f"expected [B, T, heads, H] each, got {query.shape}, {key.shape} and {value.shape}")
     heads, width = query.shape[2], query.shape[3]
     if key.shape != value.shape or (key.shape[0], key.shape[3]) != (query.shape[0], width) or heads % key.shape[2]:
-        raise ValueError(
+        raise UsageError(
             f"expected key and value [{query.shape[0]}, S, K, {width}] with K a divisor of {heads}, got {key.shape} and "
             f"{value.shape}: they share batch and head dimension with the query {query.shape}"
         )
     if 0 in (*query.shape, *key.shape):
-        raise ValueError(f"expected at least one token, got query {query.shape} and key {key.shape}")
+        raise UsageError(f"expected at least one token, got query {query.shape} and key {key.shape}")
     if is_causal and query.shape[1] != key.shape[1]:
-        raise ValueError(f"is_causal: expected as many queries as keys, got {query.shape[1]} and {key.shape[1]}")
+        raise UsageError(f"is_causal: expected as many queries as keys, got {query.shape[1]} and {key.shape[1]}")
     scale = 1 / math.sqrt(width) if scale is None else scale
     check_positive("scale", scale)
     phi = Taylor(degree)

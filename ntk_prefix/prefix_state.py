@@ -29,6 +29,7 @@ import scipy.optimize
 from threadpoolctl import threadpool_limits
 
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
+from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import Elu1, FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.flash import Flash
@@ -147,7 +148,7 @@ class PrefixState:
                 sums = _zero_sums(phi, key)
             sums = add(phi, _root(scale, key.shape[-1]), sums, key, jnp.asarray(value))
         if sums is None:
-            raise ValueError("expected at least one block, got none: for M = 0 use from_prefix")
+            raise UsageError("expected at least one block, got none: for M = 0 use from_prefix")
         return cls._of_sums(sums, phi, num_heads, scale)
 
     @classmethod
@@ -215,14 +216,14 @@ class PrefixState:
         """
         phi = resolve_feature_map(feature_map)
         if (key is None) != (value is None):
-            raise ValueError("expected key and value, or neither")
+            raise UsageError("expected key and value, or neither")
         if starts < 1:
-            raise ValueError(f"expected starts >= 1, got {starts}")
+            raise UsageError(f"expected starts >= 1, got {starts}")
         samples = _samples(query, prefix_key, prefix_value, key, value, bias, mask, is_causal, scale, phi)
         heads, count, features = samples.features.shape
         held = _held_out(query.shape[0], query.shape[1], held_out, seed)
         if count - held.sum() < features:
-            raise ValueError(
+            raise UsageError(
                 f"expected at least {features} samples to fit {features} features, got {count - held.sum()}: "
                 "give more queries, or a smaller feature map"
             )
@@ -250,7 +251,7 @@ class PrefixState:
         dtype = accumulation_dtype(prefix_key.dtype)
         largest = [max(np.abs(z).max(), np.abs(k).max()) for z, k in zip(zs, ks, strict=True)]
         if beyond := [head for head, size in enumerate(largest) if not size <= jnp.finfo(dtype).max]:
-            raise ValueError(
+            raise UsageError(
                 f"expected a state that fits into {jnp.dtype(dtype).name}, got one of size e^{np.log(max(largest)):.0f} in "
                 f"heads {beyond}: it is as large as the keys' mass e^lse; leave these heads without a prefix, or fit in float64"
             )
@@ -295,7 +296,7 @@ class PrefixState:
         (z, k), _ = sums
         heads = z.shape[0] if num_heads is None else num_heads
         if heads % z.shape[0]:
-            raise ValueError(f"expected num_heads, a multiple of the {z.shape[0]} key heads, got {heads}")
+            raise UsageError(f"expected num_heads, a multiple of the {z.shape[0]} key heads, got {heads}")
         repeats = heads // z.shape[0]
         return cls(jnp.repeat(z, repeats, axis=0), jnp.repeat(k, repeats, axis=0), phi, scale)
 
@@ -399,7 +400,7 @@ def _samples(
         own_log, own_output = by_head(own.lse.transpose(0, 2, 1)), by_head(own.output)
     unit = np.median(prefix_log, axis=1, keepdims=True)
     if (widest := max(np.abs(unit).max(), np.abs(np.maximum(own_log, prefix_log) - unit).max())) > LARGEST_LOG_RATIO:
-        raise ValueError(
+        raise UsageError(
             f"expected masses e^lse between e^-{LARGEST_LOG_RATIO} and e^{LARGEST_LOG_RATIO}, also relative to their median, "
             f"got e^{widest:.0f}: no sums of so different ones are exact; scale down queries or keys"
         )

@@ -28,6 +28,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["TrainState", "Trainer", "half_squared_error"]
@@ -83,13 +84,13 @@ class Trainer:
     def __post_init__(self) -> None:
         """Refuse combinations that mean nothing."""
         if self.parallel not in ("jit", "pmap"):
-            raise ValueError(f'parallel: expected "jit" or "pmap", got {self.parallel!r}.')
+            raise UsageError(f'parallel: expected "jit" or "pmap", got {self.parallel!r}.')
         if self.reduction not in ("sum", "mean"):
-            raise ValueError(f'reduction: expected "sum" or "mean", got {self.reduction!r}.')
+            raise UsageError(f'reduction: expected "sum" or "mean", got {self.reduction!r}.')
         if self.parallel == "pmap" and self.mesh is not None:
-            raise ValueError('mesh: expected none with parallel="pmap", which takes `devices`.')
+            raise UsageError('mesh: expected none with parallel="pmap", which takes `devices`.')
         if self.parallel == "jit" and self.devices is not None:
-            raise ValueError('devices: expected none with parallel="jit", which takes a `mesh`.')
+            raise UsageError('devices: expected none with parallel="jit", which takes a `mesh`.')
         if self.mesh is not None:
             # jax.make_mesh makes explicit axes; here the compiler places everything but the batch
             object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names))
@@ -102,7 +103,7 @@ class Trainer:
         """
         trained, frozen = nnx.state(model, self.wrt, ...)
         if not jax.tree.leaves(trained):
-            raise ValueError(
+            raise UsageError(
                 f"wrt: expected a filter that selects something to train, got {self.wrt!r}, which matches nothing."
             )
         # copies: the model keeps its own arrays when the state's are donated
@@ -135,7 +136,7 @@ class Trainer:
         shares = 1 if self.parallel == "jit" and self.mesh is None else len(devices)
         rows = len(jax.tree.leaves(batch)[0])
         if rows % shares:
-            raise ValueError(
+            raise UsageError(
                 f"batch: expected rows divisible by the {shares} devices, got {rows}. "
                 f"Pad it to {-(-rows // shares) * shares} rows of zero loss, or drop {rows % shares}."
             )

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ntk_prefix.checks import UsageError
 from theory.claim import Claim, examine
 from theory.problem import Problem, Profile, load
 from theory.report import Folder, Outcome, configuration, number
@@ -47,7 +48,7 @@ def claims(names: tuple[str, ...] = ()) -> list[Claim]:
     """
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
-        raise ValueError(f"CLAIM: expected names out of {', '.join(NAMES)}, got {', '.join(unknown)}.")
+        raise UsageError(f"CLAIM: expected names out of {', '.join(NAMES)}, got {', '.join(unknown)}.")
     return [importlib.import_module(f"theory.{name}").CLAIM for name in NAMES if not names or name in names]
 
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from ntk_prefix.artifacts import finite_or_none
 from theory.problem import Problem
 
 
@@ -124,9 +125,7 @@ class Result:
             "source": self.claim.source
             + ("; inputs drawn from the seed, not those of --data" if self.claim.drawn else ""),
             "holds": self.holds,
-            "measured": shown.measured,
-            "bound": shown.bound,
-            "margin": shown.margin,
+            **{name: value for name, value in _row(shown).items() if name in ("measured", "bound", "margin")},
             "control": self.claim.control_statement,
             "control_failed": not self.control.holds,
             "seconds": self.seconds,
@@ -137,7 +136,9 @@ class Result:
 
 
 def _row(check: Check) -> dict[str, Any]:
-    return {**dataclasses.asdict(check), "holds": check.holds, "margin": check.margin}
+    numbers = {"measured": check.measured, "bound": check.bound, "margin": check.margin}
+    finite = {name: finite_or_none(value) for name, value in numbers.items()}
+    return {**dataclasses.asdict(check), **finite, "holds": check.holds}
 
 
 def examine(claim: Claim, problem: Problem) -> Result:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import check_inputs, check_positive, check_unit_ball
+from ntk_prefix.checks import UsageError, check_inputs, check_positive, check_unit_ball
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray
 
 Profile = Literal["quick", "full"]
@@ -88,7 +88,7 @@ def load(data: str, *, inputs: int | None, width: int, sigma: float, seed: int, 
     check_unit_ball("data", x)
     _check_distinct(np.asarray(x))
     if x.size > LARGEST_GRAM:
-        raise ValueError(
+        raise UsageError(
             f"data: expected n * d <= {LARGEST_GRAM}, got {x.shape[0]} * {x.shape[1]} = {x.size}: its kernel has "
             f"{x.size**2:.1e} entries. Take fewer rows with --inputs {max(2, LARGEST_GRAM // x.shape[1])}, or fewer columns."
         )
@@ -101,7 +101,7 @@ def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
 
     images, labels = load_digits(return_X_y=True)
     if not (2 <= n <= len(images) and 1 <= d <= images.shape[1]):
-        raise ValueError(
+        raise UsageError(
             f"expected 2 <= --inputs <= {len(images)} and 1 <= --width <= {images.shape[1]}, got {n} and {d}."
         )
     centered = images - images.mean(0)
@@ -122,12 +122,12 @@ def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
 def _file(path: Path, n: int | None, seed: int) -> tuple[Array, Array, str]:
     """A user's own rows; the targets are drawn, uniform in a cube inside the unit ball."""
     if not path.is_file() or path.suffix != ".npy":
-        raise ValueError(
+        raise UsageError(
             f'data: expected "digits" or an existing .npy file with a float array [n, d], got {str(path)!r}.'
         )
     loaded = np.load(path, allow_pickle=False)
     if not np.issubdtype(loaded.dtype, np.floating):
-        raise ValueError(f"data: expected floating point numbers in {path}, got {loaded.dtype}. Save x.astype(float).")
+        raise UsageError(f"data: expected floating point numbers in {path}, got {loaded.dtype}. Save x.astype(float).")
     x = jnp.asarray(loaded.astype(np.float64)[:n])
     width = x.shape[-1] if x.ndim else 1
     y = np.random.default_rng(seed).uniform(-1, 1, x.shape) / np.sqrt(width)
@@ -138,14 +138,14 @@ def _check_distinct(x: np.ndarray) -> None:
     """Refuse equal rows, and zero rows: the kernel is singular there, and every claim divides by its smallest eigenvalue."""
     zero = np.flatnonzero(~x.any(1))
     if len(zero):
-        raise ValueError(
+        raise UsageError(
             f"data: expected non-zero rows, got zeros at row {zero[0]}. The kernel is singular there: drop it."
         )
     _, first, inverse = np.unique(x, axis=0, return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[inverse.ravel()] != np.arange(len(x)))
     if len(repeated):
         row = repeated[0]
-        raise ValueError(
+        raise UsageError(
             f"data: expected distinct rows, got row {row} equal to row {first[inverse.ravel()[row]]}. The kernel is "
             "singular there (claim `positivity`): drop duplicates with np.unique(x, axis=0)."
         )

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import softmax
 
-from ntk_prefix.checks import check_positive
+from ntk_prefix.checks import UsageError, check_positive
 
 Function = Callable[[np.ndarray], np.ndarray]
 """A sequence-to-sequence function, [B, L, d] -> [B, L, d]."""
@@ -121,11 +121,11 @@ class Construction:
         """Refuse what no table can be made of."""
         for name in ("d", "length", "grid"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}.")
         for name in ("sharpness", "share", "apart", "size"):
             check_positive(name, getattr(self, name))
         if not self.lipschitz >= 0:
-            raise ValueError(f"lipschitz: expected a number >= 0, got {self.lipschitz}.")
+            raise UsageError(f"lipschitz: expected a number >= 0, got {self.lipschitz}.")
 
     @property
     def slots(self) -> int:
@@ -217,9 +217,9 @@ class Construction:
         cell = np.stack(axes, -1).reshape(-1, length, d)
         answers = np.asarray(function(self.centers[cell]))
         if answers.shape != cell.shape:
-            raise ValueError(f"function: expected answers {cell.shape}, [B, L, d] as the inputs, got {answers.shape}.")
+            raise UsageError(f"function: expected answers {cell.shape}, [B, L, d] as the inputs, got {answers.shape}.")
         if not np.abs(answers).max() <= self.size:
-            raise ValueError(
+            raise UsageError(
                 f"function: expected |f| <= size = {self.size:g}, got {np.abs(answers).max():.3g}: pass size=, and lipschitz= "
                 "if it is steeper than 1."
             )

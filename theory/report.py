@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import fcntl
 import html
 import json
 import shutil
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ntk_prefix.results import json_text, provenance, write_whole
+from ntk_prefix.artifacts import held, json_text, provenance, write_whole
 from theory.claim import Claim, Result
 from theory.problem import Problem
 
@@ -54,11 +53,7 @@ class Folder:
             ValueError: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"--out: {self.path} is being written by another run. Name another folder.") from None
+        with held(self.path / ".lock", "--out"):
             if self._stored("configuration") != self.config:
                 shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir(exist_ok=True)

@@ -23,6 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from ntk_prefix.checks import UsageError
+
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, keep: int = 2) -> None:
         if keep < 1:
-            raise ValueError(f"keep: expected at least 1, got {keep}.")
+            raise UsageError(f"keep: expected at least 1, got {keep}.")
         self.directory = Path(directory).expanduser().resolve()
         if self.directory.is_dir():
             self._look_around()
@@ -189,12 +191,12 @@ class Checkpoints:
         held = record["leaves"]
         for name in {*names} ^ {*held}:
             what = "does not have" if name in names else "also has"
-            raise ValueError(f"it is of another model or optimizer: expected the leaves of this one, it {what} {name}")
+            raise UsageError(f"it is of another model or optimizer: expected the leaves of this one, it {what} {name}")
         wanted = {name: _described(leaf) for name, leaf in zip(names, leaves, strict=True)}
         for name, description in wanted.items():
             found = {key: held[name][key] for key in description}
             if found != description:
-                raise ValueError(
+                raise UsageError(
                     f"it is of another model or optimizer: expected {name} to be {description}, got {found}"
                 )
         abstract = {name: _abstract(leaf) for name, leaf in zip(names, leaves, strict=True)}
@@ -204,7 +206,7 @@ class Checkpoints:
         for name in names:
             crc = held[name]["crc32"]
             if crc is not None and crc != _crc(arrays[name]):
-                raise ValueError(f"{name} is damaged: expected CRC-32 {crc}, got {_crc(arrays[name])}")
+                raise UsageError(f"{name} is damaged: expected CRC-32 {crc}, got {_crc(arrays[name])}")
         back = [_as(leaf, arrays[name], held[name]["key"]) for name, leaf in zip(names, leaves, strict=True)]
         return Restored(step, jax.tree.unflatten(jax.tree.structure(like), back), record["info"])
 

@@ -33,7 +33,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ntk_prefix.results import CHECKOUT, json_text, provenance, write_whole
+from ntk_prefix.artifacts import CHECKOUT, json_text, provenance, write_whole
+from ntk_prefix.checks import UsageError
 from train.confidence import BINS
 from train.config import CONFIGS
 from train.profiles import PROFILES, Name, Row
@@ -89,15 +90,15 @@ class Comparison:
         """Refuse what cannot run, before the first cell."""
         tasks = PROFILES[self.profile].tasks
         if unknown := set(self.tasks) - set(tasks):
-            raise ValueError(f"--tasks: expected some of {', '.join(tasks)}, got {', '.join(sorted(unknown))}.")
+            raise UsageError(f"--tasks: expected some of {', '.join(tasks)}, got {', '.join(sorted(unknown))}.")
         labels = {row[0] for task in self.chosen_tasks() for row in PROFILES[self.profile].rows_of(task)}
         if unknown := set(self.rows) - labels:
-            raise ValueError(f"--rows: expected some of {sorted(labels)}, got {sorted(unknown)}.")
+            raise UsageError(f"--rows: expected some of {sorted(labels)}, got {sorted(unknown)}.")
         if self.seeds is not None and self.seeds < 1:
-            raise ValueError(f"--seeds: expected at least one, got {self.seeds}.")
+            raise UsageError(f"--seeds: expected at least one, got {self.seeds}.")
         for pair in self.set:
             if "=" not in pair:
-                raise ValueError(f"--set: expected field=value, got {pair!r}.")
+                raise UsageError(f"--set: expected field=value, got {pair!r}.")
 
     def chosen_tasks(self) -> tuple[str, ...]:
         """The tasks of this table."""
@@ -199,7 +200,7 @@ def _check(comparison: Comparison, cell: Cell) -> None:
     stored, wanted = {**usual, **json.loads(path.read_text())}, {**usual, **comparison.fields(cell)}
     del wanted["test"]  # looked at when the rate is chosen
     if differs := sorted(name for name, value in wanted.items() if _plain(stored[name]) != _plain(value)):
-        raise ValueError(
+        raise UsageError(
             f"--out: expected a new folder, or one of this table, got {cell.folder} in {comparison.out}, which was run with "
             f"{', '.join(f'{name}={stored[name]}' for name in differs)}. Name another folder."
         )

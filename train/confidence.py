@@ -17,6 +17,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
+from ntk_prefix.checks import UsageError
+
 __all__ = ["BINS", "Bin", "calibration_error", "reliability", "scaled", "temperature"]
 
 BINS = 15
@@ -42,7 +44,7 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> list[Bin]:
         ValueError: shapes that do not belong together, or no rows.
     """
     if probabilities.ndim != 2 or probabilities.shape[:1] != labels.shape or not len(labels):
-        raise ValueError(
+        raise UsageError(
             f"expected probabilities [rows, classes] and labels [rows], got {probabilities.shape} and {labels.shape}"
         )
     confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels

@@ -7,6 +7,7 @@ import json
 from typing import Any, Literal
 
 from ntk_prefix import peft
+from ntk_prefix.checks import UsageError
 
 __all__ = ["CONFIGS", "METHODS", "TrainConfig", "adapter_config"]
 
@@ -109,24 +110,24 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot run, before anything is loaded."""
         if self.method not in METHODS:
-            raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {self.method!r}.")
+            raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {self.method!r}.")
         for name in ("steps", "batch_size", "accumulate", "evaluate_every", "checkpoint_every", "fsdp", "grouped"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}.")
+                raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}.")
         if self.batch_size % self.accumulate:
-            raise ValueError(
+            raise UsageError(
                 f"--accumulate: expected a divisor of the batch size {self.batch_size}, got {self.accumulate}."
             )
         if self.fsdp > 1 and self.parallel == "pmap":
-            raise ValueError("--fsdp: expected 1 with --parallel pmap, which has a replica on every device.")
+            raise UsageError("--fsdp: expected 1 with --parallel pmap, which has a replica on every device.")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"--warmup: expected a fraction of the steps in [0, 1), got {self.warmup}.")
+            raise UsageError(f"--warmup: expected a fraction of the steps in [0, 1), got {self.warmup}.")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"--window: expected at least 1 token to each side, or None, got {self.window}.")
+            raise UsageError(f"--window: expected at least 1 token to each side, or None, got {self.window}.")
         configs = adapter_config(self.method, self.adapter)
         own = [c.pool for c in configs if isinstance(c, peft.PrefixPropagationConfig) and c.pool != "model"]
         if own and self.pooling != "mean":
-            raise ValueError(
+            raise UsageError(
                 f"--pooling: expected it left alone with {self.method}, which reads its own {own[0]!r} row, got "
                 f"{self.pooling!r}. Use --adapter pool=cls, or pool=model to read as --pooling says."
             )
@@ -153,7 +154,7 @@ def adapter_config(method: str, changes: tuple[str, ...] = ()) -> tuple[peft.Ada
     for change in changes:
         field, equals, text = change.partition("=")
         if not equals:
-            raise ValueError(f"--adapter: expected field=value, got {change!r}.")
+            raise UsageError(f"--adapter: expected field=value, got {change!r}.")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -161,7 +162,7 @@ def adapter_config(method: str, changes: tuple[str, ...] = ()) -> tuple[peft.Ada
         if isinstance(value, list):
             value = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
         if field not in known:
-            raise ValueError(f"--adapter: expected one of {', '.join(sorted(known))} for {method}, got {field!r}.")
+            raise UsageError(f"--adapter: expected one of {', '.join(sorted(known))} for {method}, got {field!r}.")
         values[field] = value
 
     def changed(config: peft.AdapterConfig) -> peft.AdapterConfig:

@@ -22,6 +22,8 @@ import grain
 import numpy as np
 from PIL import Image
 
+from ntk_prefix.checks import UsageError
+
 __all__ = [
     "BUCKETS",
     "IGNORED",
@@ -80,7 +82,7 @@ class Dataset(Mapping[str, np.ndarray]):
         """Check, and protect what is shared."""
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise ValueError(f"columns: expected equal lengths of at least one row, got {lengths}.")
+            raise UsageError(f"columns: expected equal lengths of at least one row, got {lengths}.")
         for column in self.columns.values():
             column.flags.writeable = False
 
@@ -229,11 +231,11 @@ def prompt_batches(
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:
     """The rows of a global batch that one process holds."""
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise UsageError(
             f"batch_size: expected a positive multiple of the {process_count} processes, got {batch_size}."
         )
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index: expected 0 to {process_count - 1}, got {process_index}.")
+        raise UsageError(f"process_index: expected 0 to {process_count - 1}, got {process_index}.")
     rows = batch_size // process_count
     return slice(process_index * rows, (process_index + 1) * rows)
 
@@ -250,14 +252,14 @@ def _lengths(split: Dataset, buckets: Sequence[int], column: str = "input_ids") 
     if column == "input_ids" and split.has_images:
         return None
     if column not in split:
-        raise ValueError(
+        raise UsageError(
             f"split: expected a column {column} (give tasks.load a tokenizer) or images, got columns {sorted(split)}."
         )
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-        raise ValueError(f"buckets: expected lengths in growing order, got {tuple(buckets)}.")
+        raise UsageError(f"buckets: expected lengths in growing order, got {tuple(buckets)}.")
     lengths = np.array([len(tokens) for tokens in split[column]])
     if lengths.max() > buckets[-1]:
-        raise ValueError(
+        raise UsageError(
             f"buckets: expected one that holds the longest row, {lengths.max()} tokens, got {tuple(buckets)}. "
             "Add a longer bucket, or load the task with a smaller max_length."
         )

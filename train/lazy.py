@@ -17,6 +17,7 @@ and the same command later makes those that are missing.
 
 from __future__ import annotations
 
+from ntk_prefix.checks import UsageError
 from train.memory import use_huge_pages
 
 if __name__ == "__main__":
@@ -39,9 +40,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ntk_prefix import peft
+from ntk_prefix.artifacts import json_text, provenance, write_whole
 from ntk_prefix.kernels import empirical_ntk
 from ntk_prefix.kernels.empirical import KernelFallbackWarning
-from ntk_prefix.results import json_text, provenance, write_whole
 from ntk_prefix.typing import Array, Float
 from train import data
 from train.config import CONFIGS, METHODS, TrainConfig
@@ -89,9 +90,9 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse what is not there, before any work."""
         if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}.")
+            raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}.")
         if self.seeds < 1:
-            raise ValueError(f"--seeds: expected at least one, got {self.seeds}.")
+            raise UsageError(f"--seeds: expected at least one, got {self.seeds}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ def look(options: Options, method: str, seed: int, console: Console) -> View:
     if file.is_file():
         stored = json.loads(file.read_text())
         if stored["options"] != asked:
-            raise ValueError(
+            raise UsageError(
                 f"--out: expected a new folder, or one of these options, got {options.out}, where {file.name} has "
                 f"{stored['options']} and not {asked}. Name another folder."
             )

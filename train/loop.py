@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import resource
 import signal
 import statistics
 import time
@@ -27,7 +26,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +34,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sklearn.metrics import f1_score
 
 from ntk_prefix import peft
-from ntk_prefix.results import json_text, provenance, write_whole
+from ntk_prefix.artifacts import held, json_text, peak_memory, provenance, write_whole
+from ntk_prefix.checks import UsageError
 from ntk_prefix.training import TrainState
 from train import confidence, data
 from train.checkpoint import Checkpoints
@@ -304,7 +303,7 @@ class _Run:
     def _peak_memory(self) -> int:
         """Of this process, or of one that trained and left the test split to this one."""
         before = self.workdir / "summary.json"
-        return max(_peak_memory(), json.loads(before.read_text())["peak_memory_bytes"] if before.is_file() else 0)
+        return max(peak_memory(), json.loads(before.read_text())["peak_memory_bytes"] if before.is_file() else 0)
 
 
 class _Signals:
@@ -343,13 +342,7 @@ def _alone(workdir: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    try:
-        held = filelock.FileLock(workdir / ".lock").acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(
-            f"--workdir: expected a folder that no other run is using, got {workdir}. Wait for that run, or name another."
-        ) from None
-    with held:
+    with held(workdir / ".lock", "--workdir"):
         yield
 
 
@@ -367,7 +360,7 @@ def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
         there = {**json.loads(json_text(defaults)), **json.loads(path.read_text()), "test": config.test}
         if there != wanted:
             changed = sorted(key for key in wanted if there.get(key) != wanted[key])
-            raise ValueError(
+            raise UsageError(
                 f"--workdir: expected a new folder, or one of this configuration, got {workdir}, which differs in "
                 f"{', '.join(changed)}. Name another folder."
             )
@@ -392,11 +385,3 @@ def _confidence(validation: Predictions, test: Predictions | None) -> dict[str, 
         "calibration_error_scaled": confidence.calibration_error(cooled),
         "reliability": [b._asdict() for b in bins],
     }
-
-
-def _peak_memory() -> int:
-    """The largest this process has been, or, on an accelerator, the most its memory held; bytes."""
-    statistics_of = jax.local_devices()[0].memory_stats()
-    if statistics_of and "peak_bytes_in_use" in statistics_of:
-        return int(statistics_of["peak_bytes_in_use"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix import models, peft
+from ntk_prefix.checks import UsageError
 from train.setup import load_tokenizer, model_path, read_far
 
 __all__ = ["load"]
@@ -36,13 +37,13 @@ def load(workdir: Path | str) -> Callable[[str], dict[str, Any]]:
     folder = Path(workdir)
     summary_file = folder / "summary.json"
     if not summary_file.is_file():
-        raise ValueError(f"expected a finished run with a summary.json, got {folder}: run the same command to go on")
+        raise UsageError(f"expected a finished run with a summary.json, got {folder}: run the same command to go on")
     summary = json.loads(summary_file.read_text())
     config, labels = summary["config"], summary["label_names"]
     path = model_path(config["model"])
     tokenizer = None if path is None else load_tokenizer(path)
     if path is None or tokenizer is None or not labels or not (folder / "adapter").is_dir():
-        raise ValueError(
+        raise UsageError(
             f"expected a run of text classification with an adapter, got {config['task']} by {config['method']}"
         )
     model = models.from_pretrained(

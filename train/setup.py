@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ntk_prefix import models, peft
+from ntk_prefix.checks import UsageError
 from ntk_prefix.training import Trainer
 from ntk_prefix.typing import Array, Float
 from train import assets, data, tasks
@@ -92,7 +93,7 @@ def model_path(name: str) -> Path | None:
     if name in assets.ASSETS:
         return assets.asset(name)
     if not Path(name).exists():
-        raise ValueError(
+        raise UsageError(
             f"--model: expected an asset ({', '.join(assets.ASSETS)}), tiny-vit, or an existing path, got {name!r}."
         )
     return Path(name)
@@ -136,7 +137,7 @@ def read_far(model: nnx.Module, max_length: int, window: int | None) -> None:
     """
     backbone: Any = getattr(model, "backbone", model)
     if window is not None and not backbone.encoder:
-        raise ValueError(f"--window: expected None for a decoder such as {type(backbone).__name__}, got {window}.")
+        raise UsageError(f"--window: expected None for a decoder such as {type(backbone).__name__}, got {window}.")
     backbone.window = window
     if isinstance(backbone, models.Bert) and max_length > backbone.config.max_position_embeddings:
         backbone.extend_positions(max_length)
@@ -215,12 +216,12 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 def _placement(config: TrainConfig) -> dict[str, Any]:
     """Return the trainer's devices: a mesh (data, fsdp), a list for pmap, or nothing for one device."""
     if config.devices is not None and jax.process_count() > 1:
-        raise ValueError(f"--devices: expected all of them with several processes, got {config.devices}.")
+        raise UsageError(f"--devices: expected all of them with several processes, got {config.devices}.")
     devices = jax.devices()[: config.devices]
     if config.parallel == "pmap":
         return {} if config.devices is None else {"devices": tuple(devices)}
     if len(devices) % config.fsdp:
-        raise ValueError(f"--fsdp: expected a divisor of the {len(devices)} devices, got {config.fsdp}.")
+        raise UsageError(f"--fsdp: expected a divisor of the {len(devices)} devices, got {config.fsdp}.")
     if len(devices) == 1:
         return {}
     return {"mesh": Mesh(np.array(devices).reshape(-1, config.fsdp), ("data", "fsdp"))}

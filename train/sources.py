@@ -29,6 +29,7 @@ import pyarrow.json
 import pyarrow.parquet
 from PIL import Image
 
+from ntk_prefix.checks import UsageError
 from train.assets import AssetError, asset
 
 __all__ = ["TASKS", "Columns", "Kind", "TaskSpec", "find_folder", "read", "spec_of"]
@@ -72,7 +73,7 @@ def spec_of(name: str) -> TaskSpec:
         ValueError: an unknown name.
     """
     if name not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}.")
+        raise UsageError(f"task: expected one of {', '.join(TASKS)}, got {name!r}.")
     return TASKS[name]
 
 
@@ -146,7 +147,7 @@ def _files(folder: Path, names: Sequence[str]) -> list[Path]:
     pattern = re.compile(rf"({'|'.join(names)})(-\d+-of-\d+)?({'|'.join(map(re.escape, _READERS))})")
     found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
     if len({path.name.split("-")[0] + path.suffix for path in found}) > 1:
-        raise ValueError(f"{folder}: expected one file of the split, got {[path.name for path in found]}. Keep one.")
+        raise UsageError(f"{folder}: expected one file of the split, got {[path.name for path in found]}. Keep one.")
     return found
 
 
@@ -180,11 +181,11 @@ def _read(name: str, spec: TaskSpec, files: Iterable[Path]) -> Columns:
             if spec.headerless and not _matches(spec, table) and len(table.column_names) == len(spec.headerless):
                 table = _READERS[path.suffix](path, spec.headerless)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{name}: {path} cannot be read: {error}") from None
+            raise UsageError(f"{name}: {path} cannot be read: {error}") from None
         matches = _matches(spec, table)
         for ours, theirs in spec.columns.items():
             if ours not in matches:
-                raise ValueError(
+                raise UsageError(
                     f"{name}: expected a column {' or '.join(theirs)} in {path}, got {', '.join(table.column_names)}."
                 )
             rows[ours] += table[matches[ours]].to_pylist()
@@ -211,11 +212,11 @@ def _checked(where: str, columns: Columns, spec: TaskSpec) -> Columns:
     """The same rows with class numbers for labels, or an error that names the row."""
     rows = {len(values) for values in columns.values()}
     if rows == {0}:
-        raise ValueError(f"{where}: expected at least one row, got none.")
+        raise UsageError(f"{where}: expected at least one row, got none.")
     for column in {"text", "text_pair", "question", "answer"} & set(columns):
         for row, text in enumerate(columns[column]):
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{where}: expected text in {column} of row {row}, got {text!r}.")
+                raise UsageError(f"{where}: expected text in {column} of row {row}, got {text!r}.")
     if "label" not in columns:
         return columns
     numbers = {str(one): number for number, name in enumerate(spec.label_names) for one in (name, number)}
@@ -223,7 +224,7 @@ def _checked(where: str, columns: Columns, spec: TaskSpec) -> Columns:
     for row, label in enumerate(columns["label"]):
         if str(label) not in numbers:
             hint = " (a split without labels, as GLUE's test)" if str(label) in ("-1", "None") else ""
-            raise ValueError(
+            raise UsageError(
                 f"{where}: expected a label out of {', '.join(spec.label_names)} (or its number from 0) in row {row}, "
                 f"got {label!r}{hint}."
             )

@@ -20,6 +20,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 from tokenizers import Tokenizer
 
+from ntk_prefix.checks import UsageError
 from train.data import Dataset, ImageFormat
 from train.sources import Columns, Kind, read, spec_of
 
@@ -101,9 +102,9 @@ def load(
     """
     spec = spec_of(name)
     if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: expected an integer >= 0, got {seed!r}.")
+        raise UsageError(f"seed: expected an integer >= 0, got {seed!r}.")
     if max_length < 8 or image_size < 1:
-        raise ValueError(f"expected max_length >= 8 and image_size >= 1, got {max_length} and {image_size}.")
+        raise UsageError(f"expected max_length >= 8 and image_size >= 1, got {max_length} and {image_size}.")
     text = spec.kind != "image-classification"
     encoder = _tokenizer(tokenizer) if text and tokenizer is not None else None
     raw, source = read(name, data_dir)
@@ -120,7 +121,7 @@ def load(
     if test_beyond:
         test = _split(f"{name}, test_beyond", test, test_beyond, SPLIT_SEED)[0]
         if not _rows_of(test):
-            raise ValueError(f"{name}, test_beyond: expected fewer than all {test_beyond} test rows.")
+            raise UsageError(f"{name}, test_beyond: expected fewer than all {test_beyond} test rows.")
     if test_size is not None:
         test = _split(f"{name}, test_size", test, test_size, SPLIT_SEED)[1]
 
@@ -204,7 +205,7 @@ def _split(where: str, columns: Columns, size: int | float, seed: int) -> tuple[
     rows = _rows_of(columns)
     wanted = round(size * rows) if isinstance(size, float) else size
     if not 0 < wanted <= rows:
-        raise ValueError(f"{where}: expected a size of 1 to {rows} rows, or a fraction of them, got {size}.")
+        raise UsageError(f"{where}: expected a size of 1 to {rows} rows, or a fraction of them, got {size}.")
     if wanted == rows:
         return _taken(columns, np.arange(0)), columns
     try:
@@ -212,7 +213,7 @@ def _split(where: str, columns: Columns, size: int | float, seed: int) -> tuple[
             np.arange(rows), test_size=wanted, random_state=seed, stratify=columns.get("label")
         )
     except ValueError as error:  # too few rows of a class, or fewer rows than classes
-        raise ValueError(
+        raise UsageError(
             f"{where}: expected {wanted} of {rows} rows of all classes, at least one row a class on both sides, but {error}"
         ) from None
     return _taken(columns, np.sort(rest)), _taken(columns, np.sort(part))
@@ -259,7 +260,7 @@ def _end_id(tokenizer: Tokenizer) -> int:
     tokens = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
     found = _first_known(tokenizer, tokens)
     if found is None:
-        raise ValueError(f"tokenizer: expected one with a token that ends an answer ({', '.join(tokens)}), got none.")
+        raise UsageError(f"tokenizer: expected one with a token that ends an answer ({', '.join(tokens)}), got none.")
     return found
 
 
@@ -309,7 +310,7 @@ def _encode_answers(tokenizer: Tokenizer, columns: Columns, max_length: int) -> 
     rows = [prompt + answer + [_end_id(tokenizer)] for prompt, answer in zip(prompts, ends, strict=True)]
     longest = max(map(len, prompts))
     if longest >= max_length:
-        raise ValueError(
+        raise UsageError(
             f"max_length: expected more than the {longest} tokens of the longest prompt, got {max_length}."
         )
     return {
@@ -324,7 +325,7 @@ def _without_long(name: str, columns: dict[str, np.ndarray], max_length: int) ->
     """Leave out rows whose answer is cut off: they would teach to stop in the middle, or never."""
     whole = columns["length"] <= max_length
     if not whole.any():
-        raise ValueError(
+        raise UsageError(
             f"{name}: expected max_length >= {columns['length'].min()} for any row to fit, got {max_length}."
         )
     if not whole.all():

@@ -13,7 +13,7 @@ from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.rounding import OUTWARD, eigen_enclosure
 from ntk_prefix.certificate.tokens import Claimed, Prefix, Tokens
-from ntk_prefix.checks import check_inputs, check_positive
+from ntk_prefix.checks import UsageError, check_inputs, check_positive
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.one_layer import FixedValuePrefixModel, ModelName, RandomPrefix, TiedPrefixModel
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray
@@ -88,9 +88,9 @@ class Certificate:
             ValueError: the certificate does not hold, or the fraction is not in (0, 1).
         """
         if not self.holds:
-            raise ValueError(f"steps_to: this certificate does not hold.\n{self.explain()}")
+            raise UsageError(f"steps_to: this certificate does not hold.\n{self.explain()}")
         if not 0 < fraction < 1:
-            raise ValueError(f"fraction: expected a number in (0, 1), got {fraction}.")
+            raise UsageError(f"fraction: expected a number in (0, 1), got {fraction}.")
         return math.ceil(math.log(fraction) / math.log1p(-self.rate) * OUTWARD)
 
     def explain(self) -> str:
@@ -193,9 +193,9 @@ def _before_drawing(
     _check_data(x, y, model, None)
     check_positive("sigma", sigma)
     if not 0 < delta < 1:
-        raise ValueError(f"delta: expected a probability in (0, 1), got {delta}.")
+        raise UsageError(f"delta: expected a probability in (0, 1), got {delta}.")
     if not symmetric:
-        raise ValueError(
+        raise UsageError(
             "symmetric: the a-priori certificate needs pairs of tokens, which make F(0) = 0. Use symmetric=True, or "
             "delta=None for the certificate of a given draw."
         )
@@ -316,7 +316,7 @@ def _name(prefix: Prefix) -> ModelName:
 
 def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> None:
     if jnp.result_type(float) != jnp.float64:
-        raise ValueError(
+        raise UsageError(
             "certify: expected 64-bit numbers, got JAX's default of 32. Wrap the call in `with jax.enable_x64(True):`."
         )
     width = None
@@ -326,7 +326,7 @@ def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> 
     check_inputs("y", y)
     for name, array in (("x", x), ("y", y)):
         if array.dtype != jnp.float64:
-            raise ValueError(f"{name}: expected float64, got {array.dtype}. Use {name}.astype(float) under x64.")
+            raise UsageError(f"{name}: expected float64, got {array.dtype}. Use {name}.astype(float) under x64.")
     outputs = y.shape[1]
     if isinstance(prefix, RandomPrefix):
         outputs = prefix.outputs or prefix.d
@@ -335,7 +335,7 @@ def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> 
     if model == "tied":
         outputs = x.shape[1]
     if y.shape != (len(x), outputs):
-        raise ValueError(f"y: expected one row of {outputs} targets for each of the {len(x)} inputs, got {y.shape}.")
+        raise UsageError(f"y: expected one row of {outputs} targets for each of the {len(x)} inputs, got {y.shape}.")
 
 
 def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Certificate:

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ntk_prefix.checks import check_inputs
+from ntk_prefix.checks import UsageError, check_inputs
 from ntk_prefix.one_layer import (
     TILE,
     FixedValuePrefixModel,
@@ -116,7 +116,7 @@ def prefix_ntk(
         rows, width = prefix.weights.shape
         dtype = accumulation_dtype(prefix.weights[...], x1)
     else:
-        raise ValueError(
+        raise UsageError(
             "model_or_prefix: expected a TiedPrefixModel, FixedValuePrefixModel or RandomPrefix, "
             f"got {type(prefix).__name__}. For any other model use empirical_ntk."
         )
@@ -124,9 +124,9 @@ def prefix_ntk(
         if inputs is not None:
             check_inputs(name, inputs, features=width)
     if part not in ("full", "key"):
-        raise ValueError(f'part: expected "full" or "key", got {part!r}.')
+        raise UsageError(f'part: expected "full" or "key", got {part!r}.')
     if block is not None and block < 1:
-        raise ValueError(f"block: expected at least 1 prefix token at once, got {block}.")
+        raise UsageError(f"block: expected at least 1 prefix token at once, got {block}.")
 
     if mesh is not None:
         # jax.make_mesh makes explicit axes; here the compiler places the data

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import check_positive
+from ntk_prefix.checks import UsageError, check_positive
 from ntk_prefix.kernels import neural_tangents
 from ntk_prefix.kernels.empirical import check_finite
 from ntk_prefix.typing import Array, Float
@@ -100,17 +100,17 @@ def predict(
     """
     check_positive("learning_rate", learning_rate)
     if loss not in ("mse-sum", "mse-mean"):
-        raise ValueError(f'loss: expected "mse-sum" or "mse-mean", got {loss!r}.')
+        raise UsageError(f'loss: expected "mse-sum" or "mse-mean", got {loss!r}.')
     times = _check_steps(steps, flow)
     kernels = _matrices("ntk_train_train", ntk_train_train, y_train.shape)
     _check_symmetric("ntk_train_train", kernels)
     f_train_0 = jnp.zeros_like(y_train) if f_train_0 is None else f_train_0
     if f_train_0.shape != y_train.shape:
-        raise ValueError(f"f_train_0: expected the shape of y_train, {y_train.shape}, got {f_train_0.shape}.")
+        raise UsageError(f"f_train_0: expected the shape of y_train, {y_train.shape}, got {f_train_0.shape}.")
     cross = None
     if ntk_test_train is not None:
         if ntk_test_train.ndim != ntk_train_train.ndim:
-            raise ValueError(
+            raise UsageError(
                 f"ntk_test_train: expected {ntk_train_train.ndim} axes, as ntk_train_train has, got shape "
                 f"{ntk_test_train.shape}."
             )
@@ -118,9 +118,9 @@ def predict(
         test_shape = (ntk_test_train.shape[0], y_train.shape[1])
         f_test_0 = jnp.zeros(test_shape, y_train.dtype) if f_test_0 is None else f_test_0
         if f_test_0.shape != test_shape:
-            raise ValueError(f"f_test_0: expected [n2, d] = {test_shape}, got {f_test_0.shape}.")
+            raise UsageError(f"f_test_0: expected [n2, d] = {test_shape}, got {f_test_0.shape}.")
     elif f_test_0 is not None:
-        raise ValueError("f_test_0 was given without ntk_test_train, the kernel between test and training inputs.")
+        raise UsageError("f_test_0 was given without ntk_test_train, the kernel between test and training inputs.")
     for name, array in (("y_train", y_train), ("f_train_0", f_train_0), ("f_test_0", f_test_0)):
         check_finite(name, array)
 
@@ -154,7 +154,7 @@ def _matrices(name: str, kernel: Array, target_shape: tuple[int, ...]) -> Array:
     n, d = target_shape
     expected = {4: (kernel.shape[0], d, n, d), 3: (kernel.shape[0], d, n), 2: (kernel.shape[0], n)}.get(kernel.ndim)
     if kernel.shape != expected:
-        raise ValueError(
+        raise UsageError(
             f"{name}: expected [.., {d}, {n}, {d}] (full), [.., {d}, {n}] (diagonal) or [.., {n}] (alike) for targets "
             f"[{n}, {d}], got {kernel.shape}. neural-tangents' own [n1, n2, d, d] needs kernel.transpose(0, 2, 1, 3)."
         )
@@ -181,7 +181,7 @@ def _rows(columns: Array, shape: tuple[int, ...], kernel_ndim: int) -> Array:
 def _check_symmetric(name: str, kernels: Array) -> None:
     """Refuse matrices that are not symmetric up to rounding: mostly axes in another order."""
     if kernels.shape[1] != kernels.shape[2]:
-        raise ValueError(f"{name}: expected as many rows as there are targets, got matrices {kernels.shape[1:]}.")
+        raise UsageError(f"{name}: expected as many rows as there are targets, got matrices {kernels.shape[1:]}.")
     if isinstance(kernels, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
@@ -189,7 +189,7 @@ def _check_symmetric(name: str, kernels: Array) -> None:
         largest = float(jnp.abs(kernels).max())
     # half the digits: rounding never costs so many, axes in the wrong order always do
     if skew > float(jnp.finfo(kernels.dtype).eps) ** 0.5 * largest:
-        raise ValueError(
+        raise UsageError(
             f"{name}: expected a symmetric kernel in the order [n, d, n, d], got one that differs from its transpose "
             f"by {skew:.3g}. neural-tangents' own [n, n, d, d] needs kernel.transpose(0, 2, 1, 3)."
         )
@@ -199,11 +199,11 @@ def _check_steps(steps: Array, flow: bool) -> Array:
     """The times as a vector of floats."""
     times = np.asarray(steps)
     if times.ndim != 1 or not times.size:
-        raise ValueError(f"steps: expected a vector of times, [T], got shape {times.shape}. Use jnp.arange(T).")
+        raise UsageError(f"steps: expected a vector of times, [T], got shape {times.shape}. Use jnp.arange(T).")
     if not (np.isfinite(times) & (times >= 0)).all():
-        raise ValueError(f"steps: expected finite times >= 0, got a range of {times.min()} to {times.max()}.")
+        raise UsageError(f"steps: expected finite times >= 0, got a range of {times.min()} to {times.max()}.")
     if not flow and (times != np.round(times)).any():
-        raise ValueError("steps: expected whole numbers, got fractions. Use flow=True for continuous time.")
+        raise UsageError("steps: expected whole numbers, got fractions. Use flow=True for continuous time.")
     return jnp.asarray(times, jnp.result_type(float))
 
 

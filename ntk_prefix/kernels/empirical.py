@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.kernels import neural_tangents
 from ntk_prefix.typing import Array, Float
 
@@ -94,13 +95,13 @@ def empirical_ntk(
     """
     if implementation != "auto" and implementation not in _NUMBERS:
         known = ", ".join(["auto", *_NUMBERS])
-        raise ValueError(f"implementation: expected one of {known}, got {implementation!r}.")
+        raise UsageError(f"implementation: expected one of {known}, got {implementation!r}.")
     if vmap_axes not in (0, None):
-        raise ValueError(f"vmap_axes: expected 0 (rows are independent) or None (they interact), got {vmap_axes!r}.")
+        raise UsageError(f"vmap_axes: expected 0 (rows are independent) or None (they interact), got {vmap_axes!r}.")
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected a whole number >= 1 or None, got {batch_size}.")
+        raise UsageError(f"batch_size: expected a whole number >= 1 or None, got {batch_size}.")
     if batch_size is not None and vmap_axes is None:
-        raise ValueError("batch_size: rows that interact cannot be cut into blocks. Leave it out, or use vmap_axes=0.")
+        raise UsageError("batch_size: rows that interact cannot be cut into blocks. Leave it out, or use vmap_axes=0.")
     x1 = jnp.asarray(x1)
     x2 = None if x2 is None else jnp.asarray(x2)
     function, parameters, constants = _split(model, wrt)
@@ -111,7 +112,7 @@ def empirical_ntk(
 
     outputs = [_output(function, parameters, constants, x) for x in (x1, x2) if x is not None]
     if outputs[0].shape[1:] != outputs[-1].shape[1:]:
-        raise ValueError(
+        raise UsageError(
             f"x2: expected outputs of the shape of the first, [n, {outputs[0].shape[1:]}], got {outputs[-1].shape}."
         )
     task = _Task(
@@ -123,7 +124,7 @@ def empirical_ntk(
         output_shape=outputs[0].shape[1:],
     )
     if set(task.trace_axes) & set(task.diagonal_axes):
-        raise ValueError(
+        raise UsageError(
             f"trace_axes and diagonal_axes: expected different axes, got {trace_axes} and {diagonal_axes}."
         )
     try:
@@ -200,7 +201,7 @@ def _split(model: object, wrt: Any) -> tuple[_Function, tuple[Array, ...], Any]:
             "function f(params, x) use ntk_prefix.kernels.neural_tangents.load().empirical_ntk_fn."
         )
     if not parameters:
-        raise ValueError(
+        raise UsageError(
             f"wrt: expected a filter that matches parameters of {type(model).__name__}, got {wrt!r}, which matches "
             f"none. The model has: {', '.join(sorted(found)) or 'no variables at all'}."
         )
@@ -218,7 +219,7 @@ def check_finite(name: str, tree: Any) -> None:
             if finite.all():
                 continue
             place = tuple(int(index) for index in np.argwhere(~np.asarray(finite))[0])
-            raise ValueError(
+            raise UsageError(
                 f"{name}: expected finite numbers, got {array[place]} at {list(place)}, and {(~finite).sum()} such in "
                 "all. Drop or impute them first."
             )
@@ -232,7 +233,7 @@ def _output(function: _Function, parameters: Any, constants: Any, x: Array) -> j
         or output.shape[:1] != x.shape[:1]
         or not jnp.issubdtype(output.dtype, jnp.floating)
     ):
-        raise ValueError(
+        raise UsageError(
             f"model: expected model(x) to be one floating point array with {x.shape[0]} rows, one for each of x, got "
             f"{output}. Wrap the model so that it returns the outputs whose kernel is meant."
         )
@@ -244,7 +245,7 @@ def _output_axes(name: str, axes: int | Sequence[int], ndim: int) -> tuple[int, 
     given = (axes,) if isinstance(axes, int) else tuple(axes)
     canonical = tuple(axis + ndim if axis < 0 else axis for axis in given)
     if not all(1 <= axis < ndim for axis in canonical) or len(set(canonical)) < len(canonical):
-        raise ValueError(
+        raise UsageError(
             f"{name}: expected different axes of the output from 1 to {ndim - 1} (0 is the row), or negative ones, "
             f"got {axes}."
         )

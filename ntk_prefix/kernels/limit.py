@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from ntk_prefix.checks import check_inputs, check_positive
+from ntk_prefix.checks import UsageError, check_inputs, check_positive
 from ntk_prefix.kernels.closed_form import KernelPart
 from ntk_prefix.one_layer import ModelName
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
@@ -59,7 +59,7 @@ def limit_ntk(
     check_inputs("x2", x2, features=x1.shape[1])
     check_positive("sigma", sigma)
     if part not in ("full", "key"):
-        raise ValueError(f'part: expected "full" or "key", got {part!r}.')
+        raise UsageError(f'part: expected "full" or "key", got {part!r}.')
     if outputs is not None:
         check_positive("outputs", outputs)
     inner = jnp.matmul(x1, x2.T)
@@ -67,9 +67,9 @@ def limit_ntk(
     if model == "fixed":
         return _outer(inner * tilt, jnp.eye(outputs or x1.shape[1], dtype=inner.dtype))
     if model != "tied":
-        raise ValueError(f'model: expected "tied" or "fixed", got {model!r}.')
+        raise UsageError(f'model: expected "tied" or "fixed", got {model!r}.')
     if outputs not in (None, x1.shape[1]):
-        raise ValueError(f"outputs: the tied model has d = {x1.shape[1]} outputs, got {outputs}. Leave it out.")
+        raise UsageError(f"outputs: the tied model has d = {x1.shape[1]} outputs, got {outputs}. Leave it out.")
     identity = jnp.eye(x1.shape[1], dtype=inner.dtype)
     mean = sigma**2 * (x1[:, None] + x2[None])
     through_key = _outer(sigma**2 * inner, identity) + jnp.einsum("ij,ijk,ijl->ikjl", inner, mean, mean)

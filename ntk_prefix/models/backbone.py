@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
 from ntk_prefix.models.elementwise import ACTIVATIONS
 from ntk_prefix.precision import accumulation_dtype
@@ -71,9 +72,9 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act: expected one of {sorted(ACTIVATIONS)}, got {self.hidden_act!r}")
+            raise UsageError(f"hidden_act: expected one of {sorted(ACTIVATIONS)}, got {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise UsageError(
                 f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, "
                 f"got {self.num_attention_heads}"
             )
@@ -88,7 +89,7 @@ def known_fields(config_class: type[BackboneConfig], config: Mapping[str, Any]) 
     fields = dataclasses.fields(config_class)
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and config.get(f.name) is None]
     if missing:
-        raise ValueError(f"config.json: expected {missing} for a {config_class.__name__}, got {sorted(config)}")
+        raise UsageError(f"config.json: expected {missing} for a {config_class.__name__}, got {sorted(config)}")
     return {f.name: config[f.name] for f in fields if config.get(f.name) is not None}
 
 
@@ -299,9 +300,9 @@ class Classifier(nnx.Module):
 
     def __init__(self, backbone: Backbone, num_labels: int, *, pooling: Pooling = "mean", rngs: nnx.Rngs):
         if pooling not in ("mean", "cls", "last"):
-            raise ValueError(f'pooling: expected "mean", "cls" or "last", got {pooling!r}')
+            raise UsageError(f'pooling: expected "mean", "cls" or "last", got {pooling!r}')
         if num_labels < 1:
-            raise ValueError(f"num_labels: expected at least 1, got {num_labels}")
+            raise UsageError(f"num_labels: expected at least 1, got {num_labels}")
         self.backbone = backbone
         self.pooling = pooling
         # as small as transformers are initialized: the first loss is that of a guess

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -48,7 +49,7 @@ class BertConfig(BackboneConfig):
             ValueError: a value is missing, positions are not absolute, or the model is a decoder.
         """
         if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
-            raise ValueError(
+            raise UsageError(
                 "config.json: expected a BERT encoder with absolute positions, got "
                 f"position_embedding_type {config.get('position_embedding_type')!r}, "
                 f"is_decoder {config.get('is_decoder')!r}"
@@ -150,7 +151,7 @@ class Bert(Backbone):
         length = input_ids.shape[1]
         offset = self.position_offset + (position_offset if isinstance(position_offset, int) else 0)
         if length + offset > self.config.max_position_embeddings:
-            raise ValueError(
+            raise UsageError(
                 f"input_ids: expected at most {self.config.max_position_embeddings} positions, got {length} tokens "
                 f"with a position offset of {offset}. Truncate them, or call extend_positions."
             )
@@ -169,7 +170,7 @@ class Bert(Backbone):
         """
         have = self.config.max_position_embeddings
         if length < have:
-            raise ValueError(f"length: expected at least the model's {have} positions, got {length}")
+            raise UsageError(f"length: expected at least the model's {have} positions, got {length}")
         table = self.embeddings.positions
         table.embedding = nnx.Param(jnp.tile(table.embedding[...], (-(-length // have), 1))[:length])
         table.num_embeddings = length

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ntk_prefix.checks import UsageError
+
 if TYPE_CHECKING:
     import tokenizers
     from onnx import GraphProto
@@ -58,7 +60,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return _read_gguf(path)
     if path.suffix == ".onnx":
         return _read_onnx(path)
-    raise ValueError(f"expected a Hugging Face folder, a .gguf or an .onnx file, got {path}")
+    raise UsageError(f"expected a Hugging Face folder, a .gguf or an .onnx file, got {path}")
 
 
 # ---------------------------------------------------------------------------- Hugging Face's folder
@@ -86,7 +88,7 @@ def _read_folder(folder: Path) -> Checkpoint:
         try:
             file = safe_open(shard, framework="np")
         except SafetensorError as error:
-            raise ValueError(f"{shard}: expected a safetensors file, got one that is broken: {error}") from error
+            raise UsageError(f"{shard}: expected a safetensors file, got one that is broken: {error}") from error
         tensors |= {name: functools.partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
     return Checkpoint(_read_json(config), tensors)
 
@@ -95,7 +97,7 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: expected JSON, got a file that is broken: {error}") from error
+        raise UsageError(f"{file}: expected JSON, got a file that is broken: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------- GGUF
@@ -138,7 +140,7 @@ def _gguf_metadata(path: Path) -> tuple[dict[str, Any], Any]:
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path}: expected a GGUF file, got one that is broken: {error}") from error
+        raise UsageError(f"{path}: expected a GGUF file, got one that is broken: {error}") from error
     return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
 
 
@@ -148,7 +150,7 @@ def _read_gguf(path: Path) -> Checkpoint:
     metadata, all_tensors = _gguf_metadata(path)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"{path}: expected a GGUF of architecture 'llama', got {architecture!r}")
+        raise UsageError(f"{path}: expected a GGUF of architecture 'llama', got {architecture!r}")
     stored = {name: metadata.get(f"llama.{key}") for name, key in _GGUF_CONFIG.items()}
     config = {name: value for name, value in stored.items() if value is not None}
     if (scaling := metadata.get("llama.rope.scaling.type", "none")) != "none":
@@ -218,7 +220,7 @@ def gguf_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
         ),
     }
     if kind != "gpt2" or split not in splits:
-        raise ValueError(
+        raise UsageError(
             f"{path}: expected a byte-level BPE tokenizer (tokenizer.ggml.model 'gpt2') that splits text as one of "
             f"{sorted(splits)}, got {kind!r} and {split!r}. Use the model's own tokenizer.json."
         )
@@ -256,7 +258,7 @@ def _read_onnx(path: Path) -> Checkpoint:
     try:
         graph: GraphProto = onnx.load(path).graph
     except DecodeError as error:
-        raise ValueError(f"{path}: expected an ONNX file, got one that is broken: {error}") from error
+        raise UsageError(f"{path}: expected an ONNX file, got one that is broken: {error}") from error
     weights = {tensor.name: functools.partial(to_array, tensor) for tensor in graph.initializer}
     nodes = {node.name: node for node in graph.node}
     constants = {
@@ -267,7 +269,7 @@ def _read_onnx(path: Path) -> Checkpoint:
     patches = next((n for n in nodes if n.endswith("/embeddings/patch_embeddings/projection/Conv")), None)
     first = patches and patches.removesuffix("embeddings/patch_embeddings/projection/Conv")
     if not first or f"{first}encoder/layer.0/norm1/Add" not in nodes:
-        raise ValueError(
+        raise UsageError(
             f"{path}: expected torch's export of a vision transformer in DINOv2 layout, with nodes named "
             f".../embeddings/patch_embeddings/projection/Conv and .../encoder/layer.0/norm1/Add, got "
             f"{graph.name!r} with {len(nodes)} nodes"

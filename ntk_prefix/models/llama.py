@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache, Rotary
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -59,12 +60,12 @@ class LlamaConfig(BackboneConfig):
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UsageError(
                 f"num_key_value_heads: expected a divisor of the {self.num_attention_heads} query heads, "
                 f"got {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: expected an even number, got {self.head_dim}: rotary positions turn pairs")
+            raise UsageError(f"head_dim: expected an even number, got {self.head_dim}: rotary positions turn pairs")
 
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any]) -> LlamaConfig:
@@ -77,7 +78,7 @@ class LlamaConfig(BackboneConfig):
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ValueError(f"config.json: expected rotary positions of rope_type 'default', got {kind!r}")
+            raise UsageError(f"config.json: expected rotary positions of rope_type 'default', got {kind!r}")
         return cls(**known_fields(cls, {**config, **{k: rope[k] for k in ("rope_theta",) if k in rope}}))
 
 
@@ -194,7 +195,7 @@ class Llama(Backbone):
         length = input_ids.shape[1]
         seen = length if cache is None else cache[0].key.shape[1]
         if attention_mask is not None and attention_mask.shape != (input_ids.shape[0], seen):
-            raise ValueError(
+            raise UsageError(
                 f"attention_mask: expected [{input_ids.shape[0]}, {seen}], the ids' shape or, with a cache, that of "
                 f"its slots, got {attention_mask.shape}"
             )
@@ -229,7 +230,7 @@ class Llama(Backbone):
             ValueError: the model was made without ``causal_lm``.
         """
         if not self.causal_lm:
-            raise ValueError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
+            raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
         accumulate = accumulation_dtype(hidden.dtype)
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(accumulate)
@@ -277,15 +278,15 @@ def generate(
         ValueError: prompts padded on the right, an empty prompt, no token to be made, or a model without logits.
     """
     if not model.causal_lm:
-        raise ValueError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
+        raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if not input_ids.shape[1]:
-        raise ValueError("input_ids: expected at least one token a row, got none")
+        raise UsageError("input_ids: expected at least one token a row, got none")
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, bool)
     elif not np.asarray(attention_mask)[:, -1].all():
-        raise ValueError("attention_mask: expected padding on the left, got a prompt whose last token is padding")
+        raise UsageError("attention_mask: expected padding on the left, got a prompt whose last token is padding")
     ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
     padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
     graph, state = nnx.split(model)

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.backbone import Backbone, Classifier, Pooling
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.formats import Checkpoint, read_checkpoint
@@ -66,13 +67,13 @@ def from_pretrained(
     checkpoint = read_checkpoint(path)
     model_type = checkpoint.config.get("model_type")
     if model_type not in MODELS:
-        raise ValueError(f"{path}: expected model_type among {sorted(MODELS)}, got {model_type!r}")
+        raise UsageError(f"{path}: expected model_type among {sorted(MODELS)}, got {model_type!r}")
     config_class, model_class = MODELS[model_type]
     classify = task is not None and task.endswith("-classification")
     if task not in (None, *model_class.tasks):
-        raise ValueError(f"task: expected None or one of {model_class.tasks} for a {model_type}, got {task!r}")
+        raise UsageError(f"task: expected None or one of {model_class.tasks} for a {model_type}, got {task!r}")
     if not classify and (num_labels is not None or pooling is not None):
-        raise ValueError(f"num_labels, pooling: expected only with a classification task, got task {task!r}")
+        raise UsageError(f"num_labels, pooling: expected only with a classification task, got task {task!r}")
     options: dict[str, Any] = {"causal_lm": task == "causal-lm"} if model_class is Llama else {}
     config = config_class.from_hugging_face(checkpoint.config)
     # shapes only: the checkpoint brings the numbers
@@ -90,7 +91,7 @@ def from_pretrained(
         head = None
         logger.info("%s: a new head of %d labels on %r pooled hidden states", path, num_labels, pooling)
     else:
-        raise ValueError(
+        raise UsageError(
             f"num_labels: expected a number, since {path} brings no head that is a linear map on {pooling!r} pooled "
             "hidden states; a new one will be made"
         )
@@ -163,13 +164,13 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str) -> None:
         for name in checkpoint.tensors
     }
     if missing := sorted(wanted.keys() - spelling.keys()):
-        raise ValueError(f"{path}: expected tensors that are missing: {_listed(missing)}")
+        raise UsageError(f"{path}: expected tensors that are missing: {_listed(missing)}")
     over = {name.removeprefix(prefix) for name in spelling.keys() - wanted.keys()}
     ignored = {name for name in over if re.match(model.hugging_face_ignored, name)}
     if ignored:
         logger.info("%s: not used: %s", path, _listed(sorted(ignored)))
     if over - ignored:
-        raise ValueError(
+        raise UsageError(
             f"{path}: expected nothing beyond a {type(model).__name__}, got tensors left over: "
             f"{_listed(sorted(over - ignored))}. Is model_type right?"
         )
@@ -181,7 +182,7 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str) -> None:
         else:
             variable.set_value(jnp.asarray(tensor, jnp.float32))
     if wrong:
-        raise ValueError(f"{path}: expected tensors of the config's shapes (ours, [in, out]): {_listed(wrong)}")
+        raise UsageError(f"{path}: expected tensors of the config's shapes (ours, [in, out]): {_listed(wrong)}")
 
 
 def _head(model: Backbone, checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray] | None:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -55,7 +56,7 @@ class VitConfig(BackboneConfig):
             ValueError: a value is missing, or the model has a gated MLP.
         """
         if config.get("use_swiglu_ffn"):
-            raise ValueError("config.json: expected use_swiglu_ffn false, got true: DINOv2 giant is not built here")
+            raise UsageError("config.json: expected use_swiglu_ffn false, got true: DINOv2 giant is not built here")
         if config.get("model_type") == "dinov2":
             config = {"layer_norm_eps": 1e-6, "patch_size": 14, **config}
             if "mlp_ratio" in config and "hidden_size" in config:
@@ -85,7 +86,7 @@ class VitEmbeddings(nnx.Module):
         batch, height, width, channels = pixel_values.shape
         size = self.patch_size
         if height % size or width % size or channels != self.num_channels or not height * width:
-            raise ValueError(
+            raise UsageError(
                 f"pixel_values: expected [B, height, width, {self.num_channels}] with sides divisible by the patch "
                 f"size {size}, got {pixel_values.shape}: resize or crop, and put channels last"
             )

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["windowed"]
@@ -45,10 +46,10 @@ def windowed(
     Source: the pattern is that of Beltagy et al. (Longformer), arXiv 2004.05150.
     """
     if window < 1:
-        raise ValueError(f"window: expected at least 1 token to each side, got {window}")
+        raise UsageError(f"window: expected at least 1 token to each side, got {window}")
     batch, rows = query.shape[:2]
     if mask is not None and mask.shape[1:] != (1, 1, rows):
-        raise ValueError(
+        raise UsageError(
             f"mask: expected one for keys only beside a window, [B, 1, 1, {rows}], got {mask.shape}: "
             "a mask of queries and keys needs full attention"
         )

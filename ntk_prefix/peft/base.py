@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Float, Int
 
 __all__ = ["AdapterConfig", "AdapterParam", "Calibration", "Host", "NonNegativeParam", "RestingParam", "gather_rows"]
@@ -55,7 +56,7 @@ class AdapterConfig:
         try:
             re.compile(self.target)
         except re.error as error:
-            raise ValueError(f"expected a regular expression as target, got {self.target!r}: {error}") from error
+            raise UsageError(f"expected a regular expression as target, got {self.target!r}: {error}") from error
 
     def selects(self, path: str, module: nnx.Module) -> bool:
         """Return whether the method changes this module."""
@@ -95,7 +96,7 @@ class Host(nnx.Module):
             ValueError: there is one of that name.
         """
         if name in self.adapters:
-            raise ValueError(f"expected a new adapter name, got {name!r}, which is there already: delete it first")
+            raise UsageError(f"expected a new adapter name, got {name!r}, which is there already: delete it first")
         self.adapters[name] = adapter
         self.names = (*self.names, name)
 
@@ -120,12 +121,12 @@ def gather_rows(arrays: list[Array], rows: Int[Array, "B"]) -> Float[Array, "B .
     """
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
-        raise ValueError(f"expected adapters of one shape in a mixed batch, got {sorted(shapes)}: train them alike")
+        raise UsageError(f"expected adapters of one shape in a mixed batch, got {sorted(shapes)}: train them alike")
     return jnp.stack([*arrays, jnp.zeros_like(arrays[0])])[rows]
 
 
 def stacked(factors: list[Any], rows: Int[Array, "B"]) -> Any:
     """As :func:`gather_rows`, for arrays and for low-rank pairs."""
     if len({jax.tree.structure(factor) for factor in factors}) > 1:
-        raise ValueError("expected adapters of one shape in a mixed batch, got full and low rank: train them alike")
+        raise UsageError("expected adapters of one shape in a mixed batch, got full and low rank: train them alike")
     return jax.tree.map(lambda *leaves: gather_rows(list(leaves), rows), *factors)

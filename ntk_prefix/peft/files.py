@@ -39,6 +39,7 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix.attention import LowRank
+from ntk_prefix.checks import UsageError
 from ntk_prefix.peft.base import AdapterParam, Host
 from ntk_prefix.peft.hugging_face import CONFIG, HEAD, PREFIX_PARTS, Names, from_form, packed, to_form
 from ntk_prefix.peft.inject import active_adapter, apply, configs, dotted
@@ -88,7 +89,7 @@ def save_pretrained(
     if name is None:
         name = active_adapter(model)
     if name not in known:
-        raise ValueError(f"expected an adapter among {sorted(known)}, got {name!r}: activate one, or name it")
+        raise UsageError(f"expected an adapter among {sorted(known)}, got {name!r}: activate one, or name it")
     names = Names(model)
     tensors = {key: slot.value for key, slot in _slots(model, name, names).items()}
     form = to_form(known[name], model, names, tensors)
@@ -127,7 +128,7 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
     if not load_head:
         tensors = {key: value for key, value in tensors.items() if not HEAD.match(key)}
     elif foreign := [key for key in tensors if HEAD.match(key) and not key.startswith("head.")]:
-        raise ValueError(
+        raise UsageError(
             f"expected a head that this model has, got {foreign[0]}: it has none, or pools in another way than the "
             "Hugging Face model, where these weights mean something else; load_head=False leaves the head out"
         )
@@ -203,14 +204,14 @@ def _check(slots: Mapping[str, _Slot], tensors: Mapping[str, Array], directory: 
     where = directory / WEIGHTS
     for key, slot in slots.items():
         if key not in tensors:
-            raise ValueError(f"{where}: expected a tensor {key} {slot.value.shape} for this model, got none")
+            raise UsageError(f"{where}: expected a tensor {key} {slot.value.shape} for this model, got none")
         if tensors[key].shape != slot.value.shape:
-            raise ValueError(
+            raise UsageError(
                 f"{where}: expected {key} of shape {slot.value.shape} for this model, got {tensors[key].shape}: "
                 "the adapter is of another model"
             )
     if left_over := sorted(set(tensors) - set(slots)):
-        raise ValueError(f"{where}: expected tensors that have a place in this adapter, got also {left_over[:4]}")
+        raise UsageError(f"{where}: expected tensors that have a place in this adapter, got also {left_over[:4]}")
 
 
 # --------------------------------------------------------------------------------------------- disk
@@ -248,8 +249,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     try:
         form = dict(json.loads((directory / CONFIG).read_text()))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{directory / CONFIG}: expected JSON fields, got a file that is broken: {error}") from error
+        raise UsageError(f"{directory / CONFIG}: expected JSON fields, got a file that is broken: {error}") from error
     try:
         return form, load_file(directory / WEIGHTS)
     except SafetensorError as error:
-        raise ValueError(f"{directory / WEIGHTS}: expected safetensors, got a file that is broken: {error}") from error
+        raise UsageError(f"{directory / WEIGHTS}: expected safetensors, got a file that is broken: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.loading import module_names
 from ntk_prefix.peft.base import AdapterConfig
@@ -213,11 +214,11 @@ def from_form(
         mine |= {"num_transformer_submodules", "prefix_projection", "init_weights", "shift_positions"}
         _refuse_unknown(form, HARMLESS | mine)
         if form.get("num_transformer_submodules") not in (None, 1):
-            raise ValueError("expected num_transformer_submodules 1, got an adapter of an encoder and a decoder")
+            raise UsageError("expected num_transformer_submodules 1, got an adapter of an encoder and a decoder")
         unpacked = _unpacked(tensors, form.get("num_virtual_tokens"), model, names)
         shift = form.get("shift_positions", True)
         return [PrefixTuningConfig(num_tokens=form["num_virtual_tokens"], shift_positions=shift)], unpacked
-    raise ValueError(
+    raise UsageError(
         f"{CONFIG}: expected peft_type LORA, PREFIX_TUNING or one of {sorted(m.upper() for m in METHODS)}, got {kind!r}"
     )
 
@@ -226,7 +227,7 @@ def _own(fields: Mapping[str, Any]) -> AdapterConfig:
     """Return one of our configurations from its fields."""
     method = fields.get("method")
     if method not in METHODS:
-        raise ValueError(f"{CONFIG}: expected a method among {sorted(METHODS)}, got {method!r}")
+        raise UsageError(f"{CONFIG}: expected a method among {sorted(METHODS)}, got {method!r}")
     known = {field.name for field in dataclasses.fields(METHODS[method])}
     _refuse_unknown(fields, known | {"method"})
     given = {key: value for key, value in fields.items() if key in known}
@@ -242,7 +243,7 @@ def _lora_configs(form: Mapping[str, Any], model: Any, names: Names) -> list[Lor
     _refuse_unknown(form, HARMLESS | mine)
     start = form.get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
-        raise ValueError(
+        raise UsageError(
             f"{CONFIG}: expected init_lora_weights that leaves the model's weights alone, got {start!r}: "
             "convert the adapter to a plain one with peft (path_initial_model_for_weight_conversion)"
         )
@@ -255,7 +256,7 @@ def _lora_configs(form: Mapping[str, Any], model: Any, names: Names) -> list[Lor
             alpha = _patterned(form.get("alpha_pattern"), theirs, form.get("lora_alpha", 8))
             groups.setdefault((r, alpha), []).append(path.removeprefix(names.wrapper))
     if not groups:
-        raise ValueError(
+        raise UsageError(
             f"{CONFIG}: expected target_modules that select linear maps of this model, got "
             f"{form.get('target_modules')!r}, which selects none"
         )
@@ -311,7 +312,7 @@ def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     """
     on = {key: value for key, value in fields.items() if key not in known and value and value != "none"}
     if on:
-        raise ValueError(
+        raise UsageError(
             f"{CONFIG}: expected fields that are known here or off, got {on}: they change what the adapter computes"
         )
 
@@ -337,7 +338,7 @@ def _unpacked(tensors: Mapping[str, Array], tokens: int | None, model: Any, name
     width = sum(2 * layer.num_key_heads * layer.head_dim for _, layer in layers)
     whole = tensors.get("prompt_embeddings")
     if whole is None or whole.shape != (tokens, width):
-        raise ValueError(
+        raise UsageError(
             f"expected prompt_embeddings of shape {(tokens, width)}, [tokens, layers * 2 * key heads * head dim] of "
             f"this model, got {None if whole is None else whole.shape}: the adapter is of another model, or saved "
             "with a projection (prefix_projection) that was not multiplied in"

@@ -10,6 +10,7 @@ import jax
 import optax
 from flax import nnx
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.models.backbone import LeadingRows
 from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Calibration, Host, NonNegativeParam, RestingParam
@@ -85,7 +86,7 @@ def apply(
         try:
             return wanted[path].measure(seen) if path in wanted else None
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; target= can leave the layer out") from error
+            raise UsageError(f"{path}: {error}; target= can leave the layer out") from error
 
     # at once, layer by layer: what all layers saw may be more than the model
     measured = record(model, calibration, measure) if wanted and calibration is not None else {}
@@ -126,10 +127,10 @@ def activate(model: Any, name: str | None) -> None:
     """
     known = configs(model)
     if name is not None and name not in known:
-        raise ValueError(f"expected an adapter among {sorted(known)}, got {name!r}")
+        raise UsageError(f"expected an adapter among {sorted(known)}, got {name!r}")
     in_place = [n for n, cs in known.items() if any(c.in_place for c in cs)]
     if in_place and name not in in_place:
-        raise ValueError(
+        raise UsageError(
             f"expected adapters beside frozen weights, got {in_place}, which changed the weights themselves: "
             "there is nothing to switch back to, so load the model anew"
         )
@@ -166,18 +167,18 @@ def mixed(model: Any, rows: Int[Array, "B"], names: Sequence[str]) -> Iterator[N
     """
     known = configs(model)
     if unknown := set(names) - set(known):
-        raise ValueError(f"expected adapters among {sorted(known)}, got {sorted(unknown)}")
+        raise UsageError(f"expected adapters among {sorted(known)}, got {sorted(unknown)}")
     if any(c.in_place for name in names for c in known[name]):
-        raise ValueError(f"expected adapters beside frozen weights in a mixed batch, got {sorted(names)}")
+        raise UsageError(f"expected adapters beside frozen weights in a mixed batch, got {sorted(names)}")
     if any(isinstance(c, PrefixTuningConfig) and c.shift_positions for name in names for c in known[name]):
-        raise ValueError("expected adapters that leave positions alone in a mixed batch, got shift_positions=True")
+        raise UsageError("expected adapters that leave positions alone in a mixed batch, got shift_positions=True")
     if any(isinstance(c, PrefixPropagationConfig) for name in names for c in known[name]):
-        raise ValueError("expected adapters that leave the rows alone in a mixed batch, got prefix propagation")
+        raise UsageError("expected adapters that leave the rows alone in a mixed batch, got prefix propagation")
     hosts = _hosts(model)
     before = [host.names for host in hosts]
     active = active_adapter(model)
     if missing := [name for host in hosts for name in names if name not in host.adapters]:
-        raise ValueError(f"expected adapters on the same modules in a mixed batch, got {set(missing)} on some only")
+        raise UsageError(f"expected adapters on the same modules in a mixed batch, got {set(missing)} on some only")
     try:
         _shift_positions(model, ())
         for host in hosts:
@@ -196,7 +197,7 @@ def delete_adapter(model: Any, name: str) -> None:
         ValueError: as :func:`activate`.
     """
     if name not in configs(model):
-        raise ValueError(f"expected an adapter among {sorted(configs(model))}, got {name!r}")
+        raise UsageError(f"expected an adapter among {sorted(configs(model))}, got {name!r}")
     activate(model, None)
     _remove(model, name)
     model.adapter_configs = tuple(pair for pair in configs(model).items() if pair[0] != name)
@@ -212,7 +213,7 @@ def merge(model: Any) -> Any:
         {type(host).__name__ for host in _hosts(model) if host.current() is not None and not hasattr(host, "merge")}
     )
     if foreign:
-        raise ValueError(
+        raise UsageError(
             f"expected an adapter that is an addition to weights, got {foreign}: phi(q) Z / (A 1 + phi(q) k) is a "
             "nonlinear function of the query with a denominator shared with attention, so no matrix of the model "
             "computes it, and neither what trained tokens add to it; keep the adapter beside the model"
@@ -284,14 +285,14 @@ def print_trainable_parameters(model: Any) -> None:
 
 def _check(model: Any, chosen: list[AdapterConfig], name: str) -> None:
     if not chosen:
-        raise ValueError("expected at least one configuration, got none")
+        raise UsageError("expected at least one configuration, got none")
     if not name or "." in name:
-        raise ValueError(f"expected an adapter name without dots, got {name!r}")
+        raise UsageError(f"expected an adapter name without dots, got {name!r}")
     known = configs(model)
     if name in known:
-        raise ValueError(f"expected a new adapter name, got {name!r}, which is there already: delete it first")
+        raise UsageError(f"expected a new adapter name, got {name!r}, which is there already: delete it first")
     if known and any(c.in_place for cs in (*known.values(), chosen) for c in cs):
-        raise ValueError(
+        raise UsageError(
             "expected adapters beside frozen weights, got one that changes the weights themselves beside another: "
             "full fine-tuning and bitfit stand alone"
         )
@@ -311,7 +312,7 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
             candidates.append((place, module))
     found = [place for place, module in candidates if config.selects(place, module)]
     if not found:
-        raise ValueError(
+        raise UsageError(
             f"expected a target that matches modules, got {config.target!r} ({config.method}), which matches none of "
             f"{[place for place, _ in candidates][:8]} ..."
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.typing import Array, Bool, Float
 
@@ -79,7 +80,7 @@ def record(
         ".".join(map(str, path)): layer for path, layer in nnx.iter_modules(model) if isinstance(layer, AttentionLayer)
     }
     if not layers:
-        raise ValueError(f"expected a model with attention layers, got {type(model).__name__} without any")
+        raise UsageError(f"expected a model with attention layers, got {type(model).__name__} without any")
     records: dict[str, Any] = {}
 
     def remember(path: str) -> Callable[[LayerRecord], None]:

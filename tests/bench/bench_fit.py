@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ntk_prefix import PrefixState, models, peft
-from ntk_prefix.results import json_text, provenance, write_whole
+from ntk_prefix.artifacts import json_text, provenance, write_whole
 from train import assets, tasks
 from train.setup import load_tokenizer
 

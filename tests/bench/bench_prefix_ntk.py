@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ntk_prefix as npx
+from ntk_prefix.artifacts import peak_resident_memory
 from ntk_prefix.kernels.empirical import empirical_ntk
-from tests.bench.memory import peak_bytes
 
 ROOT = Path(__file__).parents[2]
 OURS, DRAWN, THEIRS, PRODUCT = "prefix_ntk", "prefix_ntk, drawn", "neural-tangents", "matrix product"
@@ -71,9 +71,9 @@ def flops(n: int, d: int, m: int) -> float:
 def measure(name: str, model: str, n: int, d: int, m: int) -> dict[str, float]:
     """One cold call in this process: memory over what the imports took, and seconds with compilation."""
     jax.block_until_ready(jnp.zeros(()))
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = peak_resident_memory(), time.perf_counter()
     jax.block_until_ready(contender(name, model, n, d, m)())
-    return {"bytes": peak_bytes() - before, "seconds": time.perf_counter() - start}
+    return {"bytes": peak_resident_memory() - before, "seconds": time.perf_counter() - start}
 
 
 def measure_apart(name: str, model: str, n: int, d: int, m: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import theory.__main__ as command
-from ntk_prefix.results import CHECKOUT
+from ntk_prefix.artifacts import CHECKOUT
 from theory import fits
 from theory.claim import Check, Claim, Evidence
 from theory.problem import Problem, load
@@ -182,7 +182,7 @@ class TestInterruption:
 
     def test_two_runs_do_not_share_a_folder(self, problem: Problem, tmp_path: Path) -> None:
         def again(problem: Problem) -> Evidence:
-            with pytest.raises(ValueError, match="being written by another run"):
+            with pytest.raises(ValueError, match="which another process holds"):
                 command.verify(problem, [invented()], tmp_path, Console(quiet=True))
             return Evidence((Check("", 1.0, 2.0),))
 

@@ -190,7 +190,7 @@ class TestABrokenRun:
         assert metrics(tmp_path) == metrics(unbroken)
 
     def test_a_folder_that_another_run_holds_is_left_to_it(self, unbroken: Path) -> None:
-        with loop._alone(unbroken), pytest.raises(ValueError, match="that no other run is using"):
+        with loop._alone(unbroken), pytest.raises(ValueError, match="which another process holds"):
             run(TINY, unbroken)
         assert run(TINY, unbroken)["steps"] == TINY.steps
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ntk_prefix.results import CHECKOUT
+from ntk_prefix.artifacts import CHECKOUT
 
 pytestmark = pytest.mark.slow
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ntk_prefix.checks import UsageError
 from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Host, gather_rows
 from ntk_prefix.typing import Array, Float
 
@@ -39,7 +40,7 @@ class LoraConfig(AdapterConfig):
         """Refuse an empty rank."""
         super().__post_init__()
         if self.r < 1:
-            raise ValueError(f"expected r >= 1, got {self.r}")
+            raise UsageError(f"expected r >= 1, got {self.r}")
 
     @property
     def numerator(self) -> float:

@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix.attention import LowRank, ntk_attention, softmax_attention
+from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Calibration, Host, NonNegativeParam, stacked
@@ -86,11 +87,11 @@ class NTKAttentionConfig(AdapterConfig):
         super().__post_init__()
         phi = self.phi
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"expected rank >= 1 or None, got {self.rank}")
+            raise UsageError(f"expected rank >= 1 or None, got {self.rank}")
         if self.train_k and not phi.positive:
-            raise ValueError(f"expected a positive feature map with train_k=True, got {phi}: set train_k=False")
+            raise UsageError(f"expected a positive feature map with train_k=True, got {phi}: set train_k=False")
         if self.init == "from_prefix" and (self.mass != "absolute" or self.whiten or self.rank is not None):
-            raise ValueError(
+            raise UsageError(
                 'expected mass="absolute", whiten=False and rank=None with init="from_prefix": '
                 "a prefix of real tokens has an absolute mass and a full Z"
             )
@@ -152,7 +153,7 @@ class State(nnx.Module):
         self.phi, self.mass = config.phi, config.mass
         features = self.phi.dim(head_dim)
         if config.needs_calibration and measured is None:
-            raise ValueError(
+            raise UsageError(
                 "expected a calibration batch for whiten=True or init='from_prefix': give apply(..., calibration=...)"
             )
         basis, unit, z, k = measured or Measured(None, None, None, None)
@@ -212,7 +213,7 @@ class StateCore(Host, AttentionCore):
         hosted: list[Any] = [self.adapters[name] for name in self.names]
         kinds = {(state.phi, state.mass) for state in hosted}
         if len(kinds) > 1:
-            raise ValueError(f"expected one feature map and one mass in a mixed batch, got {kinds}: train them alike")
+            raise UsageError(f"expected one feature map and one mass in a mixed batch, got {kinds}: train them alike")
         z, k = (stacked(list(part), rows) for part in zip(*(state.state() for state in hosted), strict=True))
 
         def one(query: Array, key: Array, value: Array, mask: Array | None, z: Any, k: Array) -> Array:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntk_prefix.attention import softmax_attention
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.models.backbone import LeadingRows
 from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Host
@@ -69,21 +70,21 @@ class PrefixPropagationConfig(AdapterConfig):
         """Refuse what has no meaning."""
         super().__post_init__()
         if self.target:
-            raise ValueError(f"target: expected none, got {self.target!r}: propagated rows run through all layers")
+            raise UsageError(f"target: expected none, got {self.target!r}: propagated rows run through all layers")
         if self.num_prefix_tokens < 1:
-            raise ValueError(f"num_prefix_tokens: expected at least 1, got {self.num_prefix_tokens}")
+            raise UsageError(f"num_prefix_tokens: expected at least 1, got {self.num_prefix_tokens}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a fraction in [0, 1), got {self.dropout}")
+            raise UsageError(f"dropout: expected a fraction in [0, 1), got {self.dropout}")
         if self.pool not in ("prefix", "cls", "model"):
-            raise ValueError(f'pool: expected "prefix", "cls" or "model", got {self.pool!r}')
+            raise UsageError(f'pool: expected "prefix", "cls" or "model", got {self.pool!r}')
         if self.kernel not in (None, "exp", "rbf", "poly"):
-            raise ValueError(f'kernel: expected None, "exp", "rbf" or "poly", got {self.kernel!r}')
+            raise UsageError(f'kernel: expected None, "exp", "rbf" or "poly", got {self.kernel!r}')
         if self.lengthscale is not None and self.lengthscale <= 0:
-            raise ValueError(f"lengthscale: expected a positive number, got {self.lengthscale}")
+            raise UsageError(f"lengthscale: expected a positive number, got {self.lengthscale}")
         if self.combine and self.kernel is not None:
-            raise ValueError("combine: expected kernel=None, got both: each has its own attention")
+            raise UsageError("combine: expected kernel=None, got both: each has its own attention")
         if self.combine and self.num_prefix_tokens % 2:
-            raise ValueError(f"combine: expected an even num_prefix_tokens, got {self.num_prefix_tokens}")
+            raise UsageError(f"combine: expected an even num_prefix_tokens, got {self.num_prefix_tokens}")
 
     @property
     def rows(self) -> int:
@@ -172,7 +173,7 @@ class KernelCore(Host, AttentionCore):
         if own is None:
             return softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
         if is_causal:
-            raise ValueError("is_causal: expected False beside prefix propagation, got True: its prefix sees the text")
+            raise UsageError("is_causal: expected False beside prefix propagation, got True: its prefix sees the text")
         j = own.count
         return kernel_attention(
             query, key[:, j:], value[:, j:], key[:, :j], value[:, :j], own.alpha[...],
@@ -230,7 +231,7 @@ def kernel_attention(
     elif kernel == "poly":
         other = _polynomial(query, prefix_key, prefix_value)
     else:
-        raise ValueError(f'kernel: expected "exp", "rbf" or "poly", got {kernel!r}')
+        raise UsageError(f'kernel: expected "exp", "rbf" or "poly", got {kernel!r}')
     weight = alpha[None, None, :, None] if alpha.ndim == 1 else alpha[..., None]
     return own + (weight * other).astype(own.dtype)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntk_prefix.attention import prefix_attention, softmax_attention
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Host, gather_rows
 from ntk_prefix.typing import Array, Bool, Float
@@ -42,7 +43,7 @@ class PrefixTuningConfig(AdapterConfig):
         """Refuse an empty prefix."""
         super().__post_init__()
         if self.num_tokens < 1:
-            raise ValueError(f"expected num_tokens >= 1, got {self.num_tokens}")
+            raise UsageError(f"expected num_tokens >= 1, got {self.num_tokens}")
 
     def hosts(self, module: nnx.Module) -> bool:
         """Attention layers."""
@@ -67,7 +68,7 @@ def host_core(layer: AttentionLayer, kind: type[Core]) -> Core:
     if type(layer.core) is AttentionCore:
         layer.core = kind()  # type: ignore[assignment]
     if not isinstance(layer.core, kind):
-        raise ValueError(
+        raise UsageError(
             f"expected an attention core that is free or a {kind.__name__}, got {type(layer.core).__name__}: "
             "two methods that replace attention cannot share a layer"
         )

@@ -1,0 +1,218 @@
+"""The files of a run: read by schema, written whole, held by one process, with where they came from beside them.
+
+Reading: :func:`read_json` checks a file's size, its syntax and the type of every field before anybody uses it. Writing:
+:func:`write_whole` leaves a whole file or none, also when the power goes; :func:`json_text` refuses numbers that are not
+finite, by name, since JSON has none and a text among numbers is found out by the next reader only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from ntk_prefix.checks import NonFiniteError, expected
+
+__all__ = [
+    "CHECKOUT",
+    "decode_json",
+    "finite_or_none",
+    "held",
+    "json_text",
+    "peak_memory",
+    "peak_resident_memory",
+    "provenance",
+    "read_json",
+    "write_whole",
+]
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+"""Where this package is run from; a checkout, unless it was installed as a wheel."""
+
+LARGEST_JSON = 2**26
+"""Bytes of a JSON file that is read whole; a tokenizer's, the largest that is usual, has a tenth of it."""
+
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_json(path: Path, kind: type[T], *, largest: int = LARGEST_JSON) -> T:
+    """Return what a JSON file holds, checked against a type.
+
+    Args:
+        path: of the file.
+        kind: a dataclass, a ``TypedDict``, ``dict[str, int]`` and the like; ``msgspec.Meta`` bounds numbers. Fields that
+            it does not name are left out.
+        largest: bytes; a longer file is not read.
+
+    Raises:
+        UsageError: there is no such file; it is too long, not JSON, nested too deep, or a field is of another type; the
+            text names the file and the field.
+    """
+    return decode_json(_content(path, largest), kind, str(path))
+
+
+def decode_json(content: bytes | str, kind: type[T], name: str) -> T:
+    """Return JSON of any origin, checked against a type.
+
+    Raises:
+        UsageError: as :func:`read_json`, beginning with ``name``.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        raise expected(name, "fields of the right types", f"this: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise expected(name, "JSON", f"a file that is broken: {error}") from None
+    except RecursionError:
+        raise expected(name, "JSON", "values nested too deep to be read") from None
+
+
+def _content(path: Path, largest: int) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > largest:
+            raise expected(str(path), f"at most {largest:,} bytes", f"{size:,}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise expected(str(path), "an existing file", "none") from None
+    except OSError as error:
+        raise expected(str(path), "a file that can be read", error.strerror) from None
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: under another name, onto the disk, then moved into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the folder's own entries onto the disk, where the system can."""
+    with contextlib.suppress(OSError):  # not on Windows, and not on every network file system
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """Return JSON that any parser reads; paths become strings.
+
+    Raises:
+        NonFiniteError: a number is infinite or NaN, which JSON has not; the text names it.
+    """
+
+    def plain(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry, f"{name}.{key}" if name else str(key)) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise NonFiniteError(f"{name or 'value'}: expected a finite number, got {value}.")
+        return str(value) if isinstance(value, Path) else value
+
+    return json.dumps(plain(value, ""), indent=indent, allow_nan=False) + "\n"
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a number, or None in the place of one that JSON has not."""
+    return value if math.isfinite(value) else None
+
+
+# ------------------------------------------------------------------------------------------- locks
+
+
+@contextlib.contextmanager
+def held(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock file within it, so that two processes do not write one folder.
+
+    Raises:
+        UsageError: another process holds it; it begins with ``what``.
+    """
+    import filelock
+
+    try:
+        lease = filelock.FileLock(lock).acquire(timeout=0)
+    except filelock.Timeout:
+        raise expected(
+            what, "a folder that nobody writes", f"{lock.parent}, which another process holds", "Wait, or name another"
+        ) from None
+    with lease:
+        yield
+
+
+# ------------------------------------------------------------------------------------- where from
+
+
+def provenance(*packages: str, sources: tuple[str, ...] = ("ntk_prefix/**/*.py",)) -> dict[str, Any]:
+    """Return versions, machine, commit, and a hash over the files that match ``sources`` in the checkout."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", *packages)
+    files = sorted(path for pattern in sources for path in CHECKOUT.glob(pattern))
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "git": _git(),
+        "sources_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest(),
+    }
+
+
+def _git() -> str:
+    """Return the commit, with a mark if files differ from it."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=CHECKOUT, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "unknown (no git)"
+    return described.stdout.strip() or "unknown (not a checkout)"
+
+
+def peak_memory() -> int:
+    """Return the most bytes this process has held: of an accelerator's memory if there is one, else resident.
+
+    On Linux the resident peak is ``VmHWM``, which starts anew with the program; ``ru_maxrss`` is inherited across fork
+    and exec, so that under a large parent it would say the parent's.
+    """
+    import jax
+
+    found = jax.local_devices()[0].memory_stats()
+    if found and "peak_bytes_in_use" in found:
+        return int(found["peak_bytes_in_use"])
+    return peak_resident_memory()
+
+
+def peak_resident_memory() -> int:
+    """Return the most bytes of main memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
