@@ -7,7 +7,7 @@
 >>> npx.ntk_attention(query, key, value, z, k)      # attention with a prefix of any length, in two small arrays
 """
 
-from ntk_prefix import bounds, certificate, kernels, models, peft, training
+from ntk_prefix import bounds, certificate, kernels, models, peft, prompting, training
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention, softmax_attention
 from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.one_layer import FixedValuePrefixModel, PrefixAttentionLayer, RandomPrefix, TiedPrefixModel
@@ -32,6 +32,7 @@ __all__ = [
     "polynomial_attention",
     "polynomial_degree",
     "prefix_attention",
+    "prompting",
     "softmax_attention",
     "training",
 ]

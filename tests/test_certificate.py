@@ -17,7 +17,7 @@ from ntk_prefix.certificate.rounding import Enclosure, eigen_enclosure, gamma
 from ntk_prefix.certificate.tokens import Claimed, Tokens
 from ntk_prefix.kernels import prefix_ntk
 from ntk_prefix.one_layer import fixed_jacobian, tied_jacobian
-from theory.certificate import _advance
+from theory.claims.certificate import _advance
 
 N, D = 3, 2
 

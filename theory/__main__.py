@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,42 +13,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ntk_prefix.checks import UsageError
 from theory.claim import Claim, examine
+from theory.claims import claims
 from theory.problem import Problem, Profile, load
 from theory.report import Folder, Outcome, configuration, number
-
-NAMES = (
-    "gradients",
-    "kernel",
-    "limit",
-    "positivity",
-    "perturbation",
-    "convergence",
-    "lazy",
-    "certificate",
-    "dynamics",
-    "real_layer",
-    "approximation",
-    "gaussian_prefix",
-    "complexity",
-    "universality",
-    "memorisation",
-    "phase_transition",
-    "depth",
-)
-
-
-def claims(names: tuple[str, ...] = ()) -> list[Claim]:
-    """The named claims, all of them for none, in the order of the report.
-
-    Raises:
-        ValueError: a name that is no claim.
-    """
-    unknown = sorted(set(names) - set(NAMES))
-    if unknown:
-        raise UsageError(f"CLAIM: expected names out of {', '.join(NAMES)}, got {', '.join(unknown)}.")
-    return [importlib.import_module(f"theory.{name}").CLAIM for name in NAMES if not names or name in names]
 
 
 def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console) -> Outcome:

@@ -34,7 +34,7 @@ def configuration(problem: Problem, claims: list[Claim]) -> dict[str, Any]:
         "sigma": problem.sigma,
         "seed": problem.seed,
         "profile": problem.profile,
-        **provenance("neural-tangents", sources=("ntk_prefix/**/*.py", "theory/*.py")),
+        **provenance("neural-tangents", sources=("ntk_prefix/**/*.py", "theory/**/*.py")),
     }
 
 

@@ -9,14 +9,15 @@ from flax import nnx
 
 from ntk_prefix import PrefixAttentionLayer
 from ntk_prefix.kernels import prefix_ntk, real_layer_limit_ntk
-from theory import depth as claim
 from theory.claim import relative_error
+from theory.claims import depth as claim
 from theory.problem import Problem, load
+from theory.scales import ASYMPTOTIC_SIGMA
 
 
 @pytest.fixture
 def problem() -> Problem:
-    return claim._small(load("digits", inputs=5, width=3, sigma=1.0, seed=0, profile="quick"), claim.SIGMA)
+    return claim._small(load("digits", inputs=5, width=3, sigma=1.0, seed=0, profile="quick"), ASYMPTOTIC_SIGMA)
 
 
 def tied(problem: Problem, depth: int, m: int, **options: object) -> claim.Stack:

@@ -9,7 +9,7 @@ from scipy.special import comb
 
 from ntk_prefix import softmax_attention
 from ntk_prefix.polynomial import polynomial_attention, polynomial_degree
-from theory import phase_transition as claim
+from theory.claims import phase_transition as claim
 from theory.problem import Problem, load
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import ntk_prefix as npx
-from theory import memorisation, prompting, universality
+from ntk_prefix import prompting
+from ntk_prefix.prompting import Construction, Function, apply
+from theory.claims import memorisation, universality
+from theory.lipschitz import functions, largest_error, tents
 from theory.problem import Problem, load
-from theory.prompting import Construction, Function, apply, functions, largest_error, tents
 
 SMALL = [(1, 1, 5), (2, 1, 3), (1, 2, 4), (3, 1, 3), (1, 3, 3), (2, 2, 2)]
 """d, L, grid."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import importlib
 import json
 import os
 import re
@@ -17,8 +18,9 @@ from rich.console import Console
 
 import theory.__main__ as command
 from ntk_prefix.artifacts import CHECKOUT
-from theory import fits
+from theory import figures, fits
 from theory.claim import Check, Claim, Evidence
+from theory.claims import NAMES, claims
 from theory.problem import Problem, load
 from theory.report import configuration
 
@@ -44,10 +46,10 @@ def invented(holds: bool = True, control_holds: bool = False, name: str = "posit
         return Evidence((Check("a check with a | in it", 1.0, 2.0 if holds else 0.5),), {"tokens": 64})
 
     return dataclasses.replace(
-        command.claims((name,))[0],
+        claims((name,))[0],
         measure=lambda problem: evidence(holds),
         control=lambda problem: evidence(control_holds),
-        draw=lambda evidence, control: command.importlib.import_module("theory.figures").panels()[0],
+        draw=lambda evidence, control: figures.panels()[0],
     )
 
 
@@ -93,12 +95,12 @@ class TestVerdict:
         assert outcome.holds == (holds and not control_holds)
         assert outcome.records[0]["control_failed"] == (not control_holds)
 
-    @pytest.mark.parametrize("name", command.NAMES)
+    @pytest.mark.parametrize("name", NAMES)
     def test_a_sabotaged_control_ends_the_run_with_1(
         self, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """Replace one claim's control by one that holds: its verdict must turn, and with it the exit status."""
-        module = command.importlib.import_module(f"theory.{name}")
+        module = importlib.import_module(f"theory.claims.{name}")
         monkeypatch.setattr(module, "CLAIM", invented(holds=True, control_holds=False, name=name))
         assert command.main((name,), out=tmp_path / "sound") == 0
         monkeypatch.setattr(module, "CLAIM", invented(holds=True, control_holds=True, name=name))
@@ -107,7 +109,7 @@ class TestVerdict:
 
     def test_a_real_control_that_is_sabotaged_is_noticed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """The same with a real measurement: the control that forgets to duplicate an input."""
-        module = command.importlib.import_module("theory.positivity")
+        module = importlib.import_module("theory.claims.positivity")
         monkeypatch.setattr(module, "CLAIM", dataclasses.replace(module.CLAIM, control=module.CLAIM.measure))
         assert command.main(("positivity",), out=tmp_path) == 1
 

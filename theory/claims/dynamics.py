@@ -13,14 +13,12 @@ from ntk_prefix.kernels import limit_ntk, predict, prefix_ntk
 from ntk_prefix.typing import Array, Kernel
 from theory import figures, fits
 from theory.claim import Check, Claim, Evidence
-from theory.convergence import lengths
 from theory.descent import MODELS, build, descend, limit_of, spectrum
 from theory.problem import Problem
+from theory.scales import ASYMPTOTIC_SIGMA, training_lengths
 
 STEPS = 200
 REPEATS = 3
-LARGEST_SIGMA = 0.5
-"""At sigma = 1 the kernel reaches its rate only from m = 2^15 on (claim ``limit``), longer than is trained here."""
 
 
 def _distance(outputs: Array, kernel: Kernel, problem: Problem, step_size: float, m: int) -> float:
@@ -30,13 +28,13 @@ def _distance(outputs: Array, kernel: Kernel, problem: Problem, step_size: float
 
 
 def _follow(problem: Problem, repeats: int = REPEATS, wrong_sigma: float = 1.0) -> Evidence:
-    problem = dataclasses.replace(problem, sigma=min(problem.sigma, LARGEST_SIGMA))
+    problem = dataclasses.replace(problem, sigma=min(problem.sigma, ASYMPTOTIC_SIGMA))
     checks: list[Check] = []
     errors: dict[str, dict[int, np.ndarray]] = {}
     own: dict[str, dict[int, np.ndarray]] = {}
     slopes: dict[str, fits.Exponent] = {}
     example: dict[str, np.ndarray] = {}
-    used = lengths(problem)[1:]
+    used = training_lengths(problem)[1:]
     for name in MODELS:
         largest = float(spectrum(limit_of(problem, name))[-1])
         limit = limit_ntk(problem.inputs, sigma=problem.sigma * wrong_sigma, model=name)

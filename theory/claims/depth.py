@@ -22,17 +22,14 @@ from ntk_prefix.typing import Array, Float, Inputs, Kernel
 from theory import figures, fits
 from theory.claim import Check, Claim, Evidence, relative_error
 from theory.descent import TRAINER, begin, spectrum
-from theory.lazy import FALLING
 from theory.problem import Problem
+from theory.scales import ASYMPTOTIC_SIGMA, FALLING
 
 INPUTS = 3
 """Rows of the data that a stack is looked at on: its kernel holds a dense Jacobian of n d rows."""
 
 DEPTHS = (1, 2, 3, 4)
 REPEATS = 4
-SIGMA = 0.5
-"""Largest sigma of the stylized stacks: at 1 their rate shows from m = 2^15 on only (claim ``limit``)."""
-
 CLOSE, DISTINCT = 0.05, 0.2
 """Relative distance of a drawn kernel from its limit at the longest prefix, at most; distance between draws where there is
 no limit, at least. Both set after a first measurement (0.01 to 0.02, and 0.6 to 0.8), far from either."""
@@ -313,7 +310,7 @@ def _trained(problem: Problem) -> Evidence:
     checks: list[Check] = []
     drifts: dict[str, dict[int, np.ndarray]] = {}
     slopes: dict[str, fits.Exponent] = {}
-    small = {"tied": _small(problem, SIGMA), "real": _small(problem, np.inf)}
+    small = {"tied": _small(problem, ASYMPTOTIC_SIGMA), "real": _small(problem, np.inf)}
     draw = {
         "tied": functools.partial(_tied, small["tied"], power=1.0, paired=True),
         "real": functools.partial(_real, _frozen(small["real"]), small["real"]),
@@ -345,7 +342,7 @@ def _trained(problem: Problem) -> Evidence:
 def _measure(problem: Problem) -> Evidence:
     parts = {
         "stacked": _stacked(_small(problem, np.inf)),
-        "stylized": _stylized(_small(problem, SIGMA)),
+        "stylized": _stylized(_small(problem, ASYMPTOTIC_SIGMA)),
         "trained": _trained(problem),
     }
     parameters = {
@@ -354,7 +351,7 @@ def _measure(problem: Problem) -> Evidence:
         "inputs": INPUTS,
         "width": problem.d,
         "sigma": problem.sigma,
-        "sigma_of_the_tied": min(problem.sigma, SIGMA),
+        "sigma_of_the_tied": min(problem.sigma, ASYMPTOTIC_SIGMA),
         "repeats": REPEATS,
         **{
             f"smallest_eigenvalue_{name}_by_depth": " ".join(f"{v:.2e}" for v in parts[part].series["limits"].values())

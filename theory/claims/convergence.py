@@ -13,14 +13,7 @@ from theory import figures
 from theory.claim import Check, Claim, Evidence
 from theory.descent import MODELS, build, descend, gram, limit_of, spectrum
 from theory.problem import Problem
-
-FAILURE = 0.1
-"""The probability delta of the paper's bound."""
-
-
-def lengths(problem: Problem) -> list[int]:
-    """Prefix lengths of the training claims."""
-    return [2**power for power in (range(6, 17, 2) if problem.full else range(6, 15, 2))]
+from theory.scales import FAILURE, training_lengths
 
 
 def worst_targets(kernel: Array, problem: Problem) -> Array:
@@ -105,9 +98,9 @@ CLAIM = Claim(
     statement="|F(t) - Y|^2 <= (1 - m eta lambda / 2)^t |F(0) - Y|^2 at every step, lambda = lambda_min(H*), for every m "
     "whose drawn kernel has lambda_min >= lambda / 2",
     source="form after arXiv 2406.14036, constants not verified against the text; checked far below its m",
-    measure=lambda problem: _train(problem, 0.25, lengths(problem), 2000 if problem.full else 400),
+    measure=lambda problem: _train(problem, 0.25, training_lengths(problem), 2000 if problem.full else 400),
     # it leaves the envelope within a few steps
-    control=lambda problem: _train(problem, 1.3, lengths(problem)[-2:], 60),
+    control=lambda problem: _train(problem, 1.3, training_lengths(problem)[-2:], 60),
     control_statement="a step size 30 % beyond 2 / (m lambda_max)",
     draw=_draw,
     caption="Squared error of full-batch gradient descent for each prefix length (darker: longer), on the data's targets "

@@ -12,11 +12,12 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
+from ntk_prefix.prompting import Construction, Function, apply
 from ntk_prefix.typing import Array
 from theory import figures, fits
 from theory.claim import Check, Claim, Evidence
+from theory.lipschitz import largest_error, tents
 from theory.problem import Problem
-from theory.prompting import Construction, Function, apply, largest_error, tents
 
 D, LENGTH = 16, 2
 """Width of tokens and tokens of a sequence, of the sequences to memorize."""

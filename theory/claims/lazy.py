@@ -15,13 +15,11 @@ from ntk_prefix.one_layer import ModelName
 from ntk_prefix.typing import Array, Inputs
 from theory import figures, fits
 from theory.claim import Check, Claim, Evidence, relative_error
-from theory.convergence import lengths
 from theory.descent import MODELS, Model, build, descend, spectrum, with_weights
 from theory.problem import Problem
+from theory.scales import FALLING, training_lengths
 
 STEPS = 200
-FALLING = -0.3
-"""An exponent is called falling when its whole interval lies below this; a regime that is not lazy sits near 0."""
 
 
 class _TiedAverage(TiedPrefixModel):
@@ -55,7 +53,7 @@ def _train(problem: Problem, draw: Draw, speed: Callable[[int], float]) -> Evide
     slopes: dict[tuple[str, str], fits.Exponent] = {}
     for name in MODELS:
         movements, drifts, allowed = [], [], []
-        for m in lengths(problem):
+        for m in training_lengths(problem):
             model = draw(problem, name, m)
             start = prefix_ntk(model, problem.inputs)
             eigenvalues = spectrum(start)
@@ -73,15 +71,15 @@ def _train(problem: Problem, draw: Draw, speed: Callable[[int], float]) -> Evide
             )
         for what, values in (("movement", movements), ("drift", drifts)):
             found[name, what] = np.array(values)
-            slopes[name, what] = fits.exponent(lengths(problem), values)
+            slopes[name, what] = fits.exponent(training_lengths(problem), values)
             text = f"{name}: exponent of the {'largest movement' if what == 'movement' else 'relative kernel drift'}"
             checks.append(Check(f"{text}, upper end of {slopes[name, what]}", slopes[name, what].high, FALLING))
         found[name, "allowed"] = np.array(allowed)
         checks.append(
             Check(f"{name}: largest movement / derived bound", float((found[name, "movement"] / allowed).max()), 1.0)
         )
-    parameters = {"tokens": lengths(problem)[-1], "shortest": lengths(problem)[0], "steps": STEPS}
-    return Evidence(tuple(checks), parameters, {"lengths": lengths(problem), "found": found, "slopes": slopes})
+    parameters = {"tokens": training_lengths(problem)[-1], "shortest": training_lengths(problem)[0], "steps": STEPS}
+    return Evidence(tuple(checks), parameters, {"lengths": training_lengths(problem), "found": found, "slopes": slopes})
 
 
 def _draw(evidence: Evidence, control: Evidence) -> Figure:

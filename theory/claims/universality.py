@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 from matplotlib.figure import Figure
 
+from ntk_prefix.prompting import Construction, Function
 from theory import figures, fits
 from theory.claim import Check, Claim, Evidence
+from theory.lipschitz import functions, largest_error
 from theory.problem import Problem
-from theory.prompting import Construction, Function, functions, largest_error
 
 QUICK = {
     (1, 1): (4, 8, 16, 32, 64),

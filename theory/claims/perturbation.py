@@ -16,13 +16,12 @@ from theory import figures, fits
 from theory.claim import Check, Claim, Evidence
 from theory.descent import MODELS, build
 from theory.problem import Problem
+from theory.scales import FAILURE
 
 TOKENS = 512
 INPUTS = 6
 RADII = np.logspace(-4, -0.5, 8)
 ASCENT = 12
-FAILURE = 0.1
-"""The probability delta in the paper's B."""
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -21,9 +21,7 @@ from theory import figures
 from theory.claim import Check, Claim, Evidence
 from theory.descent import MODELS, build, limit_of, spectrum, with_weights
 from theory.problem import Problem, load
-
-FAILURE = 0.1
-"""The probability delta of the paper's bound."""
+from theory.scales import FAILURE
 
 START = {"fixed": 2048, "tied": 2**16}
 """Prefix lengths at which the search for a certified one starts; the quick profile tries powers of two only."""
