@@ -121,6 +121,6 @@ CLAIM = Claim(
     control_statement="the same limit at a sigma that is 10 % too large",
     draw=_draw,
     caption="Relative distance between the kernel of a drawn prefix and the closed-form limit: median over draws, band "
-    "from the smallest to the largest; slopes are fitted from the length at which the variance is seen (theory/README.md, section 4), with "
-    "95 % intervals. Dotted: the limit at a wrong sigma.",
+    "from the smallest to the largest; slopes are fitted from the length at which the variance is seen "
+    "(theory/README.md, section 4), with 95 % intervals. Dotted: the limit at a wrong sigma.",
 )
