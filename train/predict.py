@@ -47,10 +47,12 @@ def load(workdir: Path | str) -> Callable[[str], dict[str, Any]]:
             f"expected a run of text classification with an adapter, got {config['task']} by {config['method']}"
         )
     model = models.from_pretrained(
-        path, task="sequence-classification", num_labels=len(labels), dtype=jnp.dtype(config["precision"])
+        path,
+        task="sequence-classification",
+        num_labels=len(labels),
+        pooling=config["pooling"],
+        dtype=jnp.dtype(config["precision"]),
     )
-    assert isinstance(model, models.Classifier)
-    model.pooling = config["pooling"]
     read_far(model, config["max_length"], config.get("window"))
     peft.load_adapter(model, folder / "adapter")
     peft.narrow_frozen(model)

@@ -101,10 +101,7 @@ def model_path(name: str) -> Path | None:
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
     """Return the model's own tokenizer; None for a model that has none, such as one of images."""
-    if path.suffix == ".gguf":
-        return models.gguf_tokenizer(path)
-    file = path / "tokenizer.json"
-    return tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+    return models.load_tokenizer(path)
 
 
 def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.Module:
@@ -120,13 +117,14 @@ def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.
             image_size=config.image_size,
             patch_size=2,
         )
-        return models.Classifier(models.Vit(sizes, dtype=dtype, rngs=rngs), task.num_labels, rngs=rngs)
+        vit = models.Vit(sizes, dtype=dtype, rngs=rngs)
+        return models.Classifier(vit, task.num_labels, pooling=config.pooling, rngs=rngs)
     if task.kind == "causal-lm":
         return models.from_pretrained(path, task=task.kind, dtype=dtype, rngs=rngs)
-    model = models.from_pretrained(path, task=task.kind, num_labels=task.num_labels, dtype=dtype, rngs=rngs)
-    assert isinstance(model, models.Classifier)
-    model.pooling = config.pooling
-    return model
+    # a head of the checkpoint is taken on the pooling that it was trained on only
+    return models.from_pretrained(
+        path, task=task.kind, num_labels=task.num_labels, pooling=config.pooling, dtype=dtype, rngs=rngs
+    )
 
 
 def read_far(model: nnx.Module, max_length: int, window: int | None) -> None:

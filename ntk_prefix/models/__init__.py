@@ -16,7 +16,8 @@ from ntk_prefix.models.backbone import Backbone, Classifier, LeadingRows, Output
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer
 from ntk_prefix.models.llama import Llama, LlamaConfig, generate
-from ntk_prefix.models.loading import from_pretrained, module_names
+from ntk_prefix.models.loading import from_pretrained, module_aliases, module_names
+from ntk_prefix.models.preprocessing import ImageNormalization, image_normalization, load_tokenizer
 from ntk_prefix.models.vit import Vit, VitConfig
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Bert",
     "BertConfig",
     "Classifier",
+    "ImageNormalization",
     "KeyValueCache",
     "LeadingRows",
     "Llama",
@@ -38,5 +40,8 @@ __all__ = [
     "generate",
     "gguf_chat_template",
     "gguf_tokenizer",
+    "image_normalization",
+    "load_tokenizer",
+    "module_aliases",
     "module_names",
 ]
