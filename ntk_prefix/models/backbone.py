@@ -205,6 +205,7 @@ class Backbone(nnx.Module):
         encoder: whether every token may see all others: what leading rows and windows need.
         hugging_face_names: our module's path -> the module in a Hugging Face checkpoint; ``{i}`` is the layer. The
             loader goes by it, and adapter files are written by it.
+        hugging_face_aliases: our module's path -> what else it is called in files, by other versions of transformers.
         hugging_face_prefix: what a Hugging Face task model puts before these names, or the bare model leaves out.
         hugging_face_ignored: regular expression of tensors (without that prefix) that have no place here.
         hugging_face_head: the module of the classifier's linear map, if it is one that :class:`Classifier` has.
@@ -214,6 +215,7 @@ class Backbone(nnx.Module):
 
     encoder: ClassVar[bool] = True
     hugging_face_names: ClassVar[dict[str, str]]
+    hugging_face_aliases: ClassVar[dict[str, str]] = {}
     hugging_face_prefix: ClassVar[str]
     hugging_face_ignored: ClassVar[str]
     hugging_face_head: ClassVar[str | None] = None

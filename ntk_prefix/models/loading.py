@@ -21,7 +21,7 @@ from ntk_prefix.models.formats import Checkpoint, read_checkpoint
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.vit import Vit, VitConfig
 
-__all__ = ["from_pretrained", "module_names"]
+__all__ = ["from_pretrained", "module_aliases", "module_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,17 @@ def module_names(model: Backbone) -> dict[str, str]:
     >>> module_names(bert)["layers.2.attention.query"]
     'encoder.layer.2.attention.self.query'
     """
+    return _filled_in(model, model.hugging_face_names)
+
+
+def module_aliases(model: Backbone) -> dict[str, str]:
+    """Return our path -> what else the module is called in files, for modules that other versions name otherwise."""
+    return _filled_in(model, model.hugging_face_aliases)
+
+
+def _filled_in(model: Backbone, table: dict[str, str]) -> dict[str, str]:
     names = {}
-    for path, name in model.hugging_face_names.items():
+    for path, name in table.items():
         for i in range(len(model.layers)) if "{i}" in path else (0,):
             ours = path.format(i=i)
             if _resolve(model, ours) is not None:

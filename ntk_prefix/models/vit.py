@@ -142,6 +142,12 @@ _SHARED_NAMES = {
 }
 
 
+_ATTENTION_OF_TRANSFORMERS_5 = {
+    f"attention.{ours}": f"attention.{theirs}_proj"
+    for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o"))
+}
+
+
 class Vit(Backbone):
     """A vision transformer: images [B, height, width, channels] -> hidden states [B, 1 + patches, D].
 
@@ -167,6 +173,19 @@ class Vit(Backbone):
             "layers.{i}.mlp.down": "encoder.layer.{i}.mlp.fc2",
             "layers.{i}.mlp_norm": "encoder.layer.{i}.norm2",
             "layers.{i}.mlp_scale": "encoder.layer.{i}.layer_scale2.lambda1",
+        },
+    }
+    # transformers 5 builds its modules by these names and peft writes them; its checkpoints keep those above
+    ALIASES: ClassVar[dict[str, dict[str, str]]] = {
+        "vit": {
+            **{f"layers.{{i}}.{ours}": f"layers.{{i}}.{name}" for ours, name in _ATTENTION_OF_TRANSFORMERS_5.items()},
+            "layers.{i}.attention_norm": "layers.{i}.layernorm_before",
+            "layers.{i}.mlp.up": "layers.{i}.mlp.fc1",
+            "layers.{i}.mlp.down": "layers.{i}.mlp.fc2",
+            "layers.{i}.mlp_norm": "layers.{i}.layernorm_after",
+        },
+        "dinov2": {
+            f"layers.{{i}}.{ours}": f"encoder.layer.{{i}}.{name}" for ours, name in _ATTENTION_OF_TRANSFORMERS_5.items()
         },
     }
     hugging_face_ignored: ClassVar[str] = r"pooler\.|classifier\.|embeddings\.mask_token$"
@@ -201,6 +220,11 @@ class Vit(Backbone):
     def hugging_face_names(self) -> dict[str, str]:  # type: ignore[override]
         """The layout's table."""
         return self.NAMES[self.config.model_type]
+
+    @property
+    def hugging_face_aliases(self) -> dict[str, str]:  # type: ignore[override]
+        """The layout's other names."""
+        return self.ALIASES[self.config.model_type]
 
     @property
     def hugging_face_prefix(self) -> str:  # type: ignore[override]

@@ -13,7 +13,7 @@ from flax import nnx
 
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionLayer
-from ntk_prefix.models.loading import module_names
+from ntk_prefix.models.loading import module_aliases, module_names
 from ntk_prefix.peft.base import AdapterConfig
 from ntk_prefix.peft.inject import dotted, targets
 from ntk_prefix.peft.methods.lora import LoraConfig
@@ -86,12 +86,15 @@ class Names:
         self.ignored: str = getattr(self.backbone, "hugging_face_ignored", r"(?!)")
         table = module_names(self.backbone) if hasattr(self.backbone, "hugging_face_names") else {}
         self.modules = {ours: theirs.removeprefix(self.prefix) for ours, theirs in table.items()}
+        # what other versions of transformers call the same modules
+        self.aliases = module_aliases(self.backbone) if table else {}
         # Llama's table has the prefix in it, and lm_head without; BERT's leaves it out everywhere
         spelled_out = any(theirs.startswith(self.prefix) for theirs in table.values())
         self.outside = tuple(f"{t}." for t in table.values() if spelled_out and not t.startswith(self.prefix))
         for ours, theirs in list(self.modules.items()):
             if ours.endswith("attention.query"):
                 self.modules[ours.rpartition(".")[0]] = theirs.rpartition(".")[0]
+        self._canonical = {alias: self.modules[ours] for ours, alias in self.aliases.items()}
         same_pooling = getattr(model, "pooling", None) == getattr(self.backbone, "pooling", None)
         known_head = getattr(self.backbone, "hugging_face_head", None)
         has_head = hasattr(model, "head")
@@ -124,7 +127,21 @@ class Names:
         """Return the canonical name of a tensor in a file, which may be one of the bare model or of a task model."""
         key = key.removeprefix("base_model.").removeprefix("model.").removeprefix(self.prefix)
         module, _, leaf = key.rpartition(".")
-        return f"head.{leaf}" if module == self.head else key
+        if module == self.head:
+            return f"head.{leaf}"
+        parts = key.split(".")
+        for end in range(
+            len(parts) - 1, 0, -1
+        ):  # what a tensor is called within its module may have dots: lora_A.weight
+            if (name := self._canonical.get(".".join(parts[:end]))) is not None:
+                return ".".join([name, *parts[end:]])
+        return key
+
+    def every_name(self, path: str) -> list[str]:
+        """Return what peft may call the module at one of our paths: of the bare model, of a task model, by either version."""
+        path = path.removeprefix(self.wrapper)
+        bare = [self.module(path), *([self.aliases[path]] if path in self.aliases else [])]
+        return [*bare, *(self.prefix + name for name in bare)]
 
 
 # ----------------------------------------------------------------------------------- configurations
@@ -249,8 +266,7 @@ def _lora_configs(form: Mapping[str, Any], model: Any, names: Names) -> list[Lor
         )
     groups: dict[tuple[int, float], list[str]] = {}
     for path in targets(model, LoraConfig(target="")):
-        # the names of the bare model and of a task model: peft may have been given either
-        theirs = [names.module(path), names.prefix + names.module(path)]
+        theirs = names.every_name(path)
         if _wants(form, theirs):
             r = _patterned(form.get("rank_pattern"), theirs, form.get("r", 8))
             alpha = _patterned(form.get("alpha_pattern"), theirs, form.get("lora_alpha", 8))
