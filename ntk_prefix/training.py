@@ -1,7 +1,9 @@
 """One train step for everything: the one-layer model of the theory and the transformers of ``train``.
 
-A ``Trainer`` splits a Flax NNX model into what is trained, by type (``wrt``), and what is not; frozen arrays get no
-optimizer state and no gradient. The same loss then runs in two ways that give the same numbers:
+A ``Trainer`` splits a Flax NNX model into what is trained, by type (``wrt``), and what is not. What is trained is state:
+copied once, donated to every step, checkpointed. What is frozen is an argument of the step: taken by reference, never
+copied where it lies in the right place already, never donated; it gets no optimizer state and no gradient. The same loss
+then runs in two ways that give the same numbers:
 
     jit     one program over a mesh: the batch is sharded over the mesh's axes (``NamedSharding``); weights are
             replicated, or sharded over the axis called "fsdp" if the mesh has one
@@ -31,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["TrainState", "Trainer", "half_squared_error"]
+__all__ = ["Step", "TrainState", "Trainer", "half_squared_error"]
 
 Batch = Any
 """A pytree of arrays whose leading axis is the rows of the batch."""
@@ -42,8 +44,31 @@ class TrainState(NamedTuple):
 
     step: Array
     trained: nnx.State
-    frozen: nnx.State
     optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled step and the frozen weights that it is given: ``state, metrics = step(state, batch)``."""
+
+    compiled: Any
+    """The jitted function of (state, frozen, batch)."""
+    frozen: nnx.State
+    """Laid out on the devices."""
+    replicas: bool
+    """Whether metrics come once per device."""
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """Return the next state and the metrics; the state given is donated."""
+        state, metrics = self.compiled(state, self.frozen, batch)
+        return state, jax.tree.map(lambda leaf: leaf[0], metrics) if self.replicas else metrics
+
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """Return the lowered step, to look at its memory, cost or text; arguments may be ``jax.ShapeDtypeStruct``."""
+        return self.compiled.lower(state, self.frozen, batch)
+
+    def _cache_size(self) -> int:
+        return int(self.compiled._cache_size())
 
 
 def half_squared_error(model: Callable[[Array], Array], batch: tuple[Array, Array]) -> Float[Array, ""]:
@@ -101,15 +126,23 @@ class Trainer:
         Raises:
             ValueError: ``wrt`` selects nothing of the model.
         """
-        trained, frozen = nnx.state(model, self.wrt, ...)
+        trained = nnx.state(model, self.wrt)
         if not jax.tree.leaves(trained):
             raise UsageError(
                 f"wrt: expected a filter that selects something to train, got {self.wrt!r}, which matches nothing."
             )
         # copies: the model keeps its own arrays when the state's are donated
-        return self.lay_out(
-            jax.tree.map(jnp.copy, TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained)))
-        )
+        trained = jax.tree.map(jnp.copy, trained)
+        return self.lay_out(TrainState(jnp.zeros((), jnp.int32), trained, self.optimizer.init(trained)))
+
+    def lay_out_frozen(self, model: nnx.Module) -> None:
+        """Put the model's frozen weights over the mesh, in the model itself, so that there is one copy of them.
+
+        Steps and models made of it afterwards share those arrays. Without a mesh nothing is moved: on one device
+        weights lie where they should, and replicas of ``pmap`` have no place in a model.
+        """
+        if self.mesh is not None:
+            nnx.update(model, self.lay_out(self.frozen(model)))
 
     def lay_out(self, tree: Any) -> Any:
         """Put a state, or a part of one, where the step wants it: once a device, or over the mesh."""
@@ -147,46 +180,54 @@ class Trainer:
             return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
         return batch
 
-    def stepper(self, model: nnx.Module) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-        """The compiled step: ``state, metrics = step(state, trainer.place(batch))``.
+    def stepper(self, model: nnx.Module) -> Step:
+        """Return the compiled step: ``state, metrics = step(state, trainer.place(batch))``.
 
-        The state that goes in is donated. Metrics are scalars: ``loss`` (before the update, with the reduction
-        applied), ``gradient_norm``, ``update_norm``.
+        The state that goes in is donated; the model's frozen weights are laid out here, once, and shared. Metrics are
+        scalars: ``loss`` (before the update, with the reduction applied), ``gradient_norm``, ``update_norm``.
         """
-        update = self.update(model)
-        if self.parallel == "jit" and self.mesh is None:
-            return jax.jit(update, donate_argnums=0)
-        if self.parallel == "jit":
+        update, frozen = self.update(model), self.lay_out(self.frozen(model))
+        if self.parallel == "pmap":
+            # None, not a list of local devices: gradients are summed over those of all processes
+            over_rows = functools.partial(update, axis="rows")
+            mapped = jax.pmap(over_rows, axis_name="rows", devices=self.devices, donate_argnums=0)
+            return Step(mapped, frozen, replicas=True)
+        if self.mesh is None:
+            return Step(jax.jit(update, donate_argnums=0), frozen, replicas=False)
 
-            def kept_in_place(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-                state, metrics = update(state, batch)
-                # what goes out lies where it came in, so that the next step is the same program
-                lie = functools.partial(jax.tree.map, lambda leaf: self._weight_sharding(leaf))
-                return jax.lax.with_sharding_constraint(state, lie(state)), metrics
+        def kept_in_place(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+            state, metrics = update(state, frozen, batch)
+            # what goes out lies where it came in, so that the next step is the same program
+            lie = functools.partial(jax.tree.map, lambda leaf: self._weight_sharding(leaf))
+            return jax.lax.with_sharding_constraint(state, lie(state)), metrics
 
-            return jax.jit(kept_in_place, donate_argnums=0)
-        # None, not a list of local devices: gradients are summed over those of all processes
-        mapped = jax.pmap(
-            functools.partial(update, axis="rows"), axis_name="rows", devices=self.devices, donate_argnums=0
-        )
+        return Step(jax.jit(kept_in_place, donate_argnums=0), frozen, replicas=False)
 
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-            state, metrics = mapped(state, batch)
-            return state, jax.tree.map(lambda leaf: leaf[0], metrics)
-
-        return step
+    def frozen(self, model: nnx.Module) -> nnx.State:
+        """Return what of a model is not trained, by reference: the second argument of :meth:`update`."""
+        # Variables of its own around the same arrays: what is set on the model later is not seen here
+        return jax.tree.map(lambda leaf: leaf, nnx.state(model, self.wrt, ...)[1])
 
     def update(self, model: nnx.Module) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-        """The step as a pure function ``(state, batch) -> (state, metrics)``, for a scan or a loop of one's own."""
+        """Return the step as a pure function, for a scan or a loop of one's own.
+
+        Returns:
+            ``(state, frozen, batch) -> (state, metrics)``, ``frozen`` being :meth:`frozen` of the model.
+        """
         training = nnx.clone(model)  # shares the arrays
         training.train()
         graph = nnx.split(training, self.wrt, ...)[0]
 
-        def update(state: TrainState, batch: Batch, axis: str | None = None) -> tuple[TrainState, dict[str, Array]]:
+        def update(
+            state: TrainState, frozen: nnx.State, batch: Batch, axis: str | None = None
+        ) -> tuple[TrainState, dict[str, Array]]:
             rows = len(jax.tree.leaves(batch)[0])
 
             def objective(trained: nnx.State) -> Float[Array, ""]:
-                return self.loss(nnx.merge(graph, trained, _with_draws_of(state.step, state.frozen)), batch)
+                # copies of the Variables, not of the arrays: those made outside of the gradient's trace cannot be
+                # written in it, which is what recomputation and dropout do
+                model = nnx.merge(graph, trained, _with_draws_of(state.step, frozen), copy=True)
+                return self.loss(model, batch)
 
             loss, gradients = jax.value_and_grad(objective)(state.trained)
             if axis is not None:
@@ -201,14 +242,16 @@ class Trainer:
                 "gradient_norm": optax.tree.norm(gradients),
                 "update_norm": optax.tree.norm(changes),
             }
-            return TrainState(state.step + 1, trained, state.frozen, optimizer), metrics
+            return TrainState(state.step + 1, trained, optimizer), metrics
 
         return update
 
     def model(self, model: nnx.Module, state: TrainState) -> nnx.Module:
-        """The model with the state's weights: a new module; the one given tells the structure."""
-        graph = nnx.split(model, self.wrt, ...)[0]
-        return nnx.merge(graph, *self.single((state.trained, state.frozen)))
+        """Return the model with the state's weights: a new module, which shares the arrays of what is frozen."""
+        graph, _, frozen = nnx.split(model, self.wrt, ...)
+        if self.mesh is not None:
+            frozen = self.lay_out(frozen)
+        return nnx.merge(graph, self.single(state.trained), frozen, copy=True)
 
     def _weight_sharding(self, leaf: Array) -> NamedSharding:
         """Where a weight lies on the mesh: its longest axis that divides is shared over "fsdp", if there is one."""

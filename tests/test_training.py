@@ -146,3 +146,38 @@ def test_a_batch_is_any_pytree() -> None:
     _, metrics = way.stepper(model)(way.init(model), way.place({"x": x, "y": y}))
     assert jnp.isfinite(metrics["gradient_norm"])
     assert metrics["update_norm"] > 0
+
+
+class TestFrozen:
+    """What is not trained is an argument of the step, taken by reference."""
+
+    def test_no_step_and_no_model_made_of_a_state_copies_it(self) -> None:
+        model = TiedPrefixModel(3, 32, rngs=nnx.Rngs(0))
+        way, signs = trainer(), model.signs[...]
+        state, step = way.init(model), way.stepper(model)
+        assert {leaf.shape for leaf in jax.tree.leaves(state.trained)} == {(32, 3)}
+        assert [leaf is signs for leaf in jax.tree.leaves(step.frozen)] == [True]
+        state, _ = step(state, data())
+        trained = way.model(model, state)
+        assert trained.signs[...] is signs  # not donated either: it can still be read
+        trained.signs = nnx.Param(2 * signs)
+        assert model.signs[...] is signs
+
+    def test_one_program_serves_other_frozen_weights(self) -> None:
+        """They are no constants of it."""
+        model = TiedPrefixModel(3, 32, rngs=nnx.Rngs(0))
+        way = trainer()
+        step = way.stepper(model)
+        turned = jax.tree.map(jnp.ones_like, step.frozen)
+        losses = [step.compiled(way.init(model), frozen, data())[1]["loss"] for frozen in (step.frozen, turned)]
+        assert losses[0] != losses[1]
+        assert step._cache_size() == 1
+
+    def test_a_mesh_holds_it_once(self) -> None:
+        model = TiedPrefixModel(3, 32, rngs=nnx.Rngs(0))
+        way = trainer(mesh=mesh(2, 4))
+        way.lay_out_frozen(model)
+        (laid_out,) = jax.tree.leaves(way.stepper(model).frozen)
+        here = [part.data.unsafe_buffer_pointer() for part in model.signs[...].addressable_shards]
+        assert [part.data.unsafe_buffer_pointer() for part in laid_out.addressable_shards] == here
+        assert laid_out.addressable_shards[0].data.size == laid_out.size // 4

@@ -51,7 +51,8 @@ TRAINER = Trainer(
 
 def descend(model: Model, inputs: Inputs, targets: Array, *, step_size: float, steps: int) -> Trajectory:
     """Plain gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 with the package's own train step."""
-    return _descend(nnx.graphdef(model), begin(model, step_size), (inputs, targets), steps)
+    frozen = TRAINER.frozen(model)
+    return _descend(nnx.graphdef(model), begin(model, step_size), frozen, (inputs, targets), steps)
 
 
 def begin(model: nnx.Module, step_size: float) -> TrainState:
@@ -62,18 +63,20 @@ def begin(model: nnx.Module, step_size: float) -> TrainState:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "steps"))
-def _descend(graph: nnx.GraphDef[Model], state: TrainState, batch: tuple[Array, Array], steps: int) -> Trajectory:
-    model = nnx.merge(graph, state.trained, state.frozen)
+def _descend(
+    graph: nnx.GraphDef[Model], state: TrainState, frozen: nnx.State, batch: tuple[Array, Array], steps: int
+) -> Trajectory:
+    model = nnx.merge(graph, state.trained, frozen)
     start = model.weights[...]
     update = TRAINER.update(model)
 
     def observe(state: TrainState) -> tuple[Array, Array]:
-        current = nnx.merge(graph, state.trained, state.frozen)
+        current = nnx.merge(graph, state.trained, frozen)
         return current(batch[0]), jnp.linalg.norm(current.weights[...] - start, axis=1).max()
 
-    final, before = jax.lax.scan(lambda state, _: (update(state, batch)[0], observe(state)), state, length=steps)
+    final, before = jax.lax.scan(lambda state, _: (update(state, frozen, batch)[0], observe(state)), state, length=steps)
     outputs, movement = jax.tree.map(lambda old, last: jnp.concatenate([old, last[None]]), before, observe(final))
-    return Trajectory(outputs, movement, nnx.merge(graph, final.trained, final.frozen).weights[...])
+    return Trajectory(outputs, movement, nnx.merge(graph, final.trained, frozen).weights[...])
 
 
 def gram(kernel: Array) -> Float[Array, "nd nd"]:

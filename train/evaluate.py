@@ -54,7 +54,7 @@ class Evaluator:
         self.setup = setup
         # what fits for training fits here; larger batches leave a CPU's caches and take up to half as long again
         self.batch_size = setup.config.batch_size
-        graph = nnx.split(setup.model, setup.trainer.wrt, ...)[0]
+        graph, _, self._frozen = nnx.split(setup.model, setup.trainer.wrt, ...)
 
         @jax.jit
         def logits(trained: Any, frozen: Any, batch: data.Batch) -> jax.Array:
@@ -114,7 +114,8 @@ class Evaluator:
         task, config = self.setup.task, self.setup.config
         assert task.tokenizer is not None
         trained, frozen = self._local(state)
-        model: Any = nnx.merge(nnx.split(self.setup.model, self.setup.trainer.wrt, ...)[0], trained, frozen)
+        graph = nnx.split(self.setup.model, self.setup.trainer.wrt, ...)[0]
+        model: Any = nnx.merge(graph, trained, frozen, copy=True)
         texts: list[str] = []
         for batch in data.prompt_batches(split, GENERATED_TOGETHER):
             tokens = models.generate(
@@ -132,10 +133,10 @@ class Evaluator:
         """Return the trained and frozen weights as one replica on this process's devices."""
         trainer: Trainer = self.setup.trainer
         if trainer.parallel == "pmap" or jax.process_count() == 1:
-            return trainer.single((state.trained, state.frozen))
+            return trainer.single(state.trained), self._frozen
         # weights are replicated, or gathered first
         gathered = jax.jit(lambda tree: tree, out_shardings=jax.sharding.NamedSharding(trainer.mesh, jax.P()))  # type: ignore[arg-type]
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered((state.trained, state.frozen)))
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered((state.trained, self._frozen)))
 
 
 def _until(tokens: np.ndarray, end: int | None) -> list[int]:

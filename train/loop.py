@@ -191,9 +191,7 @@ class _Run:
 
     def _tree(self) -> dict[str, Any]:
         """What a checkpoint holds: everything that training changes, frozen weights left out."""
-        state = self.state._asdict()
-        del state["frozen"]
-        tree = self.setup.trainer.single({**state, "best": self.best})
+        tree = self.setup.trainer.single({**self.state._asdict(), "best": self.best})
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
         return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
@@ -215,11 +213,10 @@ class _Run:
             return
         self.done, flat, info = found
         tree = {**self.state._asdict(), "best": self.best}
-        frozen = tree.pop("frozen")
         structure = jax.tree.structure(tree)
         tree = self.setup.trainer.lay_out(jax.tree.unflatten(structure, [flat[name] for name in like]))
         self.best = tree.pop("best")
-        self.state = TrainState(frozen=frozen, **tree)
+        self.state = TrainState(**tree)
         self.best_worth, self.best_step = info["best_score"], info["best_step"]
         self.looks_since, self.stopped = info["looks_since"], info["stopped"]
         if self.metrics.exists():

@@ -79,6 +79,7 @@ def build(config: TrainConfig) -> Setup:
         parallel=config.parallel,
         **_placement(config),
     )
+    trainer.lay_out_frozen(model)
     return Setup(config, model, task, trainer, tokenizer)
 
 

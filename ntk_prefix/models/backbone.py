@@ -271,7 +271,7 @@ class Backbone(nnx.Module):
             return layer(x, **options)[0]
 
         # nnx's, not jax's: an adapter in the layer may hold state of any type
-        run_layer = nnx.remat(run) if self.remat else run
+        run_layer = nnx.remat(run, graph_updates=False) if self.remat else run
         for index, layer in enumerate(self.layers):
             if rows is not None:
                 x = x.at[:, : rows.shape[1]].add(rows[None, index].astype(x.dtype))

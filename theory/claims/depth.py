@@ -283,21 +283,22 @@ def _drift(stack: Stack, problem: Problem, speed: float = 0.25) -> float:
     step = speed * bounds.largest_stable_step(largest=float(spectrum(start)[-1]), tokens=1)
     batch = (problem.inputs, stack(problem.inputs) + problem.targets)
     goal = LOSS * jnp.square(problem.targets).sum() / 2
-    final, loss = _descend(nnx.graphdef(stack), begin(stack, step), batch, goal)
+    frozen = TRAINER.frozen(stack)
+    final, loss = _descend(nnx.graphdef(stack), begin(stack, step), frozen, batch, goal)
     if not loss <= goal:
         return np.nan
-    return relative_error(kernel(nnx.merge(nnx.graphdef(stack), final.trained, final.frozen), problem.inputs), start)
+    return relative_error(kernel(nnx.merge(nnx.graphdef(stack), final.trained, frozen), problem.inputs), start)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _descend(
-    graph: nnx.GraphDef[Stack], state: TrainState, batch: tuple[Array, Array], goal: Array
+    graph: nnx.GraphDef[Stack], state: TrainState, frozen: nnx.State, batch: tuple[Array, Array], goal: Array
 ) -> tuple[TrainState, Array]:
     """Full-batch gradient descent until a loss is reached; the state, and the loss one step before it."""
-    update = TRAINER.update(nnx.merge(graph, state.trained, state.frozen))
+    update = TRAINER.update(nnx.merge(graph, state.trained, frozen))
 
     def step(carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
-        state, metrics = update(carry[0], batch)
+        state, metrics = update(carry[0], frozen, batch)
         return state, metrics["loss"]
 
     return jax.lax.while_loop(

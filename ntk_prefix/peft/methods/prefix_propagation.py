@@ -20,9 +20,11 @@ Source: Li et al., Prefix propagation, arXiv 2305.12086; defaults after its auth
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any, ClassVar
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -124,6 +126,20 @@ class _Rows(nnx.Module):
         dropout = nnx.Rngs(dropout=rngs.params())
         self.dropout = nnx.Dropout(config.dropout, deterministic=True, rngs=dropout) if config.dropout else None
 
+    def __call__(self) -> Float[Array, "layers j D"]:
+        """Return the rows, with dropout while the model trains; each call draws anew.
+
+        In a trace that took this module's Variables from outside nothing can be counted: calls then draw what the count
+        says, so whoever calls steps must number them, as :class:`ntk_prefix.training.Trainer` does.
+        """
+        if self.dropout is None or self.dropout.deterministic:
+            return self.rows[...]
+        stream = self.dropout.rngs
+        dropped = self.dropout(self.rows[...], rngs=nnx.clone(stream))
+        with contextlib.suppress(flax.errors.TraceContextError):
+            stream.count[...] += 1
+        return dropped
+
 
 class PropagatedRows(Host, LeadingRows):
     """The trained rows of an encoder, all layers' in one place."""
@@ -135,9 +151,7 @@ class PropagatedRows(Host, LeadingRows):
     def __call__(self) -> Float[Array, "layers j D"] | None:
         """Return P, with dropout while the model trains; None where no adapter is active."""
         own = self.current()
-        if own is None:
-            return None
-        return own.rows[...] if own.dropout is None else own.dropout(own.rows[...])
+        return None if own is None else own()
 
     @property
     def pooling(self) -> str | None:
