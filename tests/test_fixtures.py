@@ -42,6 +42,14 @@ def x64() -> Iterator[bool]:
 
 
 @pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """Most of the time would be LLVM's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
@@ -81,22 +89,15 @@ def told(expected: Any, output: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_computes_what_it_did(name: str, tmp_path: Path) -> None:
+def test_an_adapter_computes_what_it_did(name: str) -> None:
     folder = KEPT / "adapters" / name
     base, expected = read(folder / "base.json"), dict(np.load(folder / "expected.npz"))
-
-    def new() -> Any:
-        return models.from_pretrained(base["model"], base["task"], num_labels=base["num_labels"], rngs=nnx.Rngs(0))
-
-    model = peft.load_adapter(new(), folder)
+    model = models.from_pretrained(base["model"], base["task"], num_labels=base["num_labels"], rngs=nnx.Rngs(0))
+    peft.load_adapter(model, folder)
     output, wanted = (told(expected, values) for values in (computed(model, expected), expected["output"]))
     np.testing.assert_allclose(output, wanted, rtol=1e-5, atol=1e-5)
     # control: the frozen model does not
     assert np.abs(told(expected, expected["frozen"]) - wanted).max() > 1e-2
-    # and as it was read it is written
-    peft.save_pretrained(model, tmp_path)
-    again = computed(peft.load_adapter(new(), tmp_path), expected)
-    np.testing.assert_allclose(told(expected, again), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", ["bert", "llama"])
