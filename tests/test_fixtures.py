@@ -182,7 +182,7 @@ def test_a_table_is_read_and_no_cell_run_again(copied: Any, typed: Any, monkeypa
 def test_a_report_of_other_sources_does_not_stand_in_the_way(
     copied: Any, monkeypatch: pytest.MonkeyPatch, kept: str
 ) -> None:
-    """By design a report never mixes two versions: in such a folder all is measured anew, and a whole report stays till then."""
+    """A report never mixes two versions, by design: all is measured anew, and a whole report stays till then."""
     asked = []
 
     def measured(problem: Any) -> Any:

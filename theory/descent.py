@@ -74,7 +74,9 @@ def _descend(
         current = nnx.merge(graph, state.trained, frozen)
         return current(batch[0]), jnp.linalg.norm(current.weights[...] - start, axis=1).max()
 
-    final, before = jax.lax.scan(lambda state, _: (update(state, frozen, batch)[0], observe(state)), state, length=steps)
+    final, before = jax.lax.scan(
+        lambda state, _: (update(state, frozen, batch)[0], observe(state)), state, length=steps
+    )
     outputs, movement = jax.tree.map(lambda old, last: jnp.concatenate([old, last[None]]), before, observe(final))
     return Trajectory(outputs, movement, nnx.merge(graph, final.trained, frozen).weights[...])
 
