@@ -248,9 +248,8 @@ class Trainer:
 
     def model(self, model: nnx.Module, state: TrainState) -> nnx.Module:
         """Return the model with the state's weights: a new module, which shares the arrays of what is frozen."""
-        graph, _, frozen = nnx.split(model, self.wrt, ...)
-        if self.mesh is not None:
-            frozen = self.lay_out(frozen)
+        graph, *states = nnx.split(model, self.wrt, ...)
+        frozen = states[1] if self.mesh is None else self.lay_out(states[1])
         return nnx.merge(graph, self.single(state.trained), frozen, copy=True)
 
     def _weight_sharding(self, leaf: Array) -> NamedSharding:

@@ -54,7 +54,8 @@ class Evaluator:
         self.setup = setup
         # what fits for training fits here; larger batches leave a CPU's caches and take up to half as long again
         self.batch_size = setup.config.batch_size
-        graph, _, self._frozen = nnx.split(setup.model, setup.trainer.wrt, ...)
+        graph, *states = nnx.split(setup.model, setup.trainer.wrt, ...)
+        self._frozen: Any = states[1]
 
         @jax.jit
         def logits(trained: Any, frozen: Any, batch: data.Batch) -> jax.Array:
