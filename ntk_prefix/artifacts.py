@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, TypeVar
 
 import msgspec
@@ -49,7 +50,7 @@ T = TypeVar("T")
 # ------------------------------------------------------------------------------------------ reading
 
 
-def read_json(path: Path, kind: type[T], *, largest: int = LARGEST_JSON) -> T:
+def read_json(path: Path, kind: type[T] | GenericAlias, *, largest: int = LARGEST_JSON) -> T:
     """Return what a JSON file holds, checked against a type.
 
     Args:
@@ -65,7 +66,7 @@ def read_json(path: Path, kind: type[T], *, largest: int = LARGEST_JSON) -> T:
     return decode_json(_content(path, largest), kind, str(path))
 
 
-def decode_json(content: bytes | str, kind: type[T], name: str) -> T:
+def decode_json(content: bytes | str, kind: type[T] | GenericAlias, name: str) -> T:
     """Return JSON of any origin, checked against a type.
 
     Raises:

@@ -1,4 +1,10 @@
-"""``python -m train``: fine-tune a pretrained transformer; run the same command again to go on."""
+"""``python -m train``: fine-tune a pretrained transformer; run the same command again to go on.
+
+    python -m train NAME [--flag value ...]             a named configuration
+    python -m train --config FILE [--flag value ...]    the config.json of a run, or of a cell of a table
+
+Exit status: 0, also of a run that was asked to stop and saved; 2 for what a user can mend; 3 for a run that diverged.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +20,10 @@ from pathlib import Path
 import jax
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
-from train.config import CONFIGS, TrainConfig
+from ntk_prefix.checks import expected
+from train.command import ended, parsed
+from train.config import CONFIGS, SECTION_OF, TrainConfig
 from train.loop import Interrupted, run
 
 
@@ -44,33 +51,77 @@ class Command:
     job: tyro.conf.OmitArgPrefixes[Processes] = dataclasses.field(default_factory=Processes)
 
 
-def main() -> int:
-    """Parse, train, print what came out."""
-    choices = {name: (text, Command(config)) for name, (text, config) in CONFIGS.items()}
-    command = tyro.extras.overridable_config_cli(choices, prog="python -m train")
-    config, job, console = command.config, command.job, Console()
+def without_sections(arguments: list[str]) -> list[str]:
+    """Return a command line in which ``--optim.learning-rate`` is ``--learning-rate``: a field's name says its section."""
+
+    def plain(argument: str) -> str:
+        section, dot, rest = argument.removeprefix("--").partition(".")
+        field = rest.partition("=")[0].removeprefix("no-").replace("-", "_")
+        known = argument.startswith("--") and dot and SECTION_OF.get(field) == section
+        return f"--{rest}" if known else argument
+
+    return [plain(argument) for argument in arguments]
+
+
+def parse(arguments: list[str]) -> Command:
+    """Return what a command line asks for.
+
+    Raises:
+        UsageError: a value that cannot be meant.
+        SystemExit: tyro's, for flags that it does not know and for --help.
+    """
+    arguments = without_sections(arguments)
+    prog = "python -m train"
+    if arguments and arguments[0].partition("=")[0] == "--config":
+        option, equals, file = arguments.pop(0).partition("=")
+        if not equals:
+            if not arguments:
+                raise expected(option, "a config.json", "nothing")
+            file = arguments.pop(0)
+        base = Command(TrainConfig.from_file(Path(file)))
+        command = parsed(
+            lambda: tyro.cli(
+                tyro.conf.AvoidSubcommands[Command], default=base, args=arguments, prog=f"{prog} --config FILE"
+            )
+        )
+    else:
+        choices = {name: (text, Command(config)) for name, (text, config) in CONFIGS.items()}
+        command = parsed(lambda: tyro.extras.overridable_config_cli(choices, prog=prog, args=arguments))
+    command.config.check()
+    return command
+
+
+def _train(console: Console) -> int:
+    command = parse(sys.argv[1:])
+    config, job = command.config, command.job
     workdir = command.workdir or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
+    if job.distributed:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for processes without accelerators
+        jax.distributed.initialize(job.coordinator, job.processes, job.process)
     try:
-        if job.distributed:
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for processes without accelerators
-            jax.distributed.initialize(job.coordinator, job.processes, job.process)
         summary = run(config, workdir, console)
     except Interrupted as stop:
-        console.print(f"[yellow]{escape(str(stop))}[/]")
+        console.print(str(stop), style="yellow", markup=False)
         return 0
-    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
-        console.print(f"[red]{escape(str(error))}[/]")
-        return 2
-    score = "test split not looked at"
+    score = "test split not read"
     if summary["test_score"] is not None:
         score = f"{summary['metric']} {summary['test_score']:.4f} on {summary['test_rows']} test rows"
     if "calibration_error" in summary:
         score += f", calibration error {summary['calibration_error']:.3f}"
+    console.print(score, style="green", markup=False, end=" ")
     console.print(
-        f"[green]{score}[/] (validation {summary['validation_score']:.4f}); "
-        f"{summary['trainable_parameters']:,} of {summary['parameters']:,} parameters trained; {workdir / 'summary.json'}"
+        f"(validation {summary['validation_score']:.4f}); {summary['trainable_parameters']:,} of "
+        f"{summary['parameters']:,} parameters trained; {workdir / 'summary.json'}",
+        markup=False,
+        soft_wrap=True,
     )
     return 0
+
+
+def main() -> int:
+    """Parse, train, print what came out."""
+    console = Console()
+    return ended(lambda: _train(console), console)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Two processes may fill one folder with different tasks or rows; the table is the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -35,8 +34,9 @@ from rich.table import Table
 
 from ntk_prefix.artifacts import CHECKOUT, json_text, provenance, write_whole
 from ntk_prefix.checks import UsageError
+from train.command import typed_changes
 from train.confidence import BINS
-from train.config import CONFIGS
+from train.config import CONFIGS, FIELD_TYPES, TrainConfig
 from train.profiles import PROFILES, Name, Row
 from train.sources import find_folder
 
@@ -96,9 +96,10 @@ class Comparison:
             raise UsageError(f"--rows: expected some of {sorted(labels)}, got {sorted(unknown)}.")
         if self.seeds is not None and self.seeds < 1:
             raise UsageError(f"--seeds: expected at least one, got {self.seeds}.")
-        for pair in self.set:
-            if "=" not in pair:
-                raise UsageError(f"--set: expected field=value, got {pair!r}.")
+        typed_changes("--set", self.set, FIELD_TYPES)
+        for task in self.chosen_tasks():
+            for row in self.rows_of(task):
+                self.config(Cell(task, row, self.rates[0], 0))
 
     def chosen_tasks(self) -> tuple[str, ...]:
         """The tasks of this table."""
@@ -130,9 +131,13 @@ class Comparison:
             # where the head is all there is, it is what is tuned
             **({"head_learning_rate": cell.learning_rate} if cell.row[1] == "head" else {}),
             "seed": cell.seed,
-            **({"data_dir": self.data_dir} if here else {}),
-            **dict(pair.split("=", 1) for pair in self.set),
+            **({"data_dir": str(self.data_dir)} if here else {}),
+            **typed_changes("--set", self.set, FIELD_TYPES),
         }
+
+    def config(self, cell: Cell) -> TrainConfig:
+        """Return the configuration of a cell."""
+        return CONFIGS[cell.task][1].changed(**self.fields(cell))
 
 
 def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
@@ -182,9 +187,8 @@ def _best_rate(comparison: Comparison, finished: dict[Cell, dict[str, Any]]) -> 
     tuned = {cell: summary for cell, summary in finished.items() if cell.seed == 0}
 
     def worth(cell: Cell) -> float:
-        usual = CONFIGS[cell.task][1]
-        judge = dataclasses.replace(usual, choose_by=comparison.fields(cell).get("choose_by", usual.choose_by))
-        return judge.worth(tuned[cell]["validation_score"], tuned[cell]["validation_loss"])
+        judge = comparison.config(cell).eval
+        return judge.selection_metric(tuned[cell]["validation_score"], tuned[cell]["validation_loss"])
 
     return max(tuned, key=worth).learning_rate
 
@@ -196,23 +200,13 @@ def _check(comparison: Comparison, cell: Cell) -> None:
     path = comparison.out / cell.folder / "config.json"
     if not path.is_file():
         return
-    usual = CONFIGS[cell.task][1].as_dict()
-    stored, wanted = {**usual, **json.loads(path.read_text())}, {**usual, **comparison.fields(cell)}
-    del wanted["test"]  # looked at when the rate is chosen
-    if differs := sorted(name for name, value in wanted.items() if _plain(stored[name]) != _plain(value)):
+    stored, wanted = TrainConfig.from_file(path).flat(), comparison.config(cell).flat()
+    del wanted["test"]  # read when the rate is chosen
+    if differs := sorted(name for name, value in wanted.items() if stored[name] != value):
         raise UsageError(
             f"--out: expected a new folder, or one of this table, got {cell.folder} in {comparison.out}, which was run with "
             f"{', '.join(f'{name}={stored[name]}' for name in differs)}. Name another folder."
         )
-
-
-def _plain(value: Any) -> Any:
-    """A field as a configuration's file has it: from --set it comes as text, paths and tuples are text and lists there."""
-    if isinstance(value, str):
-        with contextlib.suppress(json.JSONDecodeError):
-            return json.loads({"None": "null"}.get(value, value))
-        return value
-    return json.loads(json_text(value))
 
 
 def _run(comparison: Comparison, cell: Cell, console: Console, *, test: bool) -> dict[str, Any]:

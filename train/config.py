@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from pathlib import Path
 from typing import Any, Literal
 
-from ntk_prefix import peft
-from ntk_prefix.checks import UsageError
+import msgspec
 
-__all__ = ["CONFIGS", "METHODS", "TrainConfig", "adapter_config"]
+from ntk_prefix import peft
+from ntk_prefix.artifacts import read_json
+from ntk_prefix.checks import UsageError, expected
+from train.command import Checked, at_least, field_types, typed_changes
+
+__all__ = [
+    "CONFIGS",
+    "FIELD_TYPES",
+    "METHODS",
+    "DataConfig",
+    "DeviceConfig",
+    "EvalConfig",
+    "OptimConfig",
+    "TrainConfig",
+    "adapter_config",
+]
 
 METHODS: dict[str, tuple[peft.AdapterConfig, ...]] = {
     "full": (peft.FullConfig(),),
@@ -27,44 +41,49 @@ METHODS: dict[str, tuple[peft.AdapterConfig, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One fine-tuning run."""
+class DataConfig(Checked):
+    """What rows there are, and how they are read."""
 
-    model: str
-    """An asset (minilm, vit, smollm2), a Hugging Face folder, a .gguf or .onnx file, or tiny-vit (random weights)."""
-    task: str
-    """See ``train.tasks``."""
-    method: str = "ntk_attention"
-    """One of train.config.METHODS."""
-    adapter: tuple[str, ...] = ()
-    """Fields of the method's configuration to change, such as ``r=16`` or ``target=layers.0``; values are JSON or text."""
     data_dir: str | None = None
     """A folder in Hugging Face or GLUE layout, or hub:owner/name; None takes the task's own source."""
     train_size: int | None = None
     """Training examples to sample; None is all."""
-    validation_size: int = 500
-    """Examples split off the training data, for early stopping and for choosing."""
+    validation_size: int | float | None = 500
+    """Examples split off the training data, for early stopping and for choosing; a number below 1 is a share of them, None
+    a tenth, 1,000 at most."""
     test_size: int | None = None
     """Test examples to sample; None is all."""
     test_beyond: int = 0
     """Leave out the test examples that a sample of this size has, so that these are ones no earlier table has read."""
     max_length: int = 128
     """Tokens after which a text is cut; a BERT with fewer positions gets its own again."""
-    window: int | None = None
-    """Tokens that a token of an encoder sees to each side; all if None."""
     image_size: int = 56
     """Height and width that images are resized to."""
-    pooling: Literal["mean", "cls", "last"] = "mean"
-    """How a classifier reads the sequence; prefix propagation has its own way, --adapter pool=prefix, cls or model."""
+    grouped: int = 32
+    """Batches of text that are drawn together and divided by length, for less padding; 1 leaves them as drawn."""
+
+    def check(self) -> None:
+        """Refuse sizes that no data can have."""
+        for name in ("train_size", "test_size", "image_size", "grouped"):
+            at_least(name, getattr(self, name), 1)
+        if self.validation_size is not None and not (
+            0 < self.validation_size < 1 or (self.validation_size >= 1 and float(self.validation_size).is_integer())
+        ):
+            raise expected("--validation-size", "a number of rows, or a share of them below 1", self.validation_size)
+        at_least("test_beyond", self.test_beyond, 0)
+        at_least("max_length", self.max_length, 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig(Checked):
+    """What is descended, in which steps."""
 
     steps: int = 500
-    """Optimizer steps."""
+    """Optimizer steps. More for a finished run: it goes on, see train/README.md."""
     batch_size: int = 32
     """Examples a step, over all devices and accumulated parts."""
     accumulate: int = 1
     """Parts that a step's batch is computed in, one after the other."""
-    grouped: int = 32
-    """Batches of text that are drawn together and divided by length, for less padding; 1 leaves them as drawn."""
     learning_rate: float = 1e-3
     """Of the adapter, at the top of the schedule."""
     head_learning_rate: float = 1e-2
@@ -80,6 +99,53 @@ class TrainConfig:
     """Of AdamW, on trained weights."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+
+    def check(self) -> None:
+        """Refuse steps that mean nothing: rates are finite and do not climb."""
+        for name in ("steps", "batch_size", "accumulate"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("learning_rate", "head_learning_rate", "k_learning_rate", "weight_decay", "clip"):
+            at_least(name, getattr(self, name), 0)
+        if self.batch_size % self.accumulate:
+            raise expected("--accumulate", f"a divisor of the batch size {self.batch_size}", self.accumulate)
+        if not 0 <= self.warmup < 1:
+            raise expected("--warmup", "a fraction of the steps in [0, 1)", self.warmup)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(Checked):
+    """What is looked at on the way, and what is kept."""
+
+    evaluate_every: int = 100
+    """Steps between evaluations on the validation split."""
+    choose_by: Literal["score", "loss"] = "score"
+    """What says on the validation split which step to keep: the score, the loss breaking ties, or the loss alone, which a
+    few hundred examples measure better."""
+    patience: int = 5
+    """Evaluations without improvement after which training stops; 0 never stops."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    max_new_tokens: int = 160
+    """Of generated answers (math)."""
+    test: bool = True
+    """Read the test split at the end; a run that did not is brought up to it by the same command with it."""
+
+    def check(self) -> None:
+        """Refuse intervals below one step."""
+        for name in ("evaluate_every", "checkpoint_every", "max_new_tokens"):
+            at_least(name, getattr(self, name), 1)
+        at_least("patience", self.patience, 0)
+
+    def selection_metric(self, score: float, loss: float) -> float:
+        """Return how good a state is by what the validation split says of it; larger is better."""
+        # a split of a few hundred rows has ties in the score
+        return -loss if self.choose_by == "loss" else score - 1e-6 * loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceConfig(Checked):
+    """Where it is computed, and in which numbers."""
+
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of activations and frozen linear maps; what is trained, norms, embeddings and optimizer stay in float32."""
     remat: bool = False
@@ -91,39 +157,83 @@ class TrainConfig:
     devices: int | None = None
     """How many devices to use; None is all."""
 
-    evaluate_every: int = 100
-    """Steps between looks at the validation split."""
-    choose_by: Literal["score", "loss"] = "score"
-    """What says on the validation split which step to keep: the score, the loss breaking ties, or the loss alone, which a
-    few hundred examples measure better."""
-    patience: int = 5
-    """Looks without improvement after which training stops; 0 never stops."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints."""
-    max_new_tokens: int = 160
-    """Of generated answers (math)."""
+    def check(self) -> None:
+        """Refuse counts that no machine has; whether this one has them is found out when they are taken."""
+        at_least("fsdp", self.fsdp, 1)
+        at_least("devices", self.devices, 1)
+        if self.fsdp > 1 and self.parallel == "pmap":
+            raise expected("--fsdp", "1 with --parallel pmap, which has a replica on every device", self.fsdp)
+
+
+SECTIONS: dict[str, type[Checked]] = {
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "eval": EvalConfig,
+    "device": DeviceConfig,
+}
+"""The parts of a :class:`TrainConfig`."""
+
+SECTION_OF: dict[str, str] = {
+    field.name: name
+    for name, section in SECTIONS.items()
+    for field in dataclasses.fields(section)  # type: ignore[arg-type]
+}
+"""The section of each field; a field's name is in one only, so that a flag needs no prefix."""
+
+LARGEST_SEED = 2**32 - 2
+"""NumPy takes 32 bits, and the adapter is drawn by the seed after this one."""
+
+
+class _Sectioned(type):
+    """Lets a configuration be made by flat keywords as well: ``TrainConfig(..., max_length=16)``, and by
+    ``dataclasses.replace(config, max_length=16)``.
+    """
+
+    def __call__(cls, **values: Any) -> Any:
+        for name in [name for name in values if name in SECTION_OF]:
+            section = SECTION_OF[name]
+            before: Any = values.get(section) or SECTIONS[section]()
+            values[section] = dataclasses.replace(before, **{name: values.pop(name)})
+        return super().__call__(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked, metaclass=_Sectioned):
+    """One fine-tuning run.
+
+    Its parts are :class:`DataConfig`, :class:`OptimConfig`, :class:`EvalConfig` and :class:`DeviceConfig`; their fields may
+    be given as keywords of this class, which knows whose they are.
+    """
+
+    model: str
+    """An asset (minilm, vit, smollm2), a Hugging Face folder, a .gguf or .onnx file, or tiny-vit (random weights)."""
+    task: str
+    """See ``train.tasks``."""
+    method: str = "ntk_attention"
+    """One of train.config.METHODS."""
+    adapter: tuple[str, ...] = ()
+    """Fields of the method's configuration to change, such as ``r=16`` or ``target=layers.0``; values are JSON or text."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """How a classifier reads the sequence; prefix propagation has its own way, --adapter pool=prefix, cls or model."""
+    window: int | None = None
+    """Tokens that a token of an encoder sees to each side; all if None."""
     seed: int = 0
     """Of the split, the order, the head and the adapter."""
-    test: bool = True
-    """Look at the test split at the end; a run that did not is brought up to it by the same command with it."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    device: DeviceConfig = dataclasses.field(default_factory=DeviceConfig)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what cannot run, before anything is loaded."""
+        for section in SECTIONS:
+            getattr(self, section).check()
         if self.method not in METHODS:
-            raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {self.method!r}.")
-        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "checkpoint_every", "fsdp", "grouped"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}.")
-        if self.batch_size % self.accumulate:
-            raise UsageError(
-                f"--accumulate: expected a divisor of the batch size {self.batch_size}, got {self.accumulate}."
-            )
-        if self.fsdp > 1 and self.parallel == "pmap":
-            raise UsageError("--fsdp: expected 1 with --parallel pmap, which has a replica on every device.")
-        if not 0 <= self.warmup < 1:
-            raise UsageError(f"--warmup: expected a fraction of the steps in [0, 1), got {self.warmup}.")
+            raise expected("--method", f"one of {', '.join(METHODS)}", repr(self.method))
         if self.window is not None and self.window < 1:
-            raise UsageError(f"--window: expected at least 1 token to each side, or None, got {self.window}.")
+            raise expected("--window", "at least 1 token to each side, or None", self.window)
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise expected("--seed", f"an integer from 0 to {LARGEST_SEED}", self.seed)
         configs = adapter_config(self.method, self.adapter)
         own = [c.pool for c in configs if isinstance(c, peft.PrefixPropagationConfig) and c.pool != "model"]
         if own and self.pooling != "mean":
@@ -132,38 +242,83 @@ class TrainConfig:
                 f"{self.pooling!r}. Use --adapter pool=cls, or pool=model to read as --pooling says."
             )
 
-    def worth(self, score: float, loss: float) -> float:
-        """How good a state is by what the validation split says of it; larger is better."""
-        # a split of a few hundred rows has ties in the score
-        return -loss if self.choose_by == "loss" else score - 1e-6 * loss
+    def changed(self, **fields: Any) -> TrainConfig:
+        """Return this configuration with some fields changed, those of its parts included."""
+        return dataclasses.replace(self, **fields)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every field by its name, without sections."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for section in SECTIONS:
+            part = values.pop(section)
+            values |= {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        return values
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for files."""
+        """Return plain values, for files: nested as the configuration is."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, name: str = "configuration") -> TrainConfig:
+        """Return the configuration of a file, with sections or, as older versions wrote it, without.
+
+        A field that is not there, for its version did not have it, is what it is by default.
+
+        Raises:
+            UsageError: a field is unknown, missing or of another type, or its value cannot be meant; it begins with
+                ``name``.
+        """
+        if not isinstance(values, dict):
+            raise expected(name, "an object of fields", type(values).__name__)
+        nested: dict[str, Any] = {key: value for key, value in values.items() if key not in SECTION_OF}
+        for key in values.keys() & SECTION_OF.keys():
+            part = nested.setdefault(SECTION_OF[key], {})
+            if not isinstance(part, dict):
+                raise expected(f"{name}: {SECTION_OF[key]}", "an object of fields", type(part).__name__)
+            nested[SECTION_OF[key]] = {**part, key: values[key]}
+        known = {None: {field.name for field in dataclasses.fields(cls)}} | {
+            section: {field for field, of in SECTION_OF.items() if of == section} for section in SECTIONS
+        }
+        for section, fields in known.items():
+            there = nested if section is None else nested.get(section, {})
+            if unknown := sorted(set(there) - fields) if isinstance(there, dict) else []:
+                where = name if section is None else f"{name}: {section}"
+                raise expected(where, f"fields of {', '.join(sorted(fields))}", ", ".join(map(repr, unknown)))
+        try:
+            return msgspec.convert(nested, cls)
+        except msgspec.ValidationError as error:
+            if isinstance(error.__cause__, UsageError):  # a check of ours
+                raise UsageError(f"{name}: {error.__cause__}") from None
+            raise expected(name, "fields of the right types", f"this: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: Path) -> TrainConfig:
+        """Return the configuration of a config.json.
+
+        Raises:
+            UsageError: as :meth:`from_dict`, naming the file; or there is none.
+        """
+        return cls.from_dict(read_json(path, dict[str, Any]), str(path))
+
+
+_OWNERS: tuple[type, ...] = (TrainConfig, *SECTIONS.values())
+
+FIELD_TYPES: dict[str, Any] = {
+    name: kind for owner in _OWNERS for name, kind in field_types(owner).items() if name not in SECTIONS
+}
+"""The type of every field of a run, by its flat name."""
 
 
 def adapter_config(method: str, changes: tuple[str, ...] = ()) -> tuple[peft.AdapterConfig, ...]:
     """Return the method's configurations with ``field=value`` changes applied.
 
     Raises:
-        ValueError: a change without "=", or of a field that no configuration of the method has.
+        UsageError: a change without "=", of a field that no configuration of the method has, or to a value of another
+            type.
     """
     configs = METHODS[method]
-    known = {field.name for config in configs for field in dataclasses.fields(config)}
-    values: dict[str, Any] = {}
-    for change in changes:
-        field, equals, text = change.partition("=")
-        if not equals:
-            raise UsageError(f"--adapter: expected field=value, got {change!r}.")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        if isinstance(value, list):
-            value = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
-        if field not in known:
-            raise UsageError(f"--adapter: expected one of {', '.join(sorted(known))} for {method}, got {field!r}.")
-        values[field] = value
+    kinds = {name: kind for config in configs for name, kind in field_types(type(config)).items()}
+    values = typed_changes("--adapter", changes, kinds, of=f" for {method}")
 
     def changed(config: peft.AdapterConfig) -> peft.AdapterConfig:
         # all at once: a map and its options only make sense together
@@ -180,61 +335,60 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
             model="tiny-vit",
             task="digits",
             method="full",
-            image_size=8,
-            steps=60,
-            batch_size=64,
-            learning_rate=3e-3,
-            head_learning_rate=3e-3,  # as everything else: nothing of it is pretrained
-            evaluate_every=20,
-            checkpoint_every=20,
+            data=DataConfig(image_size=8),
+            # the head's rate is that of everything else: nothing of it is pretrained
+            optim=OptimConfig(steps=60, batch_size=64, learning_rate=3e-3, head_learning_rate=3e-3),
+            eval=EvalConfig(evaluate_every=20, checkpoint_every=20),
         ),
     ),
     "rte": (
         "textual entailment, MiniLM",
-        TrainConfig(model="minilm", task="rte", max_length=128, validation_size=250),
+        TrainConfig(model="minilm", task="rte", data=DataConfig(max_length=128, validation_size=250)),
     ),
     "sst2": (
         "sentiment of sentences, MiniLM",
-        TrainConfig(model="minilm", task="sst2", max_length=64, train_size=4000),
+        TrainConfig(model="minilm", task="sst2", data=DataConfig(max_length=64, train_size=4000)),
     ),
     "rotten_tomatoes": (
         "sentiment of short reviews, MiniLM",
-        TrainConfig(model="minilm", task="rotten_tomatoes", max_length=64),
+        TrainConfig(model="minilm", task="rotten_tomatoes", data=DataConfig(max_length=64)),
     ),
     "newsgroups": (
         "twenty newsgroups, MiniLM, 128 tokens",
-        TrainConfig(model="minilm", task="newsgroups", train_size=4000, max_length=128),
+        TrainConfig(model="minilm", task="newsgroups", data=DataConfig(train_size=4000, max_length=128)),
     ),
     "newsgroups_long": (
         "twenty newsgroups, MiniLM, 512 tokens",
-        TrainConfig(model="minilm", task="newsgroups", max_length=512, batch_size=8),
+        TrainConfig(
+            model="minilm", task="newsgroups", data=DataConfig(max_length=512), optim=OptimConfig(batch_size=8)
+        ),
     ),
     "imdb": (
         "sentiment of film reviews, MiniLM, 512 tokens",
-        TrainConfig(model="minilm", task="imdb", max_length=512, batch_size=8),
+        TrainConfig(model="minilm", task="imdb", data=DataConfig(max_length=512), optim=OptimConfig(batch_size=8)),
     ),
     "imdb_longer": (
         "sentiment of film reviews, MiniLM, 1024 tokens through windows of 128 to each side",
-        TrainConfig(model="minilm", task="imdb", max_length=1024, window=128, batch_size=8),
+        TrainConfig(
+            model="minilm", task="imdb", window=128, data=DataConfig(max_length=1024), optim=OptimConfig(batch_size=8)
+        ),
     ),
     "fashion_mnist": (
         "clothes, the ViT at 56 pixels",
-        TrainConfig(model="vit", task="fashion_mnist", train_size=4000, image_size=56),
+        TrainConfig(model="vit", task="fashion_mnist", data=DataConfig(train_size=4000, image_size=56)),
     ),
     "cifar10": (
         "photographs, the ViT at 112 pixels",
-        TrainConfig(model="vit", task="cifar10", image_size=112),
+        TrainConfig(model="vit", task="cifar10", data=DataConfig(image_size=112)),
     ),
     "gsm_symbolic": (
         "generated school mathematics, SmolLM2; exact match by generation",
         TrainConfig(
             model="smollm2",
             task="gsm_symbolic",
-            train_size=500,
-            test_size=100,
-            max_length=256,
-            batch_size=8,
-            choose_by="loss",
+            data=DataConfig(train_size=500, test_size=100, max_length=256),
+            optim=OptimConfig(batch_size=8),
+            eval=EvalConfig(choose_by="loss"),
         ),
     ),
     "gsm_symbolic_short": (
@@ -242,17 +396,20 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(
             model="smollm2",
             task="gsm_symbolic_short",
-            train_size=1000,
-            validation_size=100,
-            max_length=128,
-            batch_size=8,
-            max_new_tokens=80,
-            choose_by="loss",
+            data=DataConfig(train_size=1000, validation_size=100, max_length=128),
+            optim=OptimConfig(batch_size=8),
+            eval=EvalConfig(max_new_tokens=80, choose_by="loss"),
         ),
     ),
     "gsm8k": (
         "school mathematics, SmolLM2; exact match by generation",
-        TrainConfig(model="smollm2", task="gsm8k", max_length=256, batch_size=8, choose_by="loss"),
+        TrainConfig(
+            model="smollm2",
+            task="gsm8k",
+            data=DataConfig(max_length=256),
+            optim=OptimConfig(batch_size=8),
+            eval=EvalConfig(choose_by="loss"),
+        ),
     ),
 }
 """Where a run starts from: ``python -m train NAME``."""

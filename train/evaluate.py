@@ -53,7 +53,7 @@ class Evaluator:
     def __init__(self, setup: Setup):
         self.setup = setup
         # what fits for training fits here; larger batches leave a CPU's caches and take up to half as long again
-        self.batch_size = setup.config.batch_size
+        self.batch_size = setup.config.optim.batch_size
         graph, *states = nnx.split(setup.model, setup.trainer.wrt, ...)
         self._frozen: Any = states[1]
 
@@ -123,7 +123,7 @@ class Evaluator:
                 model,
                 jnp.asarray(batch["input_ids"]),
                 jnp.asarray(batch["attention_mask"]),
-                max_new_tokens=config.max_new_tokens,
+                max_new_tokens=config.eval.max_new_tokens,
                 eos_token_id=task.end_id,
             )
             new = np.asarray(tokens)[np.asarray(batch["weight"]) > 0]

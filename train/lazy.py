@@ -266,8 +266,7 @@ def _plain(each: View) -> dict[str, Any]:
 
 def _config(options: Options, method: str, learning_rate: float, seed: int) -> TrainConfig:
     usual = CONFIGS[options.config][1]
-    return dataclasses.replace(
-        usual,
+    return usual.changed(
         method=method,
         data_dir=options.data_dir,
         train_size=options.train_size,
@@ -277,7 +276,7 @@ def _config(options: Options, method: str, learning_rate: float, seed: int) -> T
         steps=options.steps,
         learning_rate=learning_rate,
         # where the head is all there is, it is what is tuned
-        head_learning_rate=learning_rate if method == "head" else usual.head_learning_rate,
+        head_learning_rate=learning_rate if method == "head" else usual.optim.head_learning_rate,
         choose_by="loss",
         evaluate_every=max(options.steps // 4, 1),
         seed=seed,

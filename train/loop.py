@@ -15,7 +15,6 @@ checkpoint's step. The numbers are then bit for bit those of an unbroken run.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import signal
@@ -106,18 +105,18 @@ class _Run:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console) as progress:
-            bar = progress.add_task(f"{config.task} {config.method}", total=config.steps, completed=self.done)
+            bar = progress.add_task(f"{config.task} {config.method}", total=config.optim.steps, completed=self.done)
             readings: list[dict[str, jax.Array]] = []
             begun = time.perf_counter()
-            while self.done < config.steps and not self.stopped:
-                for _ in range(config.accumulate):
+            while self.done < config.optim.steps and not self.stopped:
+                for _ in range(config.optim.accumulate):
                     self.state, reading = self.step(self.state, self.setup.trainer.place(next(batches)))
                 readings.append(reading)
                 self.done += 1
                 if len(readings) > 1:  # one step ahead of the device and no more: a signal is heard at the next
                     jax.block_until_ready(readings[-2])
-                at_look = self.done % config.evaluate_every == 0 or self.done == config.steps
-                at_save = self.done % config.checkpoint_every == 0 or self.done == config.steps
+                at_look = self.done % config.eval.evaluate_every == 0 or self.done == config.optim.steps
+                at_save = self.done % config.eval.checkpoint_every == 0 or self.done == config.optim.steps
                 if len(readings) == LOOK or at_look or at_save or signals.received:
                     self._read(readings, begun)
                     progress.update(bar, completed=self.done, description=self._line(readings))
@@ -132,7 +131,7 @@ class _Run:
         self.checkpoints.wait()
         signals.saved = True
         if signals.received:  # also if that was while the last checkpoint was written
-            raise Interrupted(f"stopped at step {self.done} of {config.steps}; the same command goes on")
+            raise Interrupted(f"stopped at step {self.done} of {config.optim.steps}; the same command goes on")
         return self._sum_up()
 
     # ----------------------------------------------------------------------------------- on the way
@@ -142,13 +141,13 @@ class _Run:
         # a step's batch comes in `accumulate` parts; the optimizer collects them
         parts = data.train_batches(
             self.setup.task.train,
-            config.batch_size // config.accumulate,
+            config.optim.batch_size // config.optim.accumulate,
             config.seed,
-            start=self.done * config.accumulate,
+            start=self.done * config.optim.accumulate,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             # the parts of a step's batch are alike in length too
-            grouped=config.grouped * config.accumulate,
+            grouped=config.data.grouped * config.optim.accumulate,
         )
         return (batch for _, batch in parts)
 
@@ -175,14 +174,14 @@ class _Run:
         """Evaluate on the validation split; keep the best; stop if there was no better one for long."""
         seen = self.evaluate(self.state, self.setup.task.validation, generate=False)
         self._write(step=self.done, validation_score=seen.score, validation_loss=seen.loss)
-        worth = self.config.worth(seen.score, seen.loss)
+        worth = self.config.eval.selection_metric(seen.score, seen.loss)
         if self.best_step == 0 or worth > self.best_worth:
             self.best, self.best_worth, self.best_step = jax.tree.map(jnp.copy, self.state.trained), worth, self.done
             self.best_seen = seen
             self.looks_since = 0
         else:
             self.looks_since += 1
-        self.stopped = 0 < self.config.patience <= self.looks_since
+        self.stopped = 0 < self.config.eval.patience <= self.looks_since
 
     def _line(self, readings: list[dict[str, jax.Array]]) -> str:
         return f"{self.config.task} {self.config.method}  loss {float(readings[-1]['loss']):.4f}"
@@ -237,10 +236,10 @@ class _Run:
         best = self.state._replace(trained=self.best)
         # a run that was gone on with has the best weights, and not what they predicted
         validation = self.best_seen or self.evaluate(best, setup.task.validation, generate=False)
-        language = config.test and setup.task.kind == "causal-lm"
+        language = config.eval.test and setup.task.kind == "causal-lm"
         if language:
             self.console.print(f"answering {setup.task.test.rows} test rows, as trained and as at the start")
-        test = self.evaluate(best, setup.task.test) if config.test else None
+        test = self.evaluate(best, setup.task.test) if config.eval.test else None
         # the model that was set up still has the weights of the start
         before = self.evaluate(setup.trainer.init(setup.model), setup.task.test) if language else None
         model = setup.trainer.model(setup.model, best)
@@ -349,14 +348,12 @@ def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: the folder has another configuration's run.
     """
-    path, wanted = workdir / "config.json", json.loads(json_text(config.as_dict()))
+    path = workdir / "config.json"
     if path.is_file():
-        # a field that the run's version did not have yet was what it is by default
-        defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
-        # whether the test split is looked at changes nothing of what is trained
-        there = {**json.loads(json_text(defaults)), **json.loads(path.read_text()), "test": config.test}
-        if there != wanted:
-            changed = sorted(key for key in wanted if there.get(key) != wanted[key])
+        # whether the test split is read changes nothing of what is trained
+        there = TrainConfig.from_file(path).changed(test=config.eval.test).flat()
+        wanted = config.flat()
+        if changed := sorted(name for name in wanted if there[name] != wanted[name]):
             raise UsageError(
                 f"--workdir: expected a new folder, or one of this configuration, got {workdir}, which differs in "
                 f"{', '.join(changed)}. Name another folder."
@@ -364,7 +361,7 @@ def _claim(config: TrainConfig, workdir: Path) -> dict[str, Any] | None:
     if not (workdir / "summary.json").is_file():
         return None
     summary = json.loads((workdir / "summary.json").read_text())
-    return None if config.test and summary["test_score"] is None else summary
+    return None if config.eval.test and summary["test_score"] is None else summary
 
 
 def _confidence(validation: Predictions, test: Predictions | None) -> dict[str, Any]:

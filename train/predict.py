@@ -20,6 +20,7 @@ from flax import nnx
 
 from ntk_prefix import models, peft
 from ntk_prefix.checks import UsageError
+from train.config import TrainConfig
 from train.setup import load_tokenizer, model_path, read_far
 
 __all__ = ["load"]
@@ -39,30 +40,28 @@ def load(workdir: Path | str) -> Callable[[str], dict[str, Any]]:
     if not summary_file.is_file():
         raise UsageError(f"expected a finished run with a summary.json, got {folder}: run the same command to go on")
     summary = json.loads(summary_file.read_text())
-    config, labels = summary["config"], summary["label_names"]
-    path = model_path(config["model"])
+    config, labels = TrainConfig.from_dict(summary["config"], str(summary_file)), summary["label_names"]
+    path = model_path(config.model)
     tokenizer = None if path is None else load_tokenizer(path)
     if path is None or tokenizer is None or not labels or not (folder / "adapter").is_dir():
-        raise UsageError(
-            f"expected a run of text classification with an adapter, got {config['task']} by {config['method']}"
-        )
+        raise UsageError(f"expected a run of text classification with an adapter, got {config.task} by {config.method}")
     model = models.from_pretrained(
         path,
         task="sequence-classification",
         num_labels=len(labels),
-        pooling=config["pooling"],
-        dtype=jnp.dtype(config["precision"]),
+        pooling=config.pooling,
+        dtype=jnp.dtype(config.device.precision),
     )
-    read_far(model, config["max_length"], config.get("window"))
+    read_far(model, config.data.max_length, config.window)
     peft.load_adapter(model, folder / "adapter")
     peft.narrow_frozen(model)
     tokenizer.no_padding()
-    tokenizer.enable_truncation(config["max_length"])
+    tokenizer.enable_truncation(config.data.max_length)
     run = nnx.jit(lambda model, ids, mask: jax.nn.softmax(model(ids, attention_mask=mask).logits))
 
     def classify(text: str) -> dict[str, Any]:
         ids = tokenizer.encode(text).ids
-        row = np.zeros((1, config["max_length"]), np.int32)  # one length, one program
+        row = np.zeros((1, config.data.max_length), np.int32)  # one length, one program
         row[0, : len(ids)] = ids
         mask = np.arange(row.shape[1])[None] < len(ids)
         probabilities = np.asarray(run(model, row, mask))[0]

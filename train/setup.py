@@ -20,7 +20,7 @@ from ntk_prefix.checks import UsageError
 from ntk_prefix.training import Trainer
 from ntk_prefix.typing import Array, Float
 from train import assets, data, tasks
-from train.config import TrainConfig, adapter_config
+from train.config import DeviceConfig, OptimConfig, TrainConfig, adapter_config
 
 __all__ = ["Setup", "build", "model_inputs", "model_path", "optimizer", "read_far"]
 
@@ -50,19 +50,13 @@ def build(config: TrainConfig) -> Setup:
     tokenizer = None if path is None else load_tokenizer(path)
     task = tasks.load(
         config.task,
+        config.data,
         tokenizer=tokenizer,
-        data_dir=config.data_dir,
-        train_size=config.train_size,
-        validation_size=config.validation_size,
-        test_size=config.test_size,
-        test_beyond=config.test_beyond,
-        max_length=config.max_length,
-        image_size=config.image_size,
         seed=config.seed,
     )
     model = load_model(config, path, task)
-    read_far(model, config.max_length, config.window)
-    rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.max_length))
+    read_far(model, config.data.max_length, config.window)
+    rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.max_length))
     _, first = next(data.train_batches(task.train, rows, config.seed))
     peft.apply(
         model,
@@ -71,13 +65,13 @@ def build(config: TrainConfig) -> Setup:
         rngs=nnx.Rngs(config.seed + 1),
     )
     peft.narrow_frozen(model)
-    model.remat = config.remat  # type: ignore[attr-defined]
+    model.remat = config.device.remat  # type: ignore[attr-defined]
     trainer = Trainer(
         loss=loss_of(task.kind),
-        optimizer=optimizer(config),
+        optimizer=optimizer(config.optim),
         wrt=peft.AdapterParam,
-        parallel=config.parallel,
-        **_placement(config),
+        parallel=config.device.parallel,
+        **_placement(config.device),
     )
     trainer.lay_out_frozen(model)
     return Setup(config, model, task, trainer, tokenizer)
@@ -107,7 +101,7 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
 
 def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.Module:
     """Return the pretrained model with a head for the task."""
-    rngs, dtype = nnx.Rngs(config.seed), jnp.dtype(config.precision)
+    rngs, dtype = nnx.Rngs(config.seed), jnp.dtype(config.device.precision)
     if path is None:
         sizes = models.VitConfig(
             model_type="vit",
@@ -115,7 +109,7 @@ def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=64,
-            image_size=config.image_size,
+            image_size=config.data.image_size,
             patch_size=2,
         )
         vit = models.Vit(sizes, dtype=dtype, rngs=rngs)
@@ -171,7 +165,7 @@ def loss_of(kind: str) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]
     return language if kind == "causal-lm" else classification
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Return AdamW with the configured schedule; a rate of its own for the head; k projected to >= 0.
 
     Rates are data of the optimizer's state: runs that differ in nothing else share their compiled programs.
@@ -212,7 +206,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(every.init, every.update)
 
 
-def _placement(config: TrainConfig) -> dict[str, Any]:
+def _placement(config: DeviceConfig) -> dict[str, Any]:
     """Return the trainer's devices: a mesh (data, fsdp), a list for pmap, or nothing for one device."""
     if config.devices is not None and jax.process_count() > 1:
         raise UsageError(f"--devices: expected all of them with several processes, got {config.devices}.")

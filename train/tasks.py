@@ -21,6 +21,7 @@ from sklearn.model_selection import train_test_split
 from tokenizers import Tokenizer
 
 from ntk_prefix.checks import UsageError
+from train.config import DataConfig
 from train.data import Dataset, ImageFormat
 from train.sources import Columns, Kind, read, spec_of
 
@@ -66,15 +67,9 @@ class Task:
 
 def load(
     name: str,
+    settings: DataConfig,
     *,
     tokenizer: Tokenizer | Path | str | None = None,
-    data_dir: Path | str | None = None,
-    train_size: int | None = None,
-    validation_size: int | float | None = None,
-    test_size: int | None = None,
-    test_beyond: int = 0,
-    max_length: int = 128,
-    image_size: int = 56,
     image_mean: tuple[float, float, float] = IMAGENET_MEAN,
     image_std: tuple[float, float, float] = IMAGENET_STD,
     seed: int = 0,
@@ -83,15 +78,13 @@ def load(
 
     Args:
         name: one of ``train.sources.TASKS``.
+        settings: what of the rows is taken, and how long texts and how large images are. ``train_size`` rows are drawn
+            with ``seed``, stratified; ``test_size`` rows are the same for every seed; ``test_beyond`` leaves out the rows
+            that a ``test_size`` of this many would draw. Classification truncates to ``max_length`` (the longer sentence
+            of a pair first); in causal language modeling train rows that are longer are left out, others truncated,
+            prompts never.
         tokenizer: the model's: a ``Tokenizer``, a tokenizer.json, or a folder with one. None leaves text as it is.
-        data_dir: where the rows come from, see ``train.sources``.
-        train_size: rows to train on, drawn with ``seed``, stratified; all if None.
-        validation_size: rows, or a fraction of the train split; a tenth, 1,000 rows at most, if None.
-        test_size: rows of the test split, the same for every seed; all if None.
-        test_beyond: leave out the rows that ``test_size`` of this many would draw.
-        max_length: tokens of a row. Classification truncates (the longer sentence of a pair first); in causal language
-            modeling train rows that are longer are left out, others truncated, prompts never.
-        image_size, image_mean, image_std: what the backbone wants; ImageNet's mean and deviation by default.
+        image_mean, image_std: what the backbone wants; ImageNet's mean and deviation by default.
         seed: of the train rows.
 
     Raises:
@@ -103,27 +96,27 @@ def load(
     spec = spec_of(name)
     if not isinstance(seed, int) or seed < 0:
         raise UsageError(f"seed: expected an integer >= 0, got {seed!r}.")
-    if max_length < 8 or image_size < 1:
-        raise UsageError(f"expected max_length >= 8 and image_size >= 1, got {max_length} and {image_size}.")
+    max_length, image_size = settings.max_length, settings.image_size
     text = spec.kind != "image-classification"
     encoder = _tokenizer(tokenizer) if text and tokenizer is not None else None
-    raw, source = read(name, data_dir)
+    raw, source = read(name, settings.data_dir)
     if "test" in raw:
         train, test = raw["train"], raw["test"]
     else:
         train, test = _split(name, _without_repeats(raw["train"]), TEST_FRACTION, SPLIT_SEED)
         source += f"; test: {TEST_FRACTION:.0%} of its train split, ours"
+    validation_size = settings.validation_size
     if validation_size is None:
         validation_size = min(0.1, 1000 / _rows_of(train))
     train, validation = _split(f"{name}, validation_size", train, validation_size, SPLIT_SEED)
-    if train_size is not None:
-        train = _split(f"{name}, train_size", train, train_size, seed)[1]
-    if test_beyond:
-        test = _split(f"{name}, test_beyond", test, test_beyond, SPLIT_SEED)[0]
+    if settings.train_size is not None:
+        train = _split(f"{name}, train_size", train, settings.train_size, seed)[1]
+    if settings.test_beyond:
+        test = _split(f"{name}, test_beyond", test, settings.test_beyond, SPLIT_SEED)[0]
         if not _rows_of(test):
-            raise UsageError(f"{name}, test_beyond: expected fewer than all {test_beyond} test rows.")
-    if test_size is not None:
-        test = _split(f"{name}, test_size", test, test_size, SPLIT_SEED)[1]
+            raise UsageError(f"{name}, test_beyond: expected fewer than all {settings.test_beyond} test rows.")
+    if settings.test_size is not None:
+        test = _split(f"{name}, test_size", test, settings.test_size, SPLIT_SEED)[1]
 
     end_id = _end_id(encoder) if encoder is not None and spec.kind == "causal-lm" else None
     image = None if text else ImageFormat(size=image_size, mean=image_mean, std=image_std)
@@ -203,7 +196,7 @@ def _taken(columns: Columns, rows: np.ndarray) -> Columns:
 def _split(where: str, columns: Columns, size: int | float, seed: int) -> tuple[Columns, Columns]:
     """The rest and a part of ``size`` rows (or that fraction), stratified by label, both in their first order."""
     rows = _rows_of(columns)
-    wanted = round(size * rows) if isinstance(size, float) else size
+    wanted = round(size * rows) if size < 1 else int(size)
     if not 0 < wanted <= rows:
         raise UsageError(f"{where}: expected a size of 1 to {rows} rows, or a fraction of them, got {size}.")
     if wanted == rows:

@@ -225,7 +225,7 @@ class TestRates:
     def update(**changes: float | str) -> tuple[Any, str]:
         """The first update for gradients of 1, and the program that makes it."""
         parameters = {"z": jnp.ones(3), "head": jnp.ones(3), "k": jnp.ones(3)}
-        made = optimizer(dataclasses.replace(TINY, clip=0, warmup=0, **{**TestRates.RATES, **changes}))  # type: ignore[arg-type]
+        made = optimizer(dataclasses.replace(TINY, clip=0, warmup=0, **{**TestRates.RATES, **changes}).optim)  # type: ignore[arg-type]
         state, step = made.init(parameters), jax.jit(made.update)
         return step(parameters, state, parameters)[0], step.lower(parameters, state, parameters).as_text()
 

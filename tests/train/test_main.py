@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from train.__main__ import main
+from ntk_prefix.artifacts import json_text
+from ntk_prefix.checks import UsageError
+from train.__main__ import main, parse
+from train.config import CONFIGS
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -50,6 +53,57 @@ def test_what_is_wrong_is_said(
 def test_a_folder_keeps_its_configuration(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json_text(CONFIGS["tiny"][1].changed(batch_size=32).as_dict()))
     assert run(monkeypatch, "tiny", "--workdir", str(tmp_path)) == 2
-    assert "expected a new folder, or one of this configuration" in " ".join(capsys.readouterr().out.split())
+    assert "differs in batch_size" in " ".join(capsys.readouterr().out.split())
+
+
+class TestFlags:
+    @pytest.mark.parametrize(
+        ("arguments", "changed"),
+        [
+            (("sst2", "--method", "lora", "--adapter", "r=16", "--data-dir", "x"),
+             {"method": "lora", "adapter": ("r=16",), "data_dir": "x"}),
+            (("sst2", "--optim.learning-rate", "0.5", "--device.remat", "--eval.no-test", "--data.max_length=32"),
+             {"learning_rate": 0.5, "remat": True, "test": False, "max_length": 32}),
+        ],
+    )  # fmt: skip
+    def test_a_section_may_be_named_and_need_not(self, arguments: tuple[str, ...], changed: dict) -> None:
+        assert parse(list(arguments)).config == CONFIGS["sst2"][1].changed(**changed)
+
+    def test_a_field_of_another_section_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert run(monkeypatch, "tiny", "--data.learning-rate", "1") == 2
+
+    @pytest.mark.parametrize("form", ["nested", "flat"])
+    def test_a_file_is_a_configuration_that_flags_change(self, form: str, tmp_path: Path) -> None:
+        """Nested as it is written now, flat as it was before."""
+        config = CONFIGS["imdb_longer"][1].changed(method="lora", adapter=("r=4",), learning_rate=1e-5)
+        (tmp_path / "config.json").write_text(json_text(config.as_dict() if form == "nested" else config.flat()))
+        command = parse(["--config", str(tmp_path / "config.json"), "--steps", "7"])
+        assert command.config == config.changed(steps=7)
+
+    @pytest.mark.parametrize(
+        ("flag", "value", "said"),
+        [
+            *((f"--{name}", value, f"--{name}: expected a")
+              for name in ("learning-rate", "head-learning-rate", "k-learning-rate", "weight-decay", "clip")
+              for value in ("nan", "inf", "-1")),
+            ("--adapter", "r=abc", "--adapter r: expected a value of type int, got 'abc'"),
+            ("--adapter", "r=8.5", "--adapter r: expected a value of type int, got '8.5'"),
+            ("--adapter", "r=true", "--adapter r: expected a value of type int, got 'true'"),
+            ("--adapter", "alpha=NaN", "--adapter alpha: expected"),
+            ("--adapter", "alpha=1e999", "--adapter alpha: expected a finite number"),
+            ("--adapter", "use_rslora=3", "--adapter use_rslora: expected a value of type bool, got '3'"),
+            ("--seed", "-1", "--seed: expected an integer from 0"),
+            ("--seed", "4294967295", "--seed: expected an integer from 0"),
+            ("--devices", "0", "--devices: expected at least 1, got 0"),
+            ("--devices", "-1", "--devices: expected at least 1, got -1"),
+            ("--validation-size", "0", "--validation-size: expected"),
+            ("--max-length", "1", "--max-length: expected at least 8"),
+        ],
+    )  # fmt: skip
+    def test_a_value_that_cannot_be_meant_is_refused(self, flag: str, value: str, said: str) -> None:
+        with pytest.raises(UsageError) as caught:
+            parse(["sst2", "--method", "lora", flag, value])
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)

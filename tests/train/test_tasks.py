@@ -16,9 +16,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from train import data, sources, tasks
 from train.assets import AssetError, asset
+from train.config import DataConfig
 from train.sources import TASKS
 
 WORDS = [*"abcdefgh", *"0123456789", "good", "bad", "question", "answer", ":", "#", "="]
+
+
+def load(name: str, *, tokenizer: object = None, seed: int = 0, **fields: object) -> tasks.Task:
+    """A task by the fields of its configuration; a tenth for validation."""
+    settings = {"validation_size": None, **{key: str(v) if isinstance(v, Path) else v for key, v in fields.items()}}
+    return tasks.load(name, DataConfig(**settings), tokenizer=tokenizer, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def glue(tmp_path) -> Path:
 
 
 def test_glue_pairs(glue, tokenizer):
-    task = tasks.load("rte", data_dir=glue, tokenizer=tokenizer, validation_size=8, max_length=10)
+    task = load("rte", data_dir=glue, tokenizer=tokenizer, validation_size=8, max_length=10)
     assert (task.kind, task.num_labels, task.metric) == ("sequence-classification", 2, "accuracy")
     assert task.label_names == ("entailment", "not_entailment")
     assert (task.train.rows, task.validation.rows, task.test.rows) == (32, 8, 10)
@@ -79,7 +86,7 @@ def test_glue_pairs(glue, tokenizer):
 
 def test_one_form_of_the_rows_is_as_good_as_another(tmp_path, glue):
     """Parquet shards, jsonl, json and csv of the same rows, in folders as the hub lays them out, give the same task."""
-    expected = tasks.load("sst2", data_dir=glue)
+    expected = load("sst2", data_dir=glue)
     table = sources._read_delimited(glue / "SST-2" / "train.tsv", None, tabs=True)
     dev = sources._read_delimited(glue / "SST-2" / "dev.tsv", None, tabs=True)
     shards = tmp_path / "parquet" / "sst2"
@@ -93,14 +100,14 @@ def test_one_form_of_the_rows_is_as_good_as_another(tmp_path, glue):
         pairs = [f'"{row["sentence"]}",{row["label"]}' for row in rows.to_pylist()]
         write(tmp_path / "csv" / f"{split}.csv", ["text,labels", *pairs])
     for folder in ("parquet", "jsonl", "csv"):
-        found = tasks.load("sst2", data_dir=tmp_path / folder)
+        found = load("sst2", data_dir=tmp_path / folder)
         for split in ("train", "validation", "test"):
             for column in ("text", "labels"):
                 np.testing.assert_array_equal(getattr(found, split)[column], getattr(expected, split)[column])
 
 
 def test_splits_are_stratified_disjoint_and_the_same_for_every_seed(glue):
-    one, other = (tasks.load("sst2", data_dir=glue, validation_size=0.2, train_size=30, seed=seed) for seed in (0, 1))
+    one, other = (load("sst2", data_dir=glue, validation_size=0.2, train_size=30, seed=seed) for seed in (0, 1))
     for task in (one, other):
         assert Counter(task.train["labels"].tolist()) == {0: 10, 1: 20}
         assert Counter(task.validation["labels"].tolist()) == {0: 4, 1: 8}
@@ -108,27 +115,27 @@ def test_splits_are_stratified_disjoint_and_the_same_for_every_seed(glue):
     np.testing.assert_array_equal(one.validation["text"], other.validation["text"])
     np.testing.assert_array_equal(one.test["text"], other.test["text"])
     assert set(one.train["text"]) != set(other.train["text"])
-    again = tasks.load("sst2", data_dir=glue, validation_size=0.2, train_size=30, seed=1)
+    again = load("sst2", data_dir=glue, validation_size=0.2, train_size=30, seed=1)
     np.testing.assert_array_equal(again.train["text"], other.train["text"])
-    assert tasks.load("sst2", data_dir=glue, test_size=3).test.rows == 3
+    assert load("sst2", data_dir=glue, test_size=3).test.rows == 3
 
 
 def test_rows_beyond_a_test_sample_are_the_others(glue):
     whole, sample, others, some = (
-        set(tasks.load("sst2", data_dir=glue, **sizes).test["text"])
+        set(load("sst2", data_dir=glue, **sizes).test["text"])
         for sizes in ({}, {"test_size": 3}, {"test_beyond": 3}, {"test_beyond": 3, "test_size": 2})
     )
     assert sample | others == whole
     assert not sample & others
     assert some < others
     with pytest.raises(ValueError, match="test_beyond: expected fewer than all"):
-        tasks.load("sst2", data_dir=glue, test_beyond=len(whole))
+        load("sst2", data_dir=glue, test_beyond=len(whole))
 
 
 def test_a_test_split_of_our_own_has_no_input_of_the_others(tmp_path):
     rows = [{"text": f"{'good' if i % 2 else 'bad'} {i % 30}", "label": i % 2} for i in range(120)]
     write(tmp_path / "train.jsonl", [json.dumps(row) for row in rows])
-    task = tasks.load("rotten_tomatoes", data_dir=tmp_path, validation_size=5)
+    task = load("rotten_tomatoes", data_dir=tmp_path, validation_size=5)
     assert "20% of its train split, ours" in task.source
     held = [set(split["text"]) for split in (task.train, task.validation, task.test)]
     assert [len(one) for one in held] == [19, 5, 6]
@@ -136,7 +143,7 @@ def test_a_test_split_of_our_own_has_no_input_of_the_others(tmp_path):
 
 
 def test_digits_need_nothing():
-    task = tasks.load("digits", image_size=14, train_size=200)
+    task = load("digits", image_size=14, train_size=200)
     assert (task.kind, task.num_labels) == ("image-classification", 10)
     assert (task.train.rows, task.test.rows) == (200, 359)
     assert task.train["image"].max() == 255
@@ -156,7 +163,7 @@ def test_images_of_a_hub_folder(tmp_path):
     for split, count in (("train", 40), ("test", 10)):
         table = pa.table({"img": [png(i) for i in range(count)], "label": [i % 10 for i in range(count)]})
         pa.parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
-    task = tasks.load("cifar10", data_dir=tmp_path, validation_size=10, image_size=8)
+    task = load("cifar10", data_dir=tmp_path, validation_size=10, image_size=8)
     assert task.train["image"].shape == (30, 4, 4, 3)
     np.testing.assert_array_equal(task.test["image"][:, 0, 0, 0], np.arange(10))
 
@@ -173,7 +180,7 @@ def solved(tmp_path) -> Path:
 
 
 def test_the_loss_is_on_the_answer_and_its_end(solved, tokenizer):
-    task = tasks.load("gsm8k", data_dir=solved, tokenizer=tokenizer, max_length=40)
+    task = load("gsm8k", data_dir=solved, tokenizer=tokenizer, max_length=40)
     assert (task.kind, task.num_labels, task.metric) == ("causal-lm", 0, "exact_match")
     (batch,) = data.evaluation_batches(task.test, 7, buckets=(40,))
     for row in range(7):
@@ -190,14 +197,14 @@ def test_the_loss_is_on_the_answer_and_its_end(solved, tokenizer):
 
 
 def test_rows_that_do_not_fit_are_left_out_of_train_only(solved, tokenizer, caplog):
-    longest = max(map(len, tasks.load("gsm8k", data_dir=solved, tokenizer=tokenizer, max_length=60).train["input_ids"]))
-    task = tasks.load("gsm8k", data_dir=solved, tokenizer=tokenizer, max_length=longest - 1)
+    longest = max(map(len, load("gsm8k", data_dir=solved, tokenizer=tokenizer, max_length=60).train["input_ids"]))
+    task = load("gsm8k", data_dir=solved, tokenizer=tokenizer, max_length=longest - 1)
     assert 0 < task.train.rows < 27
     assert "train rows have more than max_length" in caplog.text
     assert (task.validation.rows, task.test.rows) == (3, 7)
     assert all(ids[-1] == task.end_id for ids in task.train["input_ids"])
     with pytest.raises(ValueError, match=r"max_length: expected more than the \d+ tokens of the longest prompt, got 8"):
-        tasks.load("gsm8k", data_dir=solved, tokenizer=tokenizer, max_length=8)
+        load("gsm8k", data_dir=solved, tokenizer=tokenizer, max_length=8)
 
 
 def test_a_chat_model_gets_its_turns(solved):
@@ -207,7 +214,7 @@ def test_a_chat_model_gets_its_turns(solved):
     chat = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     chat.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     chat.pre_tokenizer = pre_tokenizers.Whitespace()
-    task = tasks.load("gsm8k", data_dir=solved, tokenizer=chat, max_length=60)
+    task = load("gsm8k", data_dir=solved, tokenizer=chat, max_length=60)
     prompt = chat.decode(task.test["prompt_ids"][0], skip_special_tokens=False).split()
     assert prompt[:3] == ["<|im_start|>", "user", "a"]
     assert prompt[-3:] == ["<|im_end|>", "<|im_start|>", "assistant"]
@@ -258,21 +265,21 @@ def test_the_hub_is_asked_for_the_files_of_the_task(glue, monkeypatch):
         return str(glue)
 
     monkeypatch.setattr(sources.huggingface_hub, "snapshot_download", snapshot)
-    task = tasks.load("rte", data_dir="hub")
+    task = load("rte", data_dir="hub")
     assert task.source.startswith("hub:nyu-mll/glue@")
     assert asked["nyu-mll/glue"]["repo_type"] == "dataset"
     assert "rte/*.parquet" in asked["nyu-mll/glue"]["allow_patterns"]
-    tasks.load("sst2", data_dir="hub:me/mine")
+    load("sst2", data_dir="hub:me/mine")
     assert "*.jsonl" in asked["me/mine"]["allow_patterns"]
     with pytest.raises(AssetError, match='expected "hub:owner/name" or no data_dir'):
-        tasks.load("digits", data_dir="hub")
+        load("digits", data_dir="hub")
 
     def offline(*_, **__):
         raise sources.huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(sources.huggingface_hub, "snapshot_download", offline)
     with pytest.raises(AssetError, match=r"expected the data set nyu-mll/glue from the hub, got .*no network"):
-        tasks.load("rte", data_dir="hub")
+        load("rte", data_dir="hub")
 
 
 def rows(*lines: str) -> list[str]:
@@ -295,25 +302,25 @@ def test_errors_say_where(tmp_path, train, message):
     write(tmp_path / "train.tsv", train)
     write(tmp_path / "dev.tsv", rows("good\t1"))
     with pytest.raises(ValueError, match=re.escape(message)):
-        tasks.load("sst2", data_dir=tmp_path, validation_size=2)
+        load("sst2", data_dir=tmp_path, validation_size=2)
 
 
 def test_what_cannot_be_found(tmp_path, glue, tokenizer):
     with pytest.raises(ValueError, match=r"task: expected one of rte, .*got 'mnli'"):
-        tasks.load("mnli")
+        load("mnli")
     with pytest.raises(AssetError, match="rte: expected a data_dir, for no asset has its rows"):
-        tasks.load("rte")
+        load("rte")
     with pytest.raises(FileNotFoundError, match=r"gsm8k: expected train\..*found \['RTE', 'SST-2'\]"):
-        tasks.load("gsm8k", data_dir=glue)
+        load("gsm8k", data_dir=glue)
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        tasks.load("rte", data_dir=tmp_path / "nowhere")
+        load("rte", data_dir=tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"expected a tokenizer\.json or a folder with one"):
-        tasks.load("rte", data_dir=glue, tokenizer=glue)
+        load("rte", data_dir=glue, tokenizer=glue)
     with pytest.raises(ValueError, match="train_size: expected a size of 1 to 54 rows, or a fraction of them, got 99"):
-        tasks.load("sst2", data_dir=glue, train_size=99)
+        load("sst2", data_dir=glue, train_size=99)
     (glue / "RTE" / "train.csv").write_text("a,b\n")
     with pytest.raises(ValueError, match="expected one file of the split, got"):
-        tasks.load("rte", data_dir=glue)
+        load("rte", data_dir=glue)
 
 
 # -------------------------------------------------------------------------------------- real assets
@@ -339,7 +346,7 @@ def real(name: str) -> Path:
 def test_real_classification(name):
     real("reviews" if name in ("rotten_tomatoes", "imdb") else name)
     tokenizer = real("minilm") if TASKS[name].kind == "sequence-classification" else None
-    task = tasks.load(name, tokenizer=tokenizer, train_size=2000)
+    task = load(name, tokenizer=tokenizer, train_size=2000)
     count, classes, share = COUNTS[name]
     assert task.test.rows == count
     assert np.bincount(task.train["labels"], minlength=classes).min() >= share * 2000
@@ -354,7 +361,7 @@ def test_real_classification(name):
 )
 def test_real_templates_of_math(name, rows, longest):
     real("gsm_symbolic")
-    one, other = tasks.load(name), tasks.load(name)
+    one, other = load(name), load(name)
     np.testing.assert_array_equal(one.train["answer"], other.train["answer"])
     held = [set(split["question"]) for split in (one.train, one.validation, one.test)]
     assert [len(questions) for questions in held] == rows
@@ -371,5 +378,5 @@ def test_shared_data(name):
     folder = Path(__file__).parents[3] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
-    task = tasks.load(name, data_dir=folder)
+    task = load(name, data_dir=folder)
     assert task.test.rows == {"rte": 363, "sst2": 872, "gsm8k": 660}[name]

@@ -75,7 +75,7 @@ class NTKAttentionConfig(AdapterConfig):
     method: ClassVar[str] = "ntk_attention"
     target: str = r"\.attention$"
     feature_map: str = "elu1"
-    feature_map_options: tuple[tuple[str, float], ...] = ()
+    feature_map_options: tuple[tuple[str, int | float], ...] = ()
     rank: int | None = None
     mass: Literal["absolute", "relative"] = "absolute"
     whiten: bool = False

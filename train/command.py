@@ -1,0 +1,161 @@
+"""What the programs of this package share: their command line, and how they end.
+
+Exit statuses: 0 good, 2 what a user can mend (said in one line), 3 numbers that are not finite, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import inspect
+import json
+import math
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import msgspec
+from rich.console import Console
+
+from ntk_prefix.checks import NonFiniteError, expected, explain
+
+__all__ = ["DIVERGED", "USAGE", "Checked", "ended", "parsed", "show_error", "typed_changes"]
+
+USAGE, DIVERGED = 2, 3
+"""Exit statuses: of what a user can mend, and of a run whose numbers are not finite any more."""
+
+T = TypeVar("T")
+
+_deferred: contextvars.ContextVar[bool] = contextvars.ContextVar("deferred", default=False)
+
+
+class Checked:
+    """A dataclass that checks itself: when it is made, and for the command line after all of it is parsed.
+
+    tyro frames a ValueError of a constructor in a box of its own; checked afterwards, a wrong value is one line.
+    """
+
+    def __post_init__(self) -> None:
+        """Check, unless the command line is being parsed."""
+        if not _deferred.get():
+            self.check()
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            UsageError: naming the flag.
+        """
+
+
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    token = _deferred.set(True)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
+
+
+def parsed(parse: Callable[[], T]) -> T:
+    """Return what ``parse`` makes of the command line, in which no :class:`Checked` is checked yet."""
+    with _unchecked():
+        return parse()
+
+
+def show_error(console: Console, line: str) -> None:
+    """Print one line in red, word for word: brackets in it, such as those of a path, are no markup."""
+    console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def ended(run: Callable[[], int], console: Console) -> int:
+    """Return the exit status of a program; an error that a user can mend becomes one line.
+
+    Raises:
+        Exception: any other, with its traceback.
+    """
+    try:
+        return run()
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        show_error(console, line)
+        return DIVERGED if isinstance(error, NonFiniteError) else USAGE
+
+
+# ----------------------------------------------------------------------------------- field=value
+
+
+def typed_changes(flag: str, changes: tuple[str, ...], kinds: dict[str, Any], *, of: str = "") -> dict[str, Any]:
+    """Return ``field=value`` texts as values of the fields' types.
+
+    A value is JSON or plain text, and None for none: ``rank=4``, ``whiten=false``, ``target=layers.0``.
+
+    Args:
+        flag: that they came with.
+        changes: the texts.
+        kinds: the type of each field there is.
+        of: whose fields they are, for the message.
+
+    Raises:
+        UsageError: no "=", a field that there is not, a value of another type or a number that is not finite.
+    """
+    values: dict[str, Any] = {}
+    for change in changes:
+        field, equals, text = change.partition("=")
+        if not equals:
+            raise expected(flag, "field=value", repr(change))
+        if field not in kinds:
+            raise expected(flag, f"one of {', '.join(sorted(kinds))}{of}", repr(field))
+        values[field] = _typed(f"{flag} {field}", text, kinds[field])
+    return values
+
+
+def _typed(name: str, text: str, kind: Any) -> Any:
+    try:
+        value = json.loads({"None": "null"}.get(text, text))
+    except (json.JSONDecodeError, RecursionError):
+        value = text
+    # as it reads; as text where text is meant, such as a folder called 3; 4e3 for a whole number
+    candidates = [value, text]
+    if isinstance(value, float) and value.is_integer():
+        candidates.insert(1, int(value))
+    for candidate in candidates:
+        with contextlib.suppress(msgspec.ValidationError):
+            found = msgspec.convert(candidate, kind)
+            check_finite(name, found)
+            return found
+    shown = inspect.formatannotation(kind).replace("typing.", "")
+    raise expected(name, f"a value of type {shown}", repr(text))
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Refuse infinite and NaN numbers, also within lists.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if isinstance(value, tuple | list):
+        for entry in value:
+            check_finite(name, entry)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise expected(name, "a finite number", value)
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """Return the type of each field of a dataclass."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def at_least(name: str, value: float | None, lowest: float) -> None:
+    """Refuse a flag's number that is not finite or below ``lowest``; None passes.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if value is not None and not (math.isfinite(value) and value >= lowest):
+        wanted = f"at least {lowest}" if math.isfinite(value) else "a finite number"
+        raise expected(f"--{name.replace('_', '-')}", wanted, value)
