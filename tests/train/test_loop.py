@@ -55,9 +55,9 @@ class TestAFinishedRun:
         assert summary["config"] == json.loads((unbroken / "config.json").read_text())
         assert summary["git"]
         assert summary["versions"]["jax"] == jax.__version__
-        assert summary["steps"] == TINY.steps
+        assert summary["steps"] == TINY.optim.steps
         assert 0 <= summary["test_score"] <= 1
-        assert summary["test_rows"] == TINY.test_size
+        assert summary["test_rows"] == TINY.data.test_size
         assert summary["adapter_bytes"] == (unbroken / "adapter" / "adapter_model.safetensors").stat().st_size
         assert sum(w.size for w in weights(unbroken).values()) >= summary["trainable_parameters"]
 
@@ -93,7 +93,7 @@ class TestTheTestSplit:
         np.testing.assert_equal(weights(tmp_path), weights(unbroken))
 
     def test_once_read_is_not_forgotten(self, unbroken: Path) -> None:
-        assert run(dataclasses.replace(TINY, test=False), unbroken)["test_rows"] == TINY.test_size
+        assert run(dataclasses.replace(TINY, test=False), unbroken)["test_rows"] == TINY.data.test_size
 
 
 class TestWhatARunLearns:
@@ -174,7 +174,7 @@ class TestABrokenRun:
                 return super().__enter__()
 
         def asking(self: Any, state: Any, split: data.Dataset, **options: Any) -> Any:
-            last_look = int(state.step) == TINY.steps
+            last_look = int(state.step) == TINY.optim.steps
             if split is self.setup.task.test if at == "test split" else last_look:
                 signals[-1]._hear(signal.SIGTERM, None)
             return evaluate(self, state, split, **options)
@@ -192,7 +192,7 @@ class TestABrokenRun:
     def test_a_folder_that_another_run_holds_is_left_to_it(self, unbroken: Path) -> None:
         with loop._alone(unbroken), pytest.raises(ValueError, match="which another process holds"):
             run(TINY, unbroken)
-        assert run(TINY, unbroken)["steps"] == TINY.steps
+        assert run(TINY, unbroken)["steps"] == TINY.optim.steps
 
     def test_another_configuration_does_not_take_the_folder_over(self, unbroken: Path) -> None:
         with pytest.raises(ValueError, match=r"differs in learning_rate, seed"):
