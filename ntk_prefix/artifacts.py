@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ntk_prefix.checks import NonFiniteError, expected
+from ntk_prefix.checks import NonFiniteError, UsageError, expected
 
 __all__ = [
     "CHECKOUT",
@@ -34,6 +35,7 @@ __all__ = [
     "peak_memory",
     "peak_resident_memory",
     "provenance",
+    "read_bytes",
     "read_json",
     "write_whole",
 ]
@@ -63,7 +65,7 @@ def read_json(path: Path, kind: type[T] | GenericAlias, *, largest: int = LARGES
         UsageError: there is no such file; it is too long, not JSON, nested too deep, or a field is of another type; the
             text names the file and the field.
     """
-    return decode_json(_content(path, largest), kind, str(path))
+    return decode_json(read_bytes(path, largest), kind, str(path))
 
 
 def decode_json(content: bytes | str, kind: type[T] | GenericAlias, name: str) -> T:
@@ -82,16 +84,31 @@ def decode_json(content: bytes | str, kind: type[T] | GenericAlias, name: str) -
         raise expected(name, "JSON", "values nested too deep to be read") from None
 
 
-def _content(path: Path, largest: int) -> bytes:
+def read_bytes(path: Path, largest: int, name: str = "") -> bytes:
+    """Return what a file holds, if that is not too much.
+
+    Args:
+        path: of the file.
+        largest: bytes; a longer file is not read.
+        name: who names the file, for errors; they name it too.
+
+    Raises:
+        UsageError: there is no such file, it is none (a folder, a pipe), too long, or cannot be read.
+    """
+    name = f"{name}: {path}" if name else str(path)
     try:
-        size = path.stat().st_size
-        if size > largest:
-            raise expected(str(path), f"at most {largest:,} bytes", f"{size:,}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise expected(name, "a file", "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe")
+        if status.st_size > largest:
+            raise expected(name, f"at most {largest:,} bytes", f"{status.st_size:,}")
         return path.read_bytes()
     except FileNotFoundError:
-        raise expected(str(path), "an existing file", "none") from None
-    except OSError as error:
-        raise expected(str(path), "a file that can be read", error.strerror) from None
+        raise expected(name, "an existing file", "none") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        if isinstance(error, UsageError):
+            raise
+        raise expected(name, "a file that can be read", getattr(error, "strerror", error)) from None
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -51,11 +51,11 @@ def damaged_json(draw: st.DrawFn, document: Any) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         holder, key = draw(st.sampled_from(list(_places(document)) or [(None, None)]))
         if holder is None:
-            document = draw(ODD_VALUES)
+            document = copy.deepcopy(draw(ODD_VALUES))
         elif isinstance(holder, dict) and draw(st.integers(0, 5)) == 0:
             del holder[key]
         else:
-            holder[key] = draw(ODD_VALUES)
+            holder[key] = copy.deepcopy(draw(ODD_VALUES))  # the next damage may be done inside of it
     content = json.dumps(document).encode()
     kind = draw(st.integers(0, 19))
     if kind == 0:
