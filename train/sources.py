@@ -1,9 +1,13 @@
 """Where the rows of each task come from: files, a hub, or the package assets; the table of tasks.
 
+a file        ``data_dir``: one of ``train.readers.ENDINGS``; its test rows are set aside by ``train.tasks``
 a folder      ``data_dir``: files of a Hugging Face data set (parquet, jsonl, csv) or of GLUE (train.tsv, dev.tsv),
-              in the folder itself or in one named after the task in it
+              in the folder itself or in one named after the task in it; or what ``datasets.save_to_disk`` wrote
 a hub         ``data_dir="hub"``, or ``"hub:owner/name"`` for another data set of the same columns; needs network
 the assets    ``data_dir=None``: what ``train.assets`` fetches, and the digits of scikit-learn
+
+The tasks text, pair, image and instruct are anybody's own: their columns are named by whoever has them, and their classes
+are those that the train split has.
 """
 
 from __future__ import annotations
@@ -12,32 +16,39 @@ import base64
 import csv
 import dataclasses
 import gzip
-import io
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import huggingface_hub
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
-from PIL import Image
 
-from ntk_prefix.checks import UsageError
-from train.assets import AssetError, asset
+from ntk_prefix.artifacts import decode_json
+from ntk_prefix.checks import UsageError, expected
+from train.assets import AssetError, asset, verified_files
+from train.columns import Columns, checked, column_flag, label_names, read_columns
+from train.images import decoded
+from train.readers import ENDINGS, saved_files, saved_splits
 
-__all__ = ["TASKS", "Columns", "Kind", "TaskSpec", "find_folder", "read", "spec_of"]
+__all__ = ["TASKS", "Columns", "Kind", "Rows", "TaskSpec", "find_folder", "read", "spec_of"]
 
 Kind = Literal["sequence-classification", "image-classification", "causal-lm"]
 
-Columns = dict[str, Any]
-"""Rows, checked: ``text`` (and ``text_pair``) or ``image`` with ``label`` (class numbers), or ``question``, ``answer``."""
+
+class Rows(NamedTuple):
+    """What was read."""
+
+    splits: dict[str, Columns]
+    """``train``, and ``validation`` and ``test`` if the source has them."""
+    source: str
+    """Where the rows come from, for the record."""
+    label_names: tuple[str, ...]
+    """Of the classes, in the order of their numbers; empty for causal language modeling."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,12 +58,15 @@ class TaskSpec:
     Args:
         kind: what is predicted.
         columns: our name of a column -> the names it goes by in files, the usual one first.
-        label_names: of the classes, in the order of their numbers; empty for causal language modeling.
+        label_names: of the classes, in the order of their numbers; empty for causal language modeling, and where they are
+            those of the train split.
         hub, subset: the usual data set on the hub and the folder in it.
         folders: other names that a folder of it goes by.
+        validation: names of the split that is our ``validation``; without, that is split off train.
         test: names of the split that is our ``test``.
         headerless: the column names of files that come without a header.
         assets: rows from the package assets, ``{"train": ..., "test": ...}``; None if no asset has them.
+        own: whether it is anybody's own data; its pictures stay encoded until a batch needs them, for they may be large.
     """
 
     kind: Kind
@@ -61,25 +75,39 @@ class TaskSpec:
     hub: str = ""
     subset: str = ""
     folders: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ("test",)
     headerless: tuple[str, ...] = ()
     assets: Callable[[], dict[str, Columns]] | None = None
+    own: bool = False
 
 
-def spec_of(name: str) -> TaskSpec:
-    """The task of a name.
+def spec_of(name: str, columns: Mapping[str, str | None] | None = None) -> TaskSpec:
+    """Return the task of a name, its columns called as somebody's files call them.
+
+    Args:
+        name: one of :data:`TASKS`.
+        columns: our name of a column -> its name in the files; None leaves the usual ones.
 
     Raises:
-        ValueError: an unknown name.
+        UsageError: an unknown name, a column that the task has not.
     """
     if name not in TASKS:
         raise UsageError(f"task: expected one of {', '.join(TASKS)}, got {name!r}.")
-    return TASKS[name]
+    spec = TASKS[name]
+    named = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
+    for ours, theirs in named.items():
+        if ours not in spec.columns:
+            flags = ", ".join(map(column_flag, spec.columns))
+            raise expected(column_flag(ours), f"it left out for the task {name}, which has {flags}", repr(theirs))
+    return dataclasses.replace(spec, columns={**spec.columns, **{ours: (theirs,) for ours, theirs in named.items()}})
 
 
 def find_folder(name: str, data_dir: Path | str) -> Path | None:
-    """The folder that holds a task's train split: one named after the task in ``data_dir``, or that; None if neither."""
+    """Return where a task's train split is: ``data_dir``, or a folder named after the task in it; None if neither."""
     spec, root = spec_of(name), Path(data_dir).expanduser()
+    if root.is_file():
+        return root
     names = {name, spec.subset, spec.hub.split("/")[-1], *spec.folders} - {""}
     # the folder named after the task first: two data sets may stand side by side
     for folder in (*(root / one for one in sorted(names)), root):
@@ -89,41 +117,62 @@ def find_folder(name: str, data_dir: Path | str) -> Path | None:
     return None
 
 
-def read(name: str, data_dir: Path | str | None = None) -> tuple[dict[str, Columns], str]:
-    """Rows of a task's ``train`` split, and of its ``test`` split if the source has one; and the source's name.
+def read(name: str, data_dir: Path | str | None = None, named: Mapping[str, str | None] | None = None) -> Rows:
+    """Return the rows of a task's ``train`` split, and of the others if the source has them.
+
+    Args:
+        name: one of :data:`TASKS`.
+        data_dir: see the top of this module.
+        named: our name of a column -> its name in the files, see :func:`spec_of`.
 
     Raises:
-        ValueError: an unknown task; a file that cannot be read; a missing column; an unknown or missing label; an empty
+        UsageError: an unknown task; a file that cannot be read; a missing column; an unknown or missing label; an empty
             split or text.
         FileNotFoundError: a folder without the task.
         AssetError: rows that no asset has, or that cannot be fetched.
     """
-    spec = spec_of(name)
-    splits, source = _splits(name, spec, data_dir)
-    return {split: _checked(f"{name}, {split} split", columns, spec) for split, columns in splits.items()}, source
+    spec = spec_of(name, named)
+    splits, source, class_names = _splits(name, spec, data_dir)
+    where = "" if data_dir is None else f"{source}: "
+    if "label" in spec.columns and not spec.label_names:
+        found = class_names or label_names(f"{where}{name}, train split", splits["train"]["label"])
+        spec = dataclasses.replace(spec, label_names=found)
+    numbered = bool(class_names) or not spec.own
+    rows = {
+        split: checked(f"{where}{name}, {split} split", columns, spec, numbered=numbered)
+        for split, columns in splits.items()
+    }
+    return Rows(rows, source, spec.label_names)
 
 
-def _splits(name: str, spec: TaskSpec, data_dir: Path | str | None) -> tuple[dict[str, Columns], str]:
+def _splits(name: str, spec: TaskSpec, data_dir: Path | str | None) -> tuple[dict[str, Columns], str, tuple[str, ...]]:
+    """Rows as they stand in the source, its name, and the names of classes if it notes them."""
     if data_dir is None:
         if spec.assets is None:
-            raise AssetError(
-                f"{name}: expected a data_dir, for no asset has its rows: a folder with the files of {spec.hub}, "
-                'or "hub" to fetch that.'
+            rows, hub = (
+                ("a file or folder with your rows", "hub:owner/name")
+                if spec.own
+                else (f"a folder with the files of {spec.hub}", "hub")
             )
-        return spec.assets(), "assets"
+            raise AssetError(
+                f'{name}: expected a data_dir, for no asset has its rows: {rows}, or "{hub}" to fetch that.'
+            )
+        return spec.assets(), "assets", ()
     source = str(data_dir)
     if source == "hub" or source.startswith("hub:"):
         data_dir, source = _from_hub(name, spec, source.removeprefix("hub").removeprefix(":") or spec.hub)
     folder = find_folder(name, data_dir)
     if folder is None:
+        data_dir = Path(data_dir).expanduser()
         raise FileNotFoundError(
-            f"{name}: expected train.(parquet|jsonl|json|csv|tsv) in {data_dir} or in a folder {name} there, found "
-            f"{sorted(path.name for path in Path(data_dir).iterdir()) if Path(data_dir).is_dir() else 'no such folder'}."
+            f"{name}: expected train.({'|'.join(ending[1:] for ending in ENDINGS)}) in {data_dir} or in a folder {name} "
+            "there, or one such file, found "
+            f"{sorted(path.name for path in data_dir.iterdir()) if data_dir.is_dir() else 'no such folder'}."
         )
-    raw = {"train": _read(name, spec, _files(folder, ("train",)))}
-    if test := _files(folder, spec.test):
-        raw["test"] = _read(name, spec, test)
-    return raw, source
+    wanted = {"train": ("train",), "validation": spec.validation, "test": spec.test}
+    files = {split: _files(folder, names) for split, names in wanted.items() if names}
+    found = {split: read_columns(name, spec, some) for split, some in files.items() if some}
+    return {split: rows for split, (rows, _) in found.items()}, source, found["train"][1]
 
 
 def _from_hub(name: str, spec: TaskSpec, repository: str) -> tuple[Path, str]:
@@ -131,7 +180,7 @@ def _from_hub(name: str, spec: TaskSpec, repository: str) -> tuple[Path, str]:
     if not repository:
         raise AssetError(f'{name}: expected "hub:owner/name" or no data_dir, for the hub has no usual data set of it.')
     inside = f"{spec.subset}/" if repository == spec.hub and spec.subset else ""
-    patterns = [f"{inside}*{end}" for end in _READERS]
+    patterns = [f"{inside}*{end}" for end in ENDINGS]
     try:
         folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
@@ -142,94 +191,19 @@ def _from_hub(name: str, spec: TaskSpec, repository: str) -> tuple[Path, str]:
     return Path(folder), f"hub:{repository}@{Path(folder).name}"
 
 
-def _files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The files of a split, all of one form: NAME.EXT, or NAME-00000-of-00002.EXT and so on."""
-    pattern = re.compile(rf"({'|'.join(names)})(-\d+-of-\d+)?({'|'.join(map(re.escape, _READERS))})")
-    found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+def _files(place: Path, names: Sequence[str]) -> list[Path]:
+    """The files of a split, all of one form: NAME.EXT, or NAME-00000-of-00002.EXT and so on; a single file is train."""
+    if place.is_file():
+        return [place] if "train" in names else []
+    if splits := saved_splits(place):
+        return saved_files(place / next((one for one in names if one in splits), ""))
+    if files := saved_files(place):
+        return files if "train" in names else []
+    pattern = re.compile(rf"({'|'.join(names)})(-\d+-of-\d+)?({'|'.join(map(re.escape, ENDINGS))})")
+    found = sorted(path for path in place.iterdir() if pattern.fullmatch(path.name))
     if len({path.name.split("-")[0] + path.suffix for path in found}) > 1:
-        raise UsageError(f"{folder}: expected one file of the split, got {[path.name for path in found]}. Keep one.")
+        raise UsageError(f"{place}: expected one file of the split, got {[path.name for path in found]}. Keep one.")
     return found
-
-
-def _read_delimited(path: Path, columns: Sequence[str] | None, tabs: bool) -> pa.Table:
-    return pa.csv.read_csv(
-        path,
-        pa.csv.ReadOptions(column_names=columns, block_size=1 << 26),
-        # GLUE's tsv files hold quotation marks that are text
-        pa.csv.ParseOptions(
-            delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
-        ),
-    )
-
-
-_READERS: dict[str, Callable[[Path, Sequence[str] | None], pa.Table]] = {
-    ".parquet": lambda path, columns: pa.parquet.read_table(path),
-    ".jsonl": lambda path, columns: pa.json.read_json(path, pa.json.ReadOptions(block_size=1 << 26)),
-    ".json": lambda path, columns: pa.json.read_json(path, pa.json.ReadOptions(block_size=1 << 26)),
-    ".csv": lambda path, columns: _read_delimited(path, columns, tabs=False),
-    ".tsv": lambda path, columns: _read_delimited(path, columns, tabs=True),
-}
-"""How a file is read; the names of its columns are given if it has no header."""
-
-
-def _read(name: str, spec: TaskSpec, files: Iterable[Path]) -> Columns:
-    """The columns of a split under our names."""
-    rows: Columns = {ours: [] for ours in spec.columns}
-    for path in files:
-        try:
-            table = _READERS[path.suffix](path, None)
-            if spec.headerless and not _matches(spec, table) and len(table.column_names) == len(spec.headerless):
-                table = _READERS[path.suffix](path, spec.headerless)
-        except pa.ArrowInvalid as error:
-            raise UsageError(f"{name}: {path} cannot be read: {error}") from None
-        matches = _matches(spec, table)
-        for ours, theirs in spec.columns.items():
-            if ours not in matches:
-                raise UsageError(
-                    f"{name}: expected a column {' or '.join(theirs)} in {path}, got {', '.join(table.column_names)}."
-                )
-            rows[ours] += table[matches[ours]].to_pylist()
-    if "image" in rows:
-        rows["image"] = [_decoded(one["bytes"] if isinstance(one, dict) else one) for one in rows["image"]]
-    return rows
-
-
-def _matches(spec: TaskSpec, table: pa.Table) -> dict[str, str]:
-    names = table.column_names
-    return {
-        ours: next(one for one in theirs if one in names)
-        for ours, theirs in spec.columns.items()
-        if {*theirs} & {*names}
-    }
-
-
-def _decoded(image: bytes) -> np.ndarray:
-    picture = Image.open(io.BytesIO(image))
-    return np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
-
-
-def _checked(where: str, columns: Columns, spec: TaskSpec) -> Columns:
-    """The same rows with class numbers for labels, or an error that names the row."""
-    rows = {len(values) for values in columns.values()}
-    if rows == {0}:
-        raise UsageError(f"{where}: expected at least one row, got none.")
-    for column in {"text", "text_pair", "question", "answer"} & set(columns):
-        for row, text in enumerate(columns[column]):
-            if not isinstance(text, str) or not text.strip():
-                raise UsageError(f"{where}: expected text in {column} of row {row}, got {text!r}.")
-    if "label" not in columns:
-        return columns
-    numbers = {str(one): number for number, name in enumerate(spec.label_names) for one in (name, number)}
-    labels = []
-    for row, label in enumerate(columns["label"]):
-        if str(label) not in numbers:
-            hint = " (a split without labels, as GLUE's test)" if str(label) in ("-1", "None") else ""
-            raise UsageError(
-                f"{where}: expected a label out of {', '.join(spec.label_names)} (or its number from 0) in row {row}, "
-                f"got {label!r}{hint}."
-            )
-        labels.append(numbers[str(label)])
-    return columns | {"label": np.array(labels, np.int32)}
 
 
 # ------------------------------------------------------------------------------------------- assets
@@ -278,7 +252,7 @@ def _cifar10() -> dict[str, Columns]:
     examples = json.loads(asset("cifar10").read_text())["examples"]
     return {
         "train": {
-            "image": np.stack([_decoded(base64.b64decode(one["input"])) for one in examples]),
+            "image": np.stack([decoded(base64.b64decode(one["input"]), "cifar10") for one in examples]),
             "label": [max(one["target_scores"], key=one["target_scores"].get) for one in examples],
         }
     }
@@ -287,46 +261,35 @@ def _cifar10() -> dict[str, Columns]:
 _SHORT_TEMPLATES = 8
 """How many of the 85 templates the short form of gsm_symbolic has."""
 
-_GSM_SYMBOLIC = """
-import ast, importlib, json, random, sys
-root, rows, shortest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-sys.path.insert(0, root)
-package = "reasoning_gym.arithmetic.gsm_symbolic."
-halves = [importlib.import_module(package + name) for name in ("generators_00_49", "generators_50_99")]
-source = open(root + "/reasoning_gym/arithmetic/gsm_symbolic/gsm_symbolic.py", encoding="utf-8").read()
-sound = next(
-    ast.literal_eval(line.value)
-    for line in ast.parse(source).body
-    if isinstance(line, ast.Assign) and line.targets[0].id == "tasks_ok"
-)
-def solved(kind, draw):
-    example = getattr(halves[kind // 50], f"generate_{kind}")(random.Random(draw), 1.0)
-    return example["question"], example["metadata"]["answer_cot"]
-if shortest:
-    sound = sorted(sound, key=lambda kind: max(len("".join(solved(kind, draw))) for draw in range(50)))[:shortest]
-seen, draw = set(), 0
-while len(seen) < rows:
-    question, answer = solved(sound[draw % len(sound)], draw)
-    draw += 1
-    if question not in seen:
-        seen.add(question)
-        print(json.dumps([question, answer]))
-"""
+_GENERATOR = Path(__file__).with_name("gsm_symbolic.py")
 
 
 def _gsm_symbolic(*, train: int, test: int, shortest: int = 0) -> dict[str, Columns]:
     """The same problems every time; test has the templates of train with other names and numbers, no question twice.
 
     Of all templates, or of so many with the shortest solved problems.
-    """
-    # a process of its own, without site-packages: the generators need only Python, and another version of their
-    # package, if one is installed, must not stand in for them
-    command = [sys.executable, "-I", "-S", "-c", _GSM_SYMBOLIC, str(asset("gsm_symbolic"))]
-    command += [str(train + test), str(shortest)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-    rows = [json.loads(line) for line in output.splitlines()]
 
-    def columns(part: list[list[str]]) -> Columns:
+    Raises:
+        AssetError: the generators fail, or do not end.
+    """
+    with tempfile.TemporaryDirectory(prefix="ntk_prefix-gsm_symbolic-") as folder:
+        # nothing lies beside the bytes that were verified; the process has no site-packages, for the generators need only
+        # Python, and another version of their package, if one is installed, must not stand in for them
+        for name, content in verified_files("gsm_symbolic").items():
+            file = Path(folder, name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        command = [sys.executable, "-I", "-S", "-B", str(_GENERATOR), folder, str(train + test), str(shortest)]
+        try:
+            ended = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, cwd=folder)
+        except subprocess.TimeoutExpired:
+            raise AssetError("gsm_symbolic: expected its generators to end within 300 s, got no end.") from None
+    if ended.returncode:
+        said = (ended.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise AssetError(f"gsm_symbolic: expected problems from its generators, got exit {ended.returncode}: {said}")
+    rows = [decode_json(line, tuple[str, str], "gsm_symbolic, a problem") for line in ended.stdout.splitlines()]
+
+    def columns(part: list[tuple[str, str]]) -> Columns:
         return {"question": [question for question, _ in part], "answer": [answer for _, answer in part]}
 
     return {"train": columns(rows[test:]), "test": columns(rows[:test])}
@@ -337,6 +300,9 @@ def _gsm_symbolic(*, train: int, test: int, shortest: int = 0) -> dict[str, Colu
 _LABEL = ("label", "labels")
 _SENTENCE = {"text": ("sentence", "text", "content"), "label": _LABEL}
 _SOLVED = {"question": ("question",), "answer": ("answer",)}
+
+_VALIDATION = ("validation", "dev", "val", "valid")
+_TEXT = ("text", "sentence", "content", "review")
 
 TASKS: dict[str, TaskSpec] = {
     "rte": TaskSpec(
@@ -451,6 +417,34 @@ TASKS: dict[str, TaskSpec] = {
         kind="causal-lm",
         columns=_SOLVED,
         assets=lambda: _gsm_symbolic(train=2000, test=400, shortest=_SHORT_TEMPLATES),
+    ),
+    "text": TaskSpec(
+        kind="sequence-classification", columns={"text": _TEXT, "label": _LABEL}, own=True, validation=_VALIDATION
+    ),
+    "pair": TaskSpec(
+        kind="sequence-classification",
+        columns={
+            "text": ("text", "sentence1", "premise", "question"),
+            "text_pair": ("text_pair", "sentence2", "hypothesis", "answer"),
+            "label": _LABEL,
+        },
+        own=True,
+        validation=_VALIDATION,
+    ),
+    "image": TaskSpec(
+        kind="image-classification",
+        columns={"image": ("image", "img", "file_name"), "label": _LABEL},
+        own=True,
+        validation=_VALIDATION,
+    ),
+    "instruct": TaskSpec(
+        kind="causal-lm",
+        columns={
+            "question": ("question", "prompt", "instruction"),
+            "answer": ("answer", "response", "output", "completion"),
+        },
+        own=True,
+        validation=_VALIDATION,
     ),
 }
 """All tasks, by name."""

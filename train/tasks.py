@@ -99,7 +99,7 @@ def load(
     max_length, image_size = settings.max_length, settings.image_size
     text = spec.kind != "image-classification"
     encoder = _tokenizer(tokenizer) if text and tokenizer is not None else None
-    raw, source = read(name, settings.data_dir)
+    raw, source, label_names = read(name, settings.data_dir)
     if "test" in raw:
         train, test = raw["train"], raw["test"]
     else:
@@ -136,7 +136,7 @@ def load(
     return Task(
         name=name,
         kind=spec.kind,
-        label_names=spec.label_names,
+        label_names=label_names,
         train=dataset(train, drop=end_id is not None),
         validation=dataset(validation),
         test=dataset(test),
