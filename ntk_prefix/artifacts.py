@@ -28,6 +28,7 @@ from ntk_prefix.checks import NonFiniteError, UsageError, expected
 
 __all__ = [
     "CHECKOUT",
+    "checked",
     "decode_json",
     "finite_or_none",
     "held",
@@ -82,6 +83,18 @@ def decode_json(content: bytes | str, kind: type[T] | GenericAlias, name: str) -
         raise expected(name, "JSON", f"a file that is broken: {error}") from None
     except RecursionError:
         raise expected(name, "JSON", "values nested too deep to be read") from None
+
+
+def checked(value: Any, kind: Any, name: str) -> Any:
+    """Return a value that came from any file, checked against a type as :func:`read_json` does.
+
+    Raises:
+        UsageError: it is of another type; beginning with ``name``.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise expected(name, "values of the right types", f"this: {error}") from None
 
 
 def read_bytes(path: Path, largest: int, name: str = "") -> bytes:

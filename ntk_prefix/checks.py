@@ -6,13 +6,16 @@ a mistake of ours and keeps its traceback.  :func:`explain` is the one place tha
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
+    "MissingPackageError",
     "NonFiniteError",
     "UsageError",
     "check_inputs",
@@ -20,6 +23,7 @@ __all__ = [
     "check_unit_ball",
     "expected",
     "explain",
+    "extra",
 ]
 
 
@@ -29,6 +33,26 @@ class UsageError(ValueError):
 
 class NonFiniteError(UsageError, FloatingPointError):
     """A number that must be finite and is NaN or infinite; its text names it."""
+
+
+class MissingPackageError(UsageError, ImportError):
+    """A package of an extra that is not installed; its text has the command that installs it."""
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Import a package of one of our extras within it.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f'{error.name}: expected this package, got none of that name. pip install "ntk-prefix[{name}]"',
+            name=error.name,
+        ) from None
 
 
 def expected(name: str, wanted: object, got: object, hint: str = "") -> UsageError:

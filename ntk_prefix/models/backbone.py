@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import msgspec
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
 from ntk_prefix.models.elementwise import ACTIVATIONS
 from ntk_prefix.precision import accumulation_dtype
@@ -27,10 +30,13 @@ __all__ = [
     "Backbone",
     "BackboneConfig",
     "Classifier",
+    "Epsilon",
+    "Layers",
     "LeadingRows",
     "Mlp",
     "Output",
     "Pooling",
+    "Size",
     "TransformerLayer",
 ]
 
@@ -56,21 +62,36 @@ class Output:
     leading_states: Any = None
 
 
+Layers = Annotated[int, msgspec.Meta(ge=1, le=1000)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+Epsilon = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+"""What fields of a config may be. The bounds are far above any model's: what lies beyond them is a broken file."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """What every backbone is told; the names are those of Hugging Face's config.json.
 
     Raises:
-        ValueError: heads that do not divide the features, or an unknown activation.
+        UsageError: a field of a wrong type or out of its bounds, heads that do not divide the features, or an unknown
+            activation.
     """
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    intermediate_size: Size
     hidden_act: str = "gelu"
 
     def __post_init__(self) -> None:
+        for name, kind in _schema(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            try:
+                plain = value.item() if isinstance(value, np.generic) else value
+                object.__setattr__(self, name, msgspec.convert(plain, kind))
+            except msgspec.ValidationError as error:
+                wanted = str(error).removeprefix("Expected ").partition(", got")[0]
+                raise expected(name, wanted, repr(value)[:80]) from None
         if self.hidden_act not in ACTIVATIONS:
             raise UsageError(f"hidden_act: expected one of {sorted(ACTIVATIONS)}, got {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads:
@@ -80,16 +101,22 @@ class BackboneConfig:
             )
 
 
+@functools.cache
+def _schema(config_class: Any) -> dict[str, Any]:
+    """Return the type of each field of a config, with its bounds."""
+    return typing.get_type_hints(config_class, include_extras=True)
+
+
 def known_fields(config_class: type[BackboneConfig], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config.json says about the fields of a config.
 
     Raises:
-        ValueError: a value is missing.
+        UsageError: a value is missing.
     """
     fields = dataclasses.fields(config_class)
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and config.get(f.name) is None]
     if missing:
-        raise UsageError(f"config.json: expected {missing} for a {config_class.__name__}, got {sorted(config)}")
+        raise UsageError(f"expected {missing} for a {config_class.__name__}, got {sorted(config)[:40]}")
     return {f.name: config[f.name] for f in fields if config.get(f.name) is not None}
 
 

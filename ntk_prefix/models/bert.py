@@ -19,9 +19,11 @@ from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
     BackboneConfig,
+    Epsilon,
     Mlp,
     Output,
     Pooling,
+    Size,
     TransformerLayer,
     known_fields,
 )
@@ -36,21 +38,21 @@ __all__ = ["Bert", "BertConfig"]
 class BertConfig(BackboneConfig):
     """Sizes of a BERT; the names and defaults are those of Hugging Face's config.json."""
 
-    vocab_size: int
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
+    vocab_size: Size
+    max_position_embeddings: Size = 512
+    type_vocab_size: Size = 2
+    layer_norm_eps: Epsilon = 1e-12
 
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any]) -> BertConfig:
         """Take what is known here from a config.json.
 
         Raises:
-            ValueError: a value is missing, positions are not absolute, or the model is a decoder.
+            UsageError: a value is missing or of a wrong type, positions are not absolute, or the model is a decoder.
         """
-        if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
+        if config.get("position_embedding_type") not in (None, "absolute") or config.get("is_decoder"):
             raise UsageError(
-                "config.json: expected a BERT encoder with absolute positions, got "
+                "expected a BERT encoder with absolute positions, got "
                 f"position_embedding_type {config.get('position_embedding_type')!r}, "
                 f"is_decoder {config.get('is_decoder')!r}"
             )
@@ -109,7 +111,10 @@ class Bert(Backbone):
         "layers.{i}.mlp_norm": "encoder.layer.{i}.output.LayerNorm",
     }
     hugging_face_prefix: ClassVar[str] = "bert."
-    hugging_face_ignored: ClassVar[str] = r"pooler\.|cls\.|classifier\.|embeddings\.position_ids$"
+    hugging_face_ignored: ClassVar[str] = (
+        r"((pooler\.dense|classifier|qa_outputs|cls\.seq_relationship|cls\.predictions(\.transform\.dense|\.decoder)?)"
+        r"\.(weight|bias)|cls\.predictions\.transform\.LayerNorm\.(weight|bias|gamma|beta)|embeddings\.position_ids)$"
+    )
     tasks: ClassVar[tuple[str, ...]] = ("sequence-classification",)
     pooling: ClassVar[Pooling] = "mean"
 

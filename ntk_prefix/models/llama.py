@@ -9,22 +9,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.artifacts import checked
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache, Rotary
 from ntk_prefix.models.backbone import (
     Backbone,
     BackboneConfig,
+    Epsilon,
     Mlp,
     Output,
     Pooling,
+    Size,
     TransformerLayer,
     known_fields,
 )
@@ -34,23 +38,30 @@ from ntk_prefix.typing import Array, Bool, Float, Int
 __all__ = ["Llama", "LlamaConfig", "generate"]
 
 
+_Factor = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(BackboneConfig):
     """Sizes of a Llama; the names and defaults are those of Hugging Face's config.json.
 
-    ``num_key_value_heads`` and ``head_dim`` follow from the others where they are 0.
+    ``num_key_value_heads`` and ``head_dim`` follow from the others where they are 0. ``rope_factors`` [H / 2] is ours: what
+    each rotary frequency is divided by, one after the other (Hugging Face's ``rope_scaling``, GGUF's ``rope_freqs``); all
+    by 1 if it is empty.
 
     Raises:
-        ValueError: key-value heads that do not divide the query heads, or an odd head dimension.
+        UsageError: a field of a wrong type or out of its bounds, key-value heads that do not divide the query heads, an
+            odd head dimension, or another number of rotary factors.
     """
 
-    vocab_size: int
+    vocab_size: Size
     hidden_act: str = "silu"
-    num_key_value_heads: int = 0
-    head_dim: int = 0
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    num_key_value_heads: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
+    head_dim: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
+    max_position_embeddings: Annotated[int, msgspec.Meta(ge=1, le=2**40)] = 2048
+    rms_norm_eps: Epsilon = 1e-6
+    rope_theta: _Factor = 10000.0
+    rope_factors: tuple[_Factor, ...] = ()
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -66,20 +77,77 @@ class LlamaConfig(BackboneConfig):
             )
         if self.head_dim % 2:
             raise UsageError(f"head_dim: expected an even number, got {self.head_dim}: rotary positions turn pairs")
+        if len(self.rope_factors) not in (0, self.head_dim // 2):
+            raise expected(
+                "rope_factors", f"one for each of the {self.head_dim // 2} frequencies", len(self.rope_factors)
+            )
 
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Take what is known here from a config.json.
 
         Raises:
-            ValueError: a value is missing, or rotary positions are scaled.
+            UsageError: a value is missing or of a wrong type, or rotary positions are scaled in a way that is not built
+                here.
         """
         # transformers 5 writes rope_parameters; before, rope_theta stood alone and rope_scaling beside it
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UsageError(f"config.json: expected rotary positions of rope_type 'default', got {kind!r}")
-        return cls(**known_fields(cls, {**config, **{k: rope[k] for k in ("rope_theta",) if k in rope}}))
+        rope = checked(config.get("rope_parameters") or config.get("rope_scaling") or {}, _Rope, "rope_parameters")
+        turned = config.get("partial_rotary_factor", rope.partial_rotary_factor)
+        if turned not in (None, 1):
+            raise expected("partial_rotary_factor", "1: all of a head is turned here", turned)
+        given = known_fields(cls, {**config, **({} if rope.rope_theta is None else {"rope_theta": rope.rope_theta})})
+        plain = cls(**given)
+        kind = rope.rope_type or rope.type or "default"
+        if kind == "default":
+            return plain
+        if kind == "linear":
+            factors = np.full(plain.head_dim // 2, _given(rope, "factor"))
+        elif kind == "llama3":
+            factors = _llama_3_factors(rope, plain.frequencies())
+        else:
+            raise UsageError(f"rope_type: expected 'default', 'linear' or 'llama3', got {kind!r}")
+        return dataclasses.replace(plain, rope_factors=tuple(factors.tolist()))
+
+    def frequencies(self) -> np.ndarray:
+        """Return the angle by which each pair of a head turns from one position to the next, [H / 2] in float64."""
+        base = self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+        return base / np.array(self.rope_factors or 1.0)
+
+
+class _Rope(msgspec.Struct):
+    """What config.json says of rotary positions."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: _Factor | None = None
+    partial_rotary_factor: float | None = None
+    factor: _Factor | None = None
+    low_freq_factor: _Factor | None = None
+    high_freq_factor: _Factor | None = None
+    original_max_position_embeddings: Size | None = None
+
+
+def _given(rope: _Rope, name: str) -> Any:
+    value = getattr(rope, name)
+    if value is None:
+        raise expected(f"rope_scaling: {name}", f"a number for rope_type {rope.rope_type or rope.type!r}", "none")
+    return value
+
+
+def _llama_3_factors(rope: _Rope, frequencies: np.ndarray) -> np.ndarray:
+    """Return what Llama 3.1 divides its rotary frequencies by: high ones by 1, low ones by ``factor``, between a mix.
+
+    With wavelength ``w = 2 pi / f`` and context ``c``: f if ``w < c / high``, ``f / factor`` if ``w > c / low``, else
+    ``(1 - s) f / factor + s f`` with ``s = (c / w - low) / (high - low)``.
+
+    Source: Meta's ``llama-models`` (``apply_scaling``); Hugging Face's ``rope_type`` "llama3".
+    """
+    factor, low, high = (_given(rope, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise expected("rope_scaling: high_freq_factor", f"more than low_freq_factor {low}", high)
+    turns = _given(rope, "original_max_position_embeddings") * frequencies / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - kept) / factor + kept)
 
 
 def _keep_dtypes(arrays: Any, **_: Any) -> Any:
@@ -113,7 +181,9 @@ class Llama(Backbone):
         "lm_head": "lm_head",
     }
     hugging_face_prefix: ClassVar[str] = "model."
-    hugging_face_ignored: ClassVar[str] = r"score\.|lm_head\.weight$|.*rotary_emb\.inv_freq$"
+    hugging_face_ignored: ClassVar[str] = (
+        r"(score\.(weight|bias)|lm_head\.weight|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq)$"
+    )
     hugging_face_head: ClassVar[str | None] = "score"
     tasks: ClassVar[tuple[str, ...]] = ("causal-lm", "sequence-classification")
     pooling: ClassVar[Pooling] = "last"
@@ -243,10 +313,9 @@ class Llama(Backbone):
         return tuple(KeyValueCache(zeros, zeros) for _ in self.layers)
 
     def _rotary(self, positions: Int[Array, "#B T"]) -> Rotary:
-        """Return the angles ``position * theta^(-2 j / H)``, twice: for either half of the head."""
-        head_dim = self.config.head_dim
+        """Return the angles ``position * theta^(-2 j / H) / factor_j``, twice: for either half of the head."""
         dtype = accumulation_dtype(self.dtype)
-        frequencies = jnp.asarray(self.config.rope_theta ** (-np.arange(0, head_dim, 2) / head_dim), dtype)
+        frequencies = jnp.asarray(self.config.frequencies(), dtype)
         angles = positions[:, :, None].astype(dtype) * frequencies[None, None]
         angles = jnp.concatenate([angles, angles], axis=-1)
         return Rotary(jnp.cos(angles), jnp.sin(angles))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import UsageError
-from ntk_prefix.models.backbone import Backbone, Classifier, Pooling
+from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.models.backbone import Backbone, BackboneConfig, Classifier, Pooling
 from ntk_prefix.models.bert import Bert, BertConfig
-from ntk_prefix.models.formats import Checkpoint, read_checkpoint
+from ntk_prefix.models.formats import Checkpoint, StoredTensor, read_checkpoint
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.vit import Vit, VitConfig
 
@@ -52,7 +55,8 @@ def from_pretrained(
         num_labels: of a classifier. Its head is the checkpoint's if that has one of this size that is a linear map
             on pooled hidden states (pooling "cls" for images, "last" for Llama), and a new one otherwise. None
             takes the checkpoint's.
-        pooling: see :class:`Classifier`; None is "mean" for BERT, "cls" for images, "last" for Llama.
+        pooling: see :class:`Classifier`; None is the checkpoint's own where it brings a head, and "mean" for BERT, "cls"
+            for images, "last" for Llama. With another, a head of the checkpoint is not taken.
         dtype: of the computation, e.g. ``jnp.bfloat16``; parameters are float32 all the same.
         rngs: for a new head; ``nnx.Rngs(0)`` if None.
 
@@ -61,32 +65,34 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: nothing at ``path``, or a file of the folder is missing.
-        ValueError: an unknown format or model_type; a task that does not fit; a tensor that is missing, has the wrong
-            shape or is left over (all are named); no number of labels; a head that :class:`Classifier` cannot take.
+        UsageError: an unknown format or model_type, a broken file; a task that does not fit; a tensor that is missing,
+            has the wrong shape, is not of floating point or is left over (all are named); no number of labels; a head
+            that :class:`Classifier` cannot take.
+        NonFiniteError: a tensor that is not finite.
+        MissingPackageError: the package that reads the format is not installed.
+
+    Numerics: what the file holds goes before what its config says of it: an ``lm_head`` that differs from the embeddings
+        is used, tied or not.
     """
     checkpoint = read_checkpoint(path)
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in MODELS:
-        raise UsageError(f"{path}: expected model_type among {sorted(MODELS)}, got {model_type!r}")
-    config_class, model_class = MODELS[model_type]
+    config, model_class = _config(checkpoint)
     classify = task is not None and task.endswith("-classification")
     if task not in (None, *model_class.tasks):
+        model_type = checkpoint.config["model_type"]
         raise UsageError(f"task: expected None or one of {model_class.tasks} for a {model_type}, got {task!r}")
     if not classify and (num_labels is not None or pooling is not None):
         raise UsageError(f"num_labels, pooling: expected only with a classification task, got task {task!r}")
     options: dict[str, Any] = {"causal_lm": task == "causal-lm"} if model_class is Llama else {}
-    config = config_class.from_hugging_face(checkpoint.config)
-    # shapes only: the checkpoint brings the numbers
-    build: Callable[..., Backbone] = functools.partial(cast(Any, model_class), config, dtype=dtype, **options)
-    model: Backbone = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    config, checkpoint = _untied(config, checkpoint, logits=task == "causal-lm")
+    model = _shapes(model_class, config, dtype, options)
     if not classify:
         _fill(model, checkpoint, f"{path}")
         return model
     pooling = pooling or model_class.pooling
     # a head's place is on the pooling it was trained on: on another it would be noise
     head = _head(model, checkpoint) if pooling == model_class.pooling else None
-    if head is not None and num_labels in (None, len(head[1])):
-        num_labels = len(head[1])
+    if head is not None and num_labels in (None, head[0].shape[0]):
+        num_labels = head[0].shape[0]
     elif num_labels is not None:
         head = None
         logger.info("%s: a new head of %d labels on %r pooled hidden states", path, num_labels, pooling)
@@ -98,9 +104,103 @@ def from_pretrained(
     _fill(model, checkpoint, f"{path}")
     classifier = Classifier(model, num_labels, pooling=pooling, rngs=rngs or nnx.Rngs(0))
     if head is not None:
-        kernel, bias = (jnp.asarray(values, jnp.float32) for values in head)
-        nnx.update(classifier.head, nnx.State({"kernel": nnx.Param(kernel), "bias": nnx.Param(bias)}))
+        weight, bias = head
+        classifier.head.kernel.set_value(jnp.asarray(_kernel(weight.read())))
+        assert classifier.head.bias is not None
+        if bias is not None:
+            classifier.head.bias.set_value(jnp.asarray(bias.read()))
     return classifier
+
+
+def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone]]:
+    """Return the sizes that a checkpoint claims, and the class that has them.
+
+    Raises:
+        UsageError: a model that is not built here, or sizes that cannot be; nothing has been allocated yet.
+    """
+    source, config = checkpoint.source, checkpoint.config
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        raise UsageError(
+            f"{source}: expected model_type among {sorted(MODELS)}, got {model_type!r}. Other families are not built here; "
+            "a checkpoint of one of these whose config.json lacks the word needs it there"
+        )
+    if found := _quantized(checkpoint):
+        raise UsageError(
+            f"{source}: expected weights in floating point, got {found}: training adapters on quantized weights is not "
+            "built here. Take the model it was made from, or, with transformers, "
+            "AutoModel.from_pretrained(folder).dequantize().save_pretrained(new_folder)"
+        )
+    config_class, model_class = MODELS[model_type]
+    try:
+        sizes: BackboneConfig = config_class.from_hugging_face(config)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    # before anything is built layer by layer
+    numbers = [int(match[1]) for name in checkpoint.tensors if (match := re.search(r"\blayers?\.(\d{1,9})\.", name))]
+    have = max(numbers, default=-1) + 1
+    if sizes.num_hidden_layers > have:
+        raise expected(
+            f"{source}: num_hidden_layers", f"at most the {have} of the file's tensors", sizes.num_hidden_layers
+        )
+    return sizes, model_class
+
+
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|SCB|weight_format|weight_scale|weight_scale_inv|weight_packed|input_scale"
+    r"|weight\.(absmax|quant_map|quant_state\..*|nested_absmax|nested_quant_map))$"
+)
+"""What GPTQ, AWQ, bitsandbytes, compressed-tensors and FP8 call what they keep beside a weight or in its place."""
+
+
+def _quantized(checkpoint: Checkpoint) -> str | None:
+    """Return how a checkpoint is quantized; None if it is not, or by its format, which reads it."""
+    settings = checkpoint.config.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        return f"a model quantized by {str(method)[:40]} (quantization_config)"
+    name = next((name for name in checkpoint.tensors if _QUANTIZED.search(name)), None)
+    return None if name is None else f"a quantized model, with tensors such as {name[:80]}"
+
+
+def _untied(config: BackboneConfig, checkpoint: Checkpoint, *, logits: bool) -> tuple[BackboneConfig, Checkpoint]:
+    """Return what a decoder's file says of tied embeddings, whatever its config says: the file is what was trained.
+
+    A table of logits (``lm_head``) that differs from the embeddings is one of its own; one that stands in their place
+    is the embeddings.
+    """
+    if not isinstance(config, LlamaConfig) or not config.tie_word_embeddings:
+        return config, checkpoint
+    head = checkpoint.tensors.get("lm_head.weight")
+    table = next(
+        (t for name, t in checkpoint.tensors.items() if name.removeprefix("model.") == "embed_tokens.weight"), None
+    )
+    if head is None:
+        return config, checkpoint
+    if table is None:
+        tensors = {**checkpoint.tensors, "model.embed_tokens.weight": head}
+        return config, checkpoint._replace(tensors={k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    if logits and (head.shape != table.shape or not np.array_equal(head.read(), table.read())):
+        logger.info("%s: lm_head.weight differs from the embeddings: not tied, whatever the config says", head.file)
+        return dataclasses.replace(config, tie_word_embeddings=False), checkpoint
+    return config, checkpoint
+
+
+class _AnyKey(nnx.Rngs):
+    """Random numbers that nobody looks at: shapes only are wanted, and counting keys takes most of the time."""
+
+    def __init__(self, key: jax.Array):
+        self.key = key
+
+    def params(self) -> jax.Array:
+        """Return the key."""
+        return self.key
+
+
+def _shapes(model_class: Any, config: BackboneConfig, dtype: DTypeLike | None, options: dict[str, Any]) -> Backbone:
+    """Return a model without numbers: the checkpoint brings them."""
+    key = jax.random.key(0)
+    return nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=_AnyKey(key), **options))
 
 
 def module_names(model: Backbone) -> dict[str, str]:
@@ -134,18 +234,35 @@ def _resolve(model: Any, path: str) -> Any:
     )
 
 
-def _parameters(module: Any, name: str) -> Iterator[tuple[str, nnx.Variable, Callable[[np.ndarray], np.ndarray]]]:
-    """Yield Hugging Face's tensor name, our variable, and the change of layout, for all parameters of a module."""
+class _Slot(NamedTuple):
+    """A parameter of ours, and how a tensor gets there."""
+
+    variable: nnx.Variable
+    linear: bool
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a stored tensor's shape in our layout."""
+        if not self.linear:
+            return stored
+        return (math.prod(stored[1:]), stored[0]) if len(stored) == 4 else stored[::-1]
+
+
+def _parameters(module: Any) -> Iterator[tuple[str, _Slot]]:
+    """Yield what a Hugging Face file calls a module's parameters, after the module's name, and their places here."""
     if isinstance(module, nnx.Variable):
-        yield name, module, np.asarray
+        yield "", _Slot(module, False)
     elif isinstance(module, nnx.Embed):
-        yield f"{name}.weight", module.embedding, np.asarray
+        yield ".weight", _Slot(module.embedding, False)
     elif isinstance(module, nnx.Linear):
-        yield f"{name}.weight", module.kernel, _kernel
+        yield ".weight", _Slot(module.kernel, True)
     else:
-        yield f"{name}.weight", module.scale, np.asarray
+        yield ".weight", _Slot(module.scale, False)
     if getattr(module, "bias", None) is not None:
-        yield f"{name}.bias", module.bias, np.asarray
+        yield ".bias", _Slot(module.bias, False)
+
+
+_OLD_WORDS = {".weight": ".gamma", ".bias": ".beta"}
+"""What BERT's first files, made by TensorFlow, call a norm's numbers."""
 
 
 def _kernel(weight: np.ndarray) -> np.ndarray:
@@ -159,51 +276,67 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str) -> None:
     """Give every parameter its tensor.
 
     Raises:
-        ValueError: naming the tensors that are missing, left over or of the wrong shape.
+        UsageError: naming the tensors that are missing, left over, of the wrong shape or not of floating point; all of
+            that before one is read.
+        NonFiniteError: naming the first that is not finite.
     """
-    wanted = {
-        tensor: (variable, convert)
-        for ours, name in module_names(model).items()
-        for tensor, variable, convert in _parameters(_resolve(model, ours), name)
-    }
-    prefix = model.hugging_face_prefix
-    # a task model's names have the prefix, a bare one's do not, whatever our table says
-    spelling = {
-        next((s for s in (name, name.removeprefix(prefix), prefix + name) if s in wanted), name): name
-        for name in checkpoint.tensors
-    }
-    if missing := sorted(wanted.keys() - spelling.keys()):
-        raise UsageError(f"{path}: expected tensors that are missing: {_listed(missing)}")
-    over = {name.removeprefix(prefix) for name in spelling.keys() - wanted.keys()}
-    ignored = {name for name in over if re.match(model.hugging_face_ignored, name)}
+    prefix, aliases = model.hugging_face_prefix, module_aliases(model)
+    wanted: dict[str, _Slot] = {}
+    known: dict[str, str] = {}  # what a file may call it -> what we call it
+    for ours, name in module_names(model).items():
+        module = _resolve(model, ours)
+        for end, slot in _parameters(module):
+            wanted[f"{name}{end}"] = slot
+            ends = (end, _OLD_WORDS[end]) if isinstance(module, nnx.LayerNorm) else (end,)
+            for other in {name, aliases.get(ours, name)}:
+                bare = other.removeprefix(prefix)
+                # a task model's names have the prefix, a bare one's do not, whatever our table says
+                known |= {f"{word}{e}": f"{name}{end}" for word in (bare, prefix + bare) for e in ends}
+    found: dict[str, StoredTensor] = {}
+    over = []
+    for name, tensor in checkpoint.tensors.items():
+        if name not in known:
+            over.append(name.removeprefix(prefix))
+        elif known[name] in found:
+            raise expected(f"{path}: {name}", "each tensor once", f"{found[known[name]].name} as well")
+        else:
+            found[known[name]] = tensor
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise UsageError(f"{checkpoint.source}: expected tensors that are missing: {_listed(missing)}")
+    ignored = [name for name in over if re.match(model.hugging_face_ignored, name)]
     if ignored:
         logger.info("%s: not used: %s", path, _listed(sorted(ignored)))
-    if over - ignored:
+    if rest := sorted(set(over) - set(ignored)):
         raise UsageError(
-            f"{path}: expected nothing beyond a {type(model).__name__}, got tensors left over: "
-            f"{_listed(sorted(over - ignored))}. Is model_type right?"
+            f"{checkpoint.source}: expected nothing beyond a {type(model).__name__} of {len(model.layers)} layers, got "
+            f"tensors left over: {_listed(rest)}. They belong to another architecture, or this configuration does"
         )
-    wrong = []
-    for name, (variable, convert) in wanted.items():
-        tensor = convert(checkpoint.tensors[spelling[name]]())
-        if tensor.shape != variable.shape:
-            wrong.append(f"{name} expected {variable.shape}, got {tensor.shape}")
-        else:
-            variable.set_value(jnp.asarray(tensor, jnp.float32))
+    wrong = [
+        f"{name} expected {slot.variable.shape}, got {shape}"
+        for name, slot in wanted.items()
+        if (shape := slot.shape(found[name].shape)) != slot.variable.shape
+    ]
     if wrong:
-        raise UsageError(f"{path}: expected tensors of the config's shapes (ours, [in, out]): {_listed(wrong)}")
+        raise UsageError(
+            f"{checkpoint.source}: expected tensors of the config's shapes (ours, [in, out]): {_listed(wrong)}"
+        )
+    for name, slot in wanted.items():
+        values = found[name].read()
+        slot.variable.set_value(jnp.asarray(_kernel(values) if slot.linear else values))
 
 
-def _head(model: Backbone, checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the kernel [D, labels] and bias [labels] of the checkpoint's head, if it is one linear map."""
-    if f"{model.hugging_face_head}.weight" not in checkpoint.tensors:
-        return None
-    kernel = _kernel(checkpoint.tensors[f"{model.hugging_face_head}.weight"]())
-    if kernel.shape[0] != model.config.hidden_size:
+def _head(model: Backbone, checkpoint: Checkpoint) -> tuple[StoredTensor, StoredTensor | None] | None:
+    """Return weight [labels, D] and bias [labels] of the checkpoint's head, if it is one linear map on our features."""
+    weight = checkpoint.tensors.get(f"{model.hugging_face_head}.weight")
+    if weight is None or len(weight.shape) != 2 or weight.shape[1] != model.config.hidden_size:
         return None  # DINOv2's reads two pooled states
     bias = checkpoint.tensors.get(f"{model.hugging_face_head}.bias")
-    return kernel, np.zeros(kernel.shape[1], kernel.dtype) if bias is None else bias()
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise expected(f"{bias.file}: {bias.name}", f"shape {weight.shape[:1]}", bias.shape)
+    return weight, bias
 
 
 def _listed(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(name[:200] for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

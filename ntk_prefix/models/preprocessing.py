@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import msgspec
 
 from ntk_prefix.artifacts import read_json
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import expected, extra
 from ntk_prefix.models.formats import gguf_tokenizer
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
 
     Raises:
         UsageError: a broken file, or a vocabulary that has no tokenizer.json beside it and is not a BERT's.
-        ImportError: the package ``tokenizers`` is missing.
+        MissingPackageError: the package ``tokenizers`` is not installed.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -125,7 +125,8 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
 
 
 def _tokenizer_json(file: Path) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer
+    with extra("models"):
+        from tokenizers import Tokenizer
 
     read_json(file, dict)  # tokenizers' own parser does not bound the nesting
     try:
@@ -136,7 +137,8 @@ def _tokenizer_json(file: Path) -> tokenizers.Tokenizer:
 
 def _word_pieces(file: Path) -> tokenizers.Tokenizer:
     """Build BERT's tokenizer from its vocabulary, as transformers' ``BertTokenizerFast`` does."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    with extra("models"):
+        from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     settings_file = file.with_name("tokenizer_config.json")
     settings = read_json(settings_file, _TokenizerConfig) if settings_file.is_file() else _TokenizerConfig()

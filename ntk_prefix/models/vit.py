@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.artifacts import checked
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
     BackboneConfig,
+    Epsilon,
     Mlp,
     Output,
     Pooling,
+    Size,
     TransformerLayer,
     known_fields,
 )
@@ -34,6 +38,25 @@ from ntk_prefix.typing import Array, Float
 __all__ = ["Vit", "VitConfig", "bicubic_matrix"]
 
 
+Side = Annotated[int, msgspec.Meta(ge=1, le=2**14)]
+"""Pixels."""
+
+_Ratio = Annotated[float, msgspec.Meta(gt=0, le=1000)]
+
+
+def _side(name: str, value: Any) -> Any:
+    """Return the side of a square that may be given as [height, width].
+
+    Raises:
+        UsageError: the two differ.
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) != 2 or value[0] != value[1]:
+        raise expected(name, "a number, or two equal ones: images and patches are square here", value)
+    return value[0]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitConfig(BackboneConfig):
     """Sizes of a vision transformer; the names and defaults are those of Hugging Face's config.json.
@@ -42,26 +65,34 @@ class VitConfig(BackboneConfig):
     """
 
     model_type: Literal["vit", "dinov2"]
-    image_size: int = 224
-    patch_size: int = 16
-    num_channels: int = 3
-    layer_norm_eps: float = 1e-12
+    image_size: Side = 224
+    patch_size: Side = 16
+    num_channels: Size = 3
+    layer_norm_eps: Epsilon = 1e-12
     qkv_bias: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size < self.patch_size:
+            raise expected("image_size", f"at least one patch of {self.patch_size}", self.image_size)
 
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any]) -> VitConfig:
         """Take what is known here from a config.json.
 
         Raises:
-            ValueError: a value is missing, or the model has a gated MLP.
+            UsageError: a value is missing or of a wrong type, the model has a gated MLP, or its images or patches are
+                not square.
         """
         if config.get("use_swiglu_ffn"):
-            raise UsageError("config.json: expected use_swiglu_ffn false, got true: DINOv2 giant is not built here")
+            raise UsageError("expected use_swiglu_ffn false, got true: DINOv2 giant is not built here")
         if config.get("model_type") == "dinov2":
             config = {"layer_norm_eps": 1e-6, "patch_size": 14, **config}
-            if "mlp_ratio" in config and "hidden_size" in config:
-                config["intermediate_size"] = int(config["mlp_ratio"] * config["hidden_size"])
-        return cls(**known_fields(cls, config))
+            if config.get("mlp_ratio") is not None and config.get("hidden_size") is not None:
+                ratio = checked(config["mlp_ratio"], _Ratio, "mlp_ratio")
+                config["intermediate_size"] = int(ratio * checked(config["hidden_size"], Size, "hidden_size"))
+        sides = {name: _side(name, config[name]) for name in ("image_size", "patch_size") if name in config}
+        return cls(**known_fields(cls, {**config, **sides}))
 
     @property
     def grid(self) -> int:
@@ -188,7 +219,9 @@ class Vit(Backbone):
             f"layers.{{i}}.{ours}": f"encoder.layer.{{i}}.{name}" for ours, name in _ATTENTION_OF_TRANSFORMERS_5.items()
         },
     }
-    hugging_face_ignored: ClassVar[str] = r"pooler\.|classifier\.|embeddings\.mask_token$"
+    hugging_face_ignored: ClassVar[str] = (
+        r"((pooler\.dense|classifier|decoder\.0)\.(weight|bias)|embeddings\.mask_token)$"
+    )
     hugging_face_head: ClassVar[str | None] = "classifier"
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
     pooling: ClassVar[Pooling] = "cls"

@@ -1,0 +1,92 @@
+"""Hugging Face's folder: ``config.json`` and ``model.safetensors``, or shards with an index."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ntk_prefix.artifacts import read_json
+from ntk_prefix.checks import UsageError, expected, extra
+from ntk_prefix.models.formats.checkpoint import Checkpoint, StoredTensor
+
+__all__ = ["read_folder"]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+FLOATING = {"F64", "F32", "F16", "BF16"}
+"""safetensors' words for what a weight may be here."""
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    """Open a folder.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        UsageError: a broken file, or an index that names a file outside of the folder.
+    """
+    config = folder / "config.json"
+    single, index = folder / SINGLE, folder / INDEX
+    if not config.is_file() or not (single.is_file() or index.is_file()):
+        raise FileNotFoundError(_missing(folder))
+    tensors: dict[str, StoredTensor] = {}
+    if single.is_file():
+        tensors = _tensors(single)
+    else:
+        where = read_json(index, _Index).weight_map
+        for shard in sorted(set(where.values())):
+            if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+                raise expected(f"{index}: weight_map", "names of files beside it", repr(shard[:80]))
+            if not (folder / shard).is_file():
+                raise FileNotFoundError(f"{index}: names {shard}, which is not in {folder}")
+            found = _tensors(folder / shard)
+            if twice := sorted(tensors.keys() & found.keys()):
+                raise expected(f"{index}: {shard}", "each tensor in one file", f"{twice[0]} once more")
+            tensors |= found
+        if lost := sorted(where.keys() - tensors.keys()):
+            raise expected(str(index), "names of tensors in these files", f"{lost[0][:80]}, which is in none")
+    return Checkpoint(config, read_json(config, dict[str, Any]), tensors)
+
+
+def _missing(folder: Path) -> str:
+    """Return what to say of a folder that is not one."""
+    names = sorted(file.name for file in folder.iterdir())
+    text = f"expected config.json and {SINGLE} (or {INDEX}) in {folder}, found {names[:20]}"
+    if "adapter_config.json" in names:
+        return f"{text}. It holds an adapter: load its base model, then ntk_prefix.peft.load_adapter"
+    if any(name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")) for name in names):
+        return (
+            f"{text}. Weights are read from safetensors only; with transformers, "
+            "AutoModel.from_pretrained(folder).save_pretrained(folder) converts them"
+        )
+    return text
+
+
+def _tensors(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file; its header is read, no more."""
+    with extra("models"):
+        from safetensors import SafetensorError, safe_open
+
+    try:
+        opened = safe_open(file, framework="np")
+        found = {}
+        for name in opened.keys():  # noqa: SIM118
+            header = opened.get_slice(name)
+            kind = header.get_dtype()
+            load = functools.partial(opened.get_tensor, name)
+            found[name] = StoredTensor(file, name, tuple(header.get_shape()), kind, kind in FLOATING, load)
+        return found
+    except SafetensorError as error:
+        with file.open("rb") as content:
+            if content.read(8) == b"version ":
+                raise UsageError(
+                    f"{file}: expected a safetensors file, got the pointer that git-lfs leaves in its place. "
+                    "Fetch the file: git lfs pull"
+                ) from None
+        raise UsageError(f"{file}: expected a safetensors file, got one that is broken: {error}") from None
