@@ -20,9 +20,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
 
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 
@@ -36,6 +37,7 @@ __all__ = [
     "peak_memory",
     "peak_resident_memory",
     "provenance",
+    "read_array",
     "read_bytes",
     "read_json",
     "write_whole",
@@ -95,6 +97,49 @@ def checked(value: Any, kind: Any, name: str) -> Any:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise expected(name, "values of the right types", f"this: {error}") from None
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Return the array of a .npy file, mapped from the disk: what is not looked at is not read.
+
+    The header is compared with the file's length before anything is allocated, so that a damaged one costs nothing.
+
+    Raises:
+        UsageError: there is no such file, it is no .npy file, its header does not fit what follows it, or its entries are
+            Python objects, which are never run; the text names the file.
+    """
+    name = str(path)
+    try:
+        with path.open("rb") as file:
+            shape, fortran, dtype, start = _npy_header(file, name)
+            length = os.fstat(file.fileno()).st_size - start
+    except FileNotFoundError:
+        raise expected(name, "an existing file", "none") from None
+    except OSError as error:
+        raise expected(name, "a file that can be read", error.strerror) from None
+    if dtype.hasobject:
+        raise expected(name, "numbers", "Python objects, which are never loaded", "Save x.astype(float)")
+    if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != length:
+        wanted = f"{math.prod(shape) * dtype.itemsize:,} bytes of numbers, as its header's shape {shape} says"
+        raise expected(name, wanted, f"{length:,}", "Save it again: it is damaged")
+    order: Literal["C", "F"] = "F" if fortran else "C"
+    if length == 0:
+        return np.empty(shape, dtype, order)
+    return np.memmap(path, dtype, "r", start, shape, order).view(np.ndarray)
+
+
+def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Return shape, whether columns come first, type of the entries, and where they start."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        return tuple(int(side) for side in shape), fortran, dtype, file.tell()
+    except OSError:
+        raise
+    except Exception as error:  # numpy evaluates the header as a Python literal: damage comes as any of a dozen errors
+        told = " ".join(str(error).split())[:200]
+        raise expected(name, "a .npy file", f"this: {told}", "Save one array with np.save") from None
 
 
 def read_bytes(path: Path, largest: int, name: str = "") -> bytes:

@@ -13,14 +13,25 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ntk_prefix.checks import UsageError, explain
 from theory.claim import Claim, examine
-from theory.claims import claims
+from theory.claims import claims, table
 from theory.problem import Problem, Profile, load
-from theory.report import Folder, Outcome, configuration, number
+from theory.report import Folder, Outcome, configuration, controls_in_words, number, verdict
+
+COLORS = {"holds": "green", "undecided": "yellow"}
+"""Of a verdict; all others are red."""
 
 
 def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console) -> Outcome:
-    """Test every claim and write the report; take over what an interrupted run of the same configuration finished."""
+    """Test every claim and write the report; take over what an interrupted run of the same configuration finished.
+
+    Raises:
+        UsageError: no claim can be decided on this problem; nothing is measured or written then.
+    """
+    reasons = [claim.undecidable(problem) for claim in chosen]
+    if reasons and all(reasons):
+        raise UsageError("; ".join(f"{claim.name}: {why}" for claim, why in zip(chosen, reasons, strict=True)))
     folder = Folder(out, configuration(problem, chosen))
     records = []
     columns = (
@@ -32,32 +43,36 @@ def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console) -
     with folder.held(), Progress(*columns, console=console) as progress:
         task = progress.add_task("claims", total=len(chosen))
         for claim in chosen:
-            progress.update(task, description=f"{claim.name}: {claim.title}")
+            progress.update(task, description=escape(f"{claim.name}: {claim.title}"))
             record = folder.finished(claim)
             resumed = record is not None
             if record is None:
                 record = folder.keep(examine(claim, problem))
             records.append(record)
-            progress.console.print(
-                f"{'[green]holds[/]' if record['holds'] else '[red]FAILS[/]'}  {claim.name:<13} "
-                f"{record['seconds']:6.1f} s  {'(from the interrupted run)' if resumed else ''}"
-            )
+            shown = verdict(record)
+            line = f"[{COLORS.get(shown, 'red')}]{shown:<9}[/]  {claim.name:<16} {record['seconds']:6.1f} s"
+            details = [record["undecided"], "(from the interrupted run)" if resumed else None]
+            details += [controls_in_words(record)] if shown.startswith("not tested") else []
+            text = "  ".join([line, *(escape(detail) for detail in details if detail)])
+            progress.console.print(text, highlight=False, soft_wrap=True)
             progress.advance(task)
         page = folder.publish(chosen, records)
     return Outcome(page, records)
 
 
 def summary(outcome: Outcome) -> Table:
-    """The report's table, for the terminal."""
-    table = Table("claim", "verdict", "measured", "bound", "margin", "control", "seconds")
+    """Return the report's table, for the terminal."""
+    table = Table("claim", "verdict", "measured", "bound", "margin", "controls", "seconds")
     for record in outcome.records:
+        shown = verdict(record)
+        controls = escape(controls_in_words(record))
         table.add_row(
             record["name"],
-            "[green]holds[/]" if record["holds"] else "[red]fails[/]",
+            f"[{COLORS.get(shown, 'red')}]{shown}[/]",
             number(record["measured"]),
             number(record["bound"]),
             number(record["margin"]),
-            "[green]fails[/]" if record["control_failed"] else "[red]holds[/]",
+            f"[green]{controls}[/]" if record["control_failed"] else f"[red]{controls}[/]",
             f"{record['seconds']:.1f}",
         )
     return table
@@ -75,11 +90,13 @@ def main(
     width: int = 8,
     sigma: float = 1.0,
     list_claims: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False,
+    markdown: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
-    """Verify the theory of infinitely long prefixes, claim by claim, each with a negative control that must fail.
+    """Verify the theory of infinitely long prefixes, claim by claim, each with negative controls that must fail.
 
     Writes index.html (self-contained), report.md, claims.json, configuration.json and figures/ to OUT. An interrupted
-    run goes on where it stopped. Exits with 1 if a claim does not hold or a control does not fail, with 2 on bad input.
+    run goes on where it stopped. Exits with 1 if a claim does not hold or a control does not fail, with 2 on bad input or
+    if float64 cannot decide a claim on it.
 
     Args:
         claim: claims to test; none means all.
@@ -91,26 +108,33 @@ def main(
         width: principal components of the digits.
         sigma: standard deviation of a prefix token's coordinates.
         list_claims: list the claims and stop.
+        markdown: with --list, print the table of theory/README.md.
     """
     console = Console()
     try:
         chosen = claims(claim)
+        if list_claims and markdown:
+            console.out(table(chosen), highlight=False)
+            return 0
         if list_claims:
             for entry in chosen:
                 console.print(
-                    f"[bold]{entry.name:<13}[/] {entry.title}\n{' ' * 14}[dim]{escape(entry.statement)}[/]",
+                    f"[bold]{entry.name:<16}[/] {escape(entry.title)}\n{' ' * 17}[dim]{escape(entry.statement)}[/]",
                     highlight=False,
                 )
             return 0
         with jax.enable_x64(True):
             problem = load(data, inputs=inputs, width=width, sigma=sigma, seed=seed, profile=profile)
         outcome = verify(problem, chosen, out, console)
-    except ValueError as error:
-        console.print(f"[red]{escape(str(error))}[/]", highlight=False)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        console.print(f"[red]{escape(line)}[/]", highlight=False, soft_wrap=True)
         return 2
     console.print(summary(outcome))
-    console.print(f"report: {outcome.page}")
-    return 0 if outcome.holds else 1
+    console.print(f"report: {escape(str(outcome.page))}", highlight=False, soft_wrap=True)
+    return outcome.status
 
 
 if __name__ == "__main__":

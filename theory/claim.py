@@ -1,7 +1,8 @@
-"""What a claim is: a statement, a measurement that can fail, and a control that must.
+"""What a claim is: a statement, a measurement that can fail, and controls that must.
 
-A claim holds when every check of its measurement holds *and* its negative control, the same checks made where the
-statement should be false, does not. A control that passes means that the measurement cannot tell true from false.
+A claim holds when every check of its measurement holds *and* each of its negative controls, the same checks made where the
+statement is false, fails. A control that passes means that the measurement cannot tell true from false. Where float64
+cannot tell either, the claim is undecided, which is neither.
 """
 
 from __future__ import annotations
@@ -16,18 +17,31 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from ntk_prefix.artifacts import finite_or_none
+from ntk_prefix.checks import UsageError
 from theory.problem import Problem
+
+
+class Undecidable(UsageError):
+    """What a measurement raises when its numbers cannot tell true from false; its text says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One comparison: ``measured <= bound``, or ``>=`` with ``at_least``."""
+    """One comparison: ``measured <= bound``, or ``>=`` with ``at_least``.
+
+    Args:
+        what: the quantity, in words.
+        measured: its value.
+        bound: what it is compared with.
+        at_least: whether the bound is a lower one.
+        part: what :class:`Control` chooses its checks by, e.g. the model's name.
+    """
 
     what: str
     measured: float
     bound: float
     at_least: bool = False
+    part: str = ""
 
     @property
     def holds(self) -> bool:
@@ -54,7 +68,7 @@ class Evidence:
 
     Args:
         checks: the comparisons, all of which must hold.
-        parameters: what it was measured at: sizes, seeds, step sizes; plain numbers and strings, for claims.json.
+        parameters: what it was measured at: sizes, seeds, step sizes; numbers and lists of numbers, for claims.json.
         series: arrays that the figure draws.
     """
 
@@ -64,13 +78,42 @@ class Evidence:
 
     @property
     def holds(self) -> bool:
-        """Whether every check holds."""
-        return all(check.holds for check in self.checks)
+        """Whether there are checks and every one holds."""
+        return bool(self.checks) and all(check.holds for check in self.checks)
 
     @property
-    def tightest(self) -> Check:
-        """The check with the smallest margin: what the report shows in one line."""
-        return min(self.checks, key=lambda check: (check.holds, check.margin))
+    def tightest(self) -> int | None:
+        """Index of the check with the smallest margin, which the report shows in one line; None without checks."""
+        order = [(check.holds, check.margin, index) for index, check in enumerate(self.checks)]
+        return min(order)[2] if order else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """The measurement of a claim where the statement must fail.
+
+    It fails when *each* of its checks does: what may hold there is no part of it, and what must fail for another reason is
+    a control of its own.
+
+    Args:
+        name: a word or two.
+        statement: what is changed, and so must fail.
+        measure: the measurement; controls that share one (the same function) are measured together, once.
+        part: the checks to take, those of this ``Check.part``; None takes all.
+    """
+
+    name: str
+    statement: str
+    measure: Callable[[Problem], Evidence]
+    part: str | None = None
+
+    def chosen(self, evidence: Evidence) -> tuple[Check, ...]:
+        """Return the checks of its measurement that must fail."""
+        return tuple(check for check in evidence.checks if self.part is None or check.part == self.part)
+
+
+def _decidable(problem: Problem) -> None:
+    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,76 +124,108 @@ class Claim:
         name: as on the command line.
         title: a few words.
         statement: the statement, in symbols.
+        proof: where it is proved or discussed: a section of theory/README.md, "2", or another file beside it.
+        computed_by: functions of the library that the statement is about, by their names.
         source: where it comes from and how sure that is.
-        measure: the measurement, on a problem.
-        control: the same measurement where the statement must fail.
-        control_statement: what the control changes.
-        draw: a figure from the evidence and the control's, ready for a paper.
+        measure: the measurement, on a problem; it may raise :class:`Undecidable`.
+        controls: at least one, each of which must fail.
+        draw: a figure from the evidence and the controls' (series of all of them together), ready for a paper.
         caption: of the figure.
         drawn: whether it draws its own inputs from the seed, so that the problem's rows and sigma do not enter.
+        undecidable: why a problem cannot be decided, None if it can; asked before any work.
     """
 
     name: str
     title: str
     statement: str
+    proof: str
+    computed_by: tuple[str, ...]
     source: str
     measure: Callable[[Problem], Evidence]
-    control: Callable[[Problem], Evidence]
-    control_statement: str
+    controls: tuple[Control, ...]
     draw: Callable[[Evidence, Evidence], Figure]
     caption: str
     drawn: bool = False
+    undecidable: Callable[[Problem], str | None] = _decidable
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlResult:
+    """A control after its test."""
+
+    control: Control
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether each of its checks fails, by a number: without any, or by a NaN, nothing is shown."""
+        return bool(self.checks) and not any(
+            check.holds or math.isnan(check.measured) or math.isnan(check.bound) for check in self.checks
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """A claim after its test: the row of the report."""
+    """A claim after its test: the row of the report.
+
+    Args:
+        claim: what was tested.
+        evidence: of its measurement; without checks if undecided.
+        controls: of each control, in the claim's order.
+        drawn_from: the controls' evidence, for the figure.
+        undecided: why nothing can be said; None if something can.
+        seconds: what it took.
+    """
 
     claim: Claim
     evidence: Evidence
-    control: Evidence
+    controls: tuple[ControlResult, ...]
+    drawn_from: Evidence
+    undecided: str | None = None
     seconds: float
 
     @property
+    def controls_failed(self) -> bool:
+        """Whether every control failed, as it must."""
+        return bool(self.controls) and all(control.failed for control in self.controls)
+
+    @property
     def holds(self) -> bool:
-        """The measurement held and the control did not."""
-        return self.evidence.holds and not self.control.holds
-
-    def record(self) -> dict[str, Any]:
-        """The claim's entry of claims.json."""
-        shown = self.evidence.tightest
-        return {
-            "name": self.claim.name,
-            "statement": self.claim.statement,
-            "source": self.claim.source
-            + ("; inputs drawn from the seed, not those of --data" if self.claim.drawn else ""),
-            "holds": self.holds,
-            **{name: value for name, value in _row(shown).items() if name in ("measured", "bound", "margin")},
-            "control": self.claim.control_statement,
-            "control_failed": not self.control.holds,
-            "seconds": self.seconds,
-            "parameters": self.evidence.parameters,
-            "checks": [_row(check) for check in self.evidence.checks],
-            "control_checks": [_row(check) for check in self.control.checks],
-        }
-
-
-def _row(check: Check) -> dict[str, Any]:
-    numbers = {"measured": check.measured, "bound": check.bound, "margin": check.margin}
-    finite = {name: finite_or_none(value) for name, value in numbers.items()}
-    return {**dataclasses.asdict(check), **finite, "holds": check.holds}
+        """Whether every check held and every control failed."""
+        return self.undecided is None and self.evidence.holds and self.controls_failed
 
 
 def examine(claim: Claim, problem: Problem) -> Result:
-    """Measure a claim and its control, in float64."""
+    """Measure a claim and its controls, in float64; what several controls share is measured once."""
     start = time.perf_counter()
-    with jax.enable_x64(True):
-        evidence, control = claim.measure(problem), claim.control(problem)
+    nothing = Evidence(())
+    try:
+        if (reason := claim.undecidable(problem)) is not None:
+            raise Undecidable(reason)
+        with jax.enable_x64(True):
+            evidence = claim.measure(problem)
+            found: dict[Callable[[Problem], Evidence], Evidence] = {}
+            for control in claim.controls:
+                if control.measure not in found:
+                    found[control.measure] = control.measure(problem)
+    except Undecidable as error:
+        seconds = time.perf_counter() - start
+        return Result(
+            claim=claim, evidence=nothing, controls=(), drawn_from=nothing, undecided=str(error), seconds=seconds
+        )
     jax.clear_caches()  # no claim runs another's programs, and together they take more memory than any one of them
-    return Result(claim=claim, evidence=evidence, control=control, seconds=time.perf_counter() - start)
+    series = {name: value for evidence_of in found.values() for name, value in evidence_of.series.items()}
+    together = Evidence(tuple(check for each in found.values() for check in each.checks), series=series)
+    return Result(
+        claim=claim,
+        evidence=evidence,
+        controls=tuple(ControlResult(control, control.chosen(found[control.measure])) for control in claim.controls),
+        drawn_from=together,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def relative_error(measured: Any, reference: Any) -> float:
-    """Frobenius norm of the difference over that of the reference."""
+    """Return the Frobenius norm of the difference over that of the reference."""
     measured, reference = np.asarray(measured), np.asarray(reference)
     return float(np.linalg.norm((measured - reference).ravel()) / np.linalg.norm(reference.ravel()))

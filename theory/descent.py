@@ -7,13 +7,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from numpy.typing import ArrayLike
 
 from ntk_prefix.kernels import limit_ntk
 from ntk_prefix.one_layer import FixedValuePrefixModel, ModelName, TiedPrefixModel
 from ntk_prefix.training import Trainer, TrainState, half_squared_error
 from ntk_prefix.typing import Array, Float, Inputs
+from theory.claim import Undecidable
 from theory.problem import Problem
 
 MODELS: tuple[ModelName, ...] = ("tied", "fixed")
@@ -90,6 +93,29 @@ def gram(kernel: Array) -> Float[Array, "nd nd"]:
 def spectrum(kernel: Array) -> Float[Array, "nd"]:
     """Eigenvalues of a kernel [n, d, n, d], ascending."""
     return jnp.linalg.eigvalsh(gram(kernel))
+
+
+def rounding(eigenvalues: ArrayLike) -> float:
+    """Return the most by which ascending eigenvalues computed in float64 are off.
+
+    It is p(N) eps |H| for an N x N matrix H; p(N) = 10 N is generous for LAPACK's syevd.
+    """
+    values = np.asarray(eigenvalues)
+    return float(10 * len(values) * 2**-52 * abs(values[-1]))
+
+
+def smallest_eigenvalue(eigenvalues: ArrayLike, kernel: str) -> float:
+    """Return the smallest of ascending eigenvalues, which a claim divides by.
+
+    Raises:
+        Undecidable: it is below its rounding; the text names ``kernel``.
+    """
+    smallest, floor = float(np.asarray(eigenvalues)[0]), rounding(eigenvalues)
+    if not smallest > floor:
+        raise Undecidable(
+            f"undecidable in float64: the smallest eigenvalue of {kernel}, {smallest:.1e}, is below its rounding, {floor:.1e}"
+        )
+    return smallest
 
 
 def limit_of(problem: Problem, model: ModelName) -> Float[Array, "n d n d"]:

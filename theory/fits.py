@@ -21,13 +21,17 @@ class Exponent:
         """E.g. ``-0.498 [-0.512, -0.484]``."""
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def gap(self, expected: float) -> float:
+        """Return how far the interval is from the expected exponent, 0 if it holds it."""
+        return max(self.low - expected, expected - self.high, 0.0)
+
     def distance(self, expected: float) -> float:
-        """How far the farther end of the interval is from the expected exponent."""
+        """Return how far the farther end of the interval is from the expected exponent."""
         return max(abs(self.low - expected), abs(self.high - expected))
 
 
 def exponent(sizes: ArrayLike, errors: ArrayLike) -> Exponent:
-    """Least-squares slope of log error against log size.
+    """Return the least-squares slope of log error against log size.
 
     Args:
         sizes: [k] sizes, k >= 3; repeated measurements at one size are points of their own.

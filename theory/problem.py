@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,13 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError, check_inputs, check_positive, check_unit_ball
+from ntk_prefix.artifacts import read_array
+from ntk_prefix.checks import check_inputs, check_positive, check_unit_ball, expected
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray
 
 Profile = Literal["quick", "full"]
+Source = Literal["digits", "file"]
 
 LARGEST_GRAM = 4096
 """Largest n d: a Gram matrix of this size takes 128 MiB in float64, and its spectrum about a minute."""
+
+LARGEST_SPREAD, SMALLEST_SPREAD = 16.0, 1e-6
+"""Of sigma max|x_i|. Kernels are of order e^(sigma^2 |x|^2), 1e111 at most here, so that their squares, which norms take,
+are far from float64's largest number; and below the smallest their terms in sigma^2 are lost to rounding beside 1."""
+
+SEEDS = 2**32
+"""Seeds are below this: what a random key takes with and without float64."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +35,8 @@ class Problem:
     """Inputs, targets, and how long a prefix may get.
 
     Args:
-        name: where the data came from, for the report.
+        name: where the data came from, for the reader; nothing is decided by it.
+        source: "digits" of scikit-learn, of which more can be had, or a user's "file".
         inputs: [n, d] in float64, distinct rows, |x_i| <= 1.
         targets: [n, d] in float64, |y_i| <= 1.
         sigma: standard deviation of a prefix token's coordinates.
@@ -34,6 +45,7 @@ class Problem:
     """
 
     name: str
+    source: Source
     inputs: Inputs
     targets: Float[Array, "n d"]
     sigma: float = 1.0
@@ -79,31 +91,43 @@ def load(data: str, *, inputs: int | None, width: int, sigma: float, seed: int, 
         sigma, seed, profile: as in ``Problem``.
 
     Raises:
-        ValueError: what was expected, what came, and what to do: no such file, not [n, d], not finite, rows outside of
-            the unit ball, duplicated rows, too large a problem.
+        UsageError: what was expected, what came, and what to do: no such file, not [n, d], not finite, rows outside of
+            the unit ball, duplicated rows, too large a problem, a sigma or a seed out of range.
     """
-    check_positive("sigma", sigma)
-    x, y, name = _digits(inputs or 16, width, seed) if data == "digits" else _file(Path(data), inputs, seed)
-    check_inputs("data", x)
-    check_unit_ball("data", x)
-    _check_distinct(np.asarray(x))
-    if x.size > LARGEST_GRAM:
-        raise UsageError(
-            f"data: expected n * d <= {LARGEST_GRAM}, got {x.shape[0]} * {x.shape[1]} = {x.size}: its kernel has "
-            f"{x.size**2:.1e} entries. Take fewer rows with --inputs {max(2, LARGEST_GRAM // x.shape[1])}, or fewer columns."
+    check_positive("--sigma", sigma)
+    if not 0 <= seed < SEEDS:
+        raise expected("--seed", f"a whole number from 0 to {SEEDS - 1}", seed)
+    if inputs is not None and inputs < 1:
+        raise expected("--inputs", "at least 1 row", inputs)
+    source: Source = "digits" if data == "digits" else "file"
+    x, y, name = (
+        _digits(16 if inputs is None else inputs, width, seed) if source == "digits" else _file(data, inputs, seed)
+    )
+    label = "--data" if source == "digits" else f"--data {data}"
+    check_inputs(label, x)
+    check_unit_ball(label, x)
+    _check_distinct(label, np.asarray(x))
+    spread = sigma * float(np.linalg.norm(np.asarray(x), axis=1).max())
+    if not SMALLEST_SPREAD <= spread <= LARGEST_SPREAD:
+        largest, smallest = sigma * LARGEST_SPREAD / spread, sigma * SMALLEST_SPREAD / spread
+        raise expected(
+            "--sigma",
+            f"a number from {smallest:.3g} to {largest:.3g} for these rows",
+            sigma,
+            "Kernels are of order e^(sigma^2 |x|^2), which float64 must hold",
         )
-    return Problem(name=name, inputs=x, targets=y, sigma=sigma, seed=seed, profile=profile)
+    return Problem(name=name, source=source, inputs=x, targets=y, sigma=sigma, seed=seed, profile=profile)
 
 
 def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
-    """Images of handwritten digits; the target of each is the mean image of its class, in the same coordinates."""
+    """Return images of handwritten digits and, for each, the mean image of its class, in the same coordinates."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     if not (2 <= n <= len(images) and 1 <= d <= images.shape[1]):
-        raise UsageError(
-            f"expected 2 <= --inputs <= {len(images)} and 1 <= --width <= {images.shape[1]}, got {n} and {d}."
-        )
+        wanted = f"2 <= --inputs <= {len(images)} and 1 <= --width <= {images.shape[1]}"
+        raise expected("--data digits", wanted, f"{n} and {d}")
+    _check_size("--data", n, d)
     centered = images - images.mean(0)
     components = np.linalg.svd(centered, full_matrices=False)[2][:d] @ centered.T
     prototypes = np.stack([components[:, labels == label].mean(1) for label in range(10)])
@@ -119,33 +143,55 @@ def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
     )
 
 
-def _file(path: Path, n: int | None, seed: int) -> tuple[Array, Array, str]:
-    """A user's own rows; the targets are drawn, uniform in a cube inside the unit ball."""
+def _file(data: str, n: int | None, seed: int) -> tuple[Array, Array, str]:
+    """Return a user's own rows, and targets drawn uniformly in a cube inside the unit ball."""
+    path, label = Path(data), f"--data {data}"
     if not path.is_file() or path.suffix != ".npy":
-        raise UsageError(
-            f'data: expected "digits" or an existing .npy file with a float array [n, d], got {str(path)!r}.'
-        )
-    loaded = np.load(path, allow_pickle=False)
+        raise expected("--data", '"digits" or an existing .npy file with a float array [n, d]', repr(data))
+    loaded = read_array(path)
     if not np.issubdtype(loaded.dtype, np.floating):
-        raise UsageError(f"data: expected floating point numbers in {path}, got {loaded.dtype}. Save x.astype(float).")
-    x = jnp.asarray(loaded.astype(np.float64)[:n])
-    width = x.shape[-1] if x.ndim else 1
-    y = np.random.default_rng(seed).uniform(-1, 1, x.shape) / np.sqrt(width)
-    return x, jnp.asarray(y), f"{path.name}, targets drawn"
+        raise expected(label, "floating point numbers", loaded.dtype, "Save x.astype(float)")
+    if loaded.ndim != 2 or 0 in loaded.shape:
+        hint = "One row per input: x[None, :] for a single one, x.reshape(n, -1) for images"
+        raise expected(label, "a matrix [n, d] with n, d >= 1", f"shape {loaded.shape}", hint)
+    if n is not None and n > len(loaded):
+        raise expected("--inputs", f"at most {len(loaded)}, the rows of {data}", n)
+    rows = loaded[:n]
+    _check_size(label, *rows.shape)
+    with np.errstate(over="ignore"):  # a wider type's largest numbers: they are refused as infinite
+        x = jnp.asarray(rows.astype(np.float64))
+    y = np.random.default_rng(seed).uniform(-1, 1, x.shape) / np.sqrt(x.shape[1])
+    return x, jnp.asarray(y), f"{os.fsencode(path.name).decode('utf-8', 'replace')}, targets drawn"
 
 
-def _check_distinct(x: np.ndarray) -> None:
+def _check_size(label: str, n: int, d: int) -> None:
+    """Refuse a Gram matrix that is too large, before anything as long as the data is made of it."""
+    if n * d > LARGEST_GRAM:
+        fewer = (
+            f"Take fewer rows with --inputs {LARGEST_GRAM // d}, or fewer columns"
+            if d <= LARGEST_GRAM // 2
+            else "Take fewer columns"
+        )
+        raise expected(
+            label,
+            f"n * d <= {LARGEST_GRAM}",
+            f"{n} * {d} = {n * d}",
+            f"Its kernel has {(n * d) ** 2:.1e} entries. {fewer}",
+        )
+
+
+def _check_distinct(label: str, x: np.ndarray) -> None:
     """Refuse equal rows, and zero rows: the kernel is singular there, and every claim divides by its smallest eigenvalue."""
     zero = np.flatnonzero(~x.any(1))
     if len(zero):
-        raise UsageError(
-            f"data: expected non-zero rows, got zeros at row {zero[0]}. The kernel is singular there: drop it."
-        )
+        raise expected(label, "non-zero rows", f"zeros at row {zero[0]}", "The kernel is singular there: drop it")
     _, first, inverse = np.unique(x, axis=0, return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[inverse.ravel()] != np.arange(len(x)))
     if len(repeated):
         row = repeated[0]
-        raise UsageError(
-            f"data: expected distinct rows, got row {row} equal to row {first[inverse.ravel()[row]]}. The kernel is "
-            "singular there (claim `positivity`): drop duplicates with np.unique(x, axis=0)."
+        raise expected(
+            label,
+            "distinct rows",
+            f"row {row} equal to row {first[inverse.ravel()[row]]}",
+            "The kernel is singular there (claim `positivity`): drop duplicates with np.unique(x, axis=0)",
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import html.parser
 import importlib
+import io
 import json
 import os
 import re
@@ -14,15 +15,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 import theory.__main__ as command
 from ntk_prefix.artifacts import CHECKOUT
+from tests.fuzz import damaged_bytes, damaged_json, fuzzed, read_whole, survives
 from theory import figures, fits
-from theory.claim import Check, Claim, Evidence
-from theory.claims import NAMES, claims
+from theory.claim import Check, Claim, Control, Evidence, Undecidable, examine
+from theory.claims import NAMES, certificate, claims
 from theory.problem import Problem, load
-from theory.report import configuration
+from theory.report import Folder, configuration, markdown
+
+
+def npy(array: object, **options: bool) -> bytes:
+    """The bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
 
 CHEAP = ("gradients", "positivity")
 
@@ -39,16 +51,21 @@ def problem() -> Problem:
     return load("digits", inputs=5, width=3, sigma=1.0, seed=0, profile="quick")
 
 
+def evidence(holds: bool) -> Evidence:
+    return Evidence((Check("a check with a | in it", 1.0, 2.0 if holds else 0.5),), {"tokens": 64})
+
+
+def control(holds: bool, name: str = "another") -> Control:
+    return Control(name, "what must fail", lambda problem: evidence(holds))
+
+
 def invented(holds: bool = True, control_holds: bool = False, name: str = "positivity") -> Claim:
     """A claim that measures nothing, to test what is made of its result."""
-
-    def evidence(holds: bool) -> Evidence:
-        return Evidence((Check("a check with a | in it", 1.0, 2.0 if holds else 0.5),), {"tokens": 64})
-
     return dataclasses.replace(
         claims((name,))[0],
         measure=lambda problem: evidence(holds),
-        control=lambda problem: evidence(control_holds),
+        controls=(control(control_holds),),
+        undecidable=lambda problem: None,
         draw=lambda evidence, control: figures.panels()[0],
     )
 
@@ -101,17 +118,89 @@ class TestVerdict:
     ) -> None:
         """Replace one claim's control by one that holds: its verdict must turn, and with it the exit status."""
         module = importlib.import_module(f"theory.claims.{name}")
-        monkeypatch.setattr(module, "CLAIM", invented(holds=True, control_holds=False, name=name))
-        assert command.main((name,), out=tmp_path / "sound") == 0
         monkeypatch.setattr(module, "CLAIM", invented(holds=True, control_holds=True, name=name))
-        assert command.main((name,), out=tmp_path / "sabotaged") == 1
-        assert "not tested" in (tmp_path / "sabotaged" / "index.html").read_text()
+        assert command.main((name,), out=tmp_path) == 1
+        assert "not tested" in (tmp_path / "index.html").read_text()
+
+    def test_a_sound_one_ends_it_with_0(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(importlib.import_module("theory.claims.limit"), "CLAIM", invented(name="limit"))
+        assert command.main(("limit",), out=tmp_path) == 0
+
+    def test_every_control_must_fail(self, problem: Problem, tmp_path: Path) -> None:
+        claim = dataclasses.replace(invented(), controls=(control(False, "sharp"), control(True, "blunt [/x]")))
+        console = Console(record=True, width=200)
+        outcome = command.verify(problem, [claim], tmp_path, console)
+        console.print(command.summary(outcome))
+        (record,) = outcome.records
+        assert (record["holds"], record["control_failed"], outcome.status) == (False, False, 1)
+        assert [(found["name"], found["failed"]) for found in record["controls"]] == [
+            ("sharp", True), ("blunt [/x]", False)
+        ]  # fmt: skip
+        assert "DID NOT FAIL: blunt [/x]" in console.export_text()
+        assert "not tested: a control holds too" in (tmp_path / "report.md").read_text()
+        assert "blunt [/x]: what must fail" in (tmp_path / "index.html").read_text()
+
+    @pytest.mark.parametrize(
+        ("checks", "failed"),
+        [
+            ((Check("", 3.0, 2.0), Check("", 3.0, 2.0)), True),
+            ((Check("", 3.0, 2.0), Check("", 1.0, 2.0)), False),
+            ((Check("", float("nan"), 2.0),), False),
+            ((Check("", float("inf"), 2.0),), True),
+            ((), False),
+        ],
+        ids=["all fail", "one part holds", "no number", "diverged", "nothing measured"],
+    )
+    def test_a_control_fails_when_each_of_its_parts_does(
+        self, checks: tuple[Check, ...], failed: bool, problem: Problem
+    ) -> None:
+        claim = dataclasses.replace(invented(), controls=(Control("", "", lambda problem: Evidence(checks)),))
+        result = examine(claim, problem)
+        assert (result.controls[0].failed, result.holds) == (failed, failed)
+
+    def test_a_shared_measurement_is_made_once_and_each_control_takes_its_part(self, problem: Problem) -> None:
+        calls = []
+
+        def both(problem: Problem) -> Evidence:
+            calls.append(problem)
+            return Evidence((Check("", 3.0, 2.0, part="tied"), Check("", 1.0, 2.0, part="fixed")))
+
+        parts = tuple(Control(part, "", both, part) for part in ("tied", "fixed", "absent"))
+        result = examine(dataclasses.replace(invented(), controls=parts), problem)
+        assert len(calls) == 1
+        assert [found.failed for found in result.controls] == [True, False, False]
+
+    def test_every_claim_has_controls_with_names_of_their_own(self) -> None:
+        for claim in claims():
+            names = [control.name for control in claim.controls]
+            assert names, claim.name
+            assert len(set(names)) == len(names), claim.name
+
+    def test_the_shown_check_is_the_tightest_whatever_its_numbers(self, problem: Problem, tmp_path: Path) -> None:
+        """Two checks with equal numbers: found again by them, the first would be shown."""
+        checks = (Check("first", 1.0, 2.0), Check("second", 1.0, 2.0, at_least=True))
+        claim = dataclasses.replace(invented(), measure=lambda problem: Evidence(checks))
+        (record,) = command.verify(problem, [claim], tmp_path, Console(quiet=True)).records
+        assert record["tightest"] == 1
+        assert "| second |" in (tmp_path / "report.md").read_text().split("## positivity")[0]
+
+    def test_numbers_that_are_not_finite_are_missing_and_no_texts(self, problem: Problem, tmp_path: Path) -> None:
+        parameters = {"tokens": float("inf"), "found": [1.0, float("nan")]}
+        claim = dataclasses.replace(
+            invented(), measure=lambda problem: Evidence((Check("", float("inf"), 1.0),), parameters)
+        )
+        command.verify(problem, [claim], tmp_path, Console(quiet=True))
+        (record,) = json.loads((tmp_path / "claims.json").read_text(), parse_constant=pytest.fail)
+        assert record["measured"] is None
+        assert record["parameters"] == {"tokens": None, "found": [1.0, None]}
 
     def test_a_real_control_that_is_sabotaged_is_noticed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """The same with a real measurement: the control that forgets to duplicate an input."""
         module = importlib.import_module("theory.claims.positivity")
-        monkeypatch.setattr(module, "CLAIM", dataclasses.replace(module.CLAIM, control=module.CLAIM.measure))
-        assert command.main(("positivity",), out=tmp_path) == 1
+        sound, duplicated = module.CLAIM.controls
+        forgetful = dataclasses.replace(duplicated, measure=module.CLAIM.measure)
+        monkeypatch.setattr(module, "CLAIM", dataclasses.replace(module.CLAIM, controls=(sound, forgetful)))
+        assert command.main(("positivity",), out=tmp_path, inputs=4, width=3) == 1
 
     def test_nan_never_holds(self) -> None:
         for at_least in (True, False):
@@ -128,6 +217,57 @@ class TestVerdict:
                         assert (check.margin >= 1) == check.holds
                     else:
                         assert (check.margin > 0) == check.holds
+
+
+class TestUndecided:
+    """What float64 cannot tell is neither true nor false: a verdict of its own, and status 2."""
+
+    def test_a_measurement_may_say_so(self, problem: Problem, tmp_path: Path) -> None:
+        def undecided(problem: Problem) -> Evidence:
+            raise Undecidable("undecidable in float64: <rounding>")
+
+        chosen = [invented(name="gradients"), dataclasses.replace(invented(), measure=undecided)]
+        outcome = command.verify(problem, chosen, tmp_path, Console(quiet=True))
+        assert [record["holds"] for record in outcome.records] == [True, False]
+        assert outcome.records[1]["undecided"] == "undecidable in float64: <rounding>"
+        assert outcome.status == 2
+        assert "undecidable in float64: &lt;rounding&gt;" in (tmp_path / "index.html").read_text()
+        assert "1 of 2 claims hold, 1 undecided" in (tmp_path / "report.md").read_text()
+        assert not (tmp_path / "figures" / "positivity.png").exists()
+
+    def test_a_failing_claim_weighs_more(self, problem: Problem, tmp_path: Path) -> None:
+        beyond = dataclasses.replace(invented(), undecidable=lambda problem: "beyond float64")
+        outcome = command.verify(problem, [invented(False, name="kernel"), beyond], tmp_path, Console(quiet=True))
+        assert outcome.status == 1
+
+    def test_with_nothing_to_decide_nothing_is_done(self, problem: Problem, tmp_path: Path) -> None:
+        beyond = dataclasses.replace(invented(), undecidable=lambda problem: "beyond float64", measure=pytest.fail)
+        with pytest.raises(ValueError, match="positivity: beyond float64"):
+            command.verify(problem, [beyond], tmp_path / "out", Console(quiet=True))
+        assert not (tmp_path / "out").exists()
+
+    def test_rows_whose_kernel_is_rounding_are_no_counterexample(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Distinct rows, so that the theorem holds, at distances of 1e-9: their smallest eigenvalue is lost."""
+        rows = np.array([[0.5, 0.1], [0.5, 0.1 + 1e-9], [0.5, 0.1 - 1e-9]])
+        np.save(tmp_path / "near.npy", rows)
+        assert command.main(("positivity",), data=str(tmp_path / "near.npy"), out=tmp_path / "out") == 2
+        assert "undecided" in capsys.readouterr().out
+
+
+class TestErrors:
+    @pytest.mark.parametrize("error", [TypeError, ValueError, KeyError])
+    def test_ours_keep_their_traceback(
+        self, error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def broken(problem: Problem) -> Evidence:
+            raise error("a mistake of ours")
+
+        module = importlib.import_module("theory.claims.positivity")
+        monkeypatch.setattr(module, "CLAIM", dataclasses.replace(invented(), measure=broken))
+        with pytest.raises(error, match="a mistake of ours"):
+            command.main(("positivity",), out=tmp_path)
 
 
 class TestInterruption:
@@ -171,6 +311,40 @@ class TestInterruption:
         command.verify(dataclasses.replace(problem, seed=1), chosen, tmp_path, Console(quiet=True))
         assert calls == [0, 0, 1, 1], "another seed must not take over what this one measured"
 
+    @fuzzed
+    @given(data=st.data())
+    def test_a_damaged_record_is_measured_again(self, problem: Problem, tmp_path: Path, data: st.DataObject) -> None:
+        claim = invented()
+        folder = Folder(tmp_path, {"claims": [claim.name]})
+        kept = tmp_path / ".unfinished" / f"{claim.name}.json"
+        if not kept.exists():
+            with folder.held():
+                folder.keep(examine(claim, problem))
+        whole = kept.with_suffix(".whole")
+        if not whole.exists():
+            whole.write_bytes(kept.read_bytes())
+        kept.write_bytes(data.draw(damaged_json(json.loads(whole.read_text()))))
+        with survives(kept):
+            record = folder.finished(claim)
+            if record is not None:
+                markdown([claim], [record], configuration(problem, [claim]) | {"git": ""})
+        kept.write_bytes(whole.read_bytes())
+        assert folder.finished(claim) is not None
+
+    def test_a_report_of_an_older_version_is_left_until_the_new_one_is_done(
+        self, problem: Problem, tmp_path: Path
+    ) -> None:
+        """Its finished claims have no named controls, and the numbers are another version's: measured again."""
+        unfinished = tmp_path / ".unfinished"
+        unfinished.mkdir()
+        (unfinished / "configuration.json").write_text('{"claims": ["positivity"], "git": "a340712"}')
+        (unfinished / "positivity.json").write_text('{"name": "positivity", "holds": true, "control_failed": true}')
+        (unfinished / "positivity.png").write_bytes(b"")
+        (tmp_path / "claims.json").write_text("[]")
+        outcome = command.verify(problem, [invented()], tmp_path, Console(quiet=True))
+        assert outcome.holds
+        assert not unfinished.exists()
+
     def test_an_older_report_stays_whole_until_the_new_one_is_done(self, problem: Problem, tmp_path: Path) -> None:
         command.verify(problem, [invented()], tmp_path, Console(quiet=True))
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -179,7 +353,12 @@ class TestInterruption:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            command.verify(problem, [dataclasses.replace(invented(), control=killed)], tmp_path, Console(quiet=True))
+            command.verify(
+                problem,
+                [dataclasses.replace(invented(), controls=(Control("", "", killed),))],
+                tmp_path,
+                Console(quiet=True),
+            )
         assert before == {path: path.read_bytes() for path in before}
 
     def test_two_runs_do_not_share_a_folder(self, problem: Problem, tmp_path: Path) -> None:
@@ -224,17 +403,99 @@ class TestBadInput:
         [
             ({"claim": ("limit", "limits")}, "expected names out of gradients, .* got limits"),
             ({"data": "nowhere.npy"}, r"expected \"digits\" or an existing \.npy file"),
+            ({"claim": ("limt",)}, "Did you mean limit"),
             ({"inputs": 1}, "expected 2 <= --inputs"),
+            ({"inputs": 0}, "--inputs: expected at least 1 row, got 0"),
+            ({"seed": 99999999999999999999}, "--seed: expected a whole number from 0 to 4294967295"),
+            ({"seed": -1}, "--seed: expected a whole number from 0 to 4294967295, got -1"),
+            ({"sigma": 1e300}, "--sigma: expected a number from .* to 16 for these rows, got 1e.300"),
             ({"width": 65}, "1 <= --width <= 64"),
             ({"sigma": -1.0}, "sigma: expected a finite number > 0, got -1.0"),
         ],
-        ids=["claim", "file", "inputs", "width", "sigma"],
+        ids=["claim", "file", "near", "inputs", "none", "seed", "negative", "huge", "width", "sigma"],
     )
     def test_arguments(self, arguments: dict, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         names = arguments.pop("claim", ())
         assert command.main(names, out=tmp_path / "out", **arguments) == 2
         assert re.search(told, " ".join(capsys.readouterr().out.split()))
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            (b"", "expected a .npy file"),
+            (b"PK\x03\x04 an archive under that name", "expected a .npy file"),
+            (
+                b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f8', 'fortran_order': False, 'shape': (3000000000,), }",
+                "expected",
+            ),
+            (npy(np.float64(0.5)), r"expected a matrix \[n, d\] with n, d >= 1, got shape \(\)"),
+            (npy(np.zeros((0, 3))), r"got shape \(0, 3\)"),
+            (npy(np.full((2, 2), 0.1))[:-8], "expected 32 bytes of numbers.*got 24"),
+            (npy(np.array([[0.1, None]]), allow_pickle=True), "got Python objects, which are never loaded"),
+            (npy(np.array([[0.1, 1j]])), "expected floating point numbers, got complex128"),
+            (npy(np.array([[np.longdouble("1e4000")]])), "expected finite numbers, got inf"),
+        ],
+        ids=["empty", "archive", "22 GiB", "0-d", "no rows", "cut", "objects", "complex", "wider than float64"],
+    )
+    def test_files_that_are_none(
+        self, content: bytes, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "rows.npy").write_bytes(content)
+        assert command.main(data=str(tmp_path / "rows.npy"), out=tmp_path / "out") == 2
+        said = " ".join(capsys.readouterr().out.split())
+        assert re.search(told, said), said
+        assert "rows.npy" in said
+
+    @fuzzed
+    @given(content=damaged_bytes(npy(np.random.default_rng(0).uniform(-0.4, 0.4, (6, 4))), head=128))
+    def test_damaged_files(self, content: bytes, tmp_path: Path) -> None:
+        file = tmp_path / "rows.npy"
+        file.write_bytes(content)
+
+        def read() -> tuple[np.ndarray, ...]:
+            problem = load(str(file), inputs=None, width=8, sigma=1.0, seed=0, profile="quick")
+            return np.asarray(problem.inputs), np.asarray(problem.targets)
+
+        read_whole(file, read)
+
+    def test_more_rows_than_there_are(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "rows.npy").write_bytes(npy(np.full((1, 2), 0.1)))
+        assert command.main(data=str(tmp_path / "rows.npy"), inputs=2, out=tmp_path / "out") == 2
+        assert "--inputs: expected at most 1, the rows of" in " ".join(capsys.readouterr().out.split())
+
+
+class TestNames:
+    """Names of files are shown as they are, and nothing is decided by them."""
+
+    def test_a_file_called_digits_is_the_user_s(self, tmp_path: Path) -> None:
+        file = tmp_path / "my_digits.npy"
+        file.write_bytes(npy(np.random.default_rng(0).uniform(-0.4, 0.4, (6, 4))))
+        problem = load(str(file), inputs=None, width=8, sigma=1.0, seed=0, profile="quick")
+        assert problem.source == "file"
+        np.testing.assert_array_equal(certificate.at_size(problem, 5).inputs, problem.inputs[:5])
+
+    def test_brackets_tags_and_folders(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(importlib.import_module("theory.claims.limit"), "CLAIM", invented(name="limit"))
+        monkeypatch.chdir(tmp_path)
+        Path("<img src=x onerror=alert(1)>[red]|_*.npy").write_bytes(npy(np.array([[0.1, 0.2], [0.3, 0.1]])))
+        data, out = "<img src=x onerror=alert(1)>[red]|_*.npy", "x[/b][red]"
+        assert command.main(("limit",), data=data, out=Path(out)) == 0
+        assert f"report: {tmp_path / out / 'index.html'}" in capsys.readouterr().out.splitlines()
+        for name in ("report.md", "index.html"):
+            text = (tmp_path / out / name).read_text()
+            assert "<img src=x" not in text
+            assert "&lt;img src=x" in text
+        assert command.main(("limit",), data="[/b].npy", out=Path(out)) == 2
+        assert "got '[/b].npy'" in capsys.readouterr().out
+
+
+def test_the_table_of_the_readme_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(list_claims=True, markdown=True) == 0
+    table = capsys.readouterr().out.strip()
+    assert table in (CHECKOUT / "theory" / "README.md").read_text(), "python -m theory --list --markdown"
 
 
 class TestProblem:

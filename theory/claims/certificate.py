@@ -18,7 +18,7 @@ from ntk_prefix.kernels import prefix_ntk
 from ntk_prefix.one_layer import ModelName, fixed_outputs, tied_outputs
 from ntk_prefix.typing import Array
 from theory import figures
-from theory.claim import Check, Claim, Evidence
+from theory.claim import Check, Claim, Control, Evidence
 from theory.descent import MODELS, build, limit_of, spectrum, with_weights
 from theory.problem import Problem, load
 from theory.scales import FAILURE
@@ -116,7 +116,7 @@ def _watched(label: str, certificate: Certificate, run: Run) -> list[Check]:
             _worst_step(error, certificate.rate),
             1.0,
         ),
-        Check(f"{label}: loss over its envelope", float((error[1:] / envelope[1:]).max()), 1.0),
+        Check(f"{label}: loss over its envelope", float((error[1:] / envelope[1:]).max()), 1.0, part="envelope"),
     ]
 
 
@@ -126,8 +126,8 @@ def _worst_step(error: np.ndarray, rate: float) -> float:
 
 
 def at_size(problem: Problem, n: int) -> Problem:
-    """The same data with n inputs: digits are taken anew, of a user's rows there are only those given."""
-    if "digits" in problem.name:
+    """Return the same data with n inputs: digits are taken anew, of a user's rows there are only those given."""
+    if problem.source == "digits":
         return load(
             "digits", inputs=n, width=problem.d, sigma=problem.sigma, seed=problem.seed, profile=problem.profile
         )
@@ -233,7 +233,7 @@ def _sabotage(problem: Problem) -> Evidence:
     short = certify(part.inputs, part.targets, model=_prefix(part, name, found.m // 128 * 2))
     run = follow(part, found, _prefix(part, name, found.m), step_size=16 * found.step_size, steps=50)
     checks = [
-        Check(f"{name}: tightest inequality at m = {short.m}", short.margin, 1, at_least=True),
+        Check(f"{name}: tightest inequality at m = {short.m}", short.margin, 1, at_least=True, part="too short"),
         *_watched(f"{name}, steps too long", found, run),
     ]
     curves = {f"{name}, steps too long": (run.error, found.envelope(len(run.error) - 1))}
@@ -272,10 +272,14 @@ CLAIM = Claim(
     title="Convergence, certified before the first step",
     statement="|F(t+1) - Y|^2 <= (1 - rate) |F(t) - Y|^2 for ever, |w_r(t) - w_r(0)| <= R_r for every token and "
     "sqrt(lambda_min(H(t))) >= sqrt(lambda) - Delta, all computed from X, Y and W(0) with rounding accounted for",
+    proof="certificate.md",
+    computed_by=("certificate.certify", "certificate.find_m"),
     source="derived (theory/certificate.md); checked along a real descent at the smallest certified m",
     measure=_measure,
-    control=_sabotage,
-    control_statement="a prefix 64 times too short must be refused; steps 16 times too long must leave the envelope",
+    controls=(
+        Control("too short", "a prefix 64 times too short is refused", _sabotage, "too short"),
+        Control("steps too long", "steps 16 times too long leave the envelope", _sabotage, "envelope"),
+    ),
     draw=_draw,
     caption="Left: smallest certified prefix length beside the form after the paper. Right: squared error of gradient descent "
     "at the certified length under its guaranteed envelope (green).",

@@ -20,7 +20,7 @@ from ntk_prefix.one_layer import Frozen
 from ntk_prefix.training import TrainState
 from ntk_prefix.typing import Array, Float, Inputs, Kernel
 from theory import figures, fits
-from theory.claim import Check, Claim, Evidence, relative_error
+from theory.claim import Check, Claim, Control, Evidence, relative_error
 from theory.descent import TRAINER, begin, spectrum
 from theory.problem import Problem
 from theory.scales import ASYMPTOTIC_SIGMA, FALLING
@@ -167,14 +167,15 @@ def _small(problem: Problem, sigma: float) -> Problem:
     )
 
 
-def _rate(name: str, errors: dict[int, np.ndarray]) -> tuple[fits.Exponent, list[Check]]:
+def _rate(name: str, errors: dict[int, np.ndarray], part: str = "") -> tuple[fits.Exponent, list[Check]]:
     """The m^(-1/2) of independent tokens, and a distance at the longest prefix that a wrong limit does not reach."""
     slope = fits.exponent(*zip(*[(m, error) for m, found in errors.items() for error in found], strict=True))
-    gap = max(slope.low + 0.5, -0.5 - slope.high, 0.0)
     last = max(errors)
     return slope, [
-        Check(f"{name}: distance of the exponent's interval {slope} from -1/2", gap, 0.05),
-        Check(f"{name}: median distance from the limit at m = {last}", float(np.median(errors[last])), CLOSE),
+        Check(f"{name}: distance of the exponent's interval {slope} from -1/2", slope.gap(-0.5), 0.05, part=part),
+        Check(
+            f"{name}: median distance from the limit at m = {last}", float(np.median(errors[last])), CLOSE, part=part
+        ),
     ]
 
 
@@ -202,7 +203,7 @@ def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> 
         errors[depth] = {
             m: np.array([relative_error(k, limits[depth].kernel) for k in ks]) for m, ks in kernels.items()
         }
-        slopes[depth], rate = _rate(f"{depth} real layers", errors[depth])
+        slopes[depth], rate = _rate(f"{depth} real layers", errors[depth], f"{depth} layers")
         longest = kernels[max(kernels)]
         checks += [*rate, _eigenvalue(f"{depth} real layers", longest, smallest[depth])]
         drawn[depth] = float(np.median([spectrum(k)[0] for k in longest]))
@@ -212,6 +213,10 @@ def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> 
     )
     series = {"errors": errors, "slopes": slopes, "limits": smallest, "drawn": drawn}
     return Evidence(tuple(checks), {}, series)
+
+
+def _not_carried(problem: Problem) -> Evidence:
+    return _stacked(_small(problem, np.inf), carried=False, repeats=2)
 
 
 def _stylized(problem: Problem) -> Evidence:
@@ -355,7 +360,7 @@ def _measure(problem: Problem) -> Evidence:
         "sigma_of_the_tied": min(problem.sigma, ASYMPTOTIC_SIGMA),
         "repeats": REPEATS,
         **{
-            f"smallest_eigenvalue_{name}_by_depth": " ".join(f"{v:.2e}" for v in parts[part].series["limits"].values())
+            f"smallest_eigenvalue_{name}_by_depth": list(parts[part].series["limits"].values())
             for name, part in (("real", "stacked"), ("tied", "stylized"))
         },
     }
@@ -409,10 +414,19 @@ CLAIM = Claim(
     "one-layer limits K carried up the stream by M = I + sigma^2 W_Q W_K^T W_V / sqrt(d); tied layers: D H* with paired signs "
     "or as averages, no limit with random signs at scale m or sqrt(m); a stack's kernel stays put in training only if its "
     "stream does: not at the one-layer theory's scale m, but with averages read out with sqrt(m)",
+    proof="17",
+    computed_by=("kernels.empirical_ntk", "kernels.real_layer_limit_ntk"),
     source="derived (theory/README.md); arXiv 2406.14036 treats one layer",
     measure=_measure,
-    control=lambda problem: _stacked(_small(problem, np.inf), carried=False, repeats=2),
-    control_statement="the sum of the layers' one-layer limits at the raw inputs, not carried up the stream",
+    controls=tuple(
+        Control(
+            f"{depth} layers, not carried",
+            "the sum of the layers' one-layer limits at the raw inputs, not carried up the stream",
+            _not_carried,
+            f"{depth} layers",
+        )
+        for depth in DEPTHS[1:]
+    ),
     draw=_draw,
     caption="From the left: distance of the kernel of D stacked real layers from the derived limit, dotted from the limit "
     "that is not carried; mean distance between draws of two tied layers, |Theta - Theta'| / (|Theta| + |Theta'|), by "

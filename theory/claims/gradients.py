@@ -18,7 +18,7 @@ from ntk_prefix.one_layer import (
 )
 from ntk_prefix.typing import Array
 from theory import figures, fits
-from theory.claim import Check, Claim, Evidence, relative_error
+from theory.claim import Check, Claim, Control, Evidence, relative_error
 from theory.descent import MODELS, build
 from theory.problem import Problem
 
@@ -55,7 +55,7 @@ def _compare(problem: Problem, jacobians: dict[str, Callable[..., Array]]) -> Ev
         closed = jacobians[name](weights, signs, inputs)
         # autodiff and the formula round a sum of m terms of order one differently: about m eps
         autodiff = relative_error(closed, jax.jacrev(outputs)(weights))
-        checks.append(Check(f"{name}: relative difference from autodiff", autodiff, TOKENS * 2**-52))
+        checks.append(Check(f"{name}: relative difference from autodiff", autodiff, TOKENS * 2**-52, part=name))
         direction = jax.random.normal(problem.key("direction"), weights.shape)
         along = jnp.einsum("ikmc,mc->ik", closed, direction)
         errors[name] = np.array(
@@ -65,8 +65,12 @@ def _compare(problem: Problem, jacobians: dict[str, Callable[..., Array]]) -> Ev
             ]
         )
         order = fits.exponent(SPACINGS, errors[name])
-        checks.append(Check(f"{name}: |order of central differences - 2|", order.distance(2), 0.1))
+        checks.append(Check(f"{name}: |order of central differences - 2|", order.distance(2), 0.1, part=name))
     return Evidence(tuple(checks), {"tokens": TOKENS, "inputs": 4}, {"errors": errors})
+
+
+def _without_centering(problem: Problem) -> Evidence:
+    return _compare(problem, {name: _uncentered(name) for name in MODELS})
 
 
 def _draw(evidence: Evidence, control: Evidence) -> Figure:
@@ -88,10 +92,19 @@ CLAIM = Claim(
     title="The gradients in closed form",
     statement="tied: dF_k/dw_r = m S_r [a_r e_k + (a_r w_rk - sum_j S_j a_j w_jk) x];  "
     "fixed: dF_k/dw_r = m S_r (a_kr - <a_k, S>) x",
+    proof="2",
+    computed_by=("one_layer.tied_jacobian", "one_layer.fixed_jacobian"),
     source="derived (theory/README.md)",
     measure=lambda problem: _compare(problem, dict(JACOBIANS)),
-    control=lambda problem: _compare(problem, {name: _uncentered(name) for name in MODELS}),
-    control_statement="the same gradients without the centering term, as if softmax were not normalized",
+    controls=tuple(
+        Control(
+            f"{name} uncentered",
+            "the same gradient without the centering term, as if softmax were not normalized",
+            _without_centering,
+            name,
+        )
+        for name in MODELS
+    ),
     draw=_draw,
     caption="Relative difference between the closed-form directional derivative and central differences of spacing h; "
     "dotted: without the centering term the difference does not vanish.",

@@ -8,7 +8,7 @@ from ntk_prefix.kernels import empirical_ntk, prefix_ntk
 from ntk_prefix.kernels.closed_form import KernelPart
 from ntk_prefix.kernels.empirical import Implementation
 from theory import figures
-from theory.claim import Check, Claim, Evidence, relative_error
+from theory.claim import Check, Claim, Control, Evidence, relative_error
 from theory.descent import MODELS, build
 from theory.problem import Problem
 
@@ -29,15 +29,17 @@ def _compare(problem: Problem, part: KernelPart) -> Evidence:
             measured = empirical_ntk(model, inputs, implementation=implementation) / TOKENS
             error = relative_error(measured, closed)
             checks.append(
-                Check(f"{name}: relative difference from neural-tangents, {implementation}", error, TOLERANCE)
+                Check(
+                    f"{name}: relative difference from neural-tangents, {implementation}", error, TOLERANCE, part=name
+                )
             )
     return Evidence(tuple(checks), {"tokens": TOKENS, "inputs": len(inputs)})
 
 
-def _control(problem: Problem) -> Evidence:
-    """Only the tied model: the fixed one has no other part than the key's."""
+def _key_part_only(problem: Problem) -> Evidence:
+    """Compare the tied model's part: the fixed one has no other part than the key's."""
     found = _compare(problem, "key")
-    return Evidence(tuple(check for check in found.checks if check.what.startswith("tied")), found.parameters)
+    return Evidence(tuple(check for check in found.checks if check.part == "tied"), found.parameters)
 
 
 def _draw(evidence: Evidence, control: Evidence) -> Figure:
@@ -47,7 +49,7 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
     axis.barh(
         rows,
         [check.measured for check in evidence.checks],
-        color=[figures.COLORS[name.split(":")[0]] for name in names],
+        color=[figures.COLORS[check.part] for check in evidence.checks],
         left=1e-18,
     )
     axis.plot(
@@ -69,10 +71,17 @@ CLAIM = Claim(
     title="The closed form is the empirical kernel",
     statement="H(W)_(ik),(jl) = (1/m) sum_r <dF_k(x_i)/dw_r, dF_l(x_j)/dw_r>, computed from moments over pairs of inputs "
     "and pairs of coordinates",
+    proof="3",
+    computed_by=("kernels.prefix_ntk", "kernels.empirical_ntk"),
     source="derived (ntk_prefix/kernels/closed_form.py); neural-tangents 0.6.5, all four implementations",
     measure=lambda problem: _compare(problem, "full"),
-    control=_control,
-    control_statement="the x x^T part alone, which is the kernel recalled from the paper for the tied model",
+    controls=(
+        Control(
+            "key part only",
+            "the x x^T part alone, the kernel recalled from the paper, for the tied model",
+            _key_part_only,
+        ),
+    ),
     draw=_draw,
     caption="Relative Frobenius difference in float64 between the closed form and each implementation of "
     "neural-tangents; crosses: the closed form without the derivative through the value.",

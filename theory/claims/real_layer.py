@@ -11,7 +11,7 @@ from ntk_prefix import PrefixAttentionLayer
 from ntk_prefix.kernels import empirical_ntk, limit_ntk, real_layer_limit_ntk
 from ntk_prefix.typing import Kernel
 from theory import figures, fits
-from theory.claim import Check, Claim, Evidence, relative_error
+from theory.claim import Check, Claim, Control, Evidence, relative_error
 from theory.problem import Problem
 
 OUTGROWN = 16
@@ -68,6 +68,10 @@ def _approach(problem: Problem, limit: str) -> Evidence:
     return Evidence(checks, parameters, {"errors": errors, "slope": slope, "sequence": problem.n})
 
 
+def _stylized(problem: Problem) -> Evidence:
+    return _approach(problem, "stylized")
+
+
 def _draw(evidence: Evidence, control: Evidence) -> Figure:
     figure, (axis,) = figures.panels(width=5.0)
     errors = evidence.series["errors"]
@@ -86,10 +90,17 @@ CLAIM = Claim(
     statement="m Theta -> e^(s c)[(1 + s c) A A^T + (2 s + s^2 c) A u_j (A u_i)^T] at least as fast as m^(-1/2) "
     "once m outgrows L, with "
     "s = sigma^2, u = W_K W_Q^T x / sqrt(d), A = W_V^T, c = u_i.u_j; the stylized limit keeps a constant distance",
+    proof="10",
+    computed_by=("kernels.real_layer_limit_ntk",),
     source="derived (theory/README.md); empirical NTK by neural-tangents, inputs present",
     measure=lambda problem: _approach(problem, "own"),
-    control=lambda problem: _approach(problem, "stylized"),
-    control_statement="the stylized tied limit at the same scores: real values carry no signs, so it is another kernel",
+    controls=(
+        Control(
+            "the stylized limit",
+            "the stylized tied limit at the same scores: real values carry no signs, so it is another kernel",
+            _stylized,
+        ),
+    ),
     draw=_draw,
     caption="Relative distance of the real layer's kernel, inputs present, from its own infinite-prefix limit and from the "
     "stylized one. While m is below L the inputs hold most of the attention.",

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ntk_prefix.prompting import Construction, Function
 from theory import figures, fits
-from theory.claim import Check, Claim, Evidence
+from theory.claim import Check, Claim, Control, Evidence
 from theory.lipschitz import functions, largest_error
 from theory.problem import Problem
 
@@ -132,7 +132,8 @@ def _control(problem: Problem) -> Evidence:
             "prompt of another function": largest_error(built, wanted, built.prompt(targets["cones"]), random),
         }
     for name in ("no context", "prompt of another function"):
-        checks.append(Check(f"{name}: error / bound at the finest grid", errors[built.tokens][name] / built.bound, 1.0))
+        ratio = errors[built.tokens][name] / built.bound
+        checks.append(Check(f"{name}: error / bound at the finest grid", ratio, 1.0, part=name))
     return Evidence(tuple(checks), {}, {"errors": errors})
 
 
@@ -175,11 +176,15 @@ CLAIM = Claim(
     title="One layer with fixed weights, any Lipschitz function in its prompt",
     statement="sup |out - f|_max <= C h (1/2 + d t(tau)) + 2 F leak for every f: [0,1]^(dL) -> [-F,F]^(dL) that is "
     "C-Lipschitz in the max-norm, from a prompt of L h^(-dL) tokens: an error of order L_p^(-1/(dL))",
+    proof="14",
+    computed_by=("prompting.Construction",),
     source="bound and construction derived (theory/README.md, section 14); that such a theorem exists is arXiv 2411.16525, "
     "whose own construction is recalled only",
     measure=_measure,
-    control=_control,
-    control_statement="weights that do not read the other tokens; the prompt of another function",
+    controls=(
+        Control("no context", "weights that do not read the other tokens", _control, "no context"),
+        Control("another function", "the prompt of another function", _control, "prompt of another function"),
+    ),
     draw=_figure,
     caption="Left: largest error found over three functions against the prompt's length; lines: the bound. Middle: the "
     "same over the sharpness of the softmax. Right: each row must answer with the other row's token.",
