@@ -119,7 +119,7 @@ def read_array(path: Path) -> np.ndarray:
         raise expected(name, "a file that can be read", error.strerror) from None
     if dtype.hasobject:
         raise expected(name, "numbers", "Python objects, which are never loaded", "Save x.astype(float)")
-    if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != length:
+    if not all(0 <= side < 2**48 for side in shape) or math.prod(shape) * dtype.itemsize != length:
         wanted = f"{math.prod(shape) * dtype.itemsize:,} bytes of numbers, as its header's shape {shape} says"
         raise expected(name, wanted, f"{length:,}", "Save it again: it is damaged")
     order: Literal["C", "F"] = "F" if fortran else "C"
