@@ -184,7 +184,9 @@ class Trainer:
         """Return the compiled step: ``state, metrics = step(state, trainer.place(batch))``.
 
         The state that goes in is donated; the model's frozen weights are laid out here, once, and shared. Metrics are
-        scalars: ``loss`` (before the update, with the reduction applied), ``gradient_norm``, ``update_norm``.
+        scalars: ``loss`` (before the update, with the reduction applied), ``gradient_norm`` (where ``optax.MultiSteps``
+        collects a batch's parts: of their mean so far), ``update_norm``, and ``finite``: whether the loss and every
+        trained weight after the update are.
         """
         update, frozen = self.update(model), self.lay_out(self.frozen(model))
         if self.parallel == "pmap":
@@ -239,8 +241,9 @@ class Trainer:
             trained = optax.apply_updates(state.trained, changes)
             metrics = {
                 "loss": loss,
-                "gradient_norm": optax.tree.norm(gradients),
+                "gradient_norm": optax.tree.norm(_accumulated(gradients, state.optimizer)),
                 "update_norm": optax.tree.norm(changes),
+                "finite": jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, trained))])),
             }
             return TrainState(state.step + 1, trained, optimizer), metrics
 
@@ -265,6 +268,14 @@ class Trainer:
     @property
     def _devices(self) -> tuple[jax.Device, ...]:
         return self.devices if self.devices is not None else tuple(jax.local_devices())
+
+
+def _accumulated(gradients: Any, optimizer: optax.OptState) -> Any:
+    """Return the mean gradient of a batch's parts so far, where ``optax.MultiSteps`` collects them; else what is given."""
+    if not isinstance(optimizer, optax.MultiStepsState):
+        return gradients
+    parts = optimizer.mini_step + 1
+    return jax.tree.map(lambda new, mean: mean + (new - mean) / parts, gradients, optimizer.acc_grads)
 
 
 def _with_draws_of(step: Array, state: nnx.State) -> nnx.State:

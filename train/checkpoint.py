@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, expected
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
 
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 PyTree = Any
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UsageError):
     """Checkpoints are there and none can be used, or one cannot be written; the message says why."""
 
 
@@ -41,6 +43,23 @@ class Restored(NamedTuple):
 
     step: int
     tree: PyTree
+    info: dict[str, Any]
+
+
+class _Leaf(TypedDict):
+    """What a checkpoint says of one of its arrays."""
+
+    shape: list[int]
+    dtype: str
+    crc32: int | None
+    key: str | None
+    """The kind, of a random key."""
+
+
+class _Record(TypedDict):
+    """What a checkpoint says of itself."""
+
+    leaves: dict[str, _Leaf]
     info: dict[str, Any]
 
 
@@ -68,7 +87,7 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, tree: PyTree, info: dict[str, Any] | None = None) -> None:
+    def save(self, step: int, tree: PyTree, info: Mapping[str, Any] | None = None) -> None:
         """Copy the tree to the host and write it in the background; waits for the save before to be committed.
 
         Args:
@@ -101,7 +120,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 # Orbax refuses arrays without elements
                 tree=ocp.args.StandardSave({name: leaf for name, leaf in zip(names, stored, strict=True) if leaf.size}),
-                record=ocp.args.JsonSave({"leaves": described, "info": info or {}}),
+                record=ocp.args.JsonSave({"leaves": described, "info": dict(info or {})}),
             ),
         )
 
@@ -121,13 +140,14 @@ class Checkpoints:
         # what stands on disk: the manager's own list has what is underway, too
         return sorted(ocp.path.step.checkpoint_steps(self.directory))
 
-    def restore_latest(self, like: PyTree) -> Restored | None:
+    def restore_latest(self, like: PyTree, check: Callable[[dict[str, Any]], Any] = dict) -> Restored | None:
         """The newest checkpoint that is whole and fits.
 
         Args:
             like: a tree as the one saved, of arrays or ``jax.ShapeDtypeStruct``: structure, shapes, dtypes, and the
                 shardings to restore to, which need not be those it was saved with. A numpy array, int, float or bool
                 comes back as that.
+            check: what ``info`` has to pass, and what it makes of it; a checkpoint that it refuses is a damaged one.
 
         Returns:
             (step, tree, info), or None if nothing was ever committed here.
@@ -138,7 +158,7 @@ class Checkpoints:
         self.wait()
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
-            restored, fault = self._restore(step, like)
+            restored, fault = self._restore(step, like, check)
             if restored is None:
                 faults[step] = fault
                 logger.warning("checkpoint %s cannot be used: %s", self.directory / str(step), fault)
@@ -146,9 +166,9 @@ class Checkpoints:
             self._set_aside(list(faults))
             return restored
         if faults:
-            listed = "".join(f"\n  {self.directory / str(step)}: {fault}" for step, fault in faults.items())
+            listed = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
             raise CheckpointError(
-                f"{self.directory}: expected a checkpoint that can be used, found none:{listed}\n"
+                f"{self.directory}: expected a checkpoint that can be used, found none ({listed}). "
                 "Nothing was changed. Give the run another directory, or remove these to start over."
             )
         return None
@@ -174,11 +194,12 @@ class Checkpoints:
             elif not path.name.isdecimal() or not path.is_dir():
                 logger.warning("%s is no checkpoint: it is left alone", path)
 
-    def _restore(self, step: int, like: PyTree) -> tuple[Restored | None, str]:
+    def _restore(self, step: int, like: PyTree, check: Callable[[dict[str, Any]], Any]) -> tuple[Restored | None, str]:
         """What a checkpoint holds, or what is wrong with it."""
         restored, fault = None, ""
         try:
             restored = self._read(step, like)
+            restored = restored._replace(info=check(restored.info))
         except Exception as error:  # whatever a damaged file leads to
             fault = f"{type(error).__name__}: {error}".strip().split("\n")[0][:400]
         if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(restored is not None)).all():
@@ -188,13 +209,16 @@ class Checkpoints:
     def _read(self, step: int, like: PyTree) -> Restored:
         names, leaves = _flattened(like)
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        held = record["leaves"]
+        try:
+            held = msgspec.convert(record, _Record)["leaves"]
+        except msgspec.ValidationError as error:
+            raise expected("record", "the leaves and the info of a checkpoint", f"this: {error}") from None
         for name in {*names} ^ {*held}:
             what = "does not have" if name in names else "also has"
             raise UsageError(f"it is of another model or optimizer: expected the leaves of this one, it {what} {name}")
         wanted = {name: _described(leaf) for name, leaf in zip(names, leaves, strict=True)}
         for name, description in wanted.items():
-            found = {key: held[name][key] for key in description}
+            found = {"shape": held[name]["shape"], "dtype": held[name]["dtype"]}
             if found != description:
                 raise UsageError(
                     f"it is of another model or optimizer: expected {name} to be {description}, got {found}"

@@ -257,7 +257,7 @@ def _mean_and_spread(values: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _provenance() -> dict[str, Any]:
-    return provenance("neural-tangents", sources=("ntk_prefix/**/*.py", "train/*.py"))
+    return provenance("neural-tangents", sources=("ntk_prefix/**/*.py", "train/**/*.py"))
 
 
 def _plain(each: View) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,13 @@ from flax import nnx
 from rich.console import Console
 
 from ntk_prefix import models, peft
-from train import compare as table
-from train.compare import Cell, Comparison, compare
-from train.config import CONFIGS, METHODS, adapter_config
+from ntk_prefix.artifacts import json_text
+from ntk_prefix.checks import UsageError
+from train.__main__ import parse
+from train.compare import compare
+from train.comparison import run
+from train.comparison.plan import Cell, Comparison
+from train.config import CONFIGS, METHODS, TrainConfig, adapter_config
 from train.profiles import ABLATION_ROWS, LONG_ROWS, MODEL_ROWS, PROFILES
 
 QUIET = Console(quiet=True)
@@ -29,6 +34,10 @@ def comparison(out: Path, **changes: object) -> Comparison:
 def summary(cell: Cell) -> dict:
     """A run whose validation prefers the second rate, and whose test score tells method and seed."""
     return {
+        "metric": "accuracy",
+        "steps": 3,
+        "parameters": 1000,
+        "config": {},
         "validation_score": 0.5 + cell.learning_rate,
         "validation_loss": 1.0,
         "test_score": (0.6 if cell.row[0] == "ntk" else 0.5) + 0.01 * cell.seed,
@@ -58,7 +67,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Cell, bool]]:
         cells.append((cell, test))
         return summary(cell)
 
-    monkeypatch.setattr(table, "_run", fake)
+    monkeypatch.setattr(run, "run_cell", fake)
     return cells
 
 
@@ -66,7 +75,7 @@ def finish(comparison: Comparison, cell: Cell) -> None:
     """Leave a cell as ``python -m train`` does."""
     folder = comparison.out / cell.folder
     folder.mkdir(parents=True)
-    config = dataclasses.replace(CONFIGS[cell.task][1], **comparison.fields(cell)).as_dict()
+    config = comparison.config(cell).as_dict()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "summary.json").write_text(json.dumps(summary(cell)))
 
@@ -108,7 +117,7 @@ class TestTuning:
         def fake(comparison: Comparison, cell: Cell, console: Console, test: bool) -> dict:
             return summary(cell) | {"test_score": 1 - cell.learning_rate}
 
-        monkeypatch.setattr(table, "_run", fake)
+        monkeypatch.setattr(run, "run_cell", fake)
         assert {line["learning_rate"] for line in compare(comparison(tmp_path), QUIET)} == {1e-2}
 
     @pytest.mark.parametrize(("changes", "chosen"), [((), 1e-2), (("choose_by=loss",), 1e-3)])
@@ -117,7 +126,7 @@ class TestTuning:
     ) -> None:
         """The higher rate has the better score and the higher loss."""
         monkeypatch.setattr(
-            table, "_run", lambda _, cell, __, test: summary(cell) | {"validation_loss": 1 + cell.learning_rate}
+            run, "run_cell", lambda _, cell, __, test: summary(cell) | {"validation_loss": 1 + cell.learning_rate}
         )
         lines = compare(comparison(tmp_path, set=changes), QUIET)
         assert {line["learning_rate"] for line in lines} == {chosen}
@@ -128,7 +137,7 @@ class TestTuning:
     ) -> None:
         best = {"validation_score": 1.0}
         monkeypatch.setattr(
-            table, "_run", lambda _, cell, __, test: summary(cell) | (best if cell.learning_rate == 1e-2 else {})
+            run, "run_cell", lambda _, cell, __, test: summary(cell) | (best if cell.learning_rate == 1e-2 else {})
         )
         compare(comparison(tmp_path, grid=grid), QUIET)
         assert (tmp_path / "table.md").read_text().count(shown) == 2
@@ -142,7 +151,7 @@ class TestTuning:
             "test_last_number": 0.75,
             "test_loss_before": 2.0,
         }
-        monkeypatch.setattr(table, "_run", lambda _, cell, __, test: summary(cell) | said)
+        monkeypatch.setattr(run, "run_cell", lambda _, cell, __, test: summary(cell) | said)
         compare(comparison(tmp_path), QUIET)
         lines = (tmp_path / "table.md").read_text().splitlines()
         assert (
@@ -153,7 +162,7 @@ class TestTuning:
 
 class TestCells:
     def test_a_finished_one_is_read_and_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(table, "subprocess", SimpleNamespace(Popen=lambda *a, **k: pytest.fail("it was run")))
+        monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=lambda *a, **k: pytest.fail("it was run")))
         chosen = comparison(tmp_path, rows=("ntk",), seeds=1, grid=(1e-3,))
         cell = Cell("sst2", MODEL_ROWS["minilm"][-1], 1e-3, 0)
         finish(chosen, cell)
@@ -166,19 +175,20 @@ class TestCells:
         chosen, asked = comparison(tmp_path, rows=("ntk",), seeds=1), []
 
         def popen(command: list[str], **_: object) -> contextlib.AbstractContextManager:
-            asked.append((command[-1], "--test" in command, "--no-test" in command))
-            cell = Cell("sst2", MODEL_ROWS["minilm"][-1], float(command[command.index("--learning-rate") + 1]), 0)
-            if not (folder := tmp_path / cell.folder).is_dir():
-                finish(chosen, cell)
-            found = summary(cell) | ({} if "--test" in command else {"test_score": None})
+            config = parse(command[3:]).config
+            asked.append((command[-1], config.eval.test))
+            cell = Cell("sst2", MODEL_ROWS["minilm"][-1], config.optim.learning_rate, 0)
+            assert config == chosen.config(cell).changed(test=config.eval.test)
+            folder = tmp_path / cell.folder
+            found = summary(cell) | ({} if config.eval.test else {"test_score": None})
             (folder / "summary.json").write_text(json.dumps(found))
             return contextlib.nullcontext(SimpleNamespace(returncode=0, communicate=lambda: ("", None)))
 
-        monkeypatch.setattr(table, "subprocess", SimpleNamespace(PIPE=0, STDOUT=0, Popen=popen))
+        monkeypatch.setattr(run, "subprocess", SimpleNamespace(PIPE=0, STDOUT=0, Popen=popen))
         (line,) = compare(chosen, QUIET)
         assert line["mean"] == 0.6
         folders = [str(tmp_path / f"cells/sst2/ntk/{rate}-seed0") for rate in ("0.001", "0.01")]
-        assert asked == [(folders[0], False, True), (folders[1], False, True), (folders[1], True, False)]
+        assert asked == [(folders[0], False), (folders[1], False), (folders[1], True)]
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -213,44 +223,77 @@ class TestCells:
         folder = tmp_path / cell.folder
         (folder / "summary.json").rename(folder / ending)
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "head_learning_rate": 1e-3}))
+        config["optim"]["head_learning_rate"] = 1e-3
+        (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"run with head_learning_rate=0\.001"):
             compare(chosen, QUIET)
         assert not ran
 
     @pytest.mark.parametrize(
-        ("said", "diverges"), [("expected a finite loss, got [nan]", True), ("no such file", False)]
+        ("status", "said"), [(3, "whatever"), (2, "expected a finite loss, got [nan]"), (1, "no such file")]
     )
-    def test_one_that_diverged_counts_zero_and_is_named_any_other_failure_ends_the_table(
-        self, said: str, diverges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_one_that_diverged_has_no_score_and_is_counted_any_other_failure_ends_the_table(
+        self, status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        ended = SimpleNamespace(returncode=2, communicate=lambda: (said, None))
+        """The exit status says so, and no word of what the run printed."""
+        ended = SimpleNamespace(returncode=status, communicate=lambda: (said, None))
         monkeypatch.setattr(
-            table,
+            run,
             "subprocess",
             SimpleNamespace(PIPE=0, STDOUT=0, Popen=lambda *a, **k: contextlib.nullcontext(ended)),
         )
         chosen = comparison(tmp_path, rows=("ntk",), seeds=1, grid=(1e-3,))
-        if not diverges:
-            with pytest.raises(RuntimeError, match="no such file"):
+        if status != 3:
+            with pytest.raises(ValueError, match=re.escape(said)):
                 compare(chosen, QUIET)
             return
         (line,) = compare(chosen, QUIET)
-        assert (line["mean"], line["diverged"]) == (0, 1)
+        assert (line["scores"], line["mean"], line["diverged"]) == ([None], None, 1)
+        assert json.loads((tmp_path / "table.json").read_text())["lines"] == [line]
+        assert "| sst2 | ntk | 1 of 1 |" in (tmp_path / "table.md").read_text()
+
+    def test_one_that_an_older_version_finished_with_nan_has_no_score(self, tmp_path: Path) -> None:
+        """It wrote numbers that are not finite as text, and the table of the next version could not be read."""
+        chosen = comparison(tmp_path, rows=("ntk",), seeds=1)
+        for rate, changes in ((1e-3, {}), (1e-2, {"test_loss": "nan", "validation_loss": "nan"})):
+            finish(chosen, cell := Cell("sst2", MODEL_ROWS["minilm"][-1], rate, 0))
+            (tmp_path / cell.folder / "summary.json").write_text(json.dumps(summary(cell) | changes))
+        (line,) = compare(chosen, QUIET)
+        assert line["learning_rate"] == 1e-3
+        assert line["grid"]["0.01"] is None
+
+    @pytest.mark.parametrize("content", ["{}", "[]", '{"config": {}}', "{", ""])
+    def test_one_that_is_damaged_is_named(self, content: str, tmp_path: Path) -> None:
+        chosen = comparison(tmp_path, rows=("ntk",), seeds=1)
+        finish(chosen, cell := Cell("sst2", MODEL_ROWS["minilm"][-1], 1e-3, 0))
+        (tmp_path / cell.folder / "summary.json").write_text(content)
+        with pytest.raises(UsageError, match=r"0\.001-seed0/summary\.json: expected"):
+            compare(chosen, QUIET)
 
     def test_the_head_alone_is_tuned_and_beside_an_adapter_left_alone(self, tmp_path: Path) -> None:
-        fields = {row[0]: comparison(tmp_path).fields(Cell("sst2", row, 0.3, 0)) for row in MODEL_ROWS["minilm"]}
-        assert [label for label, own in fields.items() if "head_learning_rate" in own] == ["head"]
-        assert fields["head"]["head_learning_rate"] == 0.3
+        rates = {
+            row[0]: comparison(tmp_path).config(Cell("sst2", row, 0.3, 0)).optim.head_learning_rate
+            for row in MODEL_ROWS["minilm"]
+        }
+        assert {label for label, rate in rates.items() if rate == 0.3} == {"head"}
+        assert {rate for label, rate in rates.items() if label != "head"} == {
+            CONFIGS["sst2"][1].optim.head_learning_rate
+        }
 
-    def test_their_command_lines_are_configurations(self, tmp_path: Path) -> None:
-        """Every field that a cell sets is one of TrainConfig, with a value that the task's configuration takes."""
-        for name, profile in PROFILES.items():
-            for task in profile.tasks:
-                chosen = comparison(tmp_path, profile=name, tasks=(task,), rows=())
-                for row in chosen.rows_of(task):
-                    fields = chosen.fields(Cell(task, row, 1e-3, 0))
-                    dataclasses.replace(CONFIGS[task][1], **fields)
+    @pytest.mark.parametrize("profile", PROFILES)
+    def test_all_have_a_configuration_that_can_be_written_and_read(self, profile: str, tmp_path: Path) -> None:
+        chosen = comparison(tmp_path, profile=profile, tasks=(), rows=())
+        for cell in chosen.grid_cells():
+            config = chosen.config(cell)
+            assert TrainConfig.from_dict(json.loads(json_text(config.as_dict()))) == config
+            assert config.optim.learning_rate == cell.learning_rate
+
+    def test_what_every_cell_gets_is_typed(self, tmp_path: Path) -> None:
+        chosen = comparison(tmp_path, set=("remat=true", "train_size=4e3", "data_dir=None", "k_learning_rate=1"))
+        config = chosen.config(next(chosen.grid_cells()))
+        assert (config.device.remat, config.data.train_size, config.data.data_dir) == (True, 4000, None)
+        assert isinstance(config.data.train_size, int)
+        assert isinstance(config.optim.k_learning_rate, float)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +303,11 @@ class TestCells:
         ({"rows": ("magic",)}, "--rows"),
         ({"seeds": 0}, "--seeds: expected at least one"),
         ({"set": ("steps",)}, "--set: expected field=value"),
+        ({"set": ("stepz=3",)}, "--set: expected one of .*got 'stepz'"),
+        ({"set": ("steps=many",)}, "--set steps: expected a value of type int, got 'many'"),
+        ({"set": ("learning_rate=nan",)}, "--set learning_rate: expected"),
+        ({"grid": (float("nan"),)}, "--grid: expected a finite number"),
+        ({"grid": (-1.0,)}, "--learning-rate: expected at least 0"),
     ],
 )
 def test_nonsense_is_refused(change: dict, message: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from train import data, loop, tasks
 from train.config import CONFIGS, TrainConfig, adapter_config
+from train.folder import RunFolder
 from train.loop import run
 from train.setup import build, optimizer
 
@@ -135,7 +136,7 @@ class TestWhatARunLearns:
 
 class TestABrokenRun:
     def test_goes_on_bit_for_bit(self, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Asked(loop._Signals):
+        class Asked(loop.Signals):
             """SIGTERM at the first step."""
 
             def __enter__(self) -> "Asked":
@@ -146,7 +147,7 @@ class TestABrokenRun:
                 pass
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "_Signals", Asked)
+            patch.setattr(loop, "Signals", Asked)
             for step in (1, 2, 3):
                 with pytest.raises(loop.Interrupted, match=f"step {step} of 8"):
                     run(TINY, tmp_path)
@@ -165,22 +166,22 @@ class TestABrokenRun:
         self, at: str, said: str, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Answering a test split takes a decoder minutes; no step is lost, and none taken again."""
-        signals: list[loop._Signals] = []
+        signals: list[loop.Signals] = []
         evaluate = loop.Evaluator.__call__
 
-        class Kept(loop._Signals):
-            def __enter__(self) -> loop._Signals:
+        class Kept(loop.Signals):
+            def __enter__(self) -> loop.Signals:
                 signals.append(self)
                 return super().__enter__()
 
         def asking(self: Any, state: Any, split: data.Dataset, **options: Any) -> Any:
-            last_look = int(state.step) == TINY.optim.steps
-            if split is self.setup.task.test if at == "test split" else last_look:
+            last_evaluation = int(state.step) == TINY.optim.steps
+            if split is self.setup.task.test if at == "test split" else last_evaluation:
                 signals[-1]._hear(signal.SIGTERM, None)
             return evaluate(self, state, split, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "_Signals", Kept)
+            patch.setattr(loop, "Signals", Kept)
             patch.setattr(loop.Evaluator, "__call__", asking)
             with pytest.raises(loop.Interrupted, match=said):
                 run(TINY, tmp_path)
@@ -190,7 +191,7 @@ class TestABrokenRun:
         assert metrics(tmp_path) == metrics(unbroken)
 
     def test_a_folder_that_another_run_holds_is_left_to_it(self, unbroken: Path) -> None:
-        with loop._alone(unbroken), pytest.raises(ValueError, match="which another process holds"):
+        with RunFolder(unbroken).held(), pytest.raises(ValueError, match="which another process holds"):
             run(TINY, unbroken)
         assert run(TINY, unbroken)["steps"] == TINY.optim.steps
 

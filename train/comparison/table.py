@@ -1,0 +1,140 @@
+"""The table: one line for each task and method, for programs and for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any
+
+from ntk_prefix.artifacts import provenance
+from train.comparison.plan import Cell, Comparison
+from train.confidence import BINS
+from train.profiles import Row
+
+__all__ = ["as_number", "as_whole", "document", "markdown", "table_line"]
+
+
+def table_line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: float) -> dict[str, Any]:
+    """Return one line of the table: the runs of the chosen rate.
+
+    Args:
+        task: of the line.
+        row: of the line.
+        finished: what each of its cells says, by :func:`train.comparison.run.run_cell`.
+        rate: that was chosen.
+    """
+    runs = [
+        summary for cell, summary in sorted(finished.items(), key=lambda i: i[0].seed) if cell.learning_rate == rate
+    ]
+    scores = [run["test_score"] for run in runs]  # None of one that diverged
+    known = [score for score in scores if score is not None]
+    whole = [run for run in runs if not run.get("diverged")] or [{}]
+
+    def median(name: str) -> Any:
+        values = [run[name] for run in whole if run.get(name) is not None]
+        return statistics.median(values) if values else None
+
+    def mean(name: str) -> float | None:
+        values = [run[name] for run in whole if run.get(name) is not None]
+        return statistics.fmean(values) if values else None
+
+    return {
+        "task": task,
+        "row": row[0],
+        "method": row[1],
+        "scores": scores,
+        "mean": statistics.fmean(known) if known else None,
+        "spread": statistics.stdev(known) if len(known) > 1 else None,
+        "diverged": sum(bool(run.get("diverged")) for run in runs),
+        "learning_rate": rate,
+        "grid": {f"{c.learning_rate:g}": s["validation_score"] for c, s in finished.items() if c.seed == 0},
+        "trainable_parameters": median("trainable_parameters"),
+        "test_rows": median("test_rows"),
+        "before": mean("test_score_before"),
+        "last_number_before": mean("test_last_number_before"),
+        "last_number": mean("test_last_number"),
+        "loss_before": mean("test_loss_before"),
+        "loss": mean("test_loss"),
+        "seconds_a_step": median("seconds_a_step"),
+        "peak_memory_bytes": median("peak_memory_bytes"),
+        "adapter_bytes": median("adapter_bytes"),
+        **{name: mean(name) for name in ("macro_f1", "calibration_error", "calibration_error_scaled", "temperature")},
+        # of all seeds together: the bins add up
+        "reliability": [[*b.values()] for run in whole for b in run.get("reliability", ())],
+    }
+
+
+def document(comparison: Comparison, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the table for programs, with where it comes from."""
+    return {
+        "comparison": dataclasses.asdict(comparison),
+        "lines": lines,
+        **provenance("orbax-checkpoint", sources=("ntk_prefix/**/*.py", "train/**/*.py")),
+    }
+
+
+def markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
+    """Return the table for people."""
+    seeds = (
+        f"Test score, mean and standard deviation over {comparison.repeats} seeds (each draws its own training sample, order "
+        "and start)"
+        if comparison.repeats > 1
+        else "Test score of one seed"
+    )
+    about = (
+        f"{seeds}; learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
+        "seed 0, marked * at an end of these: one beyond might be better; the head's is that of the task's configuration, "
+        "but for the row that trains nothing else. Parameters include the head. Before: at the start, of language; the "
+        "score is that of generated answers, right if the number marked ####, and last number if the last one, is; the "
+        "loss is that of the true answers. Diverged: runs whose numbers did not stay finite; they have no score. "
+        "Ahead by: the difference of the means and its "
+        "standard error, the seeds of both rows taken as independent. Loss: mean cross entropy on the test rows. F1: macro; "
+        f"ECE: expected calibration error, {BINS} bins of equal width; scaled: with a temperature from validation.\n"
+    )
+    ours = {line["task"]: line for line in lines if line["row"] == "ntk"}
+    ends = (min(comparison.rates), max(comparison.rates))
+    columns = {
+        "task": [line["task"] for line in lines],
+        "method": [line["row"] for line in lines],
+        "before": [as_number(line["before"], 0.01, 1) for line in lines],
+        "score": [as_number(line["mean"], 0.01, 1) for line in lines],
+        "spread": [as_number(line["spread"], 0.01, 1) for line in lines],
+        "diverged": [f"{line['diverged']} of {len(line['scores'])}" if line["diverged"] else "-" for line in lines],
+        "ntk is ahead by": [_lead(ours.get(line["task"]), line) for line in lines],
+        "last number before": [as_number(line["last_number_before"], 0.01, 1) for line in lines],
+        "last number": [as_number(line["last_number"], 0.01, 1) for line in lines],
+        "loss before": [as_number(line["loss_before"], 1, 3) for line in lines],
+        "loss": [as_number(line["loss"], 1, 3) for line in lines],
+        "F1": [as_number(line["macro_f1"], 0.01, 1) for line in lines],
+        "ECE": [as_number(line["calibration_error"], 0.01, 1) for line in lines],
+        "ECE, scaled": [as_number(line["calibration_error_scaled"], 0.01, 1) for line in lines],
+        "parameters": [as_whole(line["trainable_parameters"]) for line in lines],
+        "learning rate": [f"{line['learning_rate']:g}{'*' * (line['learning_rate'] in ends)}" for line in lines],
+        "s / step": [as_number(line["seconds_a_step"], 1, 2) for line in lines],
+        "peak memory, MiB": [as_number(line["peak_memory_bytes"], 2**20, 0) for line in lines],
+        "adapter, KiB": [as_number(line["adapter_bytes"], 2**10, 0) for line in lines],
+    }
+    known = {name: values for name, values in columns.items() if set(values) != {"-"}}
+    rows = [list(known), ["---"] * len(known), *map(list, zip(*known.values(), strict=True))]
+    return "\n".join([about, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _lead(ours: dict[str, Any] | None, line: dict[str, Any]) -> str:
+    """Return by how much the row "ntk" of the same task is better, in percentage points."""
+    if ours is None or ours is line or ours["mean"] is None or line["mean"] is None:
+        return "-"
+    lead = f"{100 * (ours['mean'] - line['mean']):+.1f}"
+    if ours["spread"] is None or line["spread"] is None:
+        return lead
+    error = sum(each["spread"] ** 2 / (len(each["scores"]) - each["diverged"]) for each in (ours, line)) ** 0.5
+    return f"{lead} ± {100 * error:.1f}"
+
+
+def as_whole(value: Any) -> str:
+    """Return a whole number with its thousands set off; "-" for none."""
+    return "-" if value is None else f"{int(value):,}"
+
+
+def as_number(value: Any, unit: float, digits: int) -> str:
+    """Return a number in a unit; "-" for none."""
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
