@@ -84,14 +84,8 @@ class BackboneConfig:
     hidden_act: str = "gelu"
 
     def __post_init__(self) -> None:
-        for name, kind in _schema(type(self)).items():  # type: ignore[arg-type]
-            value = getattr(self, name)
-            try:
-                plain = value.item() if isinstance(value, np.generic) else value
-                object.__setattr__(self, name, msgspec.convert(plain, kind))
-            except msgspec.ValidationError as error:
-                wanted = str(error).removeprefix("Expected ").partition(", got")[0]
-                raise expected(name, wanted, repr(value)[:80]) from None
+        for name, value in _checked(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
         if self.hidden_act not in ACTIVATIONS:
             raise UsageError(f"hidden_act: expected one of {sorted(ACTIVATIONS)}, got {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads:
@@ -107,17 +101,35 @@ def _schema(config_class: Any) -> dict[str, Any]:
     return typing.get_type_hints(config_class, include_extras=True)
 
 
+def _checked(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of a config, in the type and within the bounds that it declares.
+
+    Raises:
+        UsageError: one that is not.
+    """
+    found = {}
+    for name, kind in _schema(config_class).items():
+        if name in values:
+            value = values[name]
+            try:
+                found[name] = msgspec.convert(value.item() if isinstance(value, np.generic) else value, kind)
+            except msgspec.ValidationError as error:
+                wanted = str(error).removeprefix("Expected ").partition(", got")[0]
+                raise expected(name, wanted, repr(value)[:80]) from None
+    return found
+
+
 def known_fields(config_class: type[BackboneConfig], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config.json says about the fields of a config.
 
     Raises:
-        UsageError: a value is missing.
+        UsageError: a value is missing, of a wrong type or out of its bounds.
     """
     fields = dataclasses.fields(config_class)
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and config.get(f.name) is None]
     if missing:
         raise UsageError(f"expected {missing} for a {config_class.__name__}, got {sorted(config)[:40]}")
-    return {f.name: config[f.name] for f in fields if config.get(f.name) is not None}
+    return _checked(config_class, {f.name: config[f.name] for f in fields if config.get(f.name) is not None})
 
 
 class Mlp(nnx.Module):

@@ -127,8 +127,8 @@ def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone]]:
         )
     if found := _quantized(checkpoint):
         raise UsageError(
-            f"{source}: expected weights in floating point, got {found}: training adapters on quantized weights is not "
-            "built here. Take the model it was made from, or, with transformers, "
+            f"{checkpoint.where}: expected weights in floating point, got {found}: quantized weights are not read "
+            "here. Take the model it was made from, or, with transformers, "
             "AutoModel.from_pretrained(folder).dequantize().save_pretrained(new_folder)"
         )
     config_class, model_class = MODELS[model_type]
@@ -199,8 +199,17 @@ class _AnyKey(nnx.Rngs):
 
 def _shapes(model_class: Any, config: BackboneConfig, dtype: DTypeLike | None, options: dict[str, Any]) -> Backbone:
     """Return a model without numbers: the checkpoint brings them."""
+    name = None if dtype is None else jnp.dtype(dtype).name
+    return nnx.merge(*_split_shapes(model_class, config, name, tuple(options.items())), copy=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _split_shapes(
+    model_class: Any, config: Any, dtype: str | None, options: tuple[tuple[str, Any], ...]
+) -> tuple[Any, Any]:
     key = jax.random.key(0)
-    return nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=_AnyKey(key), **options))
+    model = nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=_AnyKey(key), **dict(options)))
+    return nnx.split(model)
 
 
 def module_names(model: Backbone) -> dict[str, str]:
@@ -302,13 +311,13 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str) -> None:
         else:
             found[known[name]] = tensor
     if missing := sorted(wanted.keys() - found.keys()):
-        raise UsageError(f"{checkpoint.source}: expected tensors that are missing: {_listed(missing)}")
+        raise UsageError(f"{checkpoint.where}: expected tensors that are missing: {_listed(missing)}")
     ignored = [name for name in over if re.match(model.hugging_face_ignored, name)]
     if ignored:
         logger.info("%s: not used: %s", path, _listed(sorted(ignored)))
     if rest := sorted(set(over) - set(ignored)):
         raise UsageError(
-            f"{checkpoint.source}: expected nothing beyond a {type(model).__name__} of {len(model.layers)} layers, got "
+            f"{checkpoint.where}: expected nothing beyond a {type(model).__name__} of {len(model.layers)} layers, got "
             f"tensors left over: {_listed(rest)}. They belong to another architecture, or this configuration does"
         )
     wrong = [
@@ -318,7 +327,7 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str) -> None:
     ]
     if wrong:
         raise UsageError(
-            f"{checkpoint.source}: expected tensors of the config's shapes (ours, [in, out]): {_listed(wrong)}"
+            f"{checkpoint.where}: expected tensors of the config's shapes (ours, [in, out]): {_listed(wrong)}"
         )
     for name, slot in wanted.items():
         values = found[name].read()

@@ -62,10 +62,17 @@ class Checkpoint(NamedTuple):
 
     Args:
         source: the file that the configuration comes from.
+        weights: the file that says where the tensors are; it may be the same.
         config: what config.json holds.
         tensors: by Hugging Face's name.
     """
 
     source: Path
+    weights: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+
+    @property
+    def where(self) -> str:
+        """What to call the checkpoint where its configuration and its tensors disagree: either may be wrong."""
+        return str(self.source) if self.source == self.weights else f"{self.source} and {self.weights.name}"

@@ -41,7 +41,13 @@ def read_folder(folder: Path) -> Checkpoint:
     else:
         where = read_json(index, _Index).weight_map
         for shard in sorted(set(where.values())):
-            if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+            if (
+                Path(shard).name != shard
+                or not 0 < len(shard.encode()) < 256
+                or shard == ".."
+                or "\\" in shard
+                or "\0" in shard
+            ):
                 raise expected(f"{index}: weight_map", "names of files beside it", repr(shard[:80]))
             if not (folder / shard).is_file():
                 raise FileNotFoundError(f"{index}: names {shard}, which is not in {folder}")
@@ -51,7 +57,8 @@ def read_folder(folder: Path) -> Checkpoint:
             tensors |= found
         if lost := sorted(where.keys() - tensors.keys()):
             raise expected(str(index), "names of tensors in these files", f"{lost[0][:80]}, which is in none")
-    return Checkpoint(config, read_json(config, dict[str, Any]), tensors)
+    weights = single if single.is_file() else index
+    return Checkpoint(config, weights, read_json(config, dict[str, Any]), tensors)
 
 
 def _missing(folder: Path) -> str:

@@ -144,7 +144,7 @@ def read_gguf(path: Path) -> Checkpoint:
     if (factors := tensors.pop("rope_freqs.weight", None)) is not None:
         # Llama 3.1's scaling of the frequencies, as llama.cpp keeps it
         config["rope_factors"] = factors.read().tolist()
-    return Checkpoint(path, config, tensors)
+    return Checkpoint(path, path, config, tensors)
 
 
 def _tensors(file: _File, heads: Any, config: dict[str, Any]) -> dict[str, StoredTensor]:

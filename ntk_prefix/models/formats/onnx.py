@@ -98,7 +98,7 @@ def read_onnx(path: Path) -> Checkpoint:
         "intermediate_size": up.shape[0],
         "layer_norm_eps": number("encoder/layer.0/norm1/Add", float),
     }
-    return Checkpoint(path, config, tensors)
+    return Checkpoint(path, path, config, tensors)
 
 
 def _graph(path: Path) -> GraphProto:
@@ -110,6 +110,9 @@ def _graph(path: Path) -> GraphProto:
         graph: GraphProto = onnx.load(path, load_external_data=False).graph
     except (DecodeError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{path}: expected an ONNX file, got one that is broken: {error}") from None
+    names = [name for node in graph.node for name in (node.name, node.op_type, *node.input, *node.output)]
+    if not all(isinstance(name, str) for name in (*names, *(tensor.name for tensor in graph.initializer))):
+        raise expected(str(path), "names in UTF-8", "a file that is broken")  # protobuf gives bytes in their place
     outside = [tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     if outside:
         raise expected(
