@@ -45,7 +45,20 @@ class DataConfig(Checked):
     """What rows there are, and how they are read."""
 
     data_dir: str | None = None
-    """A folder in Hugging Face or GLUE layout, or hub:owner/name; None takes the task's own source."""
+    """A file of rows (csv, tsv, jsonl, json, parquet, arrow), a folder with one of each split (Hugging Face or GLUE layout,
+    or what datasets.save_to_disk wrote), or hub:owner/name; None takes the task's own source."""
+    text_column: str | None = None
+    """What the column with the text is called in your files; None tries the usual names."""
+    text_pair_column: str | None = None
+    """The second text of a pair."""
+    image_column: str | None = None
+    """Images, or their paths beside the file."""
+    label_column: str | None = None
+    """Classes: names, numbers such as stars from 1 to 5, or true and false."""
+    question_column: str | None = None
+    """What is asked (instruct, math)."""
+    answer_column: str | None = None
+    """What shall be answered (instruct, math)."""
     train_size: int | None = None
     """Training examples to sample; None is all."""
     validation_size: int | float | None = 500
@@ -61,6 +74,12 @@ class DataConfig(Checked):
     """Height and width that images are resized to."""
     grouped: int = 32
     """Batches of text that are drawn together and divided by length, for less padding; 1 leaves them as drawn."""
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """Our name of a column -> its name in the files, None where that is not said."""
+        ours = ("text", "text_pair", "image", "label", "question", "answer")
+        return {name: getattr(self, f"{name}_column") for name in ours}
 
     def check(self) -> None:
         """Refuse sizes that no data can have."""
@@ -339,6 +358,28 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
             # the head's rate is that of everything else: nothing of it is pretrained
             optim=OptimConfig(steps=60, batch_size=64, learning_rate=3e-3, head_learning_rate=3e-3),
             eval=EvalConfig(evaluate_every=20, checkpoint_every=20),
+        ),
+    ),
+    "text": (
+        "your own texts and classes, MiniLM: --data-dir FILE --text-column NAME --label-column NAME",
+        TrainConfig(model="minilm", task="text", data=DataConfig(validation_size=None)),
+    ),
+    "pair": (
+        "your own pairs of texts and classes, MiniLM: --data-dir FILE --text-column NAME --text-pair-column NAME ...",
+        TrainConfig(model="minilm", task="pair", data=DataConfig(validation_size=None)),
+    ),
+    "image": (
+        "your own images and classes, the ViT at 112 pixels: --data-dir FILE --image-column NAME --label-column NAME",
+        TrainConfig(model="vit", task="image", data=DataConfig(image_size=112, validation_size=None)),
+    ),
+    "instruct": (
+        "your own questions and answers, SmolLM2: --data-dir FILE --question-column NAME --answer-column NAME",
+        TrainConfig(
+            model="smollm2",
+            task="instruct",
+            data=DataConfig(max_length=256, validation_size=None),
+            optim=OptimConfig(batch_size=8),
+            eval=EvalConfig(choose_by="loss"),
         ),
     ),
     "rte": (

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ntk_prefix.checks import UsageError
+from train.images import decoded
 
 __all__ = [
     "BUCKETS",
@@ -65,7 +66,7 @@ class Dataset(Mapping[str, np.ndarray]):
             ``labels``          int32; classification
             ``prompt_length``   int32; causal language modeling: the loss is on the tokens from here on
             ``prompt_ids``      object, each int32; what to generate from
-            ``image``           uint8 [rows, h, w] or [rows, h, w, 3], or object of such
+            ``image``           uint8 [rows, h, w] or [rows, h, w, 3], or object of such, or of bytes of picture files
             and columns that no batch holds: ``text``, ``question``, ``answer``, ...
         pad_id: token that pads.
         image: how images are handed out.
@@ -299,7 +300,8 @@ def _padded(split: Dataset, column: str, rows: np.ndarray, length: int, side: st
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-def _pixels(image: np.ndarray, wanted: ImageFormat) -> np.ndarray:
+def _pixels(image: np.ndarray | bytes, wanted: ImageFormat) -> np.ndarray:
+    image = decoded(image, "image") if isinstance(image, bytes) else image
     picture = Image.fromarray(image).convert("RGB").resize((wanted.size, wanted.size), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture, np.float32) / 255
     return (pixels - np.array(wanted.mean, np.float32)) / np.array(wanted.std, np.float32)

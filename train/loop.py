@@ -62,6 +62,8 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> d
             return finished
         setup = build(config)
         if jax.process_index() == 0:
+            if console is not None:
+                console.print(str(setup.task), markup=False, highlight=False, soft_wrap=True)
             # only now: a run that could not be set up leaves the folder to one that can
             folder.write_config(config)
         with Checkpoints(workdir / "checkpoints") as checkpoints, Signals() as signals:

@@ -4,68 +4,147 @@
 >>> classify = load("runs/rotten_tomatoes-ntk_attention-0")
 >>> classify("a gripping film")
 {'label': 'positive', 'probability': 0.97}
+>>> classify(["a gripping film", "two hours of nothing"])
+[{'label': 'positive', 'probability': 0.97}, {'label': 'negative', 'probability': 0.99}]
+
+A run on pairs takes two texts, ``classify("a premise", "a hypothesis")``, or two lists; one on images takes files.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
 
-from ntk_prefix import models, peft
-from ntk_prefix.checks import UsageError
+from ntk_prefix import peft
+from ntk_prefix.artifacts import read_bytes, read_json
+from ntk_prefix.checks import NonFiniteError, UsageError, expected
+from train import tasks
 from train.config import TrainConfig
-from train.setup import load_tokenizer, model_path, read_far
+from train.data import Dataset, ImageFormat, evaluation_batches
+from train.images import LARGEST_FILE, decoded
+from train.setup import load_model, load_tokenizer, model_inputs, model_path, normalization, read_far
+from train.sources import spec_of
 
-__all__ = ["load"]
+__all__ = ["Prediction", "load"]
+
+TOGETHER = 32
+"""Rows that are classified at once."""
 
 
-def load(workdir: Path | str) -> Callable[[str], dict[str, Any]]:
-    """Return a function from a sentence to its label and the label's probability.
+class Prediction(TypedDict):
+    """What a run says of one row."""
+
+    label: str
+    probability: float
+
+
+class _Summary(msgspec.Struct):
+    config: dict[str, Any]
+    label_names: list[str]
+
+
+def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
+    """Return a function from a text, a pair of texts or an image to its label and the label's probability.
+
+    It takes what the task has: ``classify(text)``, ``classify(text, other)``, or ``classify(image)``, the path of a file or
+    its bytes. Lists of these give a list of answers, computed together.
 
     Args:
-        workdir: of a finished ``python -m train`` on a text classification task, with any method that has an adapter.
+        workdir: of a finished ``python -m train`` on a classification task, with any method that has an adapter.
 
     Raises:
-        ValueError: the run is not finished, is of another kind, or trained the whole model.
+        UsageError: the run is not finished, is of another kind, or trained the whole model; a file of it is broken.
     """
     folder = Path(workdir)
     summary_file = folder / "summary.json"
     if not summary_file.is_file():
-        raise UsageError(f"expected a finished run with a summary.json, got {folder}: run the same command to go on")
-    summary = json.loads(summary_file.read_text())
-    config, labels = TrainConfig.from_dict(summary["config"], str(summary_file)), summary["label_names"]
-    path = model_path(config.model)
+        raise expected(str(folder), "a finished run with a summary.json", "none", "Run the same command to go on")
+    summary = read_json(summary_file, _Summary)
+    config, labels = TrainConfig.from_dict(summary.config, str(summary_file)), summary.label_names
+    spec, path = spec_of(config.task), model_path(config.model)
     tokenizer = None if path is None else load_tokenizer(path)
-    if path is None or tokenizer is None or not labels or not (folder / "adapter").is_dir():
-        raise UsageError(f"expected a run of text classification with an adapter, got {config.task} by {config.method}")
-    model = models.from_pretrained(
-        path,
-        task="sequence-classification",
-        num_labels=len(labels),
-        pooling=config.pooling,
-        dtype=jnp.dtype(config.device.precision),
-    )
+    if tokenizer is not None:
+        tokenizer.no_padding()
+    texts = [column for column in ("text", "text_pair") if column in spec.columns]
+    if spec.kind == "causal-lm" or not labels or not (folder / "adapter").is_dir() or (texts and tokenizer is None):
+        raise expected(
+            str(folder),
+            "a run of classification with an adapter",
+            f"{config.task} by {config.method} on {config.model}",
+        )
+    model = load_model(config, path, spec.kind, len(labels))
     read_far(model, config.data.max_length, config.window)
     peft.load_adapter(model, folder / "adapter")
     peft.narrow_frozen(model)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(config.data.max_length)
-    run = nnx.jit(lambda model, ids, mask: jax.nn.softmax(model(ids, attention_mask=mask).logits))
+    mean, std = normalization(path)
+    image = ImageFormat(size=config.data.image_size, mean=mean, std=std)
+    run = nnx.jit(lambda model, inputs: jax.nn.softmax(model(**inputs).logits.astype(jnp.float32)))
 
-    def classify(text: str) -> dict[str, Any]:
-        ids = tokenizer.encode(text).ids
-        row = np.zeros((1, config.data.max_length), np.int32)  # one length, one program
-        row[0, : len(ids)] = ids
-        mask = np.arange(row.shape[1])[None] < len(ids)
-        probabilities = np.asarray(run(model, row, mask))[0]
-        best = int(probabilities.argmax())
-        return {"label": labels[best], "probability": float(probabilities[best])}
+    def columns(inputs: Sequence[Sequence[Any]]) -> dict[str, np.ndarray]:
+        if not texts:
+            return {"image": _objects([_picture(one) for one in inputs[0]])}
+        for values in inputs:
+            for row, value in enumerate(values):
+                if not isinstance(value, str) or not value.strip():
+                    raise expected(f"classify, row {row}", "a text", repr(value)[:100])
+        rows = dict(zip(texts, inputs, strict=True))
+        return tasks.encode_texts(tokenizer, rows, config.data.max_length)  # type: ignore[arg-type]
+
+    def classify(*inputs: Any) -> Prediction | list[Prediction]:
+        wanted = len(texts) or 1
+        what = {0: "one image", 1: "one text", 2: "two texts, as the run was trained on pairs"}[len(texts)]
+        if len(inputs) != wanted:
+            raise expected("classify", what, f"{len(inputs)} arguments")
+        several = isinstance(inputs[0], list | tuple)
+        batches = [list(one) if isinstance(one, list | tuple) else [one] for one in inputs]
+        if len({len(one) for one in batches}) != 1 or any(isinstance(one, list | tuple) != several for one in inputs):
+            raise expected("classify", f"{what}, or lists of one length", f"{[len(one) for one in batches]} rows")
+        if not batches[0]:
+            return []
+        labeled = {"labels": np.zeros(len(batches[0]), np.int32)}
+        split = Dataset(columns(batches) | labeled, image=None if texts else image)
+        # one length, and one or TOGETHER rows: two programs
+        size = 1 if split.rows == 1 else TOGETHER
+        probabilities = np.concatenate(
+            [
+                np.asarray(run(model, model_inputs(model, batch)))
+                for batch in evaluation_batches(split, size, (config.data.max_length,))
+            ]
+        )[: split.rows]
+        if not np.isfinite(probabilities).all():
+            raise NonFiniteError(f"{folder}: expected finite probabilities, got NaN.")
+        best = probabilities.argmax(axis=1)
+        answers = [
+            Prediction(label=labels[one], probability=float(row[one]))
+            for one, row in zip(best, probabilities, strict=True)
+        ]
+        return answers if several else answers[0]
 
     return classify
+
+
+def _picture(value: Any) -> np.ndarray:
+    """An image of a file, of its bytes, or as it is."""
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
+        return value
+    if isinstance(value, str | Path):
+        return decoded(read_bytes(Path(value), LARGEST_FILE), str(value))
+    if isinstance(value, bytes):
+        return decoded(value, "classify: the image")
+    raise UsageError(
+        f"classify: expected an image: a path, bytes, or uint8 [h, w] or [h, w, 3], got {type(value).__name__}."
+    )
+
+
+def _objects(values: Sequence[Any]) -> np.ndarray:
+    column = np.empty(len(values), object)
+    for row, value in enumerate(values):
+        column[row] = value
+    return column

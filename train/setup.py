@@ -21,8 +21,19 @@ from ntk_prefix.training import Trainer
 from ntk_prefix.typing import Array, Float
 from train import assets, data, tasks
 from train.config import DeviceConfig, OptimConfig, TrainConfig, adapter_config
+from train.sources import Kind
 
-__all__ = ["Setup", "build", "model_inputs", "model_path", "optimizer", "read_far"]
+__all__ = [
+    "Setup",
+    "build",
+    "load_model",
+    "load_tokenizer",
+    "model_inputs",
+    "model_path",
+    "normalization",
+    "optimizer",
+    "read_far",
+]
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 32, 4096
 """Training examples that an adapter is calibrated on: at most so many, of at most so many tokens together, for their
@@ -48,13 +59,9 @@ def build(config: TrainConfig) -> Setup:
     """
     path = model_path(config.model)
     tokenizer = None if path is None else load_tokenizer(path)
-    task = tasks.load(
-        config.task,
-        config.data,
-        tokenizer=tokenizer,
-        seed=config.seed,
-    )
-    model = load_model(config, path, task)
+    mean, std = normalization(path)
+    task = tasks.load(config.task, config.data, tokenizer=tokenizer, image_mean=mean, image_std=std, seed=config.seed)
+    model = load_model(config, path, task.kind, task.num_labels)
     read_far(model, config.data.max_length, config.window)
     rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.max_length))
     _, first = next(data.train_batches(task.train, rows, config.seed))
@@ -99,8 +106,14 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
     return models.load_tokenizer(path)
 
 
-def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.Module:
-    """Return the pretrained model with a head for the task."""
+def normalization(path: Path | None) -> models.ImageNormalization:
+    """Return the mean and deviation that a model was trained on: its folder's word, or ImageNet's."""
+    found = None if path is None else models.image_normalization(path)
+    return found or models.ImageNormalization(tasks.IMAGENET_MEAN, tasks.IMAGENET_STD)
+
+
+def load_model(config: TrainConfig, path: Path | None, kind: Kind, num_labels: int) -> nnx.Module:
+    """Return the pretrained model with a head for a task of a kind."""
     rngs, dtype = nnx.Rngs(config.seed), jnp.dtype(config.device.precision)
     if path is None:
         sizes = models.VitConfig(
@@ -113,12 +126,12 @@ def load_model(config: TrainConfig, path: Path | None, task: tasks.Task) -> nnx.
             patch_size=2,
         )
         vit = models.Vit(sizes, dtype=dtype, rngs=rngs)
-        return models.Classifier(vit, task.num_labels, pooling=config.pooling, rngs=rngs)
-    if task.kind == "causal-lm":
-        return models.from_pretrained(path, task=task.kind, dtype=dtype, rngs=rngs)
+        return models.Classifier(vit, num_labels, pooling=config.pooling, rngs=rngs)
+    if kind == "causal-lm":
+        return models.from_pretrained(path, task=kind, dtype=dtype, rngs=rngs)
     # a head of the checkpoint is taken on the pooling that it was trained on only
     return models.from_pretrained(
-        path, task=task.kind, num_labels=task.num_labels, pooling=config.pooling, dtype=dtype, rngs=rngs
+        path, task=kind, num_labels=num_labels, pooling=config.pooling, dtype=dtype, rngs=rngs
     )
 
 

@@ -1,9 +1,9 @@
 """Tasks: how the rows of ``train.sources`` are split, and how they become tokens or images.
 
 Splits. ``test`` is the public test split, or the public dev split where that test has no labels (GLUE); look at it
-once. Where a source has no public one, a fifth of its train split is set aside, repeated inputs left out first.
-``validation`` is split off train. Both are stratified and the same for every ``seed``: that draws only the
-``train_size`` rows to train on.
+once. Where a source has none, such as a single file, a fifth of its train split is set aside, repeated inputs left out
+first. ``validation`` is split off train, unless somebody's own data have one. Both are stratified and the same for every
+``seed``: that draws only the ``train_size`` rows to train on.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 from tokenizers import Tokenizer
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.models import load_tokenizer
 from train.config import DataConfig
 from train.data import Dataset, ImageFormat
 from train.sources import Columns, Kind, read, spec_of
 
-__all__ = ["Task", "exact_match", "extract_answer", "load"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Task", "encode_texts", "exact_match", "extract_answer", "load"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,12 @@ class Task:
     end_id: int | None = None
     """The token that ends an answer; causal language modeling only."""
 
+    def __str__(self) -> str:
+        """How many rows of what, for the log."""
+        rows = ", ".join(f"{getattr(self, split).rows:,} {split}" for split in ("train", "validation", "test"))
+        classes = f" of {self.num_labels} classes" if self.label_names else ""
+        return f"{self.name}: {rows} rows{classes}; {self.source}"
+
     @property
     def num_labels(self) -> int:
         """How many classes; 0 for causal language modeling."""
@@ -74,7 +81,7 @@ def load(
     image_std: tuple[float, float, float] = IMAGENET_STD,
     seed: int = 0,
 ) -> Task:
-    """A task and its three splits.
+    """Return a task and its three splits.
 
     Args:
         name: one of ``train.sources.TASKS``.
@@ -93,22 +100,27 @@ def load(
         FileNotFoundError: a folder without the task.
         AssetError: rows that no asset has, or that cannot be fetched.
     """
-    spec = spec_of(name)
+    spec = spec_of(name, settings.columns)
     if not isinstance(seed, int) or seed < 0:
-        raise UsageError(f"seed: expected an integer >= 0, got {seed!r}.")
-    max_length, image_size = settings.max_length, settings.image_size
+        raise expected("seed", "an integer >= 0", repr(seed))
+    max_length = settings.max_length
     text = spec.kind != "image-classification"
     encoder = _tokenizer(tokenizer) if text and tokenizer is not None else None
-    raw, source, label_names = read(name, settings.data_dir)
+    raw, source, label_names = read(name, settings.data_dir, settings.columns)
+    train = raw["train"]
     if "test" in raw:
-        train, test = raw["train"], raw["test"]
+        test = raw["test"]
     else:
-        train, test = _split(name, _without_repeats(raw["train"]), TEST_FRACTION, SPLIT_SEED)
+        train, test = _split(f"{name}, test rows", _without_repeats(train), TEST_FRACTION, SPLIT_SEED)
         source += f"; test: {TEST_FRACTION:.0%} of its train split, ours"
-    validation_size = settings.validation_size
-    if validation_size is None:
-        validation_size = min(0.1, 1000 / _rows_of(train))
-    train, validation = _split(f"{name}, validation_size", train, validation_size, SPLIT_SEED)
+    size = settings.validation_size
+    if "validation" in raw:
+        validation = raw["validation"]
+        if size is not None and size < _rows_of(validation):
+            validation = _split(f"{name}, validation_size", validation, size, SPLIT_SEED)[1]
+    else:
+        size = min(0.1, 1000 / _rows_of(train)) if size is None else size
+        train, validation = _split(f"{name}, validation_size", train, size, SPLIT_SEED)
     if settings.train_size is not None:
         train = _split(f"{name}, train_size", train, settings.train_size, seed)[1]
     if settings.test_beyond:
@@ -119,7 +131,7 @@ def load(
         test = _split(f"{name}, test_size", test, settings.test_size, SPLIT_SEED)[1]
 
     end_id = _end_id(encoder) if encoder is not None and spec.kind == "causal-lm" else None
-    image = None if text else ImageFormat(size=image_size, mean=image_mean, std=image_std)
+    image = None if text else ImageFormat(size=settings.image_size, mean=image_mean, std=image_std)
     pad_id = _pad_id(encoder) if encoder is not None else 0
 
     def dataset(columns: Columns, drop: bool = False) -> Dataset:
@@ -127,7 +139,7 @@ def load(
         if "label" in columns:
             arrays["labels"] = np.asarray(columns["label"], np.int32)
         if encoder is not None:
-            encode = _encode_answers if spec.kind == "causal-lm" else _encode_texts
+            encode = _encode_answers if spec.kind == "causal-lm" else encode_texts
             arrays |= encode(encoder, columns, max_length)
         if drop:
             arrays = _without_long(name, arrays, max_length)
@@ -163,7 +175,10 @@ def last_number(text: str) -> Decimal | None:
 
 
 def exact_match(generated: str, reference: str, *, marked: bool = True) -> bool:
-    """Whether a generated answer ends in the same number as the reference; no number is never right.
+    """Return whether a generated answer ends in the same number as the reference; no number is never right.
+
+    A reference without a number after ``####`` is not one of GSM8K's: then the texts are compared, but for case and white
+    space.
 
     Args:
         generated: what the model wrote.
@@ -171,6 +186,8 @@ def exact_match(generated: str, reference: str, *, marked: bool = True) -> bool:
         marked: the model's number must stand after ``####`` too; else its last number counts, which a model that was
             not taught that form can be right by.
     """
+    if "####" not in reference:
+        return generated.casefold().split() == reference.casefold().split()
     value = extract_answer(generated) if marked else last_number(generated)
     return value is not None and value == extract_answer(reference)
 
@@ -214,12 +231,13 @@ def _split(where: str, columns: Columns, size: int | float, seed: int) -> tuple[
 
 def _without_repeats(columns: Columns) -> Columns:
     """Each input once: a repeated one could stand on both sides of a split."""
-    inputs = [np.asarray(columns["image"]).reshape(_rows_of(columns), -1)] if "image" in columns else None
-    keys: list[Any] = (
-        [row.tobytes() for row in inputs[0]]
-        if inputs
-        else list(zip(*(columns[name] for name in ("text", "text_pair", "question") if name in columns), strict=True))
-    )
+    if "image" in columns:
+        keys: list[Any] = [
+            image if isinstance(image, bytes) else (image.shape, image.tobytes()) for image in columns["image"]
+        ]
+    else:
+        names = [name for name in ("text", "text_pair", "question") if name in columns]
+        keys = list(zip(*(columns[name] for name in names), strict=True))
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     if len(first) < len(keys):
         logger.info("%d rows with a repeated input are left out", len(keys) - len(first))
@@ -231,14 +249,13 @@ def _without_repeats(columns: Columns) -> Columns:
 
 def _tokenizer(given: Tokenizer | Path | str) -> Tokenizer:
     """A tokenizer of our own, without the truncation and padding that the file may ask for."""
-    if isinstance(given, Tokenizer):
-        own = Tokenizer.from_str(given.to_str())
-    else:
+    if not isinstance(given, Tokenizer):
         path = Path(given).expanduser()
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if path.suffix != ".json" or not path.is_file():
+        found = load_tokenizer(path.parent if path.name == "tokenizer.json" else path)
+        if found is None:
             raise FileNotFoundError(f"tokenizer: expected a tokenizer.json or a folder with one, got {given}.")
-        own = Tokenizer.from_file(str(path))
+        given = found
+    own = Tokenizer.from_str(given.to_str())
     own.no_truncation()
     own.no_padding()
     return own
@@ -264,7 +281,7 @@ def _pad_id(tokenizer: Tokenizer) -> int:
 
 def _array(values: Sequence[Any]) -> np.ndarray:
     """Rows as a column: stacked if they are images of one size, else an object array."""
-    if isinstance(values[0], np.ndarray) and len({value.shape for value in values}) == 1:
+    if values and isinstance(values[0], np.ndarray) and len({value.shape for value in values}) == 1:
         return np.stack(values)
     column = np.empty(len(values), object)
     column[:] = values
@@ -278,8 +295,14 @@ def _token_column(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return column
 
 
-def _encode_texts(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dict[str, np.ndarray]:
-    """Tokens of a sentence, or of a pair with its token types; truncated, special tokens kept."""
+def encode_texts(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dict[str, np.ndarray]:
+    """Return the tokens of sentences, or of pairs with their token types; truncated, special tokens kept.
+
+    Args:
+        tokenizer: without padding; its truncation is set.
+        columns: ``text``, and ``text_pair`` for pairs.
+        max_length: tokens of a row at most.
+    """
     tokenizer.enable_truncation(max_length)
     pairs = "text_pair" in columns
     rows = list(zip(columns["text"], columns["text_pair"], strict=True)) if pairs else columns["text"]
