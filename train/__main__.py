@@ -25,6 +25,7 @@ from ntk_prefix.checks import expected
 from train.command import ended, parsed
 from train.config import CONFIGS, SECTION_OF, TrainConfig
 from train.loop import Interrupted, run
+from train.sources import Kind, spec_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,27 @@ def without_sections(arguments: list[str]) -> list[str]:
     return [plain(argument) for argument in arguments]
 
 
+MEANINGLESS: dict[Kind, tuple[str, ...]] = {
+    "sequence-classification": ("image_size", "max_new_tokens"),
+    "image-classification": ("max_length", "window", "grouped", "max_new_tokens"),
+    "causal-lm": ("image_size", "window", "pooling", "head_learning_rate"),
+}
+"""Fields that say nothing to a kind of task."""
+
+
+def refuse_meaningless(arguments: list[str], config: TrainConfig) -> None:
+    """Refuse a flag that was given and that this task would never look at.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    for field in MEANINGLESS[spec_of(config.task).kind]:
+        flag = f"--{field.replace('_', '-')}"
+        if flag in given:
+            raise expected(flag, f"it left alone, since it means nothing to the task {config.task}", "a value")
+
+
 def parse(arguments: list[str]) -> Command:
     """Return what a command line asks for.
 
@@ -88,6 +110,7 @@ def parse(arguments: list[str]) -> Command:
         choices = {name: (text, Command(config)) for name, (text, config) in CONFIGS.items()}
         command = parsed(lambda: tyro.extras.overridable_config_cli(choices, prog=prog, args=arguments))
     command.config.check()
+    refuse_meaningless(arguments, command.config)
     return command
 
 

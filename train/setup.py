@@ -16,12 +16,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ntk_prefix import models, peft
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.models.formats import read_checkpoint
+from ntk_prefix.models.loading import MODELS
 from ntk_prefix.training import Trainer
 from ntk_prefix.typing import Array, Float
 from train import assets, data, tasks
-from train.config import DeviceConfig, OptimConfig, TrainConfig, adapter_config
-from train.sources import Kind
+from train.config import OptimConfig, TrainConfig, adapter_config
+from train.sources import Kind, spec_of
 
 __all__ = [
     "Setup",
@@ -57,7 +59,13 @@ def build(config: TrainConfig) -> Setup:
     Raises:
         ValueError: something in it that does not fit; told before any training.
     """
+    kind = spec_of(config.task).kind
+    placement = _placement(config)
+    if config.window is not None and kind != "sequence-classification":
+        raise expected("--window", f"none for {config.task}: only encoders of text see through windows", config.window)
     path = model_path(config.model)
+    if config.window is not None and path is not None:
+        _check_window(path, config.window)
     tokenizer = None if path is None else load_tokenizer(path)
     mean, std = normalization(path)
     task = tasks.load(config.task, config.data, tokenizer=tokenizer, image_mean=mean, image_std=std, seed=config.seed)
@@ -78,7 +86,7 @@ def build(config: TrainConfig) -> Setup:
         optimizer=optimizer(config.optim),
         wrt=peft.AdapterParam,
         parallel=config.device.parallel,
-        **_placement(config.device),
+        **placement,
     )
     trainer.lay_out_frozen(model)
     return Setup(config, model, task, trainer, tokenizer)
@@ -219,15 +227,38 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(every.init, every.update)
 
 
-def _placement(config: DeviceConfig) -> dict[str, Any]:
-    """Return the trainer's devices: a mesh (data, fsdp), a list for pmap, or nothing for one device."""
-    if config.devices is not None and jax.process_count() > 1:
-        raise UsageError(f"--devices: expected all of them with several processes, got {config.devices}.")
-    devices = jax.devices()[: config.devices]
-    if config.parallel == "pmap":
-        return {} if config.devices is None else {"devices": tuple(devices)}
-    if len(devices) % config.fsdp:
-        raise UsageError(f"--fsdp: expected a divisor of the {len(devices)} devices, got {config.fsdp}.")
+def _check_window(path: Path, window: int) -> None:
+    """Refuse a window for a decoder, by what the files say of the model: before its weights are read.
+
+    Raises:
+        UsageError: it is a decoder, or the files cannot be read.
+    """
+    model_type = read_checkpoint(path).config.get("model_type")
+    if model_type in MODELS and not MODELS[model_type][1].encoder:
+        raise expected("--window", f"none for a decoder such as {model_type}", window)
+
+
+def _placement(config: TrainConfig) -> dict[str, Any]:
+    """Return the trainer's devices: a mesh (data, fsdp), a list for pmap, or nothing for one device.
+
+    Raises:
+        UsageError: more devices than there are, or rows of a step that do not divide among them.
+    """
+    wanted, there = config.device, jax.devices()
+    if wanted.devices is not None and jax.process_count() > 1:
+        raise expected("--devices", "all of them with several processes", wanted.devices)
+    if wanted.devices is not None and wanted.devices > len(there):
+        raise expected("--devices", f"at most the {len(there)} that are here", wanted.devices)
+    devices = there[: wanted.devices]
+    rows = config.optim.batch_size // config.optim.accumulate
+    if rows % len(devices):
+        raise expected(
+            "--batch-size", f"rows divisible by the {len(devices)} devices in each part of a step", f"{rows} a part"
+        )
+    if wanted.parallel == "pmap":
+        return {} if wanted.devices is None else {"devices": tuple(devices)}
+    if len(devices) % wanted.fsdp:
+        raise expected("--fsdp", f"a divisor of the {len(devices)} devices", wanted.fsdp)
     if len(devices) == 1:
         return {}
-    return {"mesh": Mesh(np.array(devices).reshape(-1, config.fsdp), ("data", "fsdp"))}
+    return {"mesh": Mesh(np.array(devices).reshape(-1, wanted.fsdp), ("data", "fsdp"))}

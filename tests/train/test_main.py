@@ -31,6 +31,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("tiny", "--window", "0"), "--window: expected at least 1 token"),
         (("imdb", "--method", "prefix_propagation", "--pooling", "cls"), "Use --adapter pool=cls"),
         (("nosuch",), "newsgroups_long"),
+        (("tiny", "--devices", "99"), "--devices: expected at most the 8 that are here, got 99"),
+        (("tiny", "--batch-size", "12"), "--batch-size: expected rows divisible by the 8 devices"),
         (("tiny", "--model", "/nowhere"), "or an existing path, got '/nowhere'"),
         (("sst2", "--data-dir", "/nowhere", "--model", "tiny-vit"), "in /nowhere or in a folder sst2 there"),
     ],
@@ -48,6 +50,20 @@ def test_what_is_wrong_is_said(
     text = " ".join(word for word in (shown.out + shown.err).split() if word != "│")
     assert said in text
     assert {path.name for path in tmp_path.iterdir()} <= {".lock"}  # nothing that takes the folder
+
+
+@pytest.mark.parametrize("file", ["config.json", "summary.json"])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config"', '{"config": 3}', "\x00" * 9])
+def test_a_damaged_folder_is_one_line_that_names_the_file(
+    file: str, content: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "x[/b]"  # brackets are no markup
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json_text(CONFIGS["tiny"][1].as_dict()))
+    (folder / file).write_text(content)
+    assert run(monkeypatch, "tiny", "--workdir", str(folder)) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"x[/b]/{file}: expected" in line
 
 
 def test_a_folder_keeps_its_configuration(
@@ -70,6 +86,21 @@ class TestFlags:
     )  # fmt: skip
     def test_a_section_may_be_named_and_need_not(self, arguments: tuple[str, ...], changed: dict) -> None:
         assert parse(list(arguments)).config == CONFIGS["sst2"][1].changed(**changed)
+
+    @pytest.mark.parametrize(
+        ("arguments", "flag"),
+        [
+            (("sst2", "--image-size", "32"), "--image-size"),
+            (("sst2", "--eval.max-new-tokens=5"), "--max-new-tokens"),
+            (("tiny", "--max_length", "32"), "--max-length"),
+            (("tiny", "--window", "4"), "--window"),
+            (("gsm8k", "--pooling", "cls"), "--pooling"),
+            (("gsm8k", "--window", "8"), "--window"),
+        ],
+    )
+    def test_one_that_means_nothing_to_the_task_is_refused(self, arguments: tuple[str, ...], flag: str) -> None:
+        with pytest.raises(UsageError, match=f"{flag}: expected it left alone, since it means nothing to the task"):
+            parse(list(arguments))
 
     def test_a_field_of_another_section_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert run(monkeypatch, "tiny", "--data.learning-rate", "1") == 2
