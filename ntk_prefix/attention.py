@@ -5,8 +5,8 @@ A prefix enters softmax attention only through a numerator and a mass per query,
 .. math::  T = \frac{A V + N}{A 1 + E}, \qquad A = e^{scores}, \quad N = \phi(q) Z, \quad E = \phi(q) \cdot k
 
 (or, exactly, :math:`N = \sum_j e^{q \cdot p_j} v_j` and :math:`E = \sum_j e^{q \cdot p_j}`). So no attention
-kernel of our own is needed. Forward: any flash attention returns ``o`` and ``lse``; with
-``L = logaddexp(lse, log E)``,
+kernel of our own is needed. Forward: any flash attention returns ``o`` and ``lse`` (as two numbers: a
+maximum and a log); with ``L = logaddexp(lse, log E)``,
 
 .. math::  T = e^{lse - L} o + e^{-L} N .
 
@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, check_floating, check_positive, expected
 from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.flash import Flash, Statistics, cudnn_problem
@@ -50,10 +50,9 @@ IMPLEMENTATIONS = ("reference", "xla", "cudnn")
 
 
 class LowRank(NamedTuple):
-    """``Z = left @ right`` of rank s: ``R s + s H`` numbers a head in the place of ``R H``.
+    """``Z = left @ right`` of rank s: ``R s + s H`` numbers per head in the place of ``R H``.
 
-    Source: (recalled), paper.md section 1; it answers the complaint that ``R H + R`` is more than a short
-    prefix.
+    Source: derived; it answers the complaint that ``R H + R`` numbers are more than a short prefix has.
     """
 
     left: Float[Array, "N R rank"]
@@ -110,11 +109,14 @@ def ntk_attention(
         ValueError: shapes do not fit together, or the named implementation cannot take them.
 
     Numerics: scores, softmax, features and sums are in float32 (float64 for float64 inputs). The two parts
-    are weighed in log space, so scores of any finite size are safe. ``phi(q) . k`` below zero, which k >= 0
-    rules out for a positive map, counts as zero (and then has no gradient). A row that sees neither a key
-    nor prefix mass is 0, with gradient 0. The weight ``e^{-L}`` of ``phi(q) Z`` is capped at the largest
-    float over ``e^20``, which matters only where own keys and prefix together have a mass below ``e^-68`` in
-    float32 (``e^-689`` in float64).
+    are weighed in log space, so scores of any finite size are safe, those of rows masked by a large negative
+    bias included; and a state of any finite size, since one beyond the root of the largest float is summed in
+    units of it. ``phi(q) . k`` below zero, which k >= 0 rules out for a positive map, counts as zero (and then
+    has no gradient). A row that sees neither a key nor prefix mass is 0, with gradient 0. The weight
+    ``e^{-L}`` of ``phi(q) Z`` is capped at the largest float over ``e^20``, which matters only where own keys
+    and prefix together have a mass below ``e^-68`` in float32 (``e^-689`` in float64); there gradients of
+    ``phi(q) Z`` and ``phi(q) . k``, up to ``e^{-2 L}``, are capped at the same number ("reference" is plain
+    autodiff, and overflows).
 
     Differentiation: reverse mode everywhere; forward mode on top of it (``jax.jvp`` of ``jax.grad``) for
     "reference" and "xla".  Forward mode alone is for "reference"; elsewhere JAX raises its TypeError about
@@ -131,7 +133,9 @@ def ntk_attention(
             query, key, value, bias=bias, mask=mask, is_causal=is_causal, scale=scale, implementation=implementation
         )
         # in the layout of scores, where both parts are computed: one copy at the end instead of one for each
-        total = (own_output.transpose(0, 2, 1, 3) + linear.numerator) / (1 + linear.mass[..., None])
+        one = 1 / linear.unit[None, :, None]
+        own_part = own_output.transpose(0, 2, 1, 3).astype(one.dtype) * one[..., None]
+        total = (own_part + linear.numerator) / (one + linear.mass)[..., None]
         return total.transpose(0, 2, 1, 3).astype(query.dtype)
     if mass != "absolute":
         raise UsageError(f'expected mass "absolute" or "relative", got {mass!r}')
@@ -237,24 +241,30 @@ class _Source(NamedTuple):
 
 
 class _Linear(NamedTuple):
-    """What stands beside the softmax sums: a numerator and its mass >= 0, in the layout of scores."""
+    """What stands beside the softmax sums: a numerator and its mass >= 0, in the layout of scores.
+
+    Both are in a head's ``unit``, 1 for all but states so large that their sums would overflow.
+    """
 
     numerator: Float[Array, "B N T H"]
     mass: Float[Array, "B N T"]
+    unit: Float[Array, "N"]
+
+    @property
+    def log_unit(self) -> Float[Array, "1 N 1"]:
+        """Of every row, exactly 0 for a unit of 1."""
+        return jnp.log(self.unit)[None, :, None]
 
 
 def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: float) -> _Linear:
     """Return what a state says about the prefix: ``N = phi(q) Z`` and ``E = max(phi(q) . k, 0)``."""
     batch, length, heads, head_dim = query.shape
+    features_dim = phi.dim(head_dim)
+    _check_state(z, k, heads, features_dim, head_dim, phi)
     factors = z if isinstance(z, LowRank) else (z,)
-    shape = (heads, phi.dim(head_dim))
-    if k.shape != shape or any(f.shape[0] != heads for f in factors) or factors[0].shape[1] != shape[1]:
-        raise UsageError(
-            f"expected k {shape} and z {(*shape, head_dim)} for {heads} heads and {phi}, "
-            f"got k {k.shape} and z {[f.shape for f in factors]}: use the state's own map and heads"
-        )
     dtype = accumulation_dtype(query.dtype)
-    features = phi(query.transpose(0, 2, 1, 3).astype(dtype) * math.sqrt(scale))
+    unit = _unit((*factors, k), dtype)
+    features = phi(query.transpose(0, 2, 1, 3).astype(dtype) * math.sqrt(scale)) / unit[None, :, None, None]
     numerator = features
     for factor in factors:
         if length < factor.shape[2]:
@@ -262,7 +272,18 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
         else:  # repeated for the rows of the batch it is no larger than they are, and they stay where they are
             numerator = numerator @ jnp.broadcast_to(factor.astype(dtype), (batch, *factor.shape))
     mass = jnp.sum(features * k.astype(dtype)[None, :, None], axis=-1)
-    return _Linear(numerator, jnp.where(mass < 0, 0, mass))  # `maximum` would halve the gradient at k = 0
+    return _Linear(numerator, jnp.where(mass < 0, 0, mass), unit)  # `maximum` would halve the gradient at k = 0
+
+
+def _unit(arrays: tuple[Array, ...], dtype: jnp.dtype) -> Float[Array, "N"]:
+    """Return 1, or a power of two for a head with an entry beyond the root of the largest float.
+
+    Float32: entries from 2^64 to 2^128, in units of 2^96, are within 2^32 of 1, with room for sums and squares.
+    """
+    exponent = jnp.finfo(dtype).maxexp // 4
+    largest = [jnp.max(jnp.abs(x.astype(dtype)), axis=tuple(range(1, x.ndim)), initial=0) for x in arrays]
+    beyond = functools.reduce(jnp.maximum, largest) > 2.0 ** (2 * exponent)
+    return jax.lax.stop_gradient(jnp.where(beyond, 2.0 ** (3 * exponent), 1).astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -278,13 +299,16 @@ def _attend_forward(
 ) -> tuple[Array, Any]:
     parts = [_forward(flash, query, source) for flash, source in zip(flashes, sources, strict=True)]
     statistics = _merge(parts, linear)
-    statistics = statistics._replace(output=statistics.output.astype(query.dtype))
-    linear_dtypes = None if linear is None else jax.tree.map(lambda x: jnp.zeros((), x.dtype), linear)
-    return statistics.output, (query, sources, statistics, linear_dtypes)
+    output = statistics.output
+    if linear is not None and query.dtype == jnp.float16:  # where a capped weight still goes beyond 65504
+        output = jnp.clip(output, jnp.finfo(jnp.float16).min, jnp.finfo(jnp.float16).max)
+    statistics = statistics._replace(output=output.astype(query.dtype))
+    unit = None if linear is None else linear.unit
+    return statistics.output, (query, sources, statistics, unit)
 
 
 def _attend_backward(flashes: tuple[Flash, ...], residuals: Any, d_output: Array) -> tuple[Any, ...]:
-    query, sources, statistics, linear = residuals
+    query, sources, statistics, unit = residuals
     d_query = jnp.zeros(query.shape, accumulation_dtype(query.dtype))
     d_sources = []
     for flash, source in zip(flashes, sources, strict=True):
@@ -292,11 +316,14 @@ def _attend_backward(flashes: tuple[Flash, ...], residuals: Any, d_output: Array
         d_query = d_query + d_part
         d_sources.append(d_source)
     d_linear = None
-    if linear is not None:
-        weight = _linear_weight(statistics.lse)
+    if unit is not None:
+        weight = _linear_weight((statistics.maximum - jnp.log(unit)[None, :, None]) + statistics.log_sum)
         d_total = d_output.astype(weight.dtype)
         projection = jnp.sum(d_total * statistics.output.astype(weight.dtype), axis=-1)
-        d_linear = _Linear(weight[..., None] * d_total.transpose(0, 2, 1, 3), -weight * projection.transpose(0, 2, 1))
+        largest = math.exp(_largest_log(weight.dtype))
+        d_numerator = jnp.clip(weight[..., None] * d_total.transpose(0, 2, 1, 3), -largest, largest)
+        d_mass = jnp.clip(-weight * projection.transpose(0, 2, 1), -largest, largest)
+        d_linear = _Linear(d_numerator, d_mass, jnp.zeros_like(unit))
     return d_query.astype(query.dtype), tuple(d_sources), d_linear
 
 
@@ -306,39 +333,42 @@ _attend = jax.jit(_attend_once, static_argnums=0)  # one program, also when call
 
 def _merge(parts: list[Statistics], linear: _Linear | None) -> Statistics:
     """Return output and log-mass of all parts together; a part of mass 0 leaves the others' bits alone."""
-    dtype = parts[0].lse.dtype
-    logs = [part.lse for part in parts]
-    mass = None if linear is None else linear.mass
-    if mass is not None:
-        logs.append(jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)), -jnp.inf))
-    largest = functools.reduce(jnp.maximum, logs)
+    dtype = parts[0].maximum.dtype
+    largest = functools.reduce(jnp.maximum, [part.maximum for part in parts])
+    if linear is not None:
+        log_mass = jnp.log(jnp.where(linear.mass > 0, linear.mass, 1)) + linear.log_unit
+        largest = jnp.maximum(largest, jnp.where(linear.mass > 0, log_mass, -jnp.inf))
     empty = largest == -jnp.inf
     largest = jnp.where(empty, jnp.inf, largest)  # every weight below becomes exp(-inf) = 0
-    weights = [jnp.exp(part.lse - largest) for part in parts]
+    weights = [jnp.exp((part.maximum - largest) + part.log_sum) for part in parts]
     values = [part.output.astype(dtype) for part in parts]
     total = functools.reduce(jnp.add, weights)
-    if linear is not None and mass is not None:
-        weights.append(_linear_weight(largest))
+    if linear is not None:
+        weights.append(_linear_weight(largest - linear.log_unit))
         values.append(linear.numerator.transpose(0, 2, 1, 3))
-        total = total + weights[-1] * mass
+        total = total + weights[-1] * linear.mass
     total = jnp.where(empty, 1, total)
     output = functools.reduce(
         jnp.add, [(w / total).transpose(0, 2, 1)[..., None] * v for w, v in zip(weights, values, strict=True)]
     )
-    return Statistics(output, largest + jnp.log(total))
+    return Statistics(output, largest, jnp.log(total))
 
 
 def _linear_weight(log_mass: Array) -> Array:
     """Return ``exp(-log_mass)``, capped with room for sums: the cap keeps 0 * infinity from happening."""
-    return jnp.exp(jnp.minimum(-log_mass, math.log(jnp.finfo(log_mass.dtype).max) - 20))
+    return jnp.exp(jnp.minimum(-log_mass, _largest_log(log_mass.dtype)))
+
+
+def _largest_log(dtype: jnp.dtype) -> float:
+    return math.log(jnp.finfo(dtype).max) - 20
 
 
 def _forward(flash: Flash, query: Array, source: _Source) -> Statistics:
     if source.key.ndim == 4:
         return flash.forward(query, source.key, source.value, source.bias, source.mask)
-    output, lse = flash.forward(_fold(query), source.key[None], source.value[None])
+    output, *rows = flash.forward(_fold(query), source.key[None], source.value[None])
     batch, length, heads, _ = query.shape
-    return Statistics(output.reshape(query.shape), lse.reshape(heads, batch, length).transpose(1, 0, 2))
+    return Statistics(output.reshape(query.shape), *(x.reshape(heads, batch, length).transpose(1, 0, 2) for x in rows))
 
 
 def _backward(
@@ -347,7 +377,8 @@ def _backward(
     if source.key.ndim == 4:
         grads = flash.backward(query, source.key, source.value, source.bias, source.mask, statistics, d_output)
         return grads.query, _Source(grads.key, grads.value, grads.bias, None)
-    folded = Statistics(_fold(statistics.output), statistics.lse.transpose(1, 0, 2).reshape(1, query.shape[2], -1))
+    output, *rows = statistics
+    folded = Statistics(_fold(output), *(x.transpose(1, 0, 2).reshape(1, query.shape[2], -1) for x in rows))
     grads = flash.backward(_fold(query), source.key[None], source.value[None], None, None, folded, _fold(d_output))
     return grads.query.reshape(query.shape), _Source(grads.key[0], grads.value[0], None, None)
 
@@ -390,13 +421,13 @@ def _reference(
     values = jnp.repeat(value, all_scores.shape[1] // value.shape[2], axis=2).astype(dtype)
     largest = jnp.max(all_scores, axis=-1, initial=-jnp.inf)
     if linear is not None:
-        largest = jnp.maximum(largest, jnp.log(linear.mass))
+        largest = jnp.maximum(largest, jnp.log(linear.mass) + linear.log_unit)
     largest = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, jnp.inf, largest))
     attention = jnp.exp(all_scores - largest[..., None])
     above = jnp.einsum("bnts,bsnh->bnth", attention, values)
     below = jnp.sum(attention, axis=-1)
     if linear is not None:
-        weight = _linear_weight(largest)
+        weight = _linear_weight(largest - linear.log_unit)
         above = above + weight[..., None] * linear.numerator
         below = below + weight * linear.mass
     below = jnp.where(below == 0, 1, below)
@@ -418,19 +449,21 @@ def _choose(implementation: str | None, query: Array, key: Array, bias: Array | 
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    if not scale > 0:
-        raise UsageError(f"expected scale > 0, got {scale}: feature maps are applied to q * sqrt(scale)")
-    return scale
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    check_positive("scale", scale)  # feature maps are applied to q * sqrt(scale)
+    return float(scale)
 
 
 def _check(
     query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None, scale: float | None
 ) -> float:
-    """Raise unless the shapes are those of attention; return the scale."""
+    """Raise unless shapes and dtypes are those of attention; return the scale."""
     if query.ndim != 4 or key.ndim != 4:
         raise UsageError(f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}")
     batch, length, heads, head_dim = query.shape
+    if head_dim == 0:
+        raise expected("query", "[B, T, N, H] with H >= 1", query.shape)
     if value.shape != key.shape:
         raise UsageError(f"expected value of the key's shape {key.shape}, got {value.shape}")
     if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[2] == 0 or heads % key.shape[2]:
@@ -444,9 +477,29 @@ def _check(
             raise UsageError(
                 f"expected {name} of shape {full}, each axis possibly 1, got {x.shape}: add axes of size 1"
             )
+    for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
+        if x is not None:
+            check_floating(name, x)
     if mask is not None and mask.dtype != jnp.bool_:
         raise UsageError(f"expected a boolean mask, True where a key is seen, got {mask.dtype}: use bias for numbers")
     return _scale(scale, head_dim)
+
+
+def _check_state(z: Array | LowRank, k: Array, heads: int, features: int, head_dim: int, phi: FeatureMap) -> None:
+    """Raise unless z and k are those of so many heads and features, in floating point."""
+    factors = z if isinstance(z, LowRank) else (z,)
+    shapes = tuple(x.shape for x in factors)
+    rank = shapes[0][-1] if isinstance(z, LowRank) and shapes[0] else head_dim
+    wanted = ((heads, features, rank), (heads, rank, head_dim))[: len(shapes)]
+    if k.shape != (heads, features) or shapes != wanted:
+        got = f"left {shapes[0]}, right {shapes[1]}" if isinstance(z, LowRank) else f"{shapes[0]}"
+        raise UsageError(
+            f"expected k {(heads, features)} and z {(heads, features, head_dim)}, or factors of such a z, for {heads} "
+            f"heads and {phi}, got k {k.shape} and z {got}: use the state's own map and heads"
+        )
+    names = ("z.left", "z.right") if isinstance(z, LowRank) else ("z",)
+    for name, x in zip(("k", *names), (k, *factors), strict=True):
+        check_floating(name, x)
 
 
 def _check_prefix(query: Array, key: Array, prefix_key: Array, prefix_value: Array) -> None:
@@ -460,3 +513,5 @@ def _check_prefix(query: Array, key: Array, prefix_key: Array, prefix_value: Arr
         raise UsageError(
             f"expected prefix_value of the prefix_key's shape {prefix_key.shape}, got {prefix_value.shape}"
         )
+    check_floating("prefix_key", prefix_key)
+    check_floating("prefix_value", prefix_value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ __all__ = [
     "MissingPackageError",
     "NonFiniteError",
     "UsageError",
+    "check_finite",
+    "check_floating",
     "check_inputs",
     "check_positive",
     "check_unit_ball",
@@ -83,6 +86,39 @@ def explain(error: BaseException) -> str | None:
     ):
         return f"expected this to fit into memory, got: {str(error).splitlines()[0] if str(error) else 'no room'}"
     return None
+
+
+def check_floating(name: str, array: jax.Array) -> None:
+    """Refuse an array whose dtype is not a real floating point one.
+
+    Integers and booleans would make the result one of theirs, and of complex numbers the imaginary part would go.
+
+    Raises:
+        UsageError: naming the argument and its dtype.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise expected(name, "floating point numbers", array.dtype, f"Use {name}.astype(float)")
+
+
+def check_finite(name: str, tree: Any) -> None:
+    """Refuse NaN and infinities, where there are values to look at (a tracer has none).
+
+    Raises:
+        UsageError: naming the argument, the first such number and its place.
+    """
+    for array in jax.tree.leaves(tree):
+        if isinstance(array, jax.core.Tracer) or not jnp.issubdtype(array.dtype, jnp.inexact):
+            continue
+        # under jit a concrete array would become a tracer by being looked at
+        with jax.ensure_compile_time_eval():
+            finite = jnp.isfinite(array)
+            if finite.all():
+                continue
+            place = tuple(int(index) for index in np.argwhere(~np.asarray(finite))[0])
+            raise UsageError(
+                f"{name}: expected finite numbers, got {array[place]} at {list(place)}, and {(~finite).sum()} such in "
+                "all. Drop or impute them first."
+            )
 
 
 def check_inputs(name: str, inputs: jax.Array, *, features: int | None = None) -> None:

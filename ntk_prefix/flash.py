@@ -4,7 +4,10 @@ Flash attention has two halves. The forward returns the output ``o`` and, per ro
 denominator, ``lse = logsumexp(scores)``. The backward takes both back in, recomputes ``P = exp(scores -
 lse)`` block by block, and never needs to know that ``o`` and ``lse`` came from these keys alone.
 :mod:`ntk_prefix.attention` lives on that: it merges a prefix into ``o`` and ``lse`` and hands the *merged*
-pair to the ordinary backward, which then returns exactly the gradients of the merged attention.
+statistics to the ordinary backward, which then returns exactly the gradients of the merged attention.
+
+``lse`` is carried as two numbers, the row's maximum ``M`` and ``log sum exp(scores - M)``. In a row masked by
+the usual additive bias of -1e9 their sum is M to the last bit, and P would be S times too large.
 
 Two libraries' halves are offered, under one signature:
 
@@ -13,7 +16,7 @@ Two libraries' halves are offered, under one signature:
 ``cudnn``  cuDNN flash attention through JAX's own primitives; CUDA, bfloat16 and float16
 =========  ==================================================================================================
 
-Layouts are those of ``jax.nn.dot_product_attention``; ``lse`` is [B, N, T] in the accumulation dtype.
+Layouts are those of ``jax.nn.dot_product_attention``; row statistics are [B, N, T] in the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -44,14 +47,21 @@ their rate, small enough (8 MiB) that scores, probabilities and their gradients 
 
 
 class Statistics(NamedTuple):
-    """What a flash forward returns: ``output = softmax(scores) V`` and ``lse = logsumexp(scores)``.
+    """What a flash forward returns: ``output = softmax(scores) V`` and ``lse = maximum + log_sum``.
 
-    A row without any key (all masked, or S = 0) has ``lse = -inf`` and output 0. The output is in the
+    ``exp(scores - maximum) / exp(log_sum)`` are probabilities at scores of any finite size. A row without any
+    key (all masked, or S = 0) has ``maximum = -inf``, ``log_sum = 0`` and output 0. The output is in the
     accumulation dtype if the library gives it so (``xla``), for whoever merges to round once.
     """
 
     output: Float[Array, "B T N H"]
-    lse: Float[Array, "B N T"]
+    maximum: Float[Array, "B N T"]
+    log_sum: Float[Array, "B N T"]
+
+    @property
+    def lse(self) -> Float[Array, "B N T"]:
+        """``logsumexp(scores)``, rounded: from ``|maximum| = 1e9`` on float32 loses all of ``log_sum``."""
+        return self.maximum + self.log_sum
 
 
 class Gradients(NamedTuple):
@@ -83,7 +93,7 @@ class Flash:
         bias: Float[Array, "#B #N #T #S"] | None = None,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
     ) -> Statistics:
-        """Return ``softmax(scores) V`` and ``logsumexp(scores)``."""
+        """Return ``softmax(scores) V`` and the statistics of its rows."""
         half = {"xla": _xla_forward, "cudnn": _cudnn_forward}[self.implementation]
         return half(self, query, key, value, bias, mask)
 
@@ -103,8 +113,8 @@ class Flash:
 
         Args:
             query, key, value, bias, mask: as in :meth:`forward`.
-            statistics: the pair the layer's output was made of. Handing in a merged pair is the point: rows
-                of P then sum to less than 1, and the gradients are those of the merged attention. ``lse =
+            statistics: what the layer's output was made of. Handing in merged ones is the point: rows of P
+                then sum to less than 1, and the gradients are those of the merged attention. ``maximum =
                 +inf`` switches a row off.
             d_output: the cotangent of the layer's output.
         """
@@ -287,11 +297,9 @@ def _xla_forward(
         jnp.zeros(queries.shape, dtype),
     )
     maxima, sums, outputs = _scan(visit, start, blocks.pairs())
-    empty = sums == 0
-    sums = jnp.where(empty, 1, sums)
-    lse = jnp.where(empty, -jnp.inf, maxima + jnp.log(sums))
+    sums = jnp.where(sums == 0, 1, sums)  # a row without keys, whose maximum is still -inf
     output = blocks.join_queries(outputs / sums[..., None])
-    return Statistics(output, blocks.join_rows(lse))
+    return Statistics(output, blocks.join_rows(maxima), blocks.join_rows(jnp.log(sums)))
 
 
 def _xla_backward(
@@ -308,7 +316,7 @@ def _xla_backward(
     blocks = _Blocks.of(query, key, flash.is_causal)
     queries, keys, values = blocks.cut_queries(query), blocks.cut_keys(key), blocks.cut_keys(value)
     d_outputs, outputs = blocks.cut_queries(d_output), blocks.cut_queries(statistics.output)
-    lse = blocks.cut_rows(statistics.lse, fill=jnp.inf)
+    maxima, log_sums = blocks.cut_rows(statistics.maximum, fill=jnp.inf), blocks.cut_rows(statistics.log_sum, fill=0)
     projection = jnp.sum(d_outputs.astype(dtype) * outputs.astype(dtype), axis=-1)
     cut_bias, cut_mask = blocks.cut_scores(bias), blocks.cut_scores(mask)
 
@@ -318,7 +326,7 @@ def _xla_backward(
         block_query, block_key = _at(queries, i).astype(dtype) * flash.scale, _at(keys, j).astype(dtype)
         d_block_output = _at(d_outputs, i).astype(dtype)
         block = blocks.scores(block_query, block_key, cut_bias, cut_mask, i, j)
-        weights = jnp.exp(block - _at(lse, i)[..., None])
+        weights = jnp.exp((block - _at(maxima, i)[..., None]) - _at(log_sums, i)[..., None])
         d_weights = jnp.einsum("bkrh,bksh->bkrs", d_block_output, _at(values, j).astype(dtype))
         d_scores = weights * (d_weights - _at(projection, i)[..., None])
         if d_bias is not None:
@@ -419,6 +427,9 @@ _CUDNN_NAMES = (
 _CUDNN_MASKED = {"bfloat16": -(2.0**41), "float16": -(2.0**15)}
 """What stands for minus infinity in a cuDNN bias: two infinities would be subtracted inside the kernel."""
 
+_CUDNN_LARGE_BIAS = 4096.0
+"""Largest bias of a row that cuDNN is given as it is: there ``lse``, one float32, is within 2^-12 of itself."""
+
 
 def _cudnn() -> Any:
     """Return JAX's private module of cuDNN attention; no public one takes residuals back in."""
@@ -427,22 +438,42 @@ def _cudnn() -> Any:
     return fused_attention_stablehlo
 
 
-def _cudnn_arguments(
-    flash: Flash, query: Array, key: Array, bias: Array | None, mask: Array | None
-) -> tuple[list[Array], dict[str, Any]]:
-    """Return what both primitives take: the unused operands as empty arrays, mask folded into the bias."""
+class _CudnnCall(NamedTuple):
+    """What both primitives take, and by how much each row's bias was lowered for them."""
+
+    operands: list[Array]
+    parameters: dict[str, Any]
+    shift: Array | None
+    """[#B, #N, T], the large bias that a whole row shares; None if no bias was given."""
+
+
+def _cudnn_call(flash: Flash, query: Array, key: Array, bias: Array | None, mask: Array | None) -> _CudnnCall:
+    """Return the call's operands: the unused ones as empty arrays, mask folded into the bias.
+
+    cuDNN has one statistic, ``lse``, in float32. Probabilities do not change when all scores of a row do by the
+    same number, so a row whose largest bias is large gets a bias without it; it goes into ``maximum``, and ``lse``
+    keeps its digits.
+    """
     problem = _cudnn_shape_problem(query, key, bias, mask)
     if problem:
         raise UsageError(problem)
     unused = jnp.zeros(0, query.dtype)
     has_bias = bias is not None or mask is not None
-    combined = unused
+    combined, shift = unused, None
     if has_bias:
-        combined = jnp.zeros((), query.dtype) if bias is None else bias.astype(query.dtype)
-        if mask is not None:
-            combined = jnp.where(mask, combined, jnp.asarray(_CUDNN_MASKED[query.dtype.name], query.dtype))
+        masked = _CUDNN_MASKED[query.dtype.name]
         lengths = (query.shape[1], key.shape[1])
-        combined = jnp.broadcast_to(combined, (*combined.shape[:2], *lengths))
+        wide = jnp.zeros((1,) * 4, jnp.float32) if bias is None else bias.astype(jnp.float32)
+        wide = wide if mask is None else jnp.where(mask, wide, -jnp.inf)
+        wide = jnp.broadcast_to(wide, (*wide.shape[:2], *lengths))
+        if bias is not None:
+            if flash.is_causal:  # what a row does not see must not count as its largest
+                wide = jnp.where(np.tri(*lengths, dtype=bool)[None, None], wide, -jnp.inf)
+            largest = jnp.max(wide, axis=-1)
+            large = jnp.isfinite(largest) & (jnp.abs(largest) > _CUDNN_LARGE_BIAS)
+            shift = jnp.where(large, largest, 0)
+            wide = wide - shift[..., None]
+        combined = jnp.clip(wide, masked, -masked).astype(query.dtype)
     mask_type = _cudnn().MaskType.CAUSAL if flash.is_causal else _cudnn().MaskType.NO_MASK
     parameters = dict(
         scale=float(flash.scale),
@@ -454,21 +485,26 @@ def _cudnn_arguments(
         sliding_window_length=None,
     )
     # bias, query lengths, key lengths, query offsets, key offsets, page table of keys, page table of values
-    return [combined, *[unused] * 6], parameters
+    return _CudnnCall([combined, *[unused] * 6], parameters, shift)
 
 
 def _cudnn_forward(
     flash: Flash, query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
 ) -> Statistics:
-    operands, parameters = _cudnn_arguments(flash, query, key, bias, mask)
+    call = _cudnn_call(flash, query, key, bias, mask)
     output, lse = _cudnn()._dot_product_attention_fwd_p_wrapper.bind(
-        query, key, value, *operands, is_training=True, **parameters
+        query, key, value, *call.operands, is_training=True, **call.parameters
     )
-    if mask is None:
-        return Statistics(output, lse)
+    if bias is None and mask is None:
+        return Statistics(output, lse, jnp.zeros_like(lse))
     empty = lse < _CUDNN_MASKED[query.dtype.name] / 2
     output = jnp.where(empty.transpose(0, 2, 1)[..., None], 0, output)
-    return Statistics(output, jnp.where(empty, -jnp.inf, lse))
+    if call.shift is None:
+        return Statistics(output, jnp.where(empty, -jnp.inf, lse), jnp.zeros_like(lse))
+    # the larger of the two first, for whoever merges; rows with a small bias have no shift, and are as without it
+    shifted = call.shift != 0
+    maximum = jnp.where(empty, -jnp.inf, jnp.where(shifted, call.shift, lse))
+    return Statistics(output, maximum, jnp.where(shifted & ~empty, lse, 0))
 
 
 def _cudnn_backward(
@@ -481,10 +517,12 @@ def _cudnn_backward(
     statistics: Statistics,
     d_output: Array,
 ) -> Gradients:
-    operands, parameters = _cudnn_arguments(flash, query, key, bias, mask)
-    lse = jnp.where(statistics.lse == jnp.inf, 0, statistics.lse)  # masked scores stay far below 0
+    call = _cudnn_call(flash, query, key, bias, mask)
+    maximum = statistics.maximum if call.shift is None else statistics.maximum - call.shift
+    # masked scores stay far below 0
+    lse = jnp.where(statistics.maximum == jnp.inf, 0, maximum + statistics.log_sum)
     d_query, d_key, d_value, *d_bias = _cudnn()._dot_product_attention_bwd_p_wrapper.bind(
-        query, key, value, *operands, lse, statistics.output, d_output, **parameters
+        query, key, value, *call.operands, lse, statistics.output, d_output, **call.parameters
     )
     if bias is None:
         return Gradients(d_query, d_key, d_value, None)

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError, check_positive
+from ntk_prefix.checks import UsageError, check_finite, check_positive
 from ntk_prefix.kernels import neural_tangents
-from ntk_prefix.kernels.empirical import check_finite
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Prediction", "predict"]

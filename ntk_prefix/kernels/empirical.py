@@ -22,10 +22,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen, nnx
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, check_finite
 from ntk_prefix.kernels import neural_tangents
 from ntk_prefix.typing import Array, Float
 
@@ -206,23 +205,6 @@ def _split(model: object, wrt: Any) -> tuple[_Function, tuple[Array, ...], Any]:
             f"none. The model has: {', '.join(sorted(found)) or 'no variables at all'}."
         )
     return function, tuple(parameters), constants
-
-
-def check_finite(name: str, tree: Any) -> None:
-    """Refuse NaN and infinities, where there are values to look at (a tracer has none)."""
-    for array in jax.tree.leaves(tree):
-        if isinstance(array, jax.core.Tracer) or not jnp.issubdtype(array.dtype, jnp.inexact):
-            continue
-        # under jit a concrete array would become a tracer by being looked at
-        with jax.ensure_compile_time_eval():
-            finite = jnp.isfinite(array)
-            if finite.all():
-                continue
-            place = tuple(int(index) for index in np.argwhere(~np.asarray(finite))[0])
-            raise UsageError(
-                f"{name}: expected finite numbers, got {array[place]} at {list(place)}, and {(~finite).sum()} such in "
-                "all. Drop or impute them first."
-            )
 
 
 def _output(function: _Function, parameters: Any, constants: Any, x: Array) -> jax.ShapeDtypeStruct:
