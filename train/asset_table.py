@@ -181,6 +181,7 @@ ASSETS: dict[str, Asset] = {
         size=358_249_635,
         members={"bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json": "task.json"},
         entry="task.json",
+        pinned={"task.json": "226298409875f5b93ccda063863181f88723d39bac7eeef28a79843ae0aace31"},
         license="none stated: no LICENSE in the root of the archive, and CIFAR-10 has none",
     ),
     "gsm_symbolic": Asset(

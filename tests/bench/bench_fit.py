@@ -19,6 +19,7 @@ from rich.table import Table
 from ntk_prefix import PrefixState, models, peft
 from ntk_prefix.artifacts import json_text, provenance, write_whole
 from train import assets, tasks
+from train.config import DataConfig
 from train.setup import load_tokenizer
 
 
@@ -46,7 +47,8 @@ def measure(options: Options) -> dict[int, dict[str, np.ndarray]]:
     """Errors per layer and head: fitted (held out and in training), raw, and of leaving the prefix out."""
     folder = assets.asset("minilm")
     model = models.from_pretrained(folder)
-    task = tasks.load("newsgroups", tokenizer=load_tokenizer(folder), max_length=options.tokens, test_size=40)
+    settings = DataConfig(max_length=options.tokens, test_size=40)
+    task = tasks.load("newsgroups", settings, tokenizer=load_tokenizer(folder))
     rows = list(task.train["input_ids"])
     prefix = next(ids for ids in rows if len(ids) == options.tokens)
     long = [ids[: options.length] for ids in rows if len(ids) >= options.length and ids is not prefix]

