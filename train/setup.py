@@ -157,12 +157,9 @@ def read_far(model: nnx.Module, max_length: int, window: int | None) -> None:
         backbone.extend_positions(max_length)
 
 
-def model_inputs(model: nnx.Module, batch: Mapping[str, Any]) -> dict[str, Array]:
-    """Return a batch as keyword arguments of the model: a decoder's first is called input_ids, a classifier's inputs."""
-    first = "input_ids" if isinstance(model, models.Llama) else "inputs"
-    names = {"input_ids": first, "pixel_values": first}
-    kept = ("input_ids", "pixel_values", "attention_mask", "token_type_ids")
-    return {names.get(key, key): jnp.asarray(batch[key]) for key in kept if key in batch}
+def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Array]:
+    """Return what a model takes of a batch, as keyword arguments."""
+    return {name: jnp.asarray(batch[name]) for name in model.input_names if name in batch}
 
 
 def loss_of(kind: str) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]:

@@ -2,6 +2,7 @@
 
 >>> model = models.from_pretrained("all-MiniLM-L6-v2")                          # a Hugging Face folder
 >>> model(input_ids, attention_mask).last_hidden_state                          # [B, T, D]
+>>> model.remat = True                                                          # see RunOptions
 >>> model = models.from_pretrained("SmolLM2-135M-Instruct.Q4_1.gguf", "causal-lm")
 >>> models.generate(model, input_ids, attention_mask, max_new_tokens=32, eos_token_id=2)
 
@@ -12,7 +13,7 @@ flax's own attention; EasyDeL and MaxText are whole training stacks around atten
 """
 
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer, KeyValueCache, Rotary
-from ntk_prefix.models.backbone import Backbone, Classifier, LeadingRows, Output
+from ntk_prefix.models.backbone import Backbone, Classifier, LeadingRows, Output, RunOptions
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer
 from ntk_prefix.models.llama import Llama, LlamaConfig, generate
@@ -34,6 +35,7 @@ __all__ = [
     "LlamaConfig",
     "Output",
     "Rotary",
+    "RunOptions",
     "Vit",
     "VitConfig",
     "from_pretrained",

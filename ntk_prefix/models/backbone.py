@@ -36,6 +36,7 @@ __all__ = [
     "Mlp",
     "Output",
     "Pooling",
+    "RunOptions",
     "Size",
     "TransformerLayer",
 ]
@@ -232,15 +233,44 @@ class LeadingRows(nnx.Module):
         return None
 
 
-class Backbone(nnx.Module):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a model is run; none of it is a weight, and each may be changed at any time.
+
+    Args:
+        remat: recompute each layer in the backward pass instead of keeping its activations; same numbers.
+        window: tokens that a token of an encoder sees to each side; all if None.
+        position_offset: added to all positions. Hugging Face's prefix tuning numbers the first token M.
+    """
+
+    remat: bool = False
+    window: int | None = None
+    position_offset: int = 0
+
+
+def _option(name: str) -> Any:
+    """Return an attribute that reads and writes one of the run options."""
+
+    def write(model: Any, value: Any) -> None:
+        model.run = dataclasses.replace(model.run, **{name: value})
+
+    return property(lambda model: getattr(model.run, name), write, doc=f"``run.{name}``, see :class:`RunOptions`.")
+
+
+class Runnable:
+    """What has run options, as one record ``run`` and as an attribute each: ``model.remat = True``."""
+
+    run: RunOptions
+    remat: bool = _option("remat")
+    window: int | None = _option("window")
+    position_offset: int = _option("position_offset")
+
+
+class Backbone(Runnable, nnx.Module):
     """A stack of layers.
 
-    Attributes that may be set at any time:
-        remat: recompute each layer in the backward pass instead of keeping its activations; same numbers.
-        position_offset: added to all positions. Hugging Face's prefix tuning numbers the first token M.
-        window: tokens that a token of an encoder sees to each side; all if None.
-
     Class attributes:
+        input_names: the arguments of a call that are a batch's; the first is what is encoded.
         encoder: whether every token may see all others: what leading rows and windows need.
         hugging_face_names: our module's path -> the module in a Hugging Face checkpoint; ``{i}`` is the layer. The
             loader goes by it, and adapter files are written by it.
@@ -252,6 +282,7 @@ class Backbone(nnx.Module):
         pooling: what a classifier pools by unless told otherwise.
     """
 
+    input_names: ClassVar[tuple[str, ...]]
     encoder: ClassVar[bool] = True
     hugging_face_names: ClassVar[dict[str, str]]
     hugging_face_aliases: ClassVar[dict[str, str]] = {}
@@ -267,9 +298,7 @@ class Backbone(nnx.Module):
     def __init__(self, config: BackboneConfig, *, dtype: DTypeLike | None):
         self.config = config
         self.dtype = jnp.dtype(dtype or jnp.float32)
-        self.remat = False
-        self.position_offset = 0
-        self.window: int | None = None
+        self.run = RunOptions()
         self.leading = LeadingRows(config.num_hidden_layers, config.hidden_size) if self.encoder else None
 
     def encode(
@@ -324,7 +353,7 @@ class Backbone(nnx.Module):
         return positions + jnp.asarray(self.position_offset + offset, positions.dtype).reshape(-1, 1)
 
 
-class Classifier(nnx.Module):
+class Classifier(Runnable, nnx.Module):
     """A linear map on a pooled backbone, for sequences and images alike: logits [B, labels].
 
     Args:
@@ -352,14 +381,28 @@ class Classifier(nnx.Module):
 
     def __call__(
         self,
-        inputs: Int[Array, "B T"] | Float[Array, "B height width channels"],
+        inputs: Int[Array, "B T"] | Float[Array, "B height width channels"] | None = None,
         attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | None = None,
-        **options: Any,
+        **named: Any,
     ) -> Output:
-        """Return hidden states and logits; inputs and options are those of the backbone."""
+        """Return hidden states and logits.
+
+        Args:
+            inputs: what is classified; by the backbone's own name, ``input_ids`` or ``pixel_values``, as well.
+            attention_mask: where there are tokens; all if None.
+            named: all that the backbone takes, by its names.
+
+        Raises:
+            TypeError: what is classified is given twice, or not at all, or an argument is one that the backbone has not.
+        """
+        first = self.backbone.input_names[0]
+        if inputs is not None:
+            if first in named:
+                raise TypeError(f"{first}: expected it once, got it as inputs too")
+            named[first] = inputs
         if attention_mask is not None:
-            options["attention_mask"] = attention_mask
-        output = cast(Callable[..., Output], self.backbone)(inputs, **options)
+            named["attention_mask"] = attention_mask
+        output = cast(Callable[..., Output], self.backbone)(**named)
         logits = self.head(self._pool(output, attention_mask))
         return dataclasses.replace(output, logits=logits, cache=None)
 
@@ -380,36 +423,23 @@ class Classifier(nnx.Module):
         weights = mask.astype(hidden.dtype)
         return jnp.einsum("btd,bt->bd", hidden, weights) / jnp.maximum(weights.sum(axis=1), 1)[:, None]
 
-    # what a training loop sets on a model, it may set here
+    # what a caller may ask or set on any model
 
     @property
     def config(self) -> BackboneConfig:
-        """The backbone's."""
+        """The backbone's sizes."""
         return self.backbone.config
 
     @property
-    def remat(self) -> bool:
-        """The backbone's."""
-        return self.backbone.remat
-
-    @remat.setter
-    def remat(self, value: bool) -> None:
-        self.backbone.remat = value
+    def input_names(self) -> tuple[str, ...]:
+        """The names of what a call takes of a batch."""
+        return self.backbone.input_names
 
     @property
-    def window(self) -> int | None:
-        """The backbone's."""
-        return self.backbone.window
+    def run(self) -> RunOptions:
+        """How the backbone is run."""
+        return self.backbone.run
 
-    @window.setter
-    def window(self, value: int | None) -> None:
-        self.backbone.window = value
-
-    @property
-    def position_offset(self) -> int:
-        """The backbone's."""
-        return self.backbone.position_offset
-
-    @position_offset.setter
-    def position_offset(self, value: int) -> None:
-        self.backbone.position_offset = value
+    @run.setter
+    def run(self, options: RunOptions) -> None:
+        self.backbone.run = options

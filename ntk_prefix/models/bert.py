@@ -96,6 +96,7 @@ class Bert(Backbone):
         rngs: for weights that a checkpoint will replace.
     """
 
+    input_names: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
     hugging_face_names: ClassVar[dict[str, str]] = {
         "embeddings.tokens": "embeddings.word_embeddings",
         "embeddings.positions": "embeddings.position_embeddings",

@@ -165,6 +165,7 @@ class Llama(Backbone):
         rngs: for weights that a checkpoint will replace.
     """
 
+    input_names: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
     encoder: ClassVar[bool] = False
     hugging_face_names: ClassVar[dict[str, str]] = {
         "embeddings": "model.embed_tokens",

@@ -188,6 +188,7 @@ class Vit(Backbone):
         rngs: for weights that a checkpoint will replace.
     """
 
+    input_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
     NAMES: ClassVar[dict[str, dict[str, str]]] = {
         "vit": {
             **_SHARED_NAMES,
