@@ -181,3 +181,32 @@ class TestFrozen:
         here = [part.data.unsafe_buffer_pointer() for part in model.signs[...].addressable_shards]
         assert [part.data.unsafe_buffer_pointer() for part in laid_out.addressable_shards] == here
         assert laid_out.addressable_shards[0].data.size == laid_out.size // 4
+
+
+def test_the_step_says_whether_what_it_leaves_is_finite() -> None:
+    """The loss is of the weights before the update."""
+    x, y = jnp.ones((4, 3)), jnp.ones((4, 2))
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    for rate, finite in ((0.1, True), (jnp.inf, False), (jnp.nan, False)):
+        trainer = Trainer(loss=half_squared_error, optimizer=optax.sgd(rate))
+        _, metrics = trainer.stepper(model)(trainer.init(model), (x, y))
+        assert bool(jnp.isfinite(metrics["loss"]))
+        assert bool(metrics["finite"]) is finite
+
+
+def test_the_gradient_norm_of_accumulated_parts_is_that_of_the_whole_batch() -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, y = jax.random.normal(keys[0], (6, 3)), jax.random.normal(keys[1], (6, 2))
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    whole = Trainer(loss=half_squared_error, optimizer=optax.sgd(0.1))
+    _, wanted = whole.stepper(model)(whole.init(model), (x, y))
+    every = optax.MultiSteps(optax.sgd(0.1), 3)
+    parts = Trainer(loss=half_squared_error, optimizer=optax.GradientTransformation(every.init, every.update))
+    state, step = parts.init(model), parts.stepper(model)
+    norms = []
+    for part in range(3):
+        state, metrics = step(state, (x[2 * part :][:2], y[2 * part :][:2]))
+        norms.append(metrics["gradient_norm"])
+    # three sums of two rows in place of one of six, and a running mean: a few roundings of float32
+    np.testing.assert_allclose(norms[-1], wanted["gradient_norm"], rtol=1e-6)
+    assert abs(norms[0] / wanted["gradient_norm"] - 1) > 1e-3  # control: a part is not the whole

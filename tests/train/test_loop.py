@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,9 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file
 
+from ntk_prefix.artifacts import json_text
+from ntk_prefix.checks import NonFiniteError
 from train import data, loop, tasks
+from train.__main__ import main
 from train.config import CONFIGS, TrainConfig, adapter_config
 from train.folder import RunFolder
 from train.loop import run
@@ -217,6 +223,88 @@ class TestABrokenRun:
         assert not (tmp_path / "summary.json").exists()
 
 
+class TestNumbersThatAreNotFinite:
+    @pytest.mark.parametrize("rates", [{"learning_rate": 1e38}, {"head_learning_rate": 1e38}, {"weight_decay": 1e38}])
+    def test_of_the_last_update_end_the_run_without_a_result(self, rates: dict, tmp_path: Path) -> None:
+        """The loss is read before the update: of a single step it is finite."""
+        diverging = dataclasses.replace(TINY, steps=1, warmup=0.0, **rates)
+        for _ in range(2):  # the same command does not say that it is finished
+            with pytest.raises(NonFiniteError, match=r"step 1: expected .*lower --learning-rate"):
+                run(diverging, tmp_path)
+            assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "checkpoints", ".lock"}
+        assert not list((tmp_path / "checkpoints").iterdir())
+
+    def test_end_the_program_with_a_status_of_their_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "file.json").write_text(json_text(dataclasses.replace(TINY, learning_rate=1e38).as_dict()))
+        command = ["train", "--config", str(tmp_path / "file.json"), "--workdir", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", command)
+        assert main() == 3
+        assert "The last checkpoint is whole" in capsys.readouterr().out
+
+    def test_of_an_evaluation_are_never_the_best_and_the_last_checkpoint_stands(
+        self, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        evaluate = loop.Evaluator.__call__
+
+        def nan_at_the_end(self: Any, state: Any, split: data.Dataset, **options: Any) -> Any:
+            seen = evaluate(self, state, split, **options)
+            return seen._replace(loss=float("nan")) if int(state.step) == TINY.optim.steps else seen
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Evaluator, "__call__", nan_at_the_end)
+            with pytest.raises(NonFiniteError, match="step 8: expected a finite validation loss, got nan"):
+                run(TINY, tmp_path)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+        assert not (tmp_path / "summary.json").exists()
+        run(TINY, tmp_path)  # and once its cause is gone, it goes on as if nothing had been
+        np.testing.assert_equal(weights(tmp_path), weights(unbroken))
+        assert metrics(tmp_path) == metrics(unbroken)
+
+    def test_of_the_test_split_leave_no_adapter_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        evaluate = loop.Evaluator.__call__
+
+        def nan_on_test(self: Any, state: Any, split: data.Dataset, **options: Any) -> Any:
+            seen = evaluate(self, state, split, **options)
+            return seen._replace(loss=float("nan")) if split is self.setup.task.test else seen
+
+        monkeypatch.setattr(loop.Evaluator, "__call__", nan_on_test)
+        with pytest.raises(NonFiniteError, match="test_loss: expected a finite number, got nan"):
+            run(TINY, tmp_path)
+        assert not (tmp_path / "adapter").exists()
+        assert not (tmp_path / "summary.json").exists()
+
+
+class TestAFolderFromBefore:
+    def test_goes_on_to_more_steps(self, unbroken: Path, tmp_path: Path) -> None:
+        shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+        more = dataclasses.replace(TINY, steps=12)
+        summary = run(more, tmp_path)
+        assert (summary["steps"], summary["config"]["optim"]["steps"]) == (12, 12)
+        assert metrics(tmp_path)[: len(metrics(unbroken))] == metrics(unbroken)
+        assert [line["step"] for line in metrics(tmp_path)] == [4, 4, 8, 8, 12, 12]
+        assert run(more, tmp_path) == summary
+        with pytest.raises(ValueError, match="differs in steps"):
+            run(TINY, tmp_path)
+
+    @pytest.mark.parametrize("left", [0, 60])
+    def test_whose_metrics_a_power_failure_shortened_still_ends(
+        self, left: int, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "summary.json").unlink()
+        file = tmp_path / "metrics.jsonl"
+        whole = file.read_bytes()
+        file.write_bytes(whole[: whole.index(b"\n") + 1 + left])
+        summary = run(TINY, tmp_path, Console(width=400))
+        assert file.read_bytes() == whole[: whole.index(b"\n") + 1]
+        assert "1 whole lines of it are kept" in capsys.readouterr().out
+        before = json.loads((unbroken / "summary.json").read_text())
+        for name in ("test_score", "test_loss", "validation_loss", "best_step", "steps"):
+            assert summary[name] == before[name]
+
+
 class TestRates:
     """Of adapter, head and k: each its own, and none of them part of the program."""
 
@@ -307,12 +395,13 @@ def test_bfloat16_computes_in_it_and_trains_float32_weights(unbroken: Path, tmp_
 
 
 def test_accumulated_parts_are_one_batch(unbroken: Path, tmp_path: Path) -> None:
-    """The same rows in two halves: the same gradients up to rounding, so the same looks at the validation split."""
+    """The same rows in two halves: the same gradients up to rounding, so the same evaluations; and what is logged is of
+    the whole batch, not of its last part.
+    """
     run(dataclasses.replace(TINY, accumulate=2), tmp_path)
-    ours, theirs = (
-        [line["validation_loss"] for line in metrics(w) if "validation_loss" in line] for w in (tmp_path, unbroken)
-    )
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    for name in ("validation_loss", "loss", "gradient_norm", "update_norm"):
+        ours, theirs = ([line[name] for line in metrics(w) if name in line] for w in (tmp_path, unbroken))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, err_msg=name)
 
 
 class TestConfigurations:
