@@ -53,8 +53,7 @@ def extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingPackageError(
-            f'{error.name}: expected this package, got none of that name. pip install "ntk-prefix[{name}]"',
-            name=error.name,
+            f'{error.name}: expected this package, got none of that name. pip install "ntk-prefix[{name}]"'
         ) from None
 
 

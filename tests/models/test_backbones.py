@@ -363,3 +363,41 @@ def test_classifiers_that_cannot_be(folders: dict[str, Path]) -> None:
         models.Classifier(backbone, 2, pooling="max", rngs=nnx.Rngs(0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected at least 1"):
         models.Classifier(backbone, 0, rngs=nnx.Rngs(0))
+
+
+# ------------------------------------------------------------------------------------- how a model is called and run
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "llama"])
+def test_a_classifier_passes_its_inputs_on_by_name(folders: dict[str, Path], kind: str) -> None:
+    """First, by the backbone's own name, or as ``inputs``: one call. Twice, not at all, or by another's name: an error."""
+    model = models.Classifier(models.from_pretrained(folders[kind]), 2, rngs=nnx.Rngs(1))
+    batch: dict[str, Any] = {"pixel_values": jnp.ones((2, 12, 12, 3))}
+    if kind != "vit":
+        batch = {"input_ids": jnp.arange(6).reshape(2, 3), "attention_mask": jnp.array([[1, 1, 0], [1, 1, 1]])}
+    if kind == "bert":
+        batch["token_type_ids"] = jnp.array([[0, 1, 1]] * 2)
+    assert tuple(batch) == model.input_names
+    first, *rest = batch
+    others = {name: batch[name] for name in rest}
+    want = call(model, **batch).logits
+    np.testing.assert_array_equal(call(model, batch[first], **others).logits, want)
+    np.testing.assert_array_equal(call(model, inputs=batch[first], **others).logits, want)
+    for wrong in ({}, {"inputs": batch[first], **batch}, {"pixels": batch[first]}):
+        with pytest.raises(TypeError):
+            model(**wrong)
+
+
+def test_run_options_are_one_record(folders: dict[str, Path]) -> None:
+    backbone = load(folders, "bert")
+    model = models.Classifier(backbone, 2, rngs=nnx.Rngs(1))
+    assert model.run == models.RunOptions() == models.RunOptions(remat=False, window=None, position_offset=0)
+    model.window = 4
+    backbone.remat = True
+    model.position_offset = 2
+    want = models.RunOptions(remat=True, window=4, position_offset=2)
+    assert backbone.run == model.run == want
+    assert (backbone.window, model.remat, backbone.position_offset) == (4, True, 2)
+    model.run = models.RunOptions()
+    assert not backbone.remat
+    assert nnx.split(model)[0] == nnx.split(nnx.clone(model))[0]  # static: another option is another program
