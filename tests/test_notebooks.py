@@ -31,6 +31,16 @@ def test_it_runs(path: Path) -> None:
     assert not warnings
 
 
+def test_rows_of_one_s_own_take_the_place_of_x() -> None:
+    """As the first notebook says: one line is replaced, and everything follows from it."""
+    notebook = nbformat.read(ROOT / "notebooks" / "01_explore_the_kernel.ipynb", as_version=4)
+    said = "any float array [n, d]"
+    (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and said in cell.source]
+    (line,) = [line for line in cell.source.splitlines() if said in line]
+    cell.source = cell.source.replace(line, "x = np.random.default_rng(0).normal(size=(5, 3))")
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+
+
 @every_notebook
 def test_it_is_stripped(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)

@@ -29,7 +29,7 @@ def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console) -
     Raises:
         UsageError: no claim can be decided on this problem; nothing is measured or written then.
     """
-    reasons = [claim.undecidable(problem) for claim in chosen]
+    reasons = [claim.refused(problem) for claim in chosen]
     if reasons and all(reasons):
         raise UsageError("; ".join(f"{claim.name}: {why}" for claim, why in zip(chosen, reasons, strict=True)))
     folder = Folder(out, configuration(problem, chosen))

@@ -148,6 +148,11 @@ class Claim:
     drawn: bool = False
     undecidable: Callable[[Problem], str | None] = _decidable
 
+    def refused(self, problem: Problem) -> str | None:
+        """Return why the claim cannot be decided on a problem, None if it may be; in float64."""
+        with jax.enable_x64(True):
+            return self.undecidable(problem)
+
 
 @dataclasses.dataclass(frozen=True)
 class ControlResult:
@@ -200,7 +205,7 @@ def examine(claim: Claim, problem: Problem) -> Result:
     start = time.perf_counter()
     nothing = Evidence(())
     try:
-        if (reason := claim.undecidable(problem)) is not None:
+        if (reason := claim.refused(problem)) is not None:
             raise Undecidable(reason)
         with jax.enable_x64(True):
             evidence = claim.measure(problem)

@@ -18,13 +18,16 @@ from ntk_prefix.kernels import prefix_ntk
 from ntk_prefix.one_layer import ModelName, fixed_outputs, tied_outputs
 from ntk_prefix.typing import Array
 from theory import figures
-from theory.claim import Check, Claim, Control, Evidence
-from theory.descent import MODELS, build, limit_of, spectrum, with_weights
+from theory.claim import Check, Claim, Control, Evidence, Undecidable
+from theory.descent import MODELS, build, limit_of, smallest_eigenvalue, spectrum, with_weights
 from theory.problem import Problem, load
 from theory.scales import FAILURE
 
 START = {"fixed": 2048, "tied": 2**16}
 """Prefix lengths at which the search for a certified one starts; the quick profile tries powers of two only."""
+
+LONGEST = {"quick": 2**20, "full": 2**24}
+"""Where the search ends, by profile."""
 
 CONTROL_INPUTS = 16
 
@@ -135,15 +138,28 @@ def at_size(problem: Problem, n: int) -> Problem:
 
 
 def _shortest(problem: Problem, name: ModelName) -> Certificate:
-    return find_m(
+    """Return the shortest certified prefix.
+
+    Raises:
+        Undecidable: H* is singular up to rounding, or no length that one can run is certified.
+    """
+    smallest_eigenvalue(spectrum(limit_of(problem, name)), f"H* ({name})")
+    found = find_m(
         problem.inputs,
         problem.targets,
         sigma=problem.sigma,
         model=name,
         key=problem.key("certificate", name),
         start=START[name],
+        largest=LONGEST[problem.profile],
         resolution=0.02 if problem.full else 0.5,
     )
+    if not found.holds:
+        raise Undecidable(
+            f"undecidable at lengths one can run: up to m = {found.m:,} no prefix ({name}, n = {problem.n}, sigma = "
+            f"{problem.sigma:g}) is certified: take a smaller sigma, or rows that are less alike"
+        )
+    return found
 
 
 def plan(problem: Problem) -> dict[ModelName, list[int]]:
@@ -158,7 +174,7 @@ def _prefix(problem: Problem, name: ModelName, m: int) -> RandomPrefix:
 def _paper(problem: Problem, name: ModelName) -> float:
     """log10 of the prefix length after the paper's convergence theorem."""
     scale = bounds.weight_scale(sigma=problem.sigma, inputs=problem.n, outputs=problem.d, failure=FAILURE)
-    smallest = float(spectrum(limit_of(problem, name))[0])
+    smallest = smallest_eigenvalue(spectrum(limit_of(problem, name)), f"H* ({name})")
     return bounds.log10_prefix_length(
         smallest=smallest, inputs=problem.n, outputs=problem.d, scale=scale, failure=FAILURE
     )
@@ -188,8 +204,6 @@ def _measure(problem: Problem) -> Evidence:
                 Check(f"{label}: certified before drawing, tightest inequality", prior.margin, 1, at_least=True),
                 Check(f"{label}: log10 m certified / that of the paper's form", math.log10(prior.m) / asked, 1),
             ]
-            if not found.holds:
-                continue
             steps = FULL_STEPS[name] if problem.full else QUICK_STEPS[name]
             run = follow(part, found, _prefix(part, name, found.m), step_size=found.step_size, steps=steps)
             checks += _watched(f"{label}, {len(run.error) - 1} steps", found, run)

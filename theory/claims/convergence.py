@@ -10,16 +10,40 @@ from ntk_prefix import bounds
 from ntk_prefix.kernels import prefix_ntk
 from ntk_prefix.typing import Array
 from theory import figures
-from theory.claim import Check, Claim, Control, Evidence
-from theory.descent import MODELS, build, descend, gram, limit_of, spectrum
+from theory.claim import Check, Claim, Control, Evidence, Undecidable
+from theory.descent import MODELS, build, descend, gram, limit_of, smallest_eigenvalue, spectrum
 from theory.problem import Problem
 from theory.scales import FAILURE, training_lengths
+
+LEAST_FALL = 1e-11
+"""Of the envelope in a step, over itself. A sum over m <= 2^16 tokens is rounded by up to sqrt(m) eps = 6e-14 of itself, and
+the square doubles that: a hundred times below this."""
 
 
 def worst_targets(kernel: Array, problem: Problem) -> Array:
     """Targets along the kernel's slowest direction, as long as the problem's own: nothing converges more slowly."""
     slowest = jnp.linalg.eigh(gram(kernel))[1][:, 0].reshape(problem.targets.shape)
     return slowest * jnp.linalg.norm(problem.targets) / jnp.linalg.norm(slowest)
+
+
+def _check_decidable(name: str, regime: list[int], smallest: float, spectra: dict[int, np.ndarray]) -> None:
+    """Refuse a comparison that no run can decide.
+
+    Raises:
+        Undecidable: fewer than two lengths are in the regime, or rounding hides the envelope's fall.
+    """
+    if len(regime) < 2:
+        raise Undecidable(
+            f"undecidable at lengths one can run: the kernel of a drawn prefix ({name}) is half as well conditioned as its "
+            f"limit at {len(regime)} of {len(spectra)} lengths up to m = {max(spectra)}; two are needed: take a smaller sigma"
+        )
+    # at the slowest direction the loss falls four times as fast as the envelope, so what must be told apart is the fall
+    fall = smallest / float(spectra[max(regime)][-1])
+    if fall < LEAST_FALL:
+        raise Undecidable(
+            f"undecidable in float64: the envelope ({name}) falls by {fall:.1e} of itself in a step, and rounding moves "
+            f"the loss by as much: take a smaller sigma, or rows that are less alike"
+        )
 
 
 def _train(problem: Problem, stability: float, used: list[int], steps: int) -> Evidence:
@@ -32,7 +56,7 @@ def _train(problem: Problem, stability: float, used: list[int], steps: int) -> E
     scale = bounds.weight_scale(sigma=problem.sigma, inputs=problem.n, outputs=problem.d, failure=FAILURE)
     for name in MODELS:
         limit = limit_of(problem, name)
-        smallest = float(spectrum(limit)[0])
+        smallest = smallest_eigenvalue(spectrum(limit), f"H* ({name})")
         asked[name] = bounds.log10_prefix_length(
             smallest=smallest, inputs=problem.n, outputs=problem.d, scale=scale, failure=FAILURE
         )
@@ -40,9 +64,9 @@ def _train(problem: Problem, stability: float, used: list[int], steps: int) -> E
         spectra = {m: np.asarray(spectrum(prefix_ntk(model, problem.inputs))) for m, model in models.items()}
         # the first step of the proof: the drawn kernel is at least half as well conditioned as its limit
         regime[name] = [m for m in models if spectra[m][0] >= smallest / 2]
+        _check_decidable(name, regime[name], smallest, spectra)
         for kind, targets in (("data", problem.targets), ("slowest", worst_targets(limit, problem))):
-            # fewer than two lengths in that regime test nothing
-            worst = 0.0 if len(regime[name]) >= 2 else np.inf
+            worst = 0.0
             for m, model in models.items():
                 step_size = stability * bounds.largest_stable_step(largest=float(spectra[m][-1]), tokens=m)
                 error = np.asarray(

@@ -20,10 +20,10 @@ from ntk_prefix.one_layer import Frozen
 from ntk_prefix.training import TrainState
 from ntk_prefix.typing import Array, Float, Inputs, Kernel
 from theory import figures, fits
-from theory.claim import Check, Claim, Control, Evidence, relative_error
-from theory.descent import TRAINER, begin, spectrum
+from theory.claim import Check, Claim, Control, Evidence, Undecidable, relative_error
+from theory.descent import TRAINER, begin, smallest_eigenvalue, spectrum
 from theory.problem import Problem
-from theory.scales import ASYMPTOTIC_SIGMA, FALLING
+from theory.scales import ASYMPTOTIC_SIGMA, FALLING, beyond, expected_error, indistinct
 
 INPUTS = 3
 """Rows of the data that a stack is looked at on: its kernel holds a dense Jacobian of n d rows."""
@@ -167,14 +167,16 @@ def _small(problem: Problem, sigma: float) -> Problem:
     )
 
 
-def _rate(name: str, errors: dict[int, np.ndarray], part: str = "") -> tuple[fits.Exponent, list[Check]]:
+def _rate(
+    name: str, errors: dict[int, np.ndarray], part: str = "", close: float = CLOSE
+) -> tuple[fits.Exponent, list[Check]]:
     """The m^(-1/2) of independent tokens, and a distance at the longest prefix that a wrong limit does not reach."""
     slope = fits.exponent(*zip(*[(m, error) for m, found in errors.items() for error in found], strict=True))
     last = max(errors)
     return slope, [
         Check(f"{name}: distance of the exponent's interval {slope} from -1/2", slope.gap(-0.5), 0.05, part=part),
         Check(
-            f"{name}: median distance from the limit at m = {last}", float(np.median(errors[last])), CLOSE, part=part
+            f"{name}: median distance from the limit at m = {last}", float(np.median(errors[last])), close, part=part
         ),
     ]
 
@@ -186,6 +188,27 @@ def _eigenvalue(name: str, kernels: list[Kernel], limit: float) -> Check:
     return Check(f"{name}: smallest eigenvalue, factor between drawn and limit", factor, 1.25)
 
 
+def _limits_apart(frozen: list[PrefixAttentionLayer], problem: Problem) -> dict[int, float]:
+    """Return the relative distance of the limit from the one that is not carried, by depth."""
+    right, wrong = (stack_limits(frozen, problem, carried) for carried in (True, False))
+    return {depth: relative_error(wrong[depth].kernel, right[depth].kernel) for depth in DEPTHS[1:]}
+
+
+def _undecidable(problem: Problem) -> str | None:
+    """Ask whether the stacks' rates can be seen at all, layer by layer up the stream."""
+    problem = _small(problem, np.inf)
+    frozen, stream, used = _frozen(problem), problem.inputs, lengths(problem)
+    for layer in frozen:
+        query, key, value = layer.query_projection[...], layer.key_projection[...], layer.value_projection[...]
+        effective = query @ key.T / problem.d**0.5
+        spread = problem.sigma * float(jnp.linalg.norm(stream @ effective, axis=1).max())
+        if (reason := beyond(spread, used[0], problem, "a stack's kernel", linear=False)) is not None:
+            return reason
+        stream = stream + problem.sigma**2 * stream @ effective @ value
+    error = expected_error(spread, used[-1])
+    return indistinct(min(_limits_apart(frozen, problem).values()), error, used[-1], problem)
+
+
 def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> Evidence:
     """Real stacks against their limit, and their smallest eigenvalues."""
     checks: list[Check] = []
@@ -193,8 +216,11 @@ def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> 
     slopes: dict[int, fits.Exponent] = {}
     frozen = _frozen(problem)
     limits = stack_limits(frozen, problem, carried)
-    smallest = {depth: float(spectrum(limit.kernel)[0]) for depth, limit in limits.items()}
-    drawn = {}
+    smallest = {
+        depth: smallest_eigenvalue(spectrum(limit.kernel), f"the limit of {depth} layers")
+        for depth, limit in limits.items()
+    }
+    apart, drawn = _limits_apart(frozen, problem), {}
     for depth in DEPTHS[1:]:
         kernels = {
             m: [m * kernel(_real(frozen, problem, depth, m, repeat), problem.inputs) for repeat in range(repeats)]
@@ -203,7 +229,9 @@ def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> 
         errors[depth] = {
             m: np.array([relative_error(k, limits[depth].kernel) for k in ks]) for m, ks in kernels.items()
         }
-        slopes[depth], rate = _rate(f"{depth} real layers", errors[depth], f"{depth} layers")
+        slopes[depth], rate = _rate(
+            f"{depth} real layers", errors[depth], f"{depth} layers", min(CLOSE, apart[depth] / 2)
+        )
         longest = kernels[max(kernels)]
         checks += [*rate, _eigenvalue(f"{depth} real layers", longest, smallest[depth])]
         drawn[depth] = float(np.median([spectrum(k)[0] for k in longest]))
@@ -331,6 +359,8 @@ def _trained(problem: Problem) -> Evidence:
                 stack.readout[...] = jnp.array(m**trained.readout, float)
             drifts[name][m] = np.array([_drift(stack, small[trained.layers], trained.speed) for stack in stacks])
         points = [(m, drift) for m, found in drifts[name].items() for drift in found]
+        if not np.isfinite([drift for _, drift in points]).all():
+            raise Undecidable(f"undecidable here: {name} did not halve their loss within {STEPS:,} steps")
         slope = slopes[name] = fits.exponent(*zip(*points, strict=True))
         if trained.lazy:
             what = f"{name}: exponent of the kernel's drift in training {slope}, upper end"
@@ -428,6 +458,7 @@ CLAIM = Claim(
         for depth in DEPTHS[1:]
     ),
     draw=_draw,
+    undecidable=_undecidable,
     caption="From the left: distance of the kernel of D stacked real layers from the derived limit, dotted from the limit "
     "that is not carried; mean distance between draws of two tied layers, |Theta - Theta'| / (|Theta| + |Theta'|), by "
     "scaling; relative change of the kernel over gradient descent to half of the loss; smallest eigenvalue by depth.",

@@ -15,7 +15,7 @@ from ntk_prefix.one_layer import ModelName
 from ntk_prefix.typing import Array, Inputs
 from theory import figures, fits
 from theory.claim import Check, Claim, Control, Evidence, relative_error
-from theory.descent import MODELS, Model, build, descend, spectrum, with_weights
+from theory.descent import MODELS, Model, build, descend, smallest_eigenvalue, spectrum, with_weights
 from theory.problem import Problem
 from theory.scales import FALLING, training_lengths
 
@@ -67,7 +67,12 @@ def _train(problem: Problem, draw: Draw, speed: Callable[[int], float]) -> Evide
             )
             error = float(jnp.sqrt(path.squared_error(problem.targets)[0]))
             allowed.append(
-                bounds.token_movement(smallest=float(eigenvalues[0]), tokens=m, initial_error=error, steepest=steepest)
+                bounds.token_movement(
+                    smallest=smallest_eigenvalue(eigenvalues, f"the drawn kernel ({name}, m = {m})"),
+                    tokens=m,
+                    initial_error=error,
+                    steepest=steepest,
+                )
             )
         for what, values in (("movement", movements), ("drift", drifts)):
             found[name, what] = np.array(values)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from ntk_prefix import RandomPrefix
 from ntk_prefix.kernels import limit_ntk, prefix_ntk
@@ -12,8 +13,9 @@ from ntk_prefix.one_layer import ModelName
 from ntk_prefix.typing import Kernel
 from theory import figures, fits
 from theory.claim import Check, Claim, Control, Evidence, relative_error
-from theory.descent import MODELS
+from theory.descent import MODELS, limit_of
 from theory.problem import Problem
+from theory.scales import asymptotic_length, beyond, expected_error, indistinct
 
 AIMED = {1.0: 5e-3, 0.5: 1e-3}
 """By sigma: the relative error aimed at for m = 2^24; at another m it is scaled by m^{-1/2}."""
@@ -23,26 +25,39 @@ REPEATS = (3, 24)
 """Fewest and most draws of one length; between them as many as share the tokens of the fewest at the longest."""
 
 
-def _asymptotic(problem: Problem, sigma: float) -> float:
-    """The prefix length from which the rate can be seen.
+WRONG = 1.1
+"""The control's sigma, over the right one."""
 
-    The kernel's largest entries average T_i T_j, log-normal with s = sigma |x_i + x_j| <= 2 sigma max|x|. Their variance
-    is carried by tokens 2 s standard deviations out: a prefix shorter than 1 / P(Z > 2 s) has mostly seen none of them,
-    and its error is still too small.
-    """
-    farthest = 2 * sigma * float(np.linalg.norm(problem.inputs, axis=1).max())
-    return 1 / float(stats.norm.sf(2 * farthest))
+FITTED = 3
+"""Lengths that a slope is fitted to, at least."""
+
+
+def _lengths(problem: Problem) -> list[int]:
+    return [2**power for power in (range(6, 25, 2) if problem.full else (6, 8, 10, 12, 14, 15, 16, 17, 18, 19))]
+
+
+def _spread(problem: Problem, sigma: float) -> float:
+    return sigma * float(np.linalg.norm(problem.inputs, axis=1).max())
+
+
+def _undecidable(problem: Problem) -> str | None:
+    lengths, spread = _lengths(problem), _spread(problem, problem.sigma)
+    if (reason := beyond(spread, lengths[-FITTED], problem)) is not None:
+        return reason
+    wrong = dataclasses.replace(problem, sigma=WRONG * problem.sigma)
+    apart = min(relative_error(limit_of(wrong, model), limit_of(problem, model)) for model in MODELS)
+    return indistinct(apart, expected_error(spread, lengths[-1]), lengths[-1], problem, times=3)
 
 
 def _approach(problem: Problem, repeats: tuple[int, int] = REPEATS, wrong_sigma: float = 1.0) -> Evidence:
     """Errors against the limit, for both models; ``wrong_sigma`` multiplies the sigma of the limit."""
-    lengths = [2**power for power in (range(6, 25, 2) if problem.full else (6, 8, 10, 12, 14, 15, 16, 17, 18, 19))]
+    lengths = _lengths(problem)
     fewest, most = repeats
     checks: list[Check] = []
     errors: dict[str, dict[int, np.ndarray]] = {}
     slopes: dict[str, fits.Exponent] = {}
     for sigma in [problem.sigma] + ([0.5] if problem.full and problem.sigma != 0.5 else []):
-        start = _asymptotic(problem, sigma)
+        start = asymptotic_length(_spread(problem, sigma))
         for model in MODELS:
             name = f"{model}, sigma = {sigma:g}"
             limit = limit_ntk(problem.inputs, sigma=sigma * wrong_sigma, model=model)
@@ -70,7 +85,7 @@ def _approach(problem: Problem, repeats: tuple[int, int] = REPEATS, wrong_sigma:
                 checks.append(Check(what, last, aim, part=model))
     parameters = {
         "tokens": lengths[-1],
-        "fitted_from": _asymptotic(problem, problem.sigma),
+        "fitted_from": asymptotic_length(_spread(problem, problem.sigma)),
         "fewest_repeats": fewest,
         "most_repeats": most,
     }
@@ -78,7 +93,7 @@ def _approach(problem: Problem, repeats: tuple[int, int] = REPEATS, wrong_sigma:
 
 
 def _other_sigma(problem: Problem) -> Evidence:
-    return _approach(problem, repeats=(1, 3), wrong_sigma=1.1)
+    return _approach(problem, repeats=(1, 3), wrong_sigma=WRONG)
 
 
 def _error(problem: Problem, model: ModelName, sigma: float, m: int, repeat: int, limit: Kernel) -> float:
@@ -130,6 +145,7 @@ CLAIM = Claim(
         for model in MODELS
     ),
     draw=_draw,
+    undecidable=_undecidable,
     caption="Relative distance between the kernel of a drawn prefix and the closed-form limit: median over draws, band "
     "from the smallest to the largest; slopes are fitted from the length at which the variance is seen "
     "(theory/README.md, section 4), with 95 % intervals. Dotted: the limit at a wrong sigma.",
