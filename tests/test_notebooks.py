@@ -38,6 +38,9 @@ def test_rows_of_one_s_own_take_the_place_of_x() -> None:
     (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and said in cell.source]
     (line,) = [line for line in cell.source.splitlines() if said in line]
     cell.source = cell.source.replace(line, "x = np.random.default_rng(0).normal(size=(5, 3))")
+    for cell in notebook.cells:  # fewer sizes to compile for: what is tested are the shapes
+        cell.source = cell.source.replace("2 ** np.arange(6, 17, 2), 5", "2 ** np.arange(6, 9, 2), 2")
+        cell.source = cell.source.replace("(64, 1024, 16384)", "(64, 128, 256)")
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
 
 
