@@ -11,45 +11,48 @@ has the sum of both kernels, each divided by its trace, for Adam moves both at r
 reaches as much as training, the lazy regime explains the accuracy; where training is ahead, features moved.
 
 *Directions* are ``(tr)^2 / tr(Theta^2)`` of the adapter's kernel, its participation: how many directions of the training
-set are learned at comparable speed. Each seed draws its own sample and start; one look, a method on a seed, is a file,
+set are learned at comparable speed. Each seed draws its own sample and start; one view, a method on a seed, is a file,
 and the same command later makes those that are missing.
 """
 
 from __future__ import annotations
 
-from ntk_prefix.checks import UsageError
 from train.memory import use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()
 
 import dataclasses
+import itertools
 import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import tyro
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ntk_prefix import peft
-from ntk_prefix.artifacts import json_text, provenance, write_whole
+from ntk_prefix.artifacts import json_text, provenance, read_json, write_whole
+from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from ntk_prefix.kernels import empirical_ntk
 from ntk_prefix.kernels.empirical import KernelFallbackWarning
 from ntk_prefix.typing import Array, Float
 from train import data
+from train.command import Checked, ended, parsed
 from train.config import CONFIGS, METHODS, TrainConfig
 from train.loop import Interrupted, run
-from train.setup import build
+from train.setup import build, model_inputs
+from train.sources import spec_of
 
-__all__ = ["Options", "View", "draw", "look", "view"]
+__all__ = ["Options", "View", "cached_view", "draw", "view"]
 
 JACOBIAN_BYTES, TOKENS = 2**29, 2**13
 """A block of examples is as large as these let its Jacobian be, and its texts together: activations are kept for all that
@@ -61,8 +64,8 @@ RIDGES = tuple(10.0**power for power in range(-5, 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Of one look."""
+class Options(Checked):
+    """Of one kernel view."""
 
     config: str = "rotten_tomatoes"
     """A named configuration of ``train``, classification."""
@@ -85,14 +88,21 @@ class Options:
     seeds: int = 3
     """How many samples and starts."""
     out: Path = Path("runs/lazy")
-    """Folder of table, figure, looks and the fine-tuning runs."""
+    """Folder of table, figure, views and the fine-tuning runs."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what is not there, before any work."""
+        if self.config not in CONFIGS or spec_of(CONFIGS[self.config][1].task).kind == "causal-lm":
+            of_classes = [name for name, (_, config) in CONFIGS.items() if spec_of(config.task).kind != "causal-lm"]
+            raise expected("--config", f"one of {', '.join(of_classes)}", repr(self.config))
         if unknown := set(self.methods) - set(METHODS):
-            raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}.")
+            raise expected("--methods", f"some of {', '.join(METHODS)}", ", ".join(sorted(unknown)))
         if self.seeds < 1:
-            raise UsageError(f"--seeds: expected at least one, got {self.seeds}.")
+            raise expected("--seeds", "at least one", self.seeds)
+        if not self.learning_rates:
+            raise expected("--learning-rates", "at least one", "none")
+        for method, rate in itertools.product(self.methods, self.learning_rates):
+            _config(self, method, rate, self.seeds - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,35 +133,60 @@ class View:
         return self.regression_score, self.joint_score, self.fine_tuned_score
 
 
-class _Logits(nnx.Module):
-    """A classifier as a function of one array, as a kernel wants it: ids (padding is ``pad_id``) or pixels."""
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""What a classifier of text takes: in this order along the last axis of the array that a kernel is a function of."""
 
-    def __init__(self, model: Any, pad_id: int):
-        self.model, self.pad_id = model, pad_id
+
+class _Logits(nnx.Module):
+    """A classifier as a function of one array, as a kernel wants it: pixels, or :data:`TEXT_INPUTS` [n, T, 2 or 3]."""
+
+    def __init__(self, model: Any):
+        self.model = model
 
     def __call__(self, x: Array) -> Float[Array, "n labels"]:
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            return self.model(x, attention_mask=x != self.pad_id).logits
-        return self.model(x).logits
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            return self.model(x).logits
+        batch = {name: x[..., index] for index, name in zip(range(x.shape[-1]), TEXT_INPUTS, strict=False)}
+        return self.model(**model_inputs(self.model, batch)).logits
 
 
-def look(options: Options, method: str, seed: int, console: Console) -> View:
+class _StoredView(TypedDict):
+    """A :class:`View` in its file."""
+
+    method: str
+    seed: int
+    parameters: int
+    eigenvalues: Annotated[list[float], msgspec.Meta(min_length=1)]
+    ridge: float
+    regression_score: float
+    joint_score: float
+    learning_rate: float
+    fine_tuned_score: float
+
+
+class _ViewFile(TypedDict):
+    options: dict[str, Any]
+    view: _StoredView
+
+
+def cached_view(options: Options, method: str, seed: int, console: Console) -> View:
     """Return :func:`view`, from its file if it has been made.
 
     Raises:
-        ValueError: it was made with other options.
+        UsageError: it was made with other options, or its file is damaged.
     """
     file = options.out / "views" / f"{options.config}-{method}-{seed}.json"
     free = ("methods", "seeds", "out")
     asked = json.loads(json_text({k: v for k, v in dataclasses.asdict(options).items() if k not in free}))
     if file.is_file():
-        stored = json.loads(file.read_text())
+        stored: _ViewFile = read_json(file, _ViewFile)
         if stored["options"] != asked:
             raise UsageError(
                 f"--out: expected a new folder, or one of these options, got {options.out}, where {file.name} has "
                 f"{stored['options']} and not {asked}. Name another folder."
             )
-        return View(**stored["view"] | {"eigenvalues": np.asarray(stored["view"]["eigenvalues"])})
+        values: dict[str, Any] = {**stored["view"]}
+        return View(**values | {"eigenvalues": np.asarray(values["eigenvalues"])})
     made = view(options, method, seed, console)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json_text({"options": asked, "view": _plain(made), **_provenance()}).encode())
@@ -159,18 +194,22 @@ def look(options: Options, method: str, seed: int, console: Console) -> View:
 
 
 def view(options: Options, method: str, seed: int, console: Console) -> View:
-    """Compute a method's kernel on real examples, regress with it, and fine-tune beside it."""
+    """Compute a method's kernel on real examples, regress with it, and fine-tune beside it.
+
+    Raises:
+        NonFiniteError: logits or a kernel are not finite, or training diverged at every rate.
+    """
     configs = {rate: _config(options, method, rate, seed) for rate in options.learning_rates}
     setup = build(next(iter(configs.values())))
     split = setup.task
     arrays = [_inputs(part, options.max_length) for part in (split.train, split.validation, split.test)]
     labels = [part["labels"] for part in (split.train, split.validation, split.test)]
-    model = _Logits(setup.model, split.train.pad_id)
+    model = _Logits(setup.model)
     trained = peft.trainable_parameters(setup.model)[0]
     block = max(min(JACOBIAN_BYTES // (4 * split.num_labels * trained), TOKENS // options.max_length), 1)
     # all splits at once: one program, compiled once
     everything, ends = jnp.concatenate(arrays), np.cumsum([len(x) for x in arrays])[:-1]
-    start = np.split(np.asarray(model(everything), np.float64), ends)
+    start = np.split(_finite("logits", np.asarray(model(everything), np.float64)), ends)
     residual = (np.eye(split.num_labels)[labels[0]] - start[0]).ravel()
 
     def kernels(wrt: Any) -> list[np.ndarray]:
@@ -179,8 +218,11 @@ def view(options: Options, method: str, seed: int, console: Console) -> View:
             warnings.simplefilter("ignore", KernelFallbackWarning)  # structured derivatives do not know attention
             whole = empirical_ntk(model, everything, arrays[0], wrt=wrt, implementation="jacobian", batch_size=block)
         columns = whole.shape[2] * whole.shape[3]
-        parts = [rows.reshape(-1, columns) for rows in np.split(np.asarray(whole, np.float64), ends)]
-        return [part / np.trace(parts[0]) for part in parts]
+        found = _finite(f"kernel of {method}", np.asarray(whole, np.float64))
+        parts = [rows.reshape(-1, columns) for rows in np.split(found, ends)]
+        if not (trace := np.trace(parts[0])) > 0:
+            raise NonFiniteError(f"kernel of {method}: expected a trace above 0, got {trace}: no gradient reaches it.")
+        return [part / trace for part in parts]
 
     def regress(train_train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, float, float]:
         """Eigenvalues, largest first, the chosen ridge and its score."""
@@ -202,10 +244,16 @@ def view(options: Options, method: str, seed: int, console: Console) -> View:
     console.print(
         f"{method}, seed {seed}: kernel regression {regression:.3f}, with the head's {joint:.3f}; fine-tuning ..."
     )
-    tuned = {
-        rate: run(config, options.out / "runs" / f"{options.config}-{method}-{rate:g}-{seed}", console)
-        for rate, config in configs.items()
-    }
+    tuned: dict[float, dict[str, Any]] = {}
+    for rate, config in configs.items():
+        try:
+            tuned[rate] = run(config, options.out / "runs" / f"{options.config}-{method}-{rate:g}-{seed}", console)
+        except NonFiniteError as error:  # a rate too high for this method: another is chosen
+            console.print(str(error), markup=False, highlight=False)
+    if not tuned:
+        raise NonFiniteError(
+            f"--learning-rates: expected one at which {method} does not diverge, got none of {[*configs]}."
+        )
     best = min(tuned, key=lambda rate: tuned[rate]["validation_loss"])
     return View(method, seed, trained, eigenvalues, ridge, regression, joint, best, tuned[best]["test_score"])
 
@@ -284,16 +332,29 @@ def _config(options: Options, method: str, learning_rate: float, seed: int) -> T
 
 
 def _inputs(split: data.Dataset, length: int) -> Array:
-    """A whole split as one array, padded to one length."""
+    """Return a whole split as one array, padded to one length: what :class:`_Logits` takes."""
     (batch,) = data.evaluation_batches(split, split.rows, buckets=(length,))
-    return jnp.asarray(batch["pixel_values" if split.has_images else "input_ids"])
+    if split.has_images:
+        return jnp.asarray(batch["pixel_values"])
+    return jnp.stack([jnp.asarray(batch[name], jnp.int32) for name in TEXT_INPUTS if name in batch], axis=-1)
 
 
-def main(options: Options) -> None:
-    """Look at every method on every sample, print a table, draw."""
-    console = Console()
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+    """Return numbers as they are.
+
+    Raises:
+        NonFiniteError: one is not finite; ``argmax`` and eigenvalues would hide it.
+    """
+    if not np.isfinite(values).all():
+        raise NonFiniteError(f"{name}: expected finite numbers, got {np.count_nonzero(~np.isfinite(values)):,} others.")
+    return values
+
+
+def main(options: Options, console: Console | None = None) -> None:
+    """Compute the view of every method on every sample, print a table, draw."""
+    console = console or Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    views = [look(options, m, seed, console) for seed in range(options.seeds) for m in options.methods]
+    views = [cached_view(options, m, seed, console) for seed in range(options.seeds) for m in options.methods]
     table = Table()
     table.add_column("method", no_wrap=True)
     for name in ("parameters", "directions", "kernel regression", "with the head's", "fine-tuned", "ahead by"):
@@ -328,20 +389,23 @@ def main(options: Options) -> None:
         **_provenance(),
     }
     write_whole(options.out / "lazy.json", json_text(document).encode())
-    console.print(f"{options.out / 'lazy.png'}")
+    console.print(f"{options.out / 'lazy.png'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _view_all(console: Console) -> int:
+    options = parsed(lambda: tyro.cli(Options, prog="python -m train.lazy"))
+    options.check()
+    try:
+        main(options, console)
+    except Interrupted as stop:
+        console.print(str(stop), style="yellow", markup=False)
+    return 0
 
 
 def command() -> int:
-    """Parse, look; say in a line what is wrong."""
+    """Parse, compute; say in a line what is wrong."""
     console = Console()
-    try:
-        main(tyro.cli(Options, prog="python -m train.lazy"))
-    except Interrupted as stop:
-        console.print(f"[yellow]{escape(str(stop))}[/]")
-    except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"[red]{escape(str(error))}[/]")
-        return 2
-    return 0
+    return ended(lambda: _view_all(console), console)
 
 
 if __name__ == "__main__":
