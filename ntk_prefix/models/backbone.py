@@ -241,11 +241,20 @@ class RunOptions:
         remat: recompute each layer in the backward pass instead of keeping its activations; same numbers.
         window: tokens that a token of an encoder sees to each side; all if None.
         position_offset: added to all positions. Hugging Face's prefix tuning numbers the first token M.
+
+    Raises:
+        UsageError: a window below 1 or an offset below 0.
     """
 
     remat: bool = False
     window: int | None = None
     position_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise expected("window", "at least 1 token to each side, or None", self.window)
+        if self.position_offset < 0:
+            raise expected("position_offset", "0 or more: there is no position before the first", self.position_offset)
 
 
 def _option(name: str) -> Any:

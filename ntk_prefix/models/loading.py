@@ -207,8 +207,10 @@ def _shapes(model_class: Any, config: BackboneConfig, dtype: DTypeLike | None, o
 def _split_shapes(
     model_class: Any, config: Any, dtype: str | None, options: tuple[tuple[str, Any], ...]
 ) -> tuple[Any, Any]:
-    key = jax.random.key(0)
-    model = nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=_AnyKey(key), **dict(options)))
+    def build() -> Backbone:
+        return model_class(config, dtype=dtype, rngs=_AnyKey(jax.random.key(0)), **dict(options))
+
+    model: Backbone = nnx.eval_shape(build)
     return nnx.split(model)
 
 

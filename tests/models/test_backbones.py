@@ -400,4 +400,7 @@ def test_run_options_are_one_record(folders: dict[str, Path]) -> None:
     assert (backbone.window, model.remat, backbone.position_offset) == (4, True, 2)
     model.run = models.RunOptions()
     assert not backbone.remat
+    for wrong in ({"window": 0}, {"position_offset": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            models.RunOptions(**wrong)
     assert nnx.split(model)[0] == nnx.split(nnx.clone(model))[0]  # static: another option is another program

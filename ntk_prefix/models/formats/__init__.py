@@ -36,9 +36,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         MissingPackageError: the package that reads the format is not installed.
         UsageError: not one of the three formats, a broken file, or an architecture that is not built here.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
-        like_the_hub = not path.is_absolute() and len(path.parts) == 2 and path.suffix != ".gguf"
+        like_the_hub = not path.is_absolute() and len(path.parts) <= 2 and path.suffix not in (".gguf", ".onnx")
         hint = ". " + _HUB.format(name=path.as_posix()) if like_the_hub else ""
         raise FileNotFoundError(
             f"expected a Hugging Face folder, a .gguf or an .onnx file, found nothing at {path}{hint}"
@@ -49,4 +49,5 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return read_gguf(path)
     if path.suffix == ".onnx":
         return read_onnx(path)
-    raise UsageError(f"expected a Hugging Face folder, a .gguf or an .onnx file, got {path}")
+    hint = ": give the folder that it is in" if path.suffix in (".safetensors", ".json") else ""
+    raise UsageError(f"expected a Hugging Face folder, a .gguf or an .onnx file, got {path}{hint}")

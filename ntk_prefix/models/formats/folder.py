@@ -89,6 +89,8 @@ def _tensors(file: Path) -> dict[str, StoredTensor]:
             load = functools.partial(opened.get_tensor, name)
             found[name] = StoredTensor(file, name, tuple(header.get_shape()), kind, kind in FLOATING, load)
         return found
+    except OSError as error:
+        raise UsageError(f"{file}: expected a file that can be read, got this: {error}") from None
     except SafetensorError as error:
         with file.open("rb") as content:
             if content.read(8) == b"version ":

@@ -127,8 +127,12 @@ def read_gguf(path: Path) -> Checkpoint:
         raise UsageError(f"{path}: expected a GGUF of architecture 'llama', got {architecture!r}")
     if changes := {key: value for key in _CHANGES if (value := file.get(f"llama.{key}"))}:
         raise expected(str(path), "a plain Llama", f"one with {changes}")
+    if (parts := file.get("split.count", int, 1)) > 1:
+        raise expected(str(path), "a whole model", f"one of {parts} parts", "llama-gguf-split --merge joins them")
     stored = {name: file.get(f"llama.{key}") for name, key in _CONFIG.items()}
     config = {name: value for name, value in stored.items() if value is not None}
+    if "rms_norm_eps" not in config:  # Hugging Face has a default for it, llama.cpp has not
+        raise expected(f"{path}: llama.{_CONFIG['rms_norm_eps']}", "a number", "none")
     heads = config.get("num_attention_heads")
     if (scaling := file.get("llama.rope.scaling.type", default="none")) != "none":
         config["rope_scaling"] = {"rope_type": scaling, "factor": file.get("llama.rope.scaling.factor")}
