@@ -5,11 +5,12 @@ and a bound on the functions, never the function. With cells of side h = 1/G, be
 
     feed-forward 1   m(x) = sum_k max_g (2 x_k c_g - c_g^2), exactly (its slope is the quantiser); x_j moved to place j;
                      the answer of a prompt token moved to slot a
-    attention        score(row i, prompt) = beta (2 x_i.c - |c|^2 - m(x_i)) - apart * [of another row]
-                     score(row i, inputs) = log(share K / L)
+    attention        score(row i, prompt) = beta (2 x_i.c - |c|^2 - m(x_i)) - row_penalty * [of another row]
+                     score(row i, inputs) = log(input_share K / L)
     feed-forward 2   out_i = max_a ( slot_a - M dist(x_others, cell a) ), a tree of ReLU maxima
 
-Attention finds the nearest line and brings the context in a whisper. Theorem and proof: theory/README.md, section 14.
+Attention finds the nearest line and brings the context along, in units of the inputs' small share.
+Theorem and proof: theory/README.md, section 14.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Transformer(NamedTuple):
 
 
 def apply(weights: Transformer, prompt: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """Answers [B, L, d] to inputs [B, L, d] in [0, 1] under a prompt [L_p, D]: softmax attention over [prompt; inputs].
+    """Return answers [B, L, d] to inputs [B, L, d] in [0, 1] under a prompt [L_p, D]: softmax attention over [prompt; inputs].
 
     In numpy: every grid has shapes of its own, and compiling for them would take longer than all of the arithmetic.
     """
@@ -66,8 +67,8 @@ def apply(weights: Transformer, prompt: np.ndarray, inputs: np.ndarray) -> np.nd
     def feed(stream: np.ndarray) -> np.ndarray:
         return stream + np.maximum(stream @ weights.hidden + weights.bias, 0) @ weights.out
 
-    told = feed(prompt)
-    prompt_key, prompt_value = told @ weights.key, told @ weights.value
+    stream_of_prompt = feed(prompt)
+    prompt_key, prompt_value = stream_of_prompt @ weights.key, stream_of_prompt @ weights.value
 
     def some(x: np.ndarray) -> np.ndarray:
         # one row after the other for the products that all rows share, one sequence after the other among its own rows
@@ -77,9 +78,9 @@ def apply(weights: Transformer, prompt: np.ndarray, inputs: np.ndarray) -> np.nd
         )
         own = (query @ key.swapaxes(1, 2)).reshape(len(stream), -1)
         shares = softmax(np.concatenate([query.reshape(len(stream), -1) @ prompt_key.T, own], 1), 1)
-        heard, own = np.split(shares, [len(prompt)], 1)
-        given = (own.reshape(*x.shape[:2], -1) @ value).reshape(len(stream), -1)
-        state = np.concatenate([stream, heard @ prompt_value + given], 1)
+        from_prompt, own = np.split(shares, [len(prompt)], 1)
+        from_inputs = (own.reshape(*x.shape[:2], -1) @ value).reshape(len(stream), -1)
+        state = np.concatenate([stream, from_prompt @ prompt_value + from_inputs], 1)
         for weight, bias in weights.layers[:-1]:
             state = np.maximum(state @ weight + bias, 0)
         weight, bias = weights.layers[-1]
@@ -101,8 +102,8 @@ class Construction:
         grid: G, cells a side.
         contexts: False for weights that do not look at the other tokens (one slot).
         sharpness: tau > 0; a neighboring cell's line weighs e^(-2 tau t) at relative distance t from the border.
-        share: attention that the inputs get at most, relative to the prompt.
-        apart: what lines of other rows lose in score.
+        input_share: attention that the inputs get at most, relative to the prompt.
+        row_penalty: what lines of other rows lose in score.
         lipschitz, size: of the class.
 
     Raises:
@@ -114,8 +115,8 @@ class Construction:
     grid: int
     contexts: bool = True
     sharpness: float = 64.0
-    share: float = 1e-8
-    apart: float = 60.0
+    input_share: float = 1e-8
+    row_penalty: float = 60.0
     lipschitz: float = 1.0
     size: float = 1.0
 
@@ -124,7 +125,7 @@ class Construction:
         for name in ("d", "length", "grid"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}.")
-        for name in ("sharpness", "share", "apart", "size"):
+        for name in ("sharpness", "input_share", "row_penalty", "size"):
             check_positive(name, getattr(self, name))
         if not self.lipschitz >= 0:
             raise UsageError(f"lipschitz: expected a number >= 0, got {self.lipschitz}.")
@@ -163,19 +164,19 @@ class Construction:
         return float(1 / (2 * math.e * tau) + near.sum() + far.sum())
 
     @property
-    def leak(self) -> float:
+    def stray_share(self) -> float:
         """Largest share of attention that goes to the inputs and to other rows' lines."""
-        return self.share + (self.length - 1) * self.mass * math.exp(-self.apart)
+        return self.input_share + (self.length - 1) * self.mass * math.exp(-self.row_penalty)
 
     @property
-    def whisper(self) -> float:
+    def smallest_input_share(self) -> float:
         """Smallest share of attention that goes to the inputs: the unit in which the context arrives."""
-        return self.share / (self.share + self.mass * (1 + (self.length - 1) * math.exp(-self.apart)))
+        return self.input_share / (self.input_share + self.mass * (1 + (self.length - 1) * math.exp(-self.row_penalty)))
 
     @property
     def bound(self) -> float:
-        """The theorem: sup |out - f|_max <= lipschitz h (1/2 + d t(tau)) + 2 size leak, for all functions of the class."""
-        return self.lipschitz / self.grid * (0.5 + self.d * self.tail) + 2 * self.size * self.leak
+        """The theorem: sup |out - f|_max <= lipschitz h (1/2 + d t(tau)) + 2 size stray_share, for the whole class."""
+        return self.lipschitz / self.grid * (0.5 + self.d * self.tail) + 2 * self.size * self.stray_share
 
     # ----------------------------------------------------------------------------------- The prompt
 
@@ -197,7 +198,7 @@ class Construction:
         return self.columns["slots"].stop
 
     def lines(self, row: np.ndarray, at: np.ndarray, slot: np.ndarray, answer: np.ndarray) -> np.ndarray:
-        """Prompt tokens [n, D] that say: row ``row`` [n] at x = ``at`` [n, d] in context ``slot`` [n] answers [n, d]."""
+        """Return prompt tokens [n, D] that say: row ``row`` [n] at x = ``at`` [n, d] in context ``slot`` [n] answers [n, d]."""
         prompt, where = np.zeros((len(row), self.width)), self.columns
         prompt[:, where["at"]], prompt[:, where["answer"]] = at, answer
         prompt[:, where["row"]] = np.eye(self.length)[row]
@@ -206,7 +207,7 @@ class Construction:
         return prompt
 
     def prompt(self, function: Function) -> np.ndarray:
-        """The table of a function on the grid, [L_p, D]: for every row, one token a cell of [0, 1]^(L x d).
+        """Return the table of a function on the grid, [L_p, D]: for every row, one token a cell of [0, 1]^(L x d).
 
         Args:
             function: [B, L, d] -> [B, L, d]; the theorem is about those of the class.
@@ -247,7 +248,7 @@ class Construction:
         return Transformer(embed, position, *self._before(), *self._attention(), self._after())
 
     def _before(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The feed-forward layer before attention, one unit after the other: what it reads, its bias, what it writes."""
+        """Return the feed-forward layer before attention, one unit after the other: what it reads, its bias, what it writes."""
         units: list[tuple[dict[int, float], float, dict[int, float]]] = []
         where, d, h, size = {name: part.start for name, part in self.columns.items()}, self.d, 1 / self.grid, self.size
         first = h / 2
@@ -272,7 +273,7 @@ class Construction:
         return hidden, np.array([bias for _, bias, _ in units]), out
 
     def _attention(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Queries and keys on [c, row, |c|^2, prompt, input]; values [slots, context, input]."""
+        """Return queries and keys on [c, row, |c|^2, prompt, input]; values [slots, context, input]."""
         where, d, beta = self.columns, self.d, self.sharpness * self.grid**2
         widths = (d, self.length, 1, 1, 1)
         at, row, square, prompt, given = (
@@ -282,11 +283,11 @@ class Construction:
         for part, name in ((at, "at"), (row, "row"), (square, "square"), (prompt, "prompt"), (given, "input")):
             key[where[name], part] = np.eye(part.stop - part.start)
         query[where["x"], at] = 2 * beta * np.eye(d)
-        query[where["position"], row] = self.apart * np.eye(self.length)
+        query[where["position"], row] = self.row_penalty * np.eye(self.length)
         query[where["input"], square] = -beta
-        query[where["input"], prompt] = -self.apart
+        query[where["input"], prompt] = -self.row_penalty
         query[where["envelope"], prompt] = -beta
-        query[where["input"], given] = math.log(self.share * self.slots / self.length)
+        query[where["input"], given] = math.log(self.input_share * self.slots / self.length)
         read = [
             *range(*where["slots"].indices(self.width)),
             *range(*where["context"].indices(self.width)),
@@ -295,7 +296,7 @@ class Construction:
         return query, key, np.eye(self.width)[:, read]
 
     def _after(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Distances from the cells of the context in units of the inputs' share, then the largest slot."""
+        """Return distances from the cells of the context in units of the inputs' share, then the largest slot."""
         d, length, slots = self.d, self.length, self.slots
         answers, total = slots * d, self.width + slots * d + length * d + 1
         context, share = self.width + answers, total - 1
@@ -304,7 +305,7 @@ class Construction:
         keep[self.width : context] = slots * np.eye(answers)
         units, biases, pays = [keep], [np.zeros(answers)], [np.eye(answers)]
         if self.contexts:
-            penalty = self.lipschitz / self.whisper
+            penalty = self.lipschitz / self.smallest_input_share
             places = np.arange(slots)[:, None] // self.grid ** np.arange(d * (length - 1)) % self.grid
             for i, (j, k), g in itertools.product(
                 range(length), itertools.product(range(length), range(d)), range(self.grid)
@@ -332,7 +333,7 @@ class Construction:
 
 
 def _maxima(count: int, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """max(a, b) = relu(a - b) + relu(b) - relu(-b) over neighbors of ``count`` d-vectors: before and after the ReLU."""
+    """Return max(a, b) = relu(a - b) + relu(b) - relu(-b) over neighbors of ``count`` d-vectors: before and after the ReLU."""
     half = (count + 1) // 2
     split, merge = np.zeros((count, 3 * half)), np.zeros((3 * half, half))
     for pair in range(half):

@@ -34,12 +34,12 @@ class Trajectory(NamedTuple):
     """W(T)."""
 
     def squared_error(self, targets: Array) -> Float[Array, "steps"]:
-        """|F(t) - Y|_F^2 at t = 0..T."""
+        """Return |F(t) - Y|_F^2 at t = 0..T."""
         return jnp.square(self.outputs - targets[None]).sum((1, 2))
 
 
 def build(problem: Problem, model: ModelName, m: int, *labels: int | str, symmetric: bool = True) -> Model:
-    """A freshly drawn model of m prefix tokens for a problem."""
+    """Return a freshly drawn model of m prefix tokens for a problem."""
     rngs = nnx.Rngs(problem.key(model, m, *labels))
     if model == "tied":
         return TiedPrefixModel(problem.d, m, problem.sigma, symmetric, rngs=rngs)
@@ -53,13 +53,13 @@ TRAINER = Trainer(
 
 
 def descend(model: Model, inputs: Inputs, targets: Array, *, step_size: float, steps: int) -> Trajectory:
-    """Plain gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 with the package's own train step."""
+    """Run plain gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 with the package's own train step."""
     frozen = TRAINER.frozen(model)
     return _descend(nnx.graphdef(model), begin(model, step_size), frozen, (inputs, targets), steps)
 
 
 def begin(model: nnx.Module, step_size: float) -> TrainState:
-    """The state of :data:`TRAINER` before its first step."""
+    """Return the state of :data:`TRAINER` before its first step."""
     state = TRAINER.init(model)
     state.optimizer.hyperparams["learning_rate"] = jnp.asarray(step_size, float)
     return state
@@ -85,13 +85,13 @@ def _descend(
 
 
 def gram(kernel: Array) -> Float[Array, "nd nd"]:
-    """The Gram matrix of a kernel [n, d, n, d]."""
+    """Return the Gram matrix of a kernel [n, d, n, d]."""
     rows = kernel.shape[0] * kernel.shape[1]
     return kernel.reshape(rows, -1)
 
 
 def spectrum(kernel: Array) -> Float[Array, "nd"]:
-    """Eigenvalues of a kernel [n, d, n, d], ascending."""
+    """Return eigenvalues of a kernel [n, d, n, d], ascending."""
     return jnp.linalg.eigvalsh(gram(kernel))
 
 
@@ -119,12 +119,12 @@ def smallest_eigenvalue(eigenvalues: ArrayLike, kernel: str) -> float:
 
 
 def limit_of(problem: Problem, model: ModelName) -> Float[Array, "n d n d"]:
-    """H* on the problem's inputs."""
+    """Return H* on the problem's inputs."""
     return limit_ntk(problem.inputs, sigma=problem.sigma, model=model)
 
 
 def with_weights(model: Model, weights: Array) -> Model:
-    """The same model at other weights."""
+    """Return the same model at other weights."""
     same = nnx.clone(model)
     same.weights[...] = weights
     return same

@@ -32,13 +32,13 @@ mpl.rcParams.update(STYLE)
 
 
 def panels(count: int = 1, *, width: float = 4.2, height: float = 3.9) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels side by side."""
+    """Return a figure of ``count`` panels side by side."""
     figure = Figure(figsize=(width * count, height), layout="constrained", dpi=150)
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def label(axis: Axes, *, title: str, x: str, y: str, log: str = "") -> None:
-    """Title, axis labels and scales ("x", "y" or "xy" for logarithmic), and the legend."""
+    """Set title, axis labels and scales ("x", "y" or "xy" for logarithmic), and the legend."""
     axis.set_title(title)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -52,7 +52,7 @@ def label(axis: Axes, *, title: str, x: str, y: str, log: str = "") -> None:
 
 
 def power_law(axis: Axes, errors: dict[int, np.ndarray], name: str, color: str, fitted: Exponent | None = None) -> None:
-    """Repeated measurements by size: median, band between the extremes, the fitted exponent in the legend."""
+    """Draw repeated measurements by size: median, band between the extremes, the fitted exponent in the legend."""
     sizes, values = list(errors), list(errors.values())
     axis.fill_between(sizes, [v.min() for v in values], [v.max() for v in values], color=color, alpha=0.15, linewidth=0)
     text = name if fitted is None else f"{name}: slope {fitted.value:.2f} [{fitted.low:.2f}, {fitted.high:.2f}]"
@@ -60,6 +60,6 @@ def power_law(axis: Axes, errors: dict[int, np.ndarray], name: str, color: str, 
 
 
 def guide(axis: Axes, sizes: Iterable[float], start: float, power: float, name: str) -> None:
-    """A dashed line of slope ``power`` through (first size, start)."""
+    """Draw a dashed line of slope ``power`` through (first size, start)."""
     sizes = np.asarray(list(sizes), float)
     axis.plot(sizes, start * (sizes / sizes[0]) ** power, "--", color="black", linewidth=0.9, label=name)

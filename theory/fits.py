@@ -18,7 +18,7 @@ class Exponent:
     high: float
 
     def __str__(self) -> str:
-        """E.g. ``-0.498 [-0.512, -0.484]``."""
+        """Return e.g. ``-0.498 [-0.512, -0.484]``."""
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def gap(self, expected: float) -> float:

@@ -10,7 +10,7 @@ from ntk_prefix.prompting import Construction, Function, apply
 
 
 def functions(random: np.random.Generator, d: int, length: int) -> dict[str, Function]:
-    """Functions [B, L, d] -> [B, L, d] into [-1, 1] whose Lipschitz constant in the max-norm is 1.
+    """Return functions [B, L, d] -> [B, L, d] into [-1, 1] whose Lipschitz constant in the max-norm is 1.
 
     ``cones`` are distances to eight random sequences, ``waves`` sin(w.X + phase) / |w|_1, with other sequences and waves
     for every answer; ``shift`` answers with the next token, which a row cannot know without its context.
@@ -31,7 +31,7 @@ def functions(random: np.random.Generator, d: int, length: int) -> dict[str, Fun
 
 
 def tents(random: np.random.Generator, d: int, length: int, side: int) -> Function:
-    """A random sign times a tent of height and half-width 1 / (2 side) on each of side^(dL) cells, Lipschitz constant 1."""
+    """Return a random sign times a tent on each of side^(dL) cells, height and half-width 1 / (2 side): slope 1."""
     signs = random.choice((-1.0, 1.0), size=(side,) * (d * length) + (length, d))
 
     def function(x: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ def largest_error(
     random: np.random.Generator,
     points: int = 512,
 ) -> float:
-    """The largest |out - f| found: uniform inputs, inputs beside the cells' corners, then twice around the worst."""
+    """Return the largest |out - f| found: uniform inputs, inputs beside the cells' corners, then twice around the worst."""
     d, length, grid = construction.d, construction.length, construction.grid
 
     def errors(x: np.ndarray) -> np.ndarray:

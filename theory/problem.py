@@ -68,7 +68,7 @@ class Problem:
         return self.inputs.shape[1]
 
     def key(self, *labels: int | str) -> KeyArray:
-        """A random key of its own for every use, the same on every machine."""
+        """Return a random key of its own for every use, the same on every machine."""
         key = jax.random.key(self.seed)
         for label in labels:
             number = label if isinstance(label, int) else int.from_bytes(hashlib.sha256(label.encode()).digest()[:4])

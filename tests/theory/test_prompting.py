@@ -76,7 +76,7 @@ class TestParts:
     def test_attention_is_the_library_s_and_its_shares_are_as_stated(
         self, d: int, length: int, grid: int, random: np.random.Generator
     ) -> None:
-        built = Construction(d=d, length=length, grid=grid, share=1e-3)
+        built = Construction(d=d, length=length, grid=grid, input_share=1e-3)
         weights, x = built.transformer, random.uniform(size=(64, length, d))
         prompt = built.prompt(functions(random, d, length)["waves"])
         told = prompt + np.maximum(prompt @ weights.hidden + weights.bias, 0) @ weights.out
@@ -95,8 +95,8 @@ class TestParts:
             implementation="reference",
         )[:, :, 0, : weights.value.shape[1]]
         share = np.asarray(attended)[..., -1]
-        assert built.whisper <= share.min()
-        assert share.max() <= built.share
+        assert built.smallest_input_share <= share.min()
+        assert share.max() <= built.input_share
         state = np.concatenate([rows, attended], -1)
         for weight, bias in weights.layers[:-1]:
             state = np.maximum(state @ weight + bias, 0)

@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
 
 
 def _draw(problem: Problem, norm: float, *, length: int = LENGTH, tokens: int = TOKENS, d: int = HEAD_DIM) -> Drawn:
-    """Entries uniform in (-norm, norm)."""
+    """Return entries uniform in (-norm, norm)."""
     keys = jax.random.split(problem.key("approximation", int(norm * 100), length, tokens, d), 5)
     shapes = [(1, length, 1, d)] * 3 + [(tokens, 1, d)] * 2
     return Drawn(
@@ -45,7 +45,7 @@ def _draw(problem: Problem, norm: float, *, length: int = LENGTH, tokens: int = 
 
 
 def _error(drawn: Drawn, degree: int) -> float:
-    """max |T - PrefixAttn| of the Taylor state of a degree."""
+    """Return max |T - PrefixAttn| of the Taylor state of a degree."""
     phi = feature_map("taylor", degree=degree)
     state = PrefixState.from_prefix(drawn.prefix_key, drawn.prefix_value, feature_map=phi)
     exact = prefix_attention(*drawn, implementation="reference")
@@ -54,7 +54,7 @@ def _error(drawn: Drawn, degree: int) -> float:
 
 
 def _bound(drawn: Drawn, degree: int) -> float:
-    """The derived bound on it: from the largest score to a relative kernel error, from that to the outputs."""
+    """Return the derived bound on it: from the largest score to a relative kernel error, from that to the outputs."""
     root = drawn.query.shape[-1] ** 0.25
     norm = max(float(jnp.linalg.norm(x, axis=-1).max()) / root for x in (drawn.query, drawn.prefix_key))
     largest = max(float(jnp.abs(x).max()) for x in (drawn.value, drawn.prefix_value))
@@ -62,7 +62,7 @@ def _bound(drawn: Drawn, degree: int) -> float:
 
 
 def _bounded(problem: Problem, degrees_off: int = 0) -> Evidence:
-    """Errors by degree against the bound, which is told a degree that is ``degrees_off`` too high."""
+    """Measure errors by degree against the bound, which is told a degree that is ``degrees_off`` too high."""
     checks: list[Check] = []
     errors: dict[float, np.ndarray] = {}
     allowed: dict[float, np.ndarray] = {}
@@ -80,7 +80,7 @@ def _bounded(problem: Problem, degrees_off: int = 0) -> Evidence:
 
 
 def _measure(problem: Problem) -> Evidence:
-    """The bound, errors over sizes, and what a fit makes of elu1."""
+    """Measure the bound, errors over sizes, and what a fit makes of elu1."""
     bounded = _bounded(problem)
     raw, fitted = _fit(problem)
     checks = [
@@ -97,7 +97,7 @@ def _other_degree(problem: Problem) -> Evidence:
 
 
 def _sweeps(problem: Problem) -> dict[str, dict[int, float]]:
-    """Errors of degree 4 at B = 1 over one size at a time, the others as above."""
+    """Return errors of degree 4 at B = 1 over one size at a time, the others as above."""
     return {
         "prefix length m": {m: _error(_draw(problem, 1.0, tokens=m), 4) for m in (32, 512, 8192)},
         "sequence length L": {n: _error(_draw(problem, 1.0, length=n), 4) for n in (2, 16, 128)},
@@ -106,7 +106,7 @@ def _sweeps(problem: Problem) -> dict[str, dict[int, float]]:
 
 
 def _fit(problem: Problem) -> tuple[float, float]:
-    """Held-out relative errors of raw elu1 sums and of a least-squares fit of the same size, in 16 dimensions."""
+    """Return held-out relative errors of raw elu1 sums and of a least-squares fit of the same size, in 16 dimensions."""
     drawn = _draw(problem, 1.0, length=FIT_QUERIES, d=16)
     own = (drawn.key[:, :LENGTH], drawn.value[:, :LENGTH])
     _, report = PrefixState.fit_with_report(drawn.query, drawn.prefix_key, drawn.prefix_value, *own)

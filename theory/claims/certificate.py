@@ -69,7 +69,7 @@ def _advance(
     name: ModelName,
     steps: int,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """So many steps of gradient descent; before each the squared error and the largest movement over its radius."""
+    """Take so many steps of gradient descent; before each the squared error and the largest movement over its radius."""
     outputs = tied_outputs if name == "tied" else fixed_outputs
 
     def step(weights: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
@@ -102,7 +102,7 @@ def follow(problem: Problem, certificate: Certificate, prefix: RandomPrefix, *, 
 
 
 def _watched(label: str, certificate: Certificate, run: Run) -> list[Check]:
-    """The hypotheses and conclusions of a certificate, at every step of a run; what diverged must not hold."""
+    """Return the hypotheses and conclusions of a certificate, at every step of a run; what diverged must not hold."""
     error = np.nan_to_num(run.error, nan=np.inf)
     floor = math.sqrt(certificate.smallest) - certificate.drift
     envelope = certificate.envelope(len(error) - 1)
@@ -163,7 +163,7 @@ def _shortest(problem: Problem, name: ModelName) -> Certificate:
 
 
 def plan(problem: Problem) -> dict[ModelName, list[int]]:
-    """Numbers of inputs to certify, by model."""
+    """Return numbers of inputs to certify, by model."""
     return {"tied": [8, 16], "fixed": [8, 16, 32]} if problem.full else {"tied": [8], "fixed": [16]}
 
 
@@ -172,7 +172,7 @@ def _prefix(problem: Problem, name: ModelName, m: int) -> RandomPrefix:
 
 
 def _paper(problem: Problem, name: ModelName) -> float:
-    """log10 of the prefix length after the paper's convergence theorem."""
+    """Return log10 of the prefix length after the paper's convergence theorem."""
     scale = bounds.weight_scale(sigma=problem.sigma, inputs=problem.n, outputs=problem.d, failure=FAILURE)
     smallest = smallest_eigenvalue(spectrum(limit_of(problem, name)), f"H* ({name})")
     return bounds.log10_prefix_length(
@@ -218,7 +218,7 @@ def _measure(problem: Problem) -> Evidence:
 
 
 def _restarted(problem: Problem, name: ModelName, m: int) -> list[Check]:
-    """A prefix a quarter as long is refused where it is drawn and certified where some training has taken it."""
+    """Check that a prefix a quarter as long is refused where it is drawn and certified where some training has taken it."""
     prefix = _prefix(problem, name, m)
     weights, signs = prefix.materialise()
     model = build(problem, name, m)
@@ -240,7 +240,7 @@ def _restarted(problem: Problem, name: ModelName, m: int) -> list[Check]:
 
 
 def _sabotage(problem: Problem) -> Evidence:
-    """A prefix 64 times too short, and on a certified one steps 16 times as long as the certificate was told."""
+    """Measure a prefix 64 times too short, and on a certified one steps 16 times as long as the certificate was told."""
     name: ModelName = "fixed"
     part = at_size(problem, CONTROL_INPUTS)
     found = _shortest(part, name)

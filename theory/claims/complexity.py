@@ -29,7 +29,7 @@ BACKBONES = {
 
 
 def parameter_counts(layers: int, heads: int, head_dim: int) -> dict[str, int]:
-    """Trained numbers of every method on a backbone of that shape, all its attention layers adapted."""
+    """Return trained numbers of every method on a backbone of that shape, all its attention layers adapted."""
     width = heads * head_dim
     zero = PrefixState.from_prefix(*[jnp.zeros((0, heads, head_dim))] * 2)
     rank = 4
@@ -48,7 +48,7 @@ Prepare = Callable[[Array, Array], tuple[Callable[[], Array], list[Array]]]
 
 
 def _cost(problem: Problem, attend: Callable[[Array, Array, Array], Prepare]) -> Evidence:
-    """Time and bytes of what must be kept, by prefix length."""
+    """Measure time and bytes of what must be kept, by prefix length."""
     keys = jax.random.split(problem.key("complexity"), 5)
     shape = (BATCH, LENGTH, HEADS, HEAD_DIM)
     query, key, value = (jax.random.normal(k, shape, jnp.float32) for k in keys[:3])

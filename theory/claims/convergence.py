@@ -21,7 +21,7 @@ the square doubles that: a hundred times below this."""
 
 
 def worst_targets(kernel: Array, problem: Problem) -> Array:
-    """Targets along the kernel's slowest direction, as long as the problem's own: nothing converges more slowly."""
+    """Return targets along the kernel's slowest direction, as long as the problem's own: nothing converges more slowly."""
     slowest = jnp.linalg.eigh(gram(kernel))[1][:, 0].reshape(problem.targets.shape)
     return slowest * jnp.linalg.norm(problem.targets) / jnp.linalg.norm(slowest)
 

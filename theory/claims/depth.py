@@ -55,7 +55,7 @@ class Stack(nnx.Module):
         self.scale, self.readout = Frozen(jnp.array(scale, float)), Frozen(jnp.ones(()))
 
     def __call__(self, inputs: Inputs) -> Float[Array, "n d"]:
-        """[n, d] -> [n, d]; rows of real layers are one sequence."""
+        """Return [n, d] for [n, d]; rows of real layers are one sequence."""
         stream = inputs
         for layer in self.layers:
             stream = stream + self.scale[...] * layer(stream)
@@ -63,18 +63,18 @@ class Stack(nnx.Module):
 
 
 def lengths(problem: Problem) -> list[int]:
-    """Prefix lengths."""
+    """Return prefix lengths."""
     return [2**power for power in (range(6, 17, 2) if problem.full else (8, 11, 14))]
 
 
 def _frozen(problem: Problem) -> list[PrefixAttentionLayer]:
-    """The layers of the real stacks without their prefixes: projections are the same in all draws."""
+    """Return the layers of the real stacks without their prefixes: projections are the same in all draws."""
     keys = jax.random.split(problem.key("depth"), DEPTHS[-1])
     return [PrefixAttentionLayer(problem.d, 2, problem.sigma, rngs=nnx.Rngs(key)) for key in keys]
 
 
 def _prefixes(problem: Problem, depth: int, m: int, repeat: int, paired: bool = False) -> list[tuple[Array, Array]]:
-    """One prefix a layer, weights and signs: the beginning of the longest, so that one program draws them all."""
+    """Return one prefix a layer, weights and signs: the beginning of the longest, so that one program draws them all."""
     prefixes = [
         RandomPrefix(key=key, d=problem.d, m=lengths(problem)[-1], sigma=problem.sigma, symmetric=paired).materialise()
         for key in jax.random.split(problem.key("depth", m, repeat), depth)
@@ -83,7 +83,7 @@ def _prefixes(problem: Problem, depth: int, m: int, repeat: int, paired: bool = 
 
 
 def _real(frozen: list[PrefixAttentionLayer], problem: Problem, depth: int, m: int, repeat: int) -> Stack:
-    """Real layers, softmax averages of values, with a prefix of m tokens each."""
+    """Return real layers, softmax averages of values, with a prefix of m tokens each."""
     layers = [nnx.clone(layer) for layer in frozen[:depth]]
     for layer, (weights, _) in zip(layers, _prefixes(problem, depth, m, repeat), strict=True):
         layer.prefix = nnx.Param(weights)
@@ -91,7 +91,7 @@ def _real(frozen: list[PrefixAttentionLayer], problem: Problem, depth: int, m: i
 
 
 def _tied(problem: Problem, depth: int, m: int, repeat: int, *, power: float, paired: bool) -> Stack:
-    """Tied models whose outputs, of scale m as the one-layer theory has them, are multiplied by m^(power - 1)."""
+    """Return tied models whose outputs, of scale m as the one-layer theory has them, are multiplied by m^(power - 1)."""
     layers = []
     for weights, signs in _prefixes(problem, depth, m, repeat, paired):
         layer = TiedPrefixModel(problem.d, 2, problem.sigma, rngs=nnx.Rngs(0))
@@ -119,7 +119,7 @@ SCALINGS = {
 
 
 def kernel(stack: Stack, inputs: Inputs) -> Kernel:
-    """The empirical NTK with respect to all prefixes."""
+    """Return the empirical NTK with respect to all prefixes."""
     # rows of a real layer are one sequence: they interact
     return empirical_ntk(stack, inputs, implementation="jacobian", vmap_axes=None)
 
@@ -133,7 +133,7 @@ class Carried(NamedTuple):
 
 
 def stack_limits(frozen: list[PrefixAttentionLayer], problem: Problem, carried: bool = True) -> dict[int, Carried]:
-    """The limits of m Theta of stacks of real layers as m grows, by depth (derived, theory/README.md).
+    """Return the limits of m Theta of stacks of real layers as m grows, by depth (derived, theory/README.md).
 
         Theta_l = M_l^T Theta_{l-1} M_l + K_l(x_{l-1}) ,   M_l = I + sigma^2 W_Q W_K^T W_V / sqrt(d) ,   x_l = x_{l-1} M_l
 
@@ -158,7 +158,7 @@ def stack_limits(frozen: list[PrefixAttentionLayer], problem: Problem, carried: 
 
 
 def _small(problem: Problem, sigma: float) -> Problem:
-    """A few of the problem's rows, and its sigma if it is smaller."""
+    """Return a few of the problem's rows, and its sigma if it is smaller."""
     return dataclasses.replace(
         problem,
         inputs=problem.inputs[:INPUTS],
@@ -170,7 +170,7 @@ def _small(problem: Problem, sigma: float) -> Problem:
 def _rate(
     name: str, errors: dict[int, np.ndarray], part: str = "", close: float = CLOSE
 ) -> tuple[fits.Exponent, list[Check]]:
-    """The m^(-1/2) of independent tokens, and a distance at the longest prefix that a wrong limit does not reach."""
+    """Return the m^(-1/2) of independent tokens, and a distance at the longest prefix that a wrong limit does not reach."""
     slope = fits.exponent(*zip(*[(m, error) for m, found in errors.items() for error in found], strict=True))
     last = max(errors)
     return slope, [
@@ -182,7 +182,7 @@ def _rate(
 
 
 def _eigenvalue(name: str, kernels: list[Kernel], limit: float) -> Check:
-    """How far the smallest eigenvalue of drawn kernels is from the limit's, as a factor."""
+    """Return how far the smallest eigenvalue of drawn kernels is from the limit's, as a factor."""
     drawn = float(np.median([spectrum(kernel)[0] for kernel in kernels]))
     factor = max(drawn / limit, limit / drawn) if drawn > 0 else np.inf
     return Check(f"{name}: smallest eigenvalue, factor between drawn and limit", factor, 1.25)
@@ -210,7 +210,7 @@ def _undecidable(problem: Problem) -> str | None:
 
 
 def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> Evidence:
-    """Real stacks against their limit, and their smallest eigenvalues."""
+    """Compare real stacks against their limit, and their smallest eigenvalues."""
     checks: list[Check] = []
     errors: dict[int, dict[int, np.ndarray]] = {}
     slopes: dict[int, fits.Exponent] = {}
@@ -248,7 +248,7 @@ def _not_carried(problem: Problem) -> Evidence:
 
 
 def _stylized(problem: Problem) -> Evidence:
-    """Tied stacks in every scaling: against depth times H* where there is a limit, draw against draw everywhere."""
+    """Compare tied stacks in every scaling: against depth times H* where there is a limit, draw against draw everywhere."""
     checks: list[Check] = []
     apart: dict[str, dict[int, np.ndarray]] = {}
     one = limit_ntk(problem.inputs, sigma=problem.sigma, model="tied")
@@ -280,7 +280,7 @@ def _stylized(problem: Problem) -> Evidence:
 
 
 def _apart(a: Kernel, b: Kernel) -> float:
-    """Distance of two draws between 0 and 1: some have no typical size to compare with."""
+    """Return the distance of two draws between 0 and 1: some have no typical size to compare with."""
     return float(jnp.linalg.norm((a - b).ravel()) / (jnp.linalg.norm(a.ravel()) + jnp.linalg.norm(b.ravel())))
 
 
@@ -308,7 +308,7 @@ TRAINED = {
 
 
 def _drift(stack: Stack, problem: Problem, speed: float = 0.25) -> float:
-    """Relative change of the kernel over gradient descent to LOSS times the first loss; NaN if it is not reached.
+    """Return the relative change of the kernel over gradient descent to LOSS times the first loss; NaN if it is not reached.
 
     Targets are relative to the outputs at the start, so that every stack has the same way to go.
     """
@@ -327,7 +327,7 @@ def _drift(stack: Stack, problem: Problem, speed: float = 0.25) -> float:
 def _descend(
     graph: nnx.GraphDef[Stack], state: TrainState, frozen: nnx.State, batch: tuple[Array, Array], goal: Array
 ) -> tuple[TrainState, Array]:
-    """Full-batch gradient descent until a loss is reached; the state, and the loss one step before it."""
+    """Run full-batch gradient descent until a loss is reached; the state, and the loss one step before it."""
     update = TRAINER.update(nnx.merge(graph, state.trained, frozen))
 
     def step(carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
@@ -340,7 +340,7 @@ def _descend(
 
 
 def _trained(problem: Problem) -> Evidence:
-    """The drift of the kernel over training, by prefix length."""
+    """Measure the drift of the kernel over training, by prefix length."""
     checks: list[Check] = []
     drifts: dict[str, dict[int, np.ndarray]] = {}
     slopes: dict[str, fits.Exponent] = {}

@@ -40,7 +40,7 @@ def _undecidable(problem: Problem) -> str | None:
 
 
 def _distance(outputs: Array, kernel: Kernel, problem: Problem, step_size: float, m: int) -> float:
-    """Largest distance over all steps between a trajectory and a kernel's prediction of it, over |Y|."""
+    """Return the largest distance over all steps between a trajectory and a kernel's prediction of it, over |Y|."""
     predicted = predict(m * kernel, problem.targets, learning_rate=step_size, steps=jnp.arange(STEPS + 1)).train
     return float(jnp.linalg.norm(outputs - predicted, axis=(1, 2)).max() / jnp.linalg.norm(problem.targets))
 

@@ -21,7 +21,7 @@ REPEATS = 8
 
 
 def _law(problem: Problem) -> tuple[Array, Array, Array, Array]:
-    """Mean and root covariance of the keys, and the affine map from a key to its value."""
+    """Return the mean and root covariance of the keys, and the affine map from a key to its value."""
     mean, spread, linear, shift = jax.random.split(problem.key("gaussian_prefix"), 4)
     d = HEAD_DIM
     return (
@@ -34,7 +34,7 @@ def _law(problem: Problem) -> tuple[Array, Array, Array, Array]:
 
 @functools.partial(jax.jit, static_argnames="m")
 def _drawn(key: Array, law: tuple[Array, Array, Array, Array], query: Array, m: int) -> Array:
-    """Attention of the queries over m drawn prefix tokens and no keys of their own."""
+    """Return attention of the queries over m drawn prefix tokens and no keys of their own."""
     mean, root, linear, shift = law
     keys = mean + jax.random.normal(key, (m, HEAD_DIM)) @ root.T
     values = keys @ linear.T + shift
@@ -43,14 +43,14 @@ def _drawn(key: Array, law: tuple[Array, Array, Array, Array], query: Array, m: 
 
 
 def _infinite(query: Array, law: tuple[Array, Array, Array, Array]) -> Array:
-    """b + A (mu + Gamma q / sqrt(d)): the tilted mean of the values."""
+    """Return b + A (mu + Gamma q / sqrt(d)): the tilted mean of the values."""
     mean, root, linear, shift = law
     tilted = mean + query @ (root @ root.T) / HEAD_DIM**0.5
     return tilted @ linear.T + shift
 
 
 def _approach(problem: Problem, covariance: float = 1.0) -> Evidence:
-    """Distance to the closed form, whose covariance is multiplied by ``covariance``."""
+    """Measure the distance to the closed form, whose covariance is multiplied by ``covariance``."""
     law = _law(problem)
     told = (law[0], law[1] * covariance**0.5, *law[2:])
     query = jax.random.normal(problem.key("queries"), (QUERIES, HEAD_DIM))

@@ -29,7 +29,7 @@ JACOBIANS = {"tied": tied_jacobian, "fixed": fixed_jacobian}
 
 
 def _uncentered(model: str) -> Callable[[Array, Array, Array], Array]:
-    """The gradient without its centering term: what one gets by forgetting that softmax is normalized."""
+    """Return the gradient without its centering term: what one gets by forgetting that softmax is normalized."""
 
     def jacobian(weights: Array, signs: Array, inputs: Array) -> Array:
         mass = attention_mass(weights, inputs)

@@ -50,7 +50,7 @@ def _undecidable(problem: Problem) -> str | None:
 
 
 def _approach(problem: Problem, repeats: tuple[int, int] = REPEATS, wrong_sigma: float = 1.0) -> Evidence:
-    """Errors against the limit, for both models; ``wrong_sigma`` multiplies the sigma of the limit."""
+    """Measure errors against the limit, for both models; ``wrong_sigma`` multiplies the sigma of the limit."""
     lengths = _lengths(problem)
     fewest, most = repeats
     checks: list[Check] = []

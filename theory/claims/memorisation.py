@@ -46,12 +46,12 @@ FULL_GRIDS = {
 
 
 def sizes(problem: Problem) -> tuple[int, ...]:
-    """N, the numbers of sequences to memorize."""
+    """Return N, the numbers of sequences to memorize."""
     return (8, 16, 32, 64, 128) if problem.full else (8, 16, 32, 64)
 
 
 def steps(problem: Problem) -> int:
-    """Of Adam."""
+    """Return the steps of Adam."""
     return 6000 if problem.full else 3000
 
 
@@ -76,7 +76,7 @@ class Task(NamedTuple):
 
 
 def draw(problem: Problem, sequences: int, seed: int, tokens: int, start: int, longest: int) -> Task:
-    """Sequences uniform in [0, 1], answers in [-1, 1], Gaussian weights; float32, as prompts are trained."""
+    """Return sequences uniform in [0, 1], answers in [-1, 1], Gaussian weights; float32, as prompts are trained."""
     random = np.random.default_rng([problem.seed, 15, sequences, seed])
     inputs = random.uniform(size=(sequences, LENGTH, D))
     embed, position = random.normal(size=(D, D)), random.normal(size=(LENGTH, D))
@@ -94,17 +94,17 @@ def draw(problem: Problem, sequences: int, seed: int, tokens: int, start: int, l
 
 
 def answer(task: Task, prompt: Array) -> Array:
-    """softmax(Z W_Q ([P; Z] W_K)^T / sqrt(D)) [P; Z] W_V w, one number a row: [N, L]."""
+    """Return softmax(Z W_Q ([P; Z] W_K)^T / sqrt(D)) [P; Z] W_V w, one number a row: [N, L]."""
     query = task.stream @ task.query_key
     own = jnp.einsum("nid,njd->nij", query, task.stream)
     scores = jnp.concatenate([query @ prompt.T + task.absent[None, None], own], axis=-1)
-    heard, given = jnp.split(jax.nn.softmax(scores), [len(prompt)], axis=-1)
-    return heard @ (prompt @ task.value) + jnp.einsum("nij,nj->ni", given, task.stream @ task.value)
+    from_prompt, from_inputs = jnp.split(jax.nn.softmax(scores), [len(prompt)], axis=-1)
+    return from_prompt @ (prompt @ task.value) + jnp.einsum("nij,nj->ni", from_inputs, task.stream @ task.value)
 
 
 @functools.partial(jax.jit, static_argnames="count")
 def train(tasks: Task, count: int) -> Array:
-    """The smallest max-error [tasks] on the way of Adam, full batch, cosine decay, on the prompt alone."""
+    """Return the smallest max-error [tasks] on the way of Adam, full batch, cosine decay, on the prompt alone."""
 
     def one(task: Task) -> Array:
         optimizer = optax.adam(optax.cosine_decay_schedule(RATE, count, 0.01))
@@ -125,7 +125,7 @@ def train(tasks: Task, count: int) -> Array:
 
 
 def counted(sequences: int, error: float) -> float:
-    """The shortest float32 prompt that counting allows, but for one chance in a million.
+    """Return the shortest float32 prompt that counting allows, but for one chance in a million.
 
     L_p tokens make 2^(32 D L_p) prompts, and N L numbers drawn from (-1, 1) are within the error of what one of them answers
     with probability at most 2^(32 D L_p) error^(N L).
@@ -134,12 +134,12 @@ def counted(sequences: int, error: float) -> float:
 
 
 def lengths(sequences: int) -> list[int]:
-    """Prompt lengths to train."""
+    """Return prompt lengths to train."""
     return sorted({max(1, round(fraction * sequences * LENGTH / D)) for fraction in FRACTIONS})
 
 
 def trained(problem: Problem, sequences: int, used: list[int]) -> np.ndarray:
-    """Errors of trained prompts, [prompt lengths, seeds]; a seed has its sequences, answers and weights."""
+    """Return errors of trained prompts, [prompt lengths, seeds]; a seed has its sequences, answers and weights."""
     tasks = [
         draw(problem, sequences, seed, tokens, start, used[-1])
         for tokens in used
@@ -151,7 +151,7 @@ def trained(problem: Problem, sequences: int, used: list[int]) -> np.ndarray:
 
 
 def shortest(used: list[int], errors: np.ndarray, goal: float) -> np.ndarray:
-    """The shortest trained prompt of each seed that reached the goal; infinite if none did."""
+    """Return the shortest trained prompt of each seed that reached the goal; infinite if none did."""
     reached = errors <= goal
     return np.where(reached.any(0), np.array(used)[reached.argmax(0)], np.inf)
 
@@ -160,23 +160,23 @@ def shortest(used: list[int], errors: np.ndarray, goal: float) -> np.ndarray:
 
 
 def constructed(problem: Problem, sequences: int, error: float, *, shuffled: bool = False) -> tuple[int, float, float]:
-    """Tokens, largest error and its bound of a prompt that holds the sequences, one token a row."""
+    """Return tokens, largest error and its bound of a prompt that holds the sequences, one token a row."""
     random = np.random.default_rng([problem.seed, 16, sequences])
     inputs = random.uniform(size=(sequences, LENGTH, D))
     answers = random.uniform(-1, 1, size=inputs.shape)
     gaps = ((inputs[:, None] - inputs[None]) ** 2).sum(-1) + 1e9 * np.eye(sequences)[..., None]
     # every other line of the row weighs at most e^(-beta gap)
     beta = math.log(4 * sequences / error) / gaps.min()
-    built = Construction(d=D, length=LENGTH, grid=1, contexts=False, sharpness=beta, share=error / 100)
+    built = Construction(d=D, length=LENGTH, grid=1, contexts=False, sharpness=beta, input_share=error / 100)
     row, told = np.tile(np.arange(LENGTH), sequences), answers[::-1] if shuffled else answers
     prompt = built.lines(row, inputs.reshape(-1, D), np.zeros(len(row)), told.reshape(-1, D))
     found = np.abs(apply(built.transformer, prompt, inputs) - answers).max()
-    others = np.exp(-beta * gaps).sum(1).max() + sequences * (LENGTH - 1) * math.exp(-built.apart)
-    return len(prompt), float(found), float(2 * (others + built.share))
+    others = np.exp(-beta * gaps).sum(1).max() + sequences * (LENGTH - 1) * math.exp(-built.row_penalty)
+    return len(prompt), float(found), float(2 * (others + built.input_share))
 
 
 def _worst_case(problem: Problem, d: int, length: int, grid: int) -> tuple[float, float]:
-    """The error that a grid promises, and the shortest table that reaches it on random tents."""
+    """Return the error that a grid promises, and the shortest table that reaches it on random tents."""
     error = Construction(d=d, length=length, grid=grid).bound
     random = np.random.default_rng([problem.seed, 17, d, length, grid])
     targets = [_tents(random, d, length, error) for _ in range(2)]
@@ -190,17 +190,17 @@ def _worst_case(problem: Problem, d: int, length: int, grid: int) -> tuple[float
 
 
 def _tents(random: np.random.Generator, d: int, length: int, error: float) -> Function:
-    """Tents at least twice as high as the error: all of their signs must be known."""
+    """Return tents at least twice as high as the error: all of their signs must be known."""
     return tents(random, d, length, max(1, int(1 / (4 * error))))
 
 
 def fewest(d: int, length: int, error: np.ndarray) -> np.ndarray:
-    """The fewest lines of any table that serves every 1-Lipschitz function: L (1 / (2 error))^(dL), theory/README.md."""
+    """Return the fewest lines of any table that serves every 1-Lipschitz function: L (1 / (2 error))^(dL), theory/README.md."""
     return length * (0.5 / error) ** (d * length)
 
 
 def _half_table(problem: Problem) -> float:
-    """Error over the promised one of a table that is half as fine, on the same tents."""
+    """Return the error over the promised one of a table that is half as fine, on the same tents."""
     (d, length), grids = next(iter(GRIDS.items()))
     error = Construction(d=d, length=length, grid=grids[-1]).bound
     built = Construction(d=d, length=length, grid=grids[-1] // 2)
@@ -213,7 +213,7 @@ def _half_table(problem: Problem) -> float:
 
 
 def _measure(problem: Problem) -> Evidence:
-    """Prompt lengths of the three kinds, and what they must lie between."""
+    """Measure prompt lengths of the three kinds, and what they must lie between."""
     goal, used = ERRORS[-1], {n: lengths(n) for n in sizes(problem)}
     errors = {n: trained(problem, n, tried) for n, tried in used.items()}
     reached = {n: {error: shortest(used[n], errors[n], error) for error in ERRORS} for n in used}
@@ -271,7 +271,7 @@ def _measure(problem: Problem) -> Evidence:
 
 
 def _control(problem: Problem) -> Evidence:
-    """A prompt that counting excludes, a table whose answers stand in other lines, and one that is too coarse."""
+    """Measure a prompt that counting excludes, a table whose answers stand in other lines, and one that is too coarse."""
     goal, sequences = ERRORS[-1], sizes(problem)[-1]
     tokens = math.ceil(counted(sequences, goal)) - 1
     _, error, bound = constructed(problem, sequences, goal, shuffled=True)

@@ -35,7 +35,7 @@ def _kernel(weights: Array, signs: Array, inputs: Array, model: ModelName) -> Ar
 def _largest_drift(
     weights: Array, signs: Array, inputs: Array, radius: Array, direction: Array, model: ModelName
 ) -> Array:
-    """Drift of the kernel after every token moved by ``radius`` along the steepest ascent of that drift."""
+    """Return the drift of the kernel after every token moved by ``radius`` along the steepest ascent of that drift."""
     start = _kernel(weights, signs, inputs, model)
 
     def drift(direction: Array) -> Array:
@@ -61,7 +61,7 @@ def _stated(radius: float, inputs: int, outputs: int, scale: float) -> float:
 
 
 def _measure(problem: Problem, overstep: float = 1.0) -> Evidence:
-    """Drifts within each radius; ``overstep`` moves the tokens that many times farther than the bound is told."""
+    """Measure drifts within each radius; ``overstep`` moves the tokens that many times farther than the bound is told."""
     inputs = problem.inputs[:INPUTS]
     checks: list[Check] = []
     drifts: dict[str, np.ndarray] = {}

@@ -78,7 +78,7 @@ class Tokens(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _drawn(seed: int, longest: int) -> np.ndarray:
-    """Signs [n, d] of the longest sequence: every token is its own query and its own key, so the score B^2 occurs.
+    """Return signs [n, d] of the longest sequence: every token is its own query and its own key, so the score B^2 occurs.
 
     Shorter sequences are its beginning. Entries +-B use the norm up: none of that norm score higher.
     """
@@ -86,14 +86,14 @@ def _drawn(seed: int, longest: int) -> np.ndarray:
 
 
 def _sampled(n: int, queries: int, causal: bool) -> np.ndarray:
-    """Positions of the queries to look at; with a causal mask they see from all to few of the keys."""
+    """Return positions of the queries to look at; with a causal mask they see from all to few of the keys."""
     if causal:
         return np.unique((n * 2.0 ** -np.linspace(0, math.log2(n), queries)).astype(int)) - 1
     return np.linspace(0, n - 1, queries).astype(int)
 
 
 def _signs(problem: Problem, power: int, causal: bool) -> Tokens:
-    """Entries +-B: the score of two tokens that differ in h places is B^2 (1 - 2 h / d), so counting h is enough."""
+    """Return entries +-B: the score of two tokens that differ in h places is B^2 (1 - 2 h / d), so counting h is enough."""
     keys = _drawn(problem.seed, POWERS[-1])[: 2**power, :power].astype(np.float32)
     rows = _sampled(2**power, 64 if problem.full else 16, causal)
     count = np.zeros((len(rows), power + 1))
@@ -106,7 +106,7 @@ def _signs(problem: Problem, power: int, causal: bool) -> Tokens:
 
 
 def _uniform(problem: Problem, power: int) -> Tokens:
-    """Entries uniform in (-B, B): the same norm, but no score comes near B^2."""
+    """Return entries uniform in (-B, B): the same norm, but no score comes near B^2."""
     random = np.random.default_rng([problem.seed, 17, power])
     keys = random.uniform(-1, 1, (2**power, power))
     score = keys[_sampled(2**power, 16, False)] @ keys.T / power
@@ -114,7 +114,7 @@ def _uniform(problem: Problem, power: int) -> Tokens:
 
 
 def _distances(tokens: Tokens, largest: float, degrees: int) -> np.ndarray:
-    """Output error of every degree 0..degrees, for the worst values in [-1, 1] and the worst sampled query.
+    """Return the output error of every degree 0..degrees, for the worst values in [-1, 1] and the worst sampled query.
 
     Attention rows p and p' of the exponential and the polynomial differ by sum_j |p'_j - p_j|, which is the largest
     |sum_j (p'_j - p_j) v_j| over |v| <= 1. The polynomial is evaluated on scores: the features give the same number.
@@ -135,12 +135,12 @@ def _distances(tokens: Tokens, largest: float, degrees: int) -> np.ndarray:
 
 
 def _needed(errors: np.ndarray) -> int:
-    """The smallest degree from which on every one keeps the error."""
+    """Return the smallest degree from which on every one keeps the error."""
     return int(np.flatnonzero(~(errors <= ERROR)).max(initial=-1)) + 1
 
 
 def _between(errors: np.ndarray) -> float:
-    """The same between whole degrees, log error interpolated: for curves without the steps of whole numbers."""
+    """Return the same between whole degrees, log error interpolated: for curves without the steps of whole numbers."""
     whole = _needed(errors)
     if whole == 0:
         return 0.0
@@ -152,12 +152,12 @@ def _between(errors: np.ndarray) -> float:
 
 
 def log_rank(width: int, degree: float) -> float:
-    """log C(d + g, g)."""
+    """Return log C(d + g, g)."""
     return float(gammaln(width + degree + 1) - gammaln(width + 1) - gammaln(degree + 1))
 
 
 def operations(power: int, degree: float, causal: bool = False) -> float:
-    """Multiplications of polynomial attention over n = 2^power tokens of width d = power.
+    """Return multiplications of polynomial attention over n = 2^power tokens of width d = power.
 
     Every token's features once as a key and once as a query (one product a feature), then R (d + 1) products to add
     it to the state and as many to read it; causal: a block's own scores, their polynomial and their values.
@@ -167,12 +167,12 @@ def operations(power: int, degree: float, causal: bool = False) -> float:
 
 
 def exact_operations(power: int, causal: bool = False) -> float:
-    """Multiplications of softmax attention: scores, and values with the column of ones, for every pair that is seen."""
+    """Return multiplications of softmax attention: scores, and values with the column of ones, for every pair that is seen."""
     return 4.0**power * (2 * power + 1) / (2 if causal else 1)
 
 
 def rank_exponent(growth: float) -> float:
-    """lim log r / log n for d = log2 n and a degree g = growth log n: Stirling's formula on C(d + g, g).
+    """Return lim log r / log n for d = log2 n and a degree g = growth log n: Stirling's formula on C(d + g, g).
 
     (w + growth) log(w + growth) - w log w - growth log growth,  w = 1 / log 2.
     """
@@ -190,7 +190,7 @@ class _Errors(NamedTuple):
 
 
 def _errors(problem: Problem, regimes: dict[str, Scores], kinds: tuple[str, ...]) -> _Errors:
-    """Errors of all degrees over all lengths; the uniform kind over shorter sequences in the quick profile."""
+    """Return errors of all degrees over all lengths; the uniform kind over shorter sequences in the quick profile."""
     found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     proved: dict[str, dict[int, int]] = {name: {} for name in regimes}
     for power in POWERS:
@@ -220,7 +220,7 @@ def _accuracy(errors: _Errors, degrees: dict[str, dict[int, int]]) -> list[Check
 
 
 def _bounded(errors: _Errors) -> Check:
-    """Every error of every degree that the bound speaks of, over the bound."""
+    """Measure every error of every degree that the bound speaks of, over the bound."""
     worst = 0.0
     for (_, name), lengths in errors.found.items():
         for power, found in lengths.items():
@@ -270,7 +270,7 @@ def _slope(kind: str, degrees: Mapping[int, float]) -> fits.Exponent:
 
 
 def _counted(degrees: dict[tuple[str, str], dict[int, int]]) -> list[Check]:
-    """Exponents of counted multiplications over n = 2^10 to 2^20, and who is cheaper at the longest."""
+    """Return exponents of counted multiplications over n = 2^10 to 2^20, and who is cheaper at the longest."""
     checks = []
     last = POWERS[-1]
     for kind in ("full", "causal"):
@@ -288,7 +288,7 @@ def _counted(degrees: dict[tuple[str, str], dict[int, int]]) -> list[Check]:
 
 
 def _far() -> list[Check]:
-    """The exponent of the rank of the proved degree, read between lengths that no machine holds."""
+    """Return the exponent of the rank of the proved degree, read between lengths that no machine holds."""
     local = {}
     for name, score in REGIMES.items():
         ranks = [log_rank(power, polynomial_degree(score(power * math.log(2)), ERROR)) for power in FAR]
@@ -310,7 +310,7 @@ def _far() -> list[Check]:
 
 
 def _crossing(errors: _Errors) -> dict[str, list[float]]:
-    """Exponents of the operations over a grid of beta: of the degree needed, and of the one proved to suffice."""
+    """Return exponents of the operations over a grid of beta: of the degree needed, and of the one proved to suffice."""
     found = {
         kind: [
             _slope(kind, {power: _between(e) for power, e in errors.found[kind, name].items()}).value for name in GRID
@@ -324,14 +324,14 @@ def _crossing(errors: _Errors) -> dict[str, list[float]]:
 
 
 def _sequence(problem: Problem, n: int, width: int, norm: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values [1, n, 1, d], queries and keys uniform in (-norm, norm), values in (-1, 1)."""
+    """Return queries, keys and values [1, n, 1, d], queries and keys uniform in (-norm, norm), values in (-1, 1)."""
     random = np.random.default_rng([problem.seed, 18, n, width])
     query, key, value = (jnp.asarray(size * random.uniform(-1, 1, (1, n, 1, width))) for size in (norm, norm, 1.0))
     return query, key, value
 
 
 def _same_numbers(problem: Problem) -> list[Check]:
-    """Features, summed over all tokens, against the polynomial of the scores of a few queries, pair by pair."""
+    """Compare features, summed over all tokens, with the polynomial of the scores of a few queries, pair by pair."""
     apart: list[float] = []
     off: list[float] = []
     for power in (10, 14, 17, 20) if problem.full else (10, 20):
@@ -357,7 +357,7 @@ def _same_numbers(problem: Problem) -> list[Check]:
 
 
 def _seconds(call: Callable[[], jax.Array]) -> float:
-    """The quickest of three, after one that compiles."""
+    """Return the quickest of three, after one that compiles."""
     times = []
     for _ in range(4):
         start = time.perf_counter()
@@ -367,7 +367,7 @@ def _seconds(call: Callable[[], jax.Array]) -> float:
 
 
 def _timed(problem: Problem, below: dict[int, int]) -> tuple[dict[str, dict[int, float]], list[Check]]:
-    """Wall-clock times, and (in full, where they are long) checks of their exponents.
+    """Measure wall-clock times, and (in full, where they are long) checks of their exponents.
 
     The machine is shared and caches have sizes, so the tolerances are wide; quick only draws what it measures.
     """
@@ -404,7 +404,7 @@ def _timed(problem: Problem, below: dict[int, int]) -> tuple[dict[str, dict[int,
 
 
 def _control(problem: Problem) -> Evidence:
-    """The degrees that suffice at beta = 1/4, in every regime."""
+    """Measure the degrees that suffice at beta = 1/4, in every regime."""
     errors = _errors(problem, {name: REGIMES[name] for name in CRITICAL}, ("full",))
     low = errors.proved["beta = 1/4"]
     return Evidence(tuple(_accuracy(errors, dict.fromkeys(CRITICAL, low))))

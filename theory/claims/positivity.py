@@ -29,7 +29,7 @@ def _smallest(problem: Problem) -> Evidence:
 
 
 def _measure(problem: Problem) -> Evidence:
-    """Measure, and tell an eigenvalue that rounding hides from one that is negative: only the latter is a counterexample."""
+    """Measure, and tell an eigenvalue that rounding hides from a negative one, which is a counterexample."""
     found = _smallest(problem)
     for model, check in zip(MODELS, found.checks, strict=True):
         if abs(check.measured) < check.bound:

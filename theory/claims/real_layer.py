@@ -30,7 +30,7 @@ FITTED = 3
 
 
 def _layer(problem: Problem, m: int, repeat: int) -> PrefixAttentionLayer:
-    """Another prefix for every repeat, the same projections for all."""
+    """Return another prefix for every repeat, the same projections for all."""
     layer = PrefixAttentionLayer(problem.d, m, problem.sigma, rngs=nnx.Rngs(problem.key("real", m, repeat)))
     same = PrefixAttentionLayer(problem.d, 2, problem.sigma, rngs=nnx.Rngs(problem.key("projections")))
     layer.query_projection, layer.key_projection = same.query_projection, same.key_projection
@@ -49,7 +49,7 @@ def _own_limit(problem: Problem, layer: PrefixAttentionLayer) -> Kernel:
 
 
 def _stylized_limit(problem: Problem, layer: PrefixAttentionLayer) -> Kernel:
-    """The tied model's limit at the same scores, its values projected: what absorbing the projections would give."""
+    """Return the tied model's limit at the same scores, its values projected: what absorbing the projections would give."""
     effective = layer.query_projection[...] @ layer.key_projection[...].T / jnp.sqrt(problem.d)
     limit = limit_ntk(problem.inputs @ effective, sigma=problem.sigma, model="tied")
     value = layer.value_projection[...]

@@ -47,7 +47,7 @@ def _random(problem: Problem, *labels: int) -> np.random.Generator:
 
 
 def _border(construction: Construction) -> Function:
-    """Distance to the nearest center: its table is zero, like that of its negative, so no prompt of a table knows it."""
+    """Return the distance to the nearest center: its table is zero, like that of its negative, so no prompt of a table knows it."""
 
     def function(x: np.ndarray) -> np.ndarray:
         distance = np.abs(x[..., None] - construction.centers).min(-1)
@@ -57,7 +57,7 @@ def _border(construction: Construction) -> Function:
 
 
 def _measure(problem: Problem) -> Evidence:
-    """Errors over grids for every (d, L), their exponent in the prompt's length, and over the softmax's sharpness."""
+    """Measure errors over grids for every (d, L), their exponent in the prompt's length, and over the softmax's sharpness."""
     checks: list[Check] = []
     parameters: dict[str, int | float] = {}
     errors: dict[tuple[int, int], dict[int, np.ndarray]] = {}
@@ -105,7 +105,7 @@ def _measure(problem: Problem) -> Evidence:
 
 
 def _sharpness(problem: Problem) -> dict[float, tuple[float, float]]:
-    """Largest error over the functions, and bound, by tau."""
+    """Measure the largest error over the functions, and bound, by tau."""
     d, length, grid = SWEPT
     targets = functions(_random(problem, d, length), d, length)
     found = {}
@@ -117,7 +117,7 @@ def _sharpness(problem: Problem) -> dict[float, tuple[float, float]]:
 
 
 def _control(problem: Problem) -> Evidence:
-    """The prompt of another function, and weights that do not read the context, on a function that needs it."""
+    """Measure the prompt of another function, and weights that do not read the context, on a function that needs it."""
     d, length = READS_OTHERS
     targets = functions(_random(problem, d, length), d, length)
     checks, errors = [], {}
@@ -174,7 +174,7 @@ def _figure(evidence: Evidence, control: Evidence) -> Figure:
 CLAIM = Claim(
     name="universality",
     title="One layer with fixed weights, any Lipschitz function in its prompt",
-    statement="sup |out - f|_max <= C h (1/2 + d t(tau)) + 2 F leak for every f: [0,1]^(dL) -> [-F,F]^(dL) that is "
+    statement="sup |out - f|_max <= C h (1/2 + d t(tau)) + 2 F omega for every f: [0,1]^(dL) -> [-F,F]^(dL) that is "
     "C-Lipschitz in the max-norm, from a prompt of L h^(-dL) tokens: an error of order L_p^(-1/(dL))",
     proof="14",
     computed_by=("prompting.Construction",),
