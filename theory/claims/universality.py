@@ -47,7 +47,7 @@ def _random(problem: Problem, *labels: int) -> np.random.Generator:
 
 
 def _border(construction: Construction) -> Function:
-    """Return the distance to the nearest center: its table is zero, like that of its negative, so no prompt of a table knows it."""
+    """Return the distance to the nearest center: its table is zero, as its negative's is, so no table knows it."""
 
     def function(x: np.ndarray) -> np.ndarray:
         distance = np.abs(x[..., None] - construction.centers).min(-1)
