@@ -25,18 +25,7 @@ __all__ = [
     "adapter_config",
 ]
 
-METHODS: dict[str, tuple[peft.AdapterConfig, ...]] = {
-    "full": (peft.FullConfig(),),
-    "head": (peft.HeadConfig(),),
-    "bitfit": (peft.BitFitConfig(),),
-    "lora": (peft.LoraConfig(),),
-    "prefix_tuning": (peft.PrefixTuningConfig(),),
-    "prefix_propagation": (peft.PrefixPropagationConfig(),),
-    "prefix_tuning_plus": (peft.PrefixTuningPlusConfig(),),
-    "ntk_attention": (peft.NTKAttentionConfig(mass="relative", whiten=True),),
-    "ntk_attention_published": (peft.NTKAttentionConfig(),),
-    "lora_ntk": (peft.LoraConfig(), peft.NTKAttentionConfig(mass="relative", whiten=True)),
-}
+METHODS = peft.PRESETS
 """The methods by the names that the command line and the tables use; ``adapter`` changes their fields."""
 
 
@@ -254,7 +243,7 @@ class TrainConfig(Checked, metaclass=_Sectioned):
         if not 0 <= self.seed <= LARGEST_SEED:
             raise expected("--seed", f"an integer from 0 to {LARGEST_SEED}", self.seed)
         configs = adapter_config(self.method, self.adapter)
-        own = [c.pool for c in configs if isinstance(c, peft.PrefixPropagationConfig) and c.pool != "model"]
+        own = [c.pooling for c in configs if c.pooling is not None]
         if own and self.pooling != "mean":
             raise UsageError(
                 f"--pooling: expected it left alone with {self.method}, which reads its own {own[0]!r} row, got "

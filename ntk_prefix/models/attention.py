@@ -10,7 +10,7 @@ weights (LoRA) replaces ``query``, ``key``, ``value`` or ``out``. Neither knows 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,14 @@ class KeyValueCache(NamedTuple):
 
 
 class AttentionCore(nnx.Module):
-    """Softmax attention; what adapters replace. Scores are scaled by 1/sqrt(H)."""
+    """Softmax attention; what adapters replace. Scores are scaled by 1/sqrt(H).
+
+    Class attributes:
+        whole: whether the core wants a windowed sequence whole, with ``window`` and ``leading`` as further arguments, and
+            not cut into blocks; :class:`ntk_prefix.peft.record` does.
+    """
+
+    whole: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -124,7 +131,12 @@ class AttentionLayer(nnx.Module):
             raise UsageError("window: expected an encoder with one adapter for the whole batch, got a cache, a causal "
                              "mask or mixed rows: set window = None")  # fmt: skip
         else:
-            output = windowed(self.core, query, key, value, mask=mask, window=window, leading=leading)
+            windows: dict[str, Any] = {"mask": mask, "window": window, "leading": leading}
+            output = (
+                self.core(query, key, value, **windows)
+                if self.core.whole
+                else windowed(self.core, query, key, value, **windows)
+            )
         return self.out(output.reshape(*x.shape[:2], -1)), cache
 
     def _heads(self, x: Array, heads: int) -> Float[Array, "B T N H"]:

@@ -16,7 +16,7 @@ import numpy as np
 from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["windowed"]
+__all__ = ["seen_in_windows", "windowed"]
 
 
 def windowed(
@@ -81,6 +81,13 @@ def windowed(
     if not leading:
         return local
     return jnp.concatenate([core(query[:, :leading], key, value, mask=mask), local], axis=1)
+
+
+def seen_in_windows(rows: int, window: int, leading: int = 0) -> Bool[Array, "T T"]:
+    """Return the pattern of :func:`windowed` as a mask of queries and keys: full attention under it is the same."""
+    place = np.arange(rows)
+    near = np.abs(place[:, None] - place[None]) <= window
+    return jnp.asarray(near | (place[:, None] < leading) | (place[None] < leading))
 
 
 def _fold(x: Any) -> Array:

@@ -5,7 +5,7 @@
 >>> optimizer = nnx.Optimizer(model, npx.peft.non_negative(optax.adamw(1e-3)), wrt=npx.peft.AdapterParam)
 """
 
-from ntk_prefix.peft.base import AdapterConfig, AdapterParam, NonNegativeParam
+from ntk_prefix.peft.base import AdapterConfig, AdapterParam
 from ntk_prefix.peft.files import load_adapter, save_pretrained
 from ntk_prefix.peft.inject import (
     activate,
@@ -21,26 +21,16 @@ from ntk_prefix.peft.inject import (
     print_trainable_parameters,
     trainable_parameters,
 )
-from ntk_prefix.peft.methods.lora import LoraConfig
-from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig, PrefixTuningPlusConfig
-from ntk_prefix.peft.methods.prefix_propagation import PrefixPropagationConfig
-from ntk_prefix.peft.methods.prefix_tuning import PrefixTuningConfig
-from ntk_prefix.peft.methods.weights import BitFitConfig, FullConfig, HeadConfig
+from ntk_prefix.peft.methods import *  # noqa: F403  a new method needs no line here
+from ntk_prefix.peft.methods import METHODS, PRESETS
 from ntk_prefix.peft.record import LayerRecord, record
 
 __all__ = [
+    "METHODS",
+    "PRESETS",
     "AdapterConfig",
     "AdapterParam",
-    "BitFitConfig",
-    "FullConfig",
-    "HeadConfig",
     "LayerRecord",
-    "LoraConfig",
-    "NTKAttentionConfig",
-    "NonNegativeParam",
-    "PrefixPropagationConfig",
-    "PrefixTuningConfig",
-    "PrefixTuningPlusConfig",
     "activate",
     "active_adapter",
     "apply",
@@ -56,4 +46,5 @@ __all__ = [
     "record",
     "save_pretrained",
     "trainable_parameters",
+    *(kind.__name__ for kind in METHODS.values()),
 ]

@@ -1,33 +1,50 @@
-"""What all methods share: parameters that are trained by their type, configurations, and modules that can host adapters."""
+"""What all methods share: parameters that are trained by their type, configurations, and modules that can host adapters.
+
+A method is one file in ``methods``: a configuration, which says in hooks what surgery, files and training have to know of
+it, the weights of one place (:class:`Adapter`), and the module that hosts them (:class:`Host`). Nothing else knows it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Float, Int
 
-__all__ = ["AdapterConfig", "AdapterParam", "Calibration", "Host", "NonNegativeParam", "RestingParam", "gather_rows"]
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "AdapterParam",
+    "Calibration",
+    "Host",
+    "InactiveParam",
+    "dotted",
+    "gather_rows",
+    "module_at",
+    "set_active",
+    "stacked",
+    "targets",
+    "without_hosts",
+]
 
 
 class AdapterParam(nnx.LoRAParam):
     """A weight that is trained; ``wrt=AdapterParam`` is all that an optimizer or a train step has to know.
 
-    A subclass of ``nnx.LoRAParam``, so fine-tuners that select by that type train and save it unchanged.
+    A subclass of ``nnx.LoRAParam``, so fine-tuners that select by that type train and save it unchanged. What else there
+    is to say of a weight is metadata: ``non_negative=True`` is kept at >= 0 by :func:`ntk_prefix.peft.non_negative`.
     """
 
 
-class NonNegativeParam(AdapterParam):
-    """A trained weight that must stay >= 0: :func:`ntk_prefix.peft.non_negative` projects it after each update."""
-
-
-class RestingParam(nnx.Param):
+class InactiveParam(nnx.Param):
     """A weight of an adapter that is not the active one: kept and saved, not trained."""
 
 
@@ -46,6 +63,8 @@ class AdapterConfig:
     """
 
     method: ClassVar[str]
+    peft_type: ClassVar[str | None] = None
+    """What Hugging Face calls the method, if its library has it."""
     in_place: ClassVar[bool] = False
     """True if the method changes the model's own weights, so that it cannot be switched off or shared."""
     target: str = ""
@@ -55,8 +74,13 @@ class AdapterConfig:
         """Refuse a target that is no regular expression."""
         try:
             re.compile(self.target)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(f"expected a regular expression as target, got {self.target!r}: {error}") from error
+
+    @classmethod
+    def presets(cls) -> dict[str, tuple[AdapterConfig, ...]]:
+        """Return what ``python -m train --method NAME`` uses, by name; alone or with other methods."""
+        return {cls.method: (cls(),)}
 
     def selects(self, path: str, module: nnx.Module) -> bool:
         """Return whether the method changes this module."""
@@ -66,9 +90,100 @@ class AdapterConfig:
         """Return whether the module is of the kind that the method changes."""
         raise NotImplementedError
 
-    def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs) -> nnx.Module:
-        """Return the module that stands in the place of ``module`` and hosts an adapter called ``name``."""
+    def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs, measured: Any = None) -> nnx.Module:
+        """Return the module that stands in the place of ``module`` and hosts an adapter called ``name``.
+
+        Args:
+            module: one that the method hosts.
+            name: of the adapter.
+            rngs: for a random start.
+            measured: what :meth:`measure` returned for this module, None without a calibration batch.
+        """
         raise NotImplementedError
+
+    # what most methods leave as it is
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether :func:`ntk_prefix.peft.apply` wants a calibration batch."""
+        return False
+
+    def measure(self, seen: Any) -> Any:
+        """Return what the method wants to know of an attention layer of the frozen model, a ``LayerRecord``."""
+        return None
+
+    @property
+    def unmixable(self) -> str | None:
+        """Why rows of one batch cannot each have their own adapter of this method; None if they can."""
+        return f"{self.method}, which changes the weights themselves" if self.in_place else None
+
+    @property
+    def position_shift(self) -> int:
+        """By how much the tokens' positions move."""
+        return 0
+
+    @property
+    def pooling(self) -> str | None:
+        """Which row a classifier reads by this method; None leaves that to the classifier."""
+        return None
+
+    # files
+
+    def stored(self) -> AdapterConfig:
+        """Return the configuration that stands in a file: what is multiplied into the saved weights is left out.
+
+        Raises:
+            ValueError: nothing that a file can hold means the same.
+        """
+        return self
+
+    @classmethod
+    def to_hugging_face(
+        cls, chosen: Sequence[AdapterConfig], model: Any, names: Any, tensors: Mapping[str, Array]
+    ) -> tuple[dict[str, Any], dict[str, Array]] | None:
+        """Return fields and tensors as Hugging Face's library has them, None if it has no such adapter.
+
+        Args:
+            chosen: the adapter's configurations, the first of which is of this class.
+            model: what they are on.
+            names: its :class:`~ntk_prefix.peft.names.Names`.
+            tensors: by canonical key.
+        """
+        return None
+
+    @classmethod
+    def from_hugging_face(
+        cls, fields: Any, model: Any, names: Any, tensors: dict[str, np.ndarray]
+    ) -> tuple[list[AdapterConfig], dict[str, np.ndarray]]:
+        """Return the configurations that a file of :attr:`peft_type` means, and its tensors by canonical key.
+
+        Args:
+            fields: the file's :class:`~ntk_prefix.peft.names.Fields`.
+            model: what they are to be put on.
+            names: its :class:`~ntk_prefix.peft.names.Names`.
+            tensors: of the file, by canonical key.
+        """
+        raise NotImplementedError
+
+
+class Adapter(nnx.Module):
+    """The weights of one adapter in one place.
+
+    Class attributes:
+        file_names: attribute -> what it is called in a file, where that is something else.
+        transposed: attributes stored [out, in].
+        optional: attributes that a file may leave at their start.
+    """
+
+    file_names: ClassVar[Mapping[str, str]] = {}
+    transposed: ClassVar[frozenset[str]] = frozenset()
+    optional: tuple[str, ...] = ()
+
+    def file_values(self) -> dict[str, Array]:
+        """Return the weights by attribute, in the meaning that a file has."""
+        return {
+            key: value[...] for key, value in vars(self).items() if isinstance(value, (AdapterParam, InactiveParam))
+        }
 
 
 class Host(nnx.Module):
@@ -83,13 +198,24 @@ class Host(nnx.Module):
         rows: [B] indices into ``names``, -1 for no adapter; None outside :func:`ntk_prefix.peft.mixed`.
     """
 
+    unmergeable: ClassVar[str | None] = "no matrix of the model computes what it adds"
+    """Why :meth:`merge` cannot be; None if it can."""
+
     def __init__(self) -> None:
         self.adapters: Any = nnx.Dict()
         self.active: str | None = None
         self.rows: Int[Array, "B"] | None = nnx.data(None)
         self.names: tuple[str, ...] = ()
 
-    def add(self, name: str, adapter: nnx.Module) -> None:
+    def bare(self) -> nnx.Module:
+        """Return what stood in this place before the first adapter."""
+        raise NotImplementedError
+
+    def merge(self) -> nnx.Module:
+        """Return what :meth:`bare` does, with the active adapter written into its weights."""
+        raise NotImplementedError
+
+    def add(self, name: str, adapter: Adapter) -> Host:
         """Host one more adapter.
 
         Raises:
@@ -99,6 +225,7 @@ class Host(nnx.Module):
             raise UsageError(f"expected a new adapter name, got {name!r}, which is there already: delete it first")
         self.adapters[name] = adapter
         self.names = (*self.names, name)
+        return self
 
     def remove(self, name: str) -> None:
         """Forget an adapter."""
@@ -111,6 +238,15 @@ class Host(nnx.Module):
         if self.active is None or self.active not in self.adapters:
             return None
         return self.adapters[self.active]
+
+
+def set_active(adapter: nnx.Module, active: bool) -> None:
+    """Give the weights of an adapter the type that says whether they are trained; what else is said of them stays."""
+    kind = AdapterParam if active else InactiveParam
+    for _, module in nnx.iter_modules(adapter):
+        for attribute, variable in list(vars(module).items()):
+            if isinstance(variable, (AdapterParam, InactiveParam)) and type(variable) is not kind:
+                setattr(module, attribute, kind(variable[...], **variable.get_metadata()))
 
 
 def gather_rows(arrays: list[Array], rows: Int[Array, "B"]) -> Float[Array, "B ..."]:
@@ -130,3 +266,55 @@ def stacked(factors: list[Any], rows: Int[Array, "B"]) -> Any:
     if len({jax.tree.structure(factor) for factor in factors}) > 1:
         raise UsageError("expected adapters of one shape in a mixed batch, got full and low rank: train them alike")
     return jax.tree.map(lambda *leaves: gather_rows(list(leaves), rows), *factors)
+
+
+# ------------------------------------------------------------------------------------------- places
+
+
+def targets(model: Any, config: AdapterConfig) -> list[str]:
+    """Return the dotted paths of the modules that a configuration selects on the model as it is.
+
+    Adapters are not looked at. What a host wraps is the host's, except to a method that trains the model's own weights:
+    that one finds them there, and its ``target`` is searched in the path they had before.
+
+    Raises:
+        ValueError: there is none.
+    """
+    candidates = []
+    hosts: list[str] = []
+    for path, module in sorted(nnx.iter_modules(model), key=lambda item: len(item[0])):
+        place = dotted(path)
+        inside = [host for host in hosts if place.startswith(host + ".")]
+        if any(not place.startswith(host + ".base") for host in inside) or (inside and not config.in_place):
+            continue
+        if isinstance(module, Host):
+            hosts.append(place)
+        if config.hosts(module):
+            candidates.append((place, without_hosts(place, hosts), module))
+    found = [place for place, known, module in candidates if config.selects(known, module)]
+    if not found:
+        raise UsageError(
+            f"expected a target that matches modules, got {config.target!r} ({config.method}), which matches none of "
+            f"{[known for _, known, _ in candidates][:8]} ..."
+        )
+    return found
+
+
+def without_hosts(place: str, hosts: Sequence[str]) -> str:
+    """Return the path that a module had before it was wrapped."""
+    for host in sorted(hosts, key=len, reverse=True):
+        if place == f"{host}.base" or place.startswith(f"{host}.base."):
+            place = host + place.removeprefix(f"{host}.base")
+    return place
+
+
+def module_at(model: Any, path: str) -> Any:
+    """Return the module at a dotted path."""
+    for key in filter(None, path.split(".")):
+        model = model[int(key)] if key.isdigit() else getattr(model, key)
+    return model
+
+
+def dotted(path: Sequence[Any]) -> str:
+    """Return a module's path as it is written: ``layers.0.attention``."""
+    return ".".join(map(str, path))

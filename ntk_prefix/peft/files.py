@@ -28,22 +28,22 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ntk_prefix.attention import LowRank
-from ntk_prefix.checks import UsageError
-from ntk_prefix.peft.base import AdapterParam, Host
-from ntk_prefix.peft.hugging_face import CONFIG, HEAD, PREFIX_PARTS, Names, from_form, packed, to_form
-from ntk_prefix.peft.inject import active_adapter, apply, configs, dotted
-from ntk_prefix.peft.methods.ntk_attention import State
+from ntk_prefix.artifacts import read_json, write_whole
+from ntk_prefix.checks import NonFiniteError, UsageError, expected
+from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, dotted, without_hosts
+from ntk_prefix.peft.hugging_face import CONFIG, Names, from_fields, to_fields
+from ntk_prefix.peft.inject import active_adapter, apply, configs
+from ntk_prefix.peft.names import Fields
 from ntk_prefix.typing import Array
 
 __all__ = ["load_adapter", "save_pretrained"]
@@ -52,18 +52,18 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 
-FILE_NAMES = {
-    "a": "lora_A.weight",
-    "b": "lora_B.weight",
-    "kernel": "weight",
-    "scale": "weight",
-    "embedding": "weight",
-    "key": PREFIX_PARTS[0],
-    "value": PREFIX_PARTS[1],
-}
-"""Attribute -> what it is called in a file; others keep their name."""
+FILE_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+"""What torch calls the weights of a model's own modules; others keep their name."""
 
-STORED_TRANSPOSED = {"a", "b", "kernel"}
+STORED_TRANSPOSED = frozenset({"kernel"})
+
+HEAD = re.compile(r"(head|classifier|score)\.")
+"""What heads are called; also where the model at hand has none."""
+
+UNREAD = re.compile(r"pooler\.")
+"""What stands behind the last hidden state in Hugging Face's models and is not built here: nothing here could read it."""
+
+DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
 def save_pretrained(
@@ -83,7 +83,8 @@ def save_pretrained(
         base_model_name_or_path: recorded for the reader; what the model says of itself if None.
 
     Raises:
-        ValueError: no such adapter, or none is active.
+        ValueError: no such adapter, or none is active; a weight that is not finite, by its name; a configuration that no
+            file can hold, such as a feature map of one's own.
     """
     known = configs(model)
     if name is None:
@@ -91,16 +92,15 @@ def save_pretrained(
     if name not in known:
         raise UsageError(f"expected an adapter among {sorted(known)}, got {name!r}: activate one, or name it")
     names = Names(model)
-    tensors = {key: slot.value for key, slot in _slots(model, name, names).items()}
-    form = to_form(known[name], model, names, tensors)
-    form["base_model_name_or_path"] = base_model_name_or_path or getattr(names.backbone, "name_or_path", None)
-    if any(key.startswith("head.") for key in tensors):
-        form["modules_to_save"] = [names.head]
-    if form["peft_type"] == "PREFIX_TUNING":
-        tensors = packed(tensors, model, names)
-    else:
-        tensors = {names.key(key): value for key, value in tensors.items()}
-    _write(Path(directory), form, {key: np.ascontiguousarray(value) for key, value in tensors.items()})
+    tensors = {slot.key: slot.value for slot in _slots(model, name, names)}
+    for key, value in tensors.items():
+        if not np.isfinite(np.asarray(value, np.float32)).all():
+            raise NonFiniteError(f"{key} of adapter {name!r}: expected finite weights to save, got NaN or infinity.")
+    fields, stored = to_fields(known[name], model, names, tensors)
+    fields["base_model_name_or_path"] = base_model_name_or_path or getattr(names.backbone, "name_or_path", None)
+    if "head.weight" in tensors:
+        fields["modules_to_save"] = [names.head, *fields.get("modules_to_save", ())]
+    _write(Path(directory), fields, {key: np.ascontiguousarray(value) for key, value in stored.items()})
 
 
 def load_adapter(model: Any, directory: str | Path, name: str = "default", *, load_head: bool = True) -> Any:
@@ -122,31 +122,29 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
             then as it was.
     """
     directory = Path(directory)
-    form, tensors = _read(directory)
+    fields, tensors = _read(directory)
     names = Names(model)
+    where = directory / WEIGHTS
     tensors = {names.canonical(key): value for key, value in tensors.items()}
     if not load_head:
         tensors = {key: value for key, value in tensors.items() if not HEAD.match(key)}
     elif foreign := [key for key in tensors if HEAD.match(key) and not key.startswith("head.")]:
         raise UsageError(
-            f"expected a head that this model has, got {foreign[0]}: it has none, or pools in another way than the "
+            f"{where}: expected a head that this model has, got {foreign[0]}: it has none, or pools in another way than the "
             "Hugging Face model, where these weights mean something else; load_head=False leaves the head out"
         )
-    tensors = {key: value for key, value in tensors.items() if not re.match(names.ignored, key)}
-    chosen, tensors = from_form(form, model, names, tensors)
+    chosen, tensors = from_fields(fields, model, names, tensors)
     has_head = "head.weight" in tensors
-    if has_head:
-        # Llama's score has no bias
-        tensors.setdefault("head.bias", jnp.zeros(len(tensors["head.weight"])))
     chosen = [dataclasses.replace(each, train_head=each.train_head and has_head) for each in chosen]
-    # shapes are checked on a copy, which shares the arrays: a file that does not fit changes nothing
-    trial = nnx.clone(model)
-    apply(trial, chosen, name=name)
-    _check(_slots(trial, name, names), tensors, directory)
+    wanted = _wanted(model, chosen, name, names)
+    _check(wanted, tensors, where)
+    _account_for(tensors, wanted, model, names, where)
     apply(model, chosen, name=name)
-    for key, slot in _slots(model, name, names).items():
+    for slot in _slots(model, name, names):
         variable = getattr(slot.owner, slot.attribute)
-        variable[...] = _turned(slot.attribute, tensors[key], back=True).astype(variable.dtype)
+        if slot.key in tensors:
+            value = jnp.asarray(tensors[slot.key], variable.dtype)
+            variable[...] = _turned(value, back=True) if slot.turned else value
     return model
 
 
@@ -156,101 +154,165 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
 class _Slot(NamedTuple):
     """A trained variable and what a file holds for it."""
 
+    key: str
     owner: nnx.Module
     attribute: str
     value: Array
+    turned: bool
+    non_negative: bool
+    optional: bool
 
 
-def _slots(model: Any, name: str, names: Names) -> dict[str, _Slot]:
-    """Return what an adapter has trained, by canonical key."""
+def _slots(model: Any, name: str, names: Names) -> Iterator[_Slot]:
+    """Iterate over what an adapter has trained, by canonical key."""
     in_place = any(each.in_place for each in configs(model)[name])
-    slots = {}
+    hosts = [dotted(path) for path, module in nnx.iter_modules(model) if isinstance(module, Host)]
     for path, module in nnx.iter_modules(model):
-        owner: Any = None
+        place = without_hosts(dotted(path), hosts)
         if isinstance(module, Host) and name in module.adapters:
-            owner, values = module.adapters[name], _values(module.adapters[name])
+            adapter: Adapter = module.adapters[name]
+            # a core's tensors are the attention layer's: Hugging Face's models have no cores
+            prefix = names.module(place.removesuffix(".core"))
+            for attribute, value in adapter.file_values().items():
+                key, turned = (
+                    f"{prefix}.{adapter.file_names.get(attribute, attribute)}",
+                    attribute in adapter.transposed,
+                )
+                marked = bool(vars(adapter)[attribute].get_metadata().get("non_negative"))
+                value = _turned(value) if turned else value
+                yield _Slot(key, adapter, attribute, value, turned, marked, attribute in adapter.optional)
         elif in_place and "adapters" not in path:
-            owner, values = module, _values(module, AdapterParam)
-        else:
-            continue
-        # a core's tensors are the attention layer's: Hugging Face's models have no cores
-        place = dotted(path).removesuffix(".core")
-        for attribute, value in values.items():
-            key = names.parameter(f"{place}.{attribute}") if owner is module else None
-            key = key or f"{names.module(place)}.{FILE_NAMES.get(attribute, attribute)}"
-            slots[key] = _Slot(owner, attribute, _turned(attribute, value))
-    return slots
+            yield from _own_weights(module, place, names, AdapterParam)
 
 
-def _values(owner: Any, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Array]:
-    """Return the variables of an adapter by attribute; a state in the published coordinates."""
-    values = {key: variable[...] for key, variable in vars(owner).items() if isinstance(variable, kind)}
-    if isinstance(owner, State):
-        z, k = owner.state()
-        effective = {"z_left": z.left, "z_right": z.right} if isinstance(z, LowRank) else {"z": z}
-        return effective if owner.k is None else {**effective, "k": k}
-    return values
+def _own_weights(module: nnx.Module, place: str, names: Names, kind: type[nnx.Variable]) -> Iterator[_Slot]:
+    """Iterate over a module's own weights of one type."""
+    for attribute, variable in vars(module).items():
+        if type(variable) is kind:
+            named = names.parameter(f"{place}.{attribute}")
+            key = named or f"{names.module(place)}.{FILE_NAMES.get(attribute, attribute)}"
+            turned = attribute in STORED_TRANSPOSED
+            value = _turned(variable[...]) if turned else variable[...]
+            yield _Slot(key, module, attribute, value, turned, False, False)
 
 
-def _turned(attribute: str, value: Array, *, back: bool = False) -> Array:
-    """Turn a kernel [*window, in, out] to [out, in, *window], as torch has it, or back; others stay."""
-    if attribute not in STORED_TRANSPOSED:
-        return value
+def _turned(value: Array, *, back: bool = False) -> Array:
+    """Turn a kernel [*window, in, out] to [out, in, *window], as torch has it, or back."""
     axes = (*range(2, value.ndim), 1, 0) if back else (value.ndim - 1, value.ndim - 2, *range(value.ndim - 2))
     return value.transpose(axes)
 
 
-def _check(slots: Mapping[str, _Slot], tensors: Mapping[str, Array], directory: Path) -> None:
-    where = directory / WEIGHTS
+def _wanted(model: Any, chosen: list[AdapterConfig], name: str, names: Names) -> dict[str, _Slot]:
+    """Return what a file has to hold for an adapter that is not there yet; nothing of its size is made."""
+    found: dict[str, _Slot] = {}
+
+    def build() -> dict[str, Array]:
+        trial = nnx.clone(model)
+        apply(trial, chosen, name=name)
+        found.update({slot.key: slot for slot in _slots(trial, name, names)})
+        return {key: slot.value for key, slot in found.items()}
+
+    shapes = jax.eval_shape(build)
+    return {key: slot._replace(value=shapes[key]) for key, slot in found.items()}
+
+
+def _check(slots: Mapping[str, _Slot], tensors: Mapping[str, np.ndarray], where: Path) -> None:
+    """Refuse a file in which a tensor of the adapter is missing or cannot be it."""
     for key, slot in slots.items():
         if key not in tensors:
+            if slot.optional:
+                continue
             raise UsageError(f"{where}: expected a tensor {key} {slot.value.shape} for this model, got none")
         if tensors[key].shape != slot.value.shape:
             raise UsageError(
                 f"{where}: expected {key} of shape {slot.value.shape} for this model, got {tensors[key].shape}: "
                 "the adapter is of another model"
             )
-    if left_over := sorted(set(tensors) - set(slots)):
-        raise UsageError(f"{where}: expected tensors that have a place in this adapter, got also {left_over[:4]}")
+        if slot.non_negative and tensors[key].min(initial=0) < 0:
+            raise expected(f"{where}: {key}", "numbers >= 0, which are part of a denominator", tensors[key].min())
+
+
+def _account_for(
+    tensors: Mapping[str, np.ndarray], slots: Mapping[str, _Slot], model: Any, names: Names, where: Path
+) -> None:
+    """Refuse a file with a tensor that says something and has no place in the adapter.
+
+    Hugging Face peft writes copies of frozen weights beside what was trained, such as ``lm_head.base_layer.weight``: they
+    are taken for what they are if they agree with the model's.
+    """
+    left = {key: value for key, value in tensors.items() if key not in slots}
+    if not left:
+        return
+    hosts = [dotted(path) for path, module in nnx.iter_modules(model) if isinstance(module, Host)]
+    own = {
+        slot.key: slot.value
+        for path, module in nnx.iter_modules(model)
+        if "adapters" not in path
+        for slot in _own_weights(module, without_hosts(dotted(path), hosts), names, nnx.Param)
+    }
+    nowhere = []
+    for key, value in left.items():
+        frozen = own.get(key.replace(".base_layer.", "."))
+        if frozen is not None:
+            # in the file's precision, which may be half of the model's
+            if frozen.shape != value.shape or not np.array_equal(np.asarray(frozen).astype(value.dtype), value):
+                raise expected(
+                    f"{where}: {key}", "a copy of the model's own weight, which this adapter does not train",
+                    "other numbers", "The adapter is of another model, or trained this weight whole",
+                )  # fmt: skip
+        elif UNREAD.match(key):
+            logger.warning("%s: %s is left out: this model has no such module, and nothing that reads it", where, key)
+        else:
+            nowhere.append(key)
+    if nowhere:
+        raise UsageError(f"{where}: expected tensors that have a place in this adapter, got also {sorted(nowhere)[:4]}")
 
 
 # --------------------------------------------------------------------------------------------- disk
 
 
-def _write(directory: Path, form: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-    """Write the weights, then the configuration, each under a temporary name first."""
+def _write(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """Write the weights, then the configuration, each whole or not at all."""
     from safetensors.numpy import save
 
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "ntk_prefix_version": importlib.metadata.version("ntk-prefix")}
-    contents = {
-        WEIGHTS: save(dict(tensors), metadata=metadata),
-        CONFIG: (json.dumps(form, indent=2, sort_keys=True) + "\n").encode(),
-    }
-    for name, content in contents.items():
-        temporary = directory / f".{name}.{os.getpid()}"
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, directory / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_whole(directory / WEIGHTS, save(dict(tensors), metadata=metadata))
+    write_whole(directory / CONFIG, (json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    from safetensors import SafetensorError
-    from safetensors.flax import load_file
-
+def _read(directory: Path) -> tuple[Fields, dict[str, np.ndarray]]:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"expected {CONFIG} and {WEIGHTS} in {directory}, found no {name}")
+    fields = Fields(read_json(directory / CONFIG, dict[str, Any]), str(directory / CONFIG))
+    return fields, _read_tensors(directory / WEIGHTS)
+
+
+def _read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a file, each of finite floating point numbers.
+
+    Raises:
+        UsageError: the file is broken, a tensor is of another kind, or float32 cannot hold its numbers.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
     try:
-        form = dict(json.loads((directory / CONFIG).read_text()))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{directory / CONFIG}: expected JSON fields, got a file that is broken: {error}") from error
-    try:
-        return form, load_file(directory / WEIGHTS)
-    except SafetensorError as error:
-        raise UsageError(f"{directory / WEIGHTS}: expected safetensors, got a file that is broken: {error}") from error
+        with safe_open(file, framework="np") as content:
+            for key in content.keys():  # noqa: SIM118
+                if (kind := content.get_slice(key).get_dtype()) not in DTYPES:
+                    raise expected(f"{file}: {key}", f"floating point weights ({', '.join(sorted(DTYPES))})", kind)
+                tensors[key] = content.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise expected(str(file), "safetensors", f"a file that is broken: {error}") from None
+    for key, value in tensors.items():
+        with np.errstate(over="ignore"):
+            narrow = value.astype(np.float32)
+        if not np.isfinite(narrow).all():
+            raise NonFiniteError(f"{file}: {key}: expected finite float32 numbers, got NaN, infinity or larger ones.")
+        if value.dtype == np.float64:
+            if not np.array_equal(narrow, value):
+                raise expected(f"{file}: {key}", "numbers that float32 holds", "float64 ones that it does not")
+            tensors[key] = narrow
+    return tensors

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
-from ntk_prefix.checks import UsageError
-from ntk_prefix.models.attention import AttentionCore, AttentionLayer
-from ntk_prefix.models.backbone import LeadingRows
-from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Calibration, Host, NonNegativeParam, RestingParam
-from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig
-from ntk_prefix.peft.methods.prefix_propagation import PrefixPropagationConfig
-from ntk_prefix.peft.methods.prefix_tuning import PrefixTuningConfig
-from ntk_prefix.peft.methods.weights import HeadConfig
+from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.peft.base import (
+    AdapterConfig,
+    AdapterParam,
+    Host,
+    InactiveParam,
+    dotted,
+    module_at,
+    set_active,
+    targets,
+)
+from ntk_prefix.peft.head import HeadConfig
 from ntk_prefix.peft.record import LayerRecord, record
 from ntk_prefix.typing import Array, Int
 
@@ -36,11 +43,6 @@ __all__ = [
     "trainable_parameters",
 ]
 
-PARAMETERS = (AdapterParam, NonNegativeParam, RestingParam)
-
-NON_NEGATIVE = ("k",)
-"""Attributes of adapters that are trained as :class:`NonNegativeParam`."""
-
 
 def apply(
     model: Any,
@@ -54,10 +56,12 @@ def apply(
 
     Args:
         model: any model of :mod:`ntk_prefix.models`; it is changed and returned.
-        config: one method's configuration, or several that act together, such as LoRA and NTK-Attention.
+        config: one method's configuration, or several that act together, such as LoRA and NTK-Attention; each finds its
+            targets on the model as those before it left it. LoRA beside BitFit trains biases inside the maps that it
+            wraps, in either order; the adapter as a whole then cannot be switched off.
         name: of the adapter; a model can host many.
         calibration: a small batch of real inputs (keyword arguments of the model) for methods that measure
-            something first.
+            something first, on the frozen model: an adapter that is active is switched off meanwhile.
         rngs: for random starts; ``nnx.Rngs(0)`` if None.
 
     Returns:
@@ -71,41 +75,46 @@ def apply(
     chosen = [config] if isinstance(config, AdapterConfig) else list(config)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     _check(model, chosen, name)
-    plan = [(each, targets(model, each)) for each in chosen]
-    if hasattr(model, "head") and any(each.train_head for each in chosen):
-        plan = [(each, [path for path in paths if path != "head"]) for each, paths in plan]
-        plan.append((HeadConfig(), ["head"]))
-    wanted = {
-        path: each
-        for each, paths in plan
-        if isinstance(each, NTKAttentionConfig) and each.needs_calibration
-        for path in paths
-    }
-
-    def measure(path: str, seen: LayerRecord) -> Any:
-        try:
-            return wanted[path].measure(seen) if path in wanted else None
-        except ValueError as error:
-            raise UsageError(f"{path}: {error}; target= can leave the layer out") from error
-
-    # at once, layer by layer: what all layers saw may be more than the model
-    measured = record(model, calibration, measure) if wanted and calibration is not None else {}
+    measured = _measure(model, chosen, calibration) if calibration is not None else {}
+    has_head = hasattr(model, "head") and any(each.train_head for each in chosen)
     try:
-        for each, paths in plan:
-            for path in paths:
+        head = HeadConfig()
+        for i, each in enumerate((*chosen, head) if has_head else chosen):
+            for path in targets(model, each):
+                if has_head and each is not head and path in ("head", "head.base"):
+                    continue  # the head's own copy is trained
                 module = module_at(model, path)
-                if isinstance(each, NTKAttentionConfig):
-                    changed = each.inject(module, name, rngs, measured.get(path))
-                else:
-                    changed = each.inject(module, name, rngs)
+                changed = each.inject(module, name, rngs, measured.get((i, path)))
                 if changed is not module:
                     _replace(model, path, changed)
     except ValueError:
         _remove(model, name)
+        _freeze_in_place(model)
         raise
     model.adapter_configs = (*configs(model).items(), (name, tuple(chosen)))
     activate(model, name)
     return model
+
+
+def _measure(model: Any, chosen: Sequence[AdapterConfig], calibration: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return what configurations want to know of the frozen model's layers, by the configuration's number and path."""
+    wanted = {i: set(targets(model, each)) for i, each in enumerate(chosen) if each.needs_calibration}
+    if not wanted:
+        return {}
+    measured = {}
+
+    def measure(path: str, seen: LayerRecord) -> None:
+        for i, paths in wanted.items():
+            if path in paths:
+                try:
+                    measured[i, path] = chosen[i].measure(seen)
+                except ValueError as error:
+                    raise UsageError(f"{path}: {error}; target= can leave the layer out") from error
+
+    # at once, layer by layer: what all layers saw may be more than the model
+    with disable_adapter(model):
+        record(model, calibration, measure)
+    return measured
 
 
 def configs(model: Any) -> dict[str, tuple[AdapterConfig, ...]]:
@@ -137,7 +146,7 @@ def activate(model: Any, name: str | None) -> None:
     for host in _hosts(model):
         host.active = name
         for other, adapter in host.adapters.items():
-            _retype(adapter, trained=other == name)
+            set_active(adapter, other == name)
     _shift_positions(model, known.get(name, ()) if name is not None else ())
 
 
@@ -160,20 +169,21 @@ def disable_adapter(model: Any) -> Iterator[None]:
 def mixed(model: Any, rows: Int[Array, "B"], names: Sequence[str]) -> Iterator[None]:
     """Within it, row b of a batch goes through adapter ``names[rows[b]]``, and through none where ``rows[b] = -1``.
 
-    ``rows`` may be traced, so one compiled program serves every assignment.
+    ``rows`` may be traced, so one compiled program serves every assignment. A traced row cannot be refused: one that is
+    none of ``names`` goes through no adapter.
 
     Raises:
-        ValueError: an unknown name, adapters of different shapes, or of prefixes that shift positions.
+        ValueError: an unknown name, a row that names none of them, adapters of different shapes, or methods that a mixed
+            batch has no room for, such as prefixes that shift positions.
     """
     known = configs(model)
     if unknown := set(names) - set(known):
         raise UsageError(f"expected adapters among {sorted(known)}, got {sorted(unknown)}")
-    if any(c.in_place for name in names for c in known[name]):
-        raise UsageError(f"expected adapters beside frozen weights in a mixed batch, got {sorted(names)}")
-    if any(isinstance(c, PrefixTuningConfig) and c.shift_positions for name in names for c in known[name]):
-        raise UsageError("expected adapters that leave positions alone in a mixed batch, got shift_positions=True")
-    if any(isinstance(c, PrefixPropagationConfig) for name in names for c in known[name]):
-        raise UsageError("expected adapters that leave the rows alone in a mixed batch, got prefix propagation")
+    if reason := next((c.unmixable for name in names for c in known[name] if c.unmixable), None):
+        raise UsageError(
+            f"expected adapters beside the rows' own text and frozen weights in a mixed batch, got {reason}"
+        )
+    rows = _checked_rows(rows, len(names))
     hosts = _hosts(model)
     before = [host.names for host in hosts]
     active = active_adapter(model)
@@ -209,24 +219,18 @@ def merge(model: Any) -> Any:
     Raises:
         ValueError: an adapter that no weight can stand for.
     """
-    foreign = sorted(
-        {type(host).__name__ for host in _hosts(model) if host.current() is not None and not hasattr(host, "merge")}
-    )
+    foreign = {type(host).__name__: host.unmergeable for host in _hosts(model) if host.current() and host.unmergeable}
     if foreign:
         raise UsageError(
-            f"expected an adapter that is an addition to weights, got {foreign}: phi(q) Z / (A 1 + phi(q) k) is a "
-            "nonlinear function of the query with a denominator shared with attention, so no matrix of the model "
-            "computes it, and neither what trained tokens add to it; keep the adapter beside the model"
+            f"expected an adapter that is an addition to weights, got {sorted(foreign)}: "
+            f"{'; '.join(sorted(set(map(str, foreign.values()))))}, so no matrix of the model computes it; keep the adapter "
+            "beside the model"
         )
     for path, module in list(nnx.iter_modules(model)):
         if isinstance(module, Host):
-            merged = getattr(module, "merge", None)
-            _replace(model, dotted(path), merged() if merged and module.current() is not None else _bare(module))
-        else:
-            for attribute, variable in list(vars(module).items()):
-                # what an in-place method trained is from here on a weight like any other
-                if type(variable) is AdapterParam:
-                    setattr(module, attribute, nnx.Param(variable[...]))
+            _replace(model, dotted(path), module.bare() if module.current() is None else module.merge())
+    # what an in-place method trained is from here on a weight like any other
+    _freeze_in_place(model)
     model.adapter_configs = ()
     return model
 
@@ -247,22 +251,40 @@ def narrow_frozen(model: Any) -> Any:
 
 
 def non_negative(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return the optimizer followed by the projection of every :class:`NonNegativeParam` to >= 0.
+    """Return the optimizer followed by the projection to >= 0 of every weight that is marked ``non_negative``.
 
     ``k`` starts at 0, where ``abs`` and ``exp`` have no gradient or no zero; projected descent has both.
     """
 
-    def chosen(path: tuple[Any, ...], leaf: Any) -> bool:
-        if isinstance(leaf, nnx.Variable):
-            return isinstance(leaf, NonNegativeParam)
-        # nnx.Optimizer hands over bare arrays: there the place says what the type no longer does
-        parts = [getattr(part, "key", getattr(part, "name", None)) for part in path]
-        return "adapters" in parts and parts[-1] in NON_NEGATIVE
+    def init(parameters: Any) -> _NonNegative:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(parameters, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return _NonNegative(
+            frozenset(
+                jax.tree_util.keystr(path)
+                for path, leaf in leaves
+                if isinstance(leaf, nnx.Variable) and leaf.get_metadata().get("non_negative")
+            )
+        )
 
-    def mask(tree: Any) -> Any:
-        return jax.tree.map_with_path(chosen, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    def update(updates: Any, state: _NonNegative, parameters: Any = None) -> tuple[Any, _NonNegative]:
+        def projected(path: tuple[Any, ...], change: Any, weight: Any) -> Any:
+            if jax.tree_util.keystr(path) not in state.paths:
+                return change
+            # of Variables, and of the bare arrays that nnx.Optimizer hands over
+            return jax.tree.map(lambda u, w: jnp.where(w + u < 0, -w, u), change, weight)
 
-    return optax.chain(optimizer, optax.masked(optax.keep_params_nonnegative(), mask))
+        is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        return jax.tree.map_with_path(projected, updates, parameters, is_leaf=is_leaf), state
+
+    return optax.chain(optimizer, optax.GradientTransformation(init, update))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _NonNegative:
+    """Which weights are projected: found where their marks are seen, and no numbers, so a checkpoint has none of it."""
+
+    paths: frozenset[str]
 
 
 def trainable_parameters(model: Any) -> tuple[int, int]:
@@ -298,52 +320,12 @@ def _check(model: Any, chosen: list[AdapterConfig], name: str) -> None:
         )
 
 
-def targets(model: Any, config: AdapterConfig) -> list[str]:
-    """Return the dotted paths of the modules that a configuration selects; those inside a host are not looked at."""
-    candidates = []
-    inside: list[str] = []
-    for path, module in sorted(nnx.iter_modules(model), key=lambda item: len(item[0])):
-        place = dotted(path)
-        if any(place.startswith(host + ".") for host in inside):
-            continue
-        if isinstance(module, Host):
-            inside.append(place)
-        if config.hosts(module):
-            candidates.append((place, module))
-    found = [place for place, module in candidates if config.selects(place, module)]
-    if not found:
-        raise UsageError(
-            f"expected a target that matches modules, got {config.target!r} ({config.method}), which matches none of "
-            f"{[place for place, _ in candidates][:8]} ..."
-        )
-    return found
-
-
-def module_at(model: Any, path: str) -> Any:
-    """Return the module at a dotted path."""
-    for key in filter(None, path.split(".")):
-        model = model[int(key)] if key.isdigit() else getattr(model, key)
-    return model
-
-
 def _replace(model: Any, path: str, module: nnx.Module) -> None:
     parent, _, last = path.rpartition(".")
     if last.isdigit():
         module_at(model, parent)[int(last)] = module
     else:
         setattr(module_at(model, parent), last, module)
-
-
-def dotted(path: Sequence[Any]) -> str:
-    """Return a module's path as it is written: ``layers.0.attention``."""
-    return ".".join(map(str, path))
-
-
-def _bare(host: Host) -> Any:
-    """Return what stood in a host's place: the linear map it wraps, no leading rows, or a plain core."""
-    if isinstance(host, LeadingRows):
-        return LeadingRows(host.num_layers, host.features)
-    return host.base if hasattr(host, "base") else AttentionCore()
 
 
 def _remove(model: Any, name: str) -> None:
@@ -353,26 +335,48 @@ def _remove(model: Any, name: str) -> None:
             if name in module.adapters:
                 module.remove(name)
             if not module.adapters:
-                _replace(model, dotted(path), _bare(module))
+                _replace(model, dotted(path), module.bare())
 
 
 def _hosts(model: Any) -> list[Host]:
     return [module for _, module in nnx.iter_modules(model) if isinstance(module, Host)]
 
 
-def _retype(adapter: nnx.Module, *, trained: bool) -> None:
-    """Give an adapter's weights the type that says whether they are trained."""
-    for attribute, variable in list(vars(adapter).items()):
-        if not isinstance(variable, PARAMETERS) or isinstance(variable, Calibration):
-            continue
-        kind = (NonNegativeParam if attribute in NON_NEGATIVE else AdapterParam) if trained else RestingParam
-        if type(variable) is not kind:
-            setattr(adapter, attribute, kind(variable[...]))
+def _freeze_in_place(model: Any) -> None:
+    """Make the model's own weights that an in-place method trained plain weights again."""
+    for path, module in list(nnx.iter_modules(model)):
+        if "adapters" not in path:
+            for attribute, variable in list(vars(module).items()):
+                if isinstance(variable, (AdapterParam, InactiveParam)):
+                    setattr(module, attribute, nnx.Param(variable[...]))
+
+
+def _checked_rows(rows: Int[Array, "B"], adapters: int) -> Int[Array, "B"]:
+    """Return the rows, -1 in the place of what names no adapter where that cannot be refused."""
+    rows = jnp.asarray(rows)
+    if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise expected("rows", "integers [B]", f"{rows.dtype} {list(rows.shape)}")
+    if not isinstance(rows, jax.core.Tracer):
+        wrong = np.asarray(rows)
+        if (wrong := wrong[(wrong < -1) | (wrong >= adapters)]).size:
+            raise expected("rows", f"-1 or an index below {adapters}, one of the names", wrong[0])
+    return jnp.where((rows >= 0) & (rows < adapters), rows, -1)
 
 
 def _shift_positions(model: Any, active: Sequence[AdapterConfig]) -> None:
-    """Count a prefix in the positions of the tokens where its configuration says so."""
-    shift = sum(c.num_tokens for c in active if isinstance(c, PrefixTuningConfig) and c.shift_positions)
-    for _, module in nnx.iter_modules(model):
-        if hasattr(module, "position_offset") and not isinstance(module, AttentionLayer):
-            module.position_offset = shift
+    """Move the tokens' positions by what the active methods ask for, on top of what a user has set.
+
+    What the shift made of an offset is remembered beside it: if it is still there it is taken back, else the user has set
+    the offset since, and it stays.
+    """
+    shift = sum(each.position_shift for each in active)
+    modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
+    for module in modules:
+        # whoever passes the option on to another module has none of its own
+        own = {"run", "position_offset"}.intersection(vars(module)) and hasattr(module, "position_offset")
+        if own and (shift or hasattr(module, "adapter_shift")):
+            before, shifted = getattr(module, "adapter_shift", (0, None))
+            module.position_offset += shift - (before if module.position_offset == shifted else 0)
+            module.adapter_shift = (shift, module.position_offset)
+            if not shift:
+                del module.adapter_shift

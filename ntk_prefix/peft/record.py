@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,17 @@ from flax import nnx
 
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.models.window import seen_in_windows, windowed
 from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["LayerRecord", "record"]
 
 
 class LayerRecord(NamedTuple):
-    """The inputs and the output of one attention core on one batch."""
+    """The inputs and the output of one attention layer's core on one batch of whole sequences.
+
+    ``mask`` says what each query saw: padding, causality and a window are in it.
+    """
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
@@ -41,6 +45,8 @@ class LayerRecord(NamedTuple):
 class _Recorder(AttentionCore):
     """Stands in the place of a core, and remembers."""
 
+    whole: ClassVar[bool] = True
+
     def __init__(self, core: AttentionCore, remember: Callable[[LayerRecord], None]):
         self.core, self.remember = core, remember
 
@@ -52,12 +58,19 @@ class _Recorder(AttentionCore):
         *,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
+        window: int | None = None,
+        leading: int = 0,
     ) -> Float[Array, "B T N H"]:
-        output = self.core(query, key, value, mask=mask, is_causal=is_causal)
+        if window is None:
+            output = self.core(query, key, value, mask=mask, is_causal=is_causal)
+        else:
+            output = windowed(self.core, query, key, value, mask=mask, window=window, leading=leading)
         shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         whole = jnp.broadcast_to(True if mask is None else mask, shape)
         if is_causal:
             whole = whole & jnp.tri(*shape[2:], dtype=bool)[None, None]
+        if window is not None:
+            whole = whole & seen_in_windows(shape[2], window, leading)[None, None]
         self.remember(LayerRecord(query, key, value, whole, output))
         return output
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ntk_prefix import models, peft
-from ntk_prefix.peft.base import NonNegativeParam, RestingParam
+from ntk_prefix.peft.base import InactiveParam
 from tests.peft.cases import (
     ELSEWHERE,
     HOSTED,
@@ -120,9 +120,9 @@ def test_training_one_adapter_leaves_the_other_alone(method):
     model = trained(method)
     alone = np.asarray(model(*inputs()))
     put(model, method, name="second", seed=1)
-    resting = bits(model, RestingParam)
+    resting = bits(model, InactiveParam)
     train(model, 1)
-    assert same(bits(model, RestingParam), resting)
+    assert same(bits(model, InactiveParam), resting)
     second = np.asarray(model(*inputs()))
     peft.activate(model, "default")
     np.testing.assert_array_equal(model(*inputs()), alone)
@@ -402,7 +402,10 @@ def test_k_leaves_zero_and_stays_above():
 @settings(max_examples=20)
 @given(st.lists(st.floats(-2, 2), min_size=4, max_size=4), st.floats(-5, 5))
 def test_any_update_leaves_k_at_or_above_zero_and_others_free(k, update):
-    parameters = {"k": NonNegativeParam(jnp.abs(jnp.array(k))), "z": peft.AdapterParam(jnp.array(k))}
+    parameters = {
+        "k": peft.AdapterParam(jnp.abs(jnp.array(k)), non_negative=True),
+        "z": peft.AdapterParam(jnp.array(k)),
+    }
     optimizer = peft.non_negative(optax.identity())
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, update), parameters)
     updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)

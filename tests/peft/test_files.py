@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from ntk_prefix import models, peft
-from ntk_prefix.peft import files, hugging_face
-from ntk_prefix.peft.inject import targets
+from ntk_prefix.peft import files
+from ntk_prefix.peft.base import targets
+from ntk_prefix.peft.methods import lora
+from ntk_prefix.peft.names import Fields, Names
 from tests.peft.cases import METHODS, bits, frozen, inputs, put, same, structure, train, trained
 from tests.peft.tiny import FEATURES, HEAD_DIM, KEY_HEADS, LAYERS, Tiny
 
@@ -290,10 +293,9 @@ def test_modules_ranks_and_scales_are_chosen_as_peft_chooses(tmp_path, changes, 
 @given(st.sets(st.sampled_from(targets(Tiny(head=False), peft.LoraConfig(target=""))), min_size=1))
 def test_any_choice_of_modules_survives_the_way_through_target_modules(chosen):
     model = Tiny(head=False)
-    names = hugging_face.Names(model)
-    modules = hugging_face._target_modules(chosen, model, names)
-    form = HUGGING_FACE_LORA | {"target_modules": modules}
-    (config,) = hugging_face._lora_configs(form, model, names)
+    names = Names(model)
+    fields = Fields(HUGGING_FACE_LORA | {"target_modules": lora.target_modules(chosen, model, names)}, "a file")
+    (config,), _ = peft.LoraConfig.from_hugging_face(fields, model, names, {})
     assert set(targets(model, config)) == chosen
 
 
@@ -451,7 +453,7 @@ def damaged(directory, damage):
     [
         ("no config", FileNotFoundError, "found no adapter_config.json"),
         ("no weights", FileNotFoundError, "found no adapter_model.safetensors"),
-        ("half a config", ValueError, "adapter_config.json: expected JSON fields, got a file that is broken"),
+        ("half a config", ValueError, "adapter_config.json: expected JSON, got a file that is broken"),
         ("half the weights", ValueError, "adapter_model.safetensors: expected safetensors, got a file that is broken"),
         ("foreign", ValueError, "expected peft_type LORA, PREFIX_TUNING or .*, got 'IA3'"),
         ("method", ValueError, "expected a method among .*, got 'new'"),
@@ -484,15 +486,15 @@ def test_a_name_that_is_taken_is_refused(tmp_path):
 def test_a_save_that_fails_leaves_whole_files(tmp_path, monkeypatch, fails):
     peft.save_pretrained(trained("lora"), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    replace, calls = files.os.replace, []
+    replace, calls = Path.replace, []
 
     def full_disk(source, target):
         calls.append(target)
         if len(calls) > fails:
             raise OSError("disk full")
-        replace(source, target)
+        return replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", full_disk)
+    monkeypatch.setattr(Path, "replace", full_disk)
     with pytest.raises(OSError, match="disk full"):
         peft.save_pretrained(trained("ntk"), tmp_path)
     after = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

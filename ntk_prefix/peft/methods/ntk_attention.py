@@ -27,7 +27,8 @@ from ntk_prefix.attention import LowRank, ntk_attention, softmax_attention
 from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
-from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Calibration, Host, NonNegativeParam, stacked
+from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Calibration, Host, stacked
+from ntk_prefix.peft.methods.lora import LoraConfig
 from ntk_prefix.peft.methods.prefix_tuning import host_core
 from ntk_prefix.peft.record import LayerRecord
 from ntk_prefix.prefix_state import PrefixState
@@ -106,6 +107,23 @@ class NTKAttentionConfig(AdapterConfig):
         """Whether :func:`ntk_prefix.peft.apply` wants a calibration batch."""
         return self.whiten or self.init == "from_prefix"
 
+    @classmethod
+    def presets(cls) -> dict[str, tuple[AdapterConfig, ...]]:
+        """Return the coordinates that train well, the published ones, and the former beside LoRA."""
+        ours = cls(mass="relative", whiten=True)
+        return {"ntk_attention": (ours,), "ntk_attention_published": (cls(),), "lora_ntk": (LoraConfig(), ours)}
+
+    def stored(self) -> AdapterConfig:
+        """Return it without coordinates and start, which are multiplied in; a map of one's own cannot be named.
+
+        Raises:
+            ValueError: the feature map is an object that no name and no options stand for.
+        """
+        name, options = _named(self.phi) if isinstance(self.feature_map, FeatureMap) else (
+            self.feature_map, self.feature_map_options
+        )  # fmt: skip
+        return dataclasses.replace(self, whiten=False, init="zero", feature_map=name, feature_map_options=options)
+
     def measure(self, seen: LayerRecord) -> Measured:
         """Return what this method wants to know of a layer of the frozen model."""
         basis, unit = _coordinates(seen, self.phi, self.mass) if self.whiten else (None, None)
@@ -137,8 +155,32 @@ class PrefixTuningPlusConfig(NTKAttentionConfig):
     mass: Literal["absolute", "relative"] = "relative"
     train_k: bool = False
 
+    @classmethod
+    def presets(cls) -> dict[str, tuple[AdapterConfig, ...]]:
+        """Return itself alone."""
+        return {cls.method: (cls(),)}
 
-class State(nnx.Module):
+
+def _named(phi: FeatureMap) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """Return the name and the options that make a map equal to this one.
+
+    Raises:
+        ValueError: there are none.
+    """
+    name = getattr(phi, "name", None)
+    options = tuple(dataclasses.asdict(phi).items()) if dataclasses.is_dataclass(phi) else ()
+    try:
+        if isinstance(name, str) and feature_map(name, **dict(options)) == phi:
+            return name, options
+    except (UsageError, TypeError):
+        pass
+    raise UsageError(
+        f"feature_map: expected a map that a file can name, got {phi!r}, which another process does not know. The adapter "
+        "stays on the model: keep its weights in a checkpoint, or build the map into ntk_prefix.feature_maps."
+    )
+
+
+class State(Adapter):
     """The trained z', k' of one layer and the fixed coordinates they are given in."""
 
     def __init__(
@@ -161,7 +203,7 @@ class State(nnx.Module):
         self.unit: Any = None if unit is None else Calibration(unit)
         z = jnp.zeros((heads, features, head_dim)) if z is None else z
         k = jnp.zeros((heads, features)) if k is None else k
-        self.k = NonNegativeParam(k) if config.train_k else None
+        self.k = AdapterParam(k, non_negative=True) if config.train_k else None
         if config.rank is None:
             self.z = AdapterParam(z)
         else:
@@ -170,6 +212,12 @@ class State(nnx.Module):
             left = jax.random.normal(rngs.params(), shape) / np.sqrt(features)
             self.z_left = AdapterParam(left)
             self.z_right = AdapterParam(jnp.zeros((heads, config.rank, head_dim)))
+
+    def file_values(self) -> dict[str, Array]:
+        """Return the state in the published coordinates."""
+        z, k = self.state()
+        effective = {"z_left": z.left, "z_right": z.right} if isinstance(z, LowRank) else {"z": z}
+        return effective if self.k is None else {**effective, "k": k}
 
     def state(self) -> tuple[Array | LowRank, Array]:
         """Return z [N, R, H] (or a low-rank pair) and k [N, R], as attention takes them."""
@@ -185,6 +233,14 @@ class State(nnx.Module):
 
 class StateCore(Host, AttentionCore):
     """NTK-Attention with the active adapter's state; also Prefix-Tuning+."""
+
+    unmergeable: ClassVar[str | None] = (
+        "phi(q) Z / (A 1 + phi(q) k) is a nonlinear function of the query with a denominator shared with attention"
+    )
+
+    def bare(self) -> AttentionCore:
+        """Return a plain core."""
+        return AttentionCore()
 
     def __call__(
         self,

@@ -33,7 +33,7 @@ from ntk_prefix.attention import softmax_attention
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.models.backbone import LeadingRows
-from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Host
+from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host
 from ntk_prefix.peft.methods.prefix_tuning import PrefixCore, PrefixTuningConfig, Tokens, host_core
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
@@ -93,13 +93,23 @@ class PrefixPropagationConfig(AdapterConfig):
         """How many tokens propagate."""
         return self.num_prefix_tokens // 2 if self.combine else self.num_prefix_tokens
 
+    @property
+    def pooling(self) -> str | None:
+        """What ``pool`` says."""
+        return None if self.pool == "model" else self.pool
+
+    @property
+    def unmixable(self) -> str | None:
+        """Rows that run through the layers have no row of a batch to belong to."""
+        return f"{self.method}, which adds rows to the text itself"
+
     def hosts(self, module: nnx.Module) -> bool:
         """The place of an encoder's leading rows; its attention layers too, where attention itself changes."""
         return isinstance(module, LeadingRows) or (
             isinstance(module, AttentionLayer) and (self.combine or self.kernel is not None)
         )
 
-    def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs) -> nnx.Module:
+    def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs, measured: Any = None) -> nnx.Module:
         """Replace the leading rows, or the core of an attention layer.
 
         Raises:
@@ -107,8 +117,7 @@ class PrefixPropagationConfig(AdapterConfig):
         """
         if isinstance(module, LeadingRows):
             host = module if isinstance(module, PropagatedRows) else PropagatedRows(module.num_layers, module.features)
-            host.add(name, _Rows(module.num_layers, module.features, self, rngs))
-            return host
+            return host.add(name, _Rows(module.num_layers, module.features, self, rngs))
         assert isinstance(module, AttentionLayer)
         if self.combine:
             static = PrefixTuningConfig(num_tokens=self.rows, init_scale=self.init_scale)
@@ -118,7 +127,7 @@ class PrefixPropagationConfig(AdapterConfig):
         return module
 
 
-class _Rows(nnx.Module):
+class _Rows(Adapter):
     def __init__(self, layers: int, features: int, config: PrefixPropagationConfig, rngs: nnx.Rngs):
         start = jax.random.normal(rngs.params(), (layers, config.rows, features))
         self.rows = AdapterParam(config.init_scale * start)
@@ -148,6 +157,10 @@ class PropagatedRows(Host, LeadingRows):
         Host.__init__(self)
         LeadingRows.__init__(self, num_layers, features)
 
+    def bare(self) -> LeadingRows:
+        """Return the place of the rows, empty."""
+        return LeadingRows(self.num_layers, self.features)
+
     def __call__(self) -> Float[Array, "layers j D"] | None:
         """Return P, with dropout while the model trains; None where no adapter is active."""
         own = self.current()
@@ -160,7 +173,7 @@ class PropagatedRows(Host, LeadingRows):
         return None if own is None or own.pool == "model" else own.pool
 
 
-class _Weight(nnx.Module):
+class _Weight(Adapter):
     def __init__(self, heads: int, config: PrefixPropagationConfig):
         self.alpha = AdapterParam(jnp.full(heads, config.alpha))
         self.count, self.kernel, self.lengthscale = config.rows, config.kernel, config.lengthscale
@@ -168,6 +181,10 @@ class _Weight(nnx.Module):
 
 class KernelCore(Host, AttentionCore):
     """The kernel form; the first rows of the keys are the prefix's."""
+
+    def bare(self) -> AttentionCore:
+        """Return a plain core."""
+        return AttentionCore()
 
     def __call__(
         self,

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, TypeVar
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from msgspec import Meta
 
 from ntk_prefix.attention import prefix_attention, softmax_attention
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
-from ntk_prefix.peft.base import AdapterConfig, AdapterParam, Host, gather_rows
+from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, targets
+from ntk_prefix.peft.names import LARGEST, Fields, Names, attention_layers
 from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["PrefixCore", "PrefixTuningConfig", "Tokens", "host_core"]
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("prefix_key", "prefix_value")
+"""What the two halves of a layer's prefix are called, in the order in which peft puts them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Fields:
+    """Hugging Face's fields of a prefix; those of the model it is for are checked by the tensor's shape."""
+
+    num_virtual_tokens: Annotated[int, Meta(ge=1, le=LARGEST)]
+    token_dim: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    encoder_hidden_size: int | None = None
+    num_transformer_submodules: int | None = None
+    prefix_projection: bool = False
+    init_weights: bool | None = None
+    shift_positions: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +59,7 @@ class PrefixTuningConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "prefix_tuning"
+    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     target: str = r"\.attention$"
     num_tokens: int = 16
     init_scale: float = 0.02
@@ -45,11 +71,75 @@ class PrefixTuningConfig(AdapterConfig):
         if self.num_tokens < 1:
             raise UsageError(f"expected num_tokens >= 1, got {self.num_tokens}")
 
+    @property
+    def position_shift(self) -> int:
+        """``num_tokens`` where ``shift_positions`` says so."""
+        return self.num_tokens if self.shift_positions else 0
+
+    @property
+    def unmixable(self) -> str | None:
+        """One batch has one numbering of its tokens."""
+        return f"{self.method} with shift_positions=True, which moves positions" if self.shift_positions else None
+
+    @classmethod
+    def to_hugging_face(
+        cls, chosen: Sequence[AdapterConfig], model: Any, names: Names, tensors: Mapping[str, Array]
+    ) -> tuple[dict[str, Any], dict[str, Array]] | None:
+        """Return Hugging Face's fields, and all prefixes in one array, if every attention layer has one."""
+        layers = attention_layers(model)
+        config = chosen[0]
+        if len(chosen) > 1 or set(targets(model, config)) != {path for path, _ in layers}:
+            return None
+        assert isinstance(config, PrefixTuningConfig)
+        layer = layers[0][1]
+        fields: dict[str, Any] = {
+            "peft_type": cls.peft_type,
+            "num_virtual_tokens": config.num_tokens,
+            "num_layers": len(layers),
+            "num_attention_heads": layer.num_key_heads,
+            "token_dim": layer.num_key_heads * layer.head_dim,
+            "num_transformer_submodules": 1,
+            "prefix_projection": False,
+        }
+        if not config.shift_positions:
+            logger.warning("trained with shift_positions=False: Hugging Face's models shift positions by the prefix")
+            fields["shift_positions"] = False
+        # [M, layers, key and value, K, H], flat but for M
+        keys = [f"{names.module(path)}.{part}" for path, _ in layers for part in PARTS]
+        whole = jnp.stack([tensors[key] for key in keys], axis=1)
+        # without a module that wraps the model, a head is one step nearer
+        heads = {names.key(key).replace(".model.", ".", 1): tensors[key] for key in tensors if key not in keys}
+        return fields, {"prompt_embeddings": whole.reshape(len(whole), -1), **heads}
+
+    @classmethod
+    def from_hugging_face(
+        cls, fields: Fields, model: Any, names: Names, tensors: dict[str, np.ndarray]
+    ) -> tuple[list[AdapterConfig], dict[str, np.ndarray]]:
+        """Return the configuration of a prefix in all layers, and its tensors layer by layer."""
+        given = fields.read(_Fields)
+        if given.num_transformer_submodules not in (None, 1):
+            raise expected(fields.file, "num_transformer_submodules 1", "an adapter of an encoder and a decoder")
+        layers, tokens = attention_layers(model), given.num_virtual_tokens
+        width = sum(2 * layer.num_key_heads * layer.head_dim for _, layer in layers)
+        whole = tensors.get("prompt_embeddings")
+        if whole is None or whole.shape != (tokens, width):
+            raise expected(
+                fields.file, f"prompt_embeddings of shape {(tokens, width)}, [tokens, layers * 2 * key heads * head dim] "
+                "of this model", None if whole is None else whole.shape, "The adapter is of another model, or saved with a "
+                "projection (prefix_projection) that was not multiplied in",
+            )  # fmt: skip
+        parts = whole.reshape(tokens, len(layers), 2, layers[0][1].num_key_heads, layers[0][1].head_dim)
+        unpacked = {key: value for key, value in tensors.items() if key != "prompt_embeddings"}
+        for index, (path, _) in enumerate(layers):
+            for part, name in enumerate(PARTS):
+                unpacked[f"{names.module(path)}.{name}"] = parts[:, index, part]
+        return [cls(num_tokens=tokens, shift_positions=given.shift_positions)], unpacked
+
     def hosts(self, module: nnx.Module) -> bool:
         """Attention layers."""
         return isinstance(module, AttentionLayer)
 
-    def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs) -> nnx.Module:
+    def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs, measured: Any = None) -> nnx.Module:
         """Replace the layer's core, or add to the one that is there."""
         assert isinstance(module, AttentionLayer)
         host_core(module, PrefixCore).add(name, Tokens(module.num_key_heads, module.head_dim, self, rngs))
@@ -75,8 +165,10 @@ def host_core(layer: AttentionLayer, kind: type[Core]) -> Core:
     return layer.core
 
 
-class Tokens(nnx.Module):
+class Tokens(Adapter):
     """The keys and values of one layer."""
+
+    file_names: ClassVar = dict(zip(("key", "value"), PARTS, strict=True))
 
     def __init__(self, heads: int, head_dim: int, config: PrefixTuningConfig, rngs: nnx.Rngs):
         shape = (config.num_tokens, heads, head_dim)
@@ -86,6 +178,12 @@ class Tokens(nnx.Module):
 
 class PrefixCore(Host, AttentionCore):
     """Exact attention over a trained prefix and the layer's own keys."""
+
+    unmergeable: ClassVar[str | None] = "what trained tokens add is no linear map of the query"
+
+    def bare(self) -> AttentionCore:
+        """Return a plain core."""
+        return AttentionCore()
 
     def __call__(
         self,
