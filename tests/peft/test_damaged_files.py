@@ -264,6 +264,7 @@ class Sharp(Elu1):
     name = "sharp"
 
 
+@pytest.mark.usefixtures("without_annotations")
 @pytest.mark.parametrize("phi", [Elu1(), Taylor(degree=2)])
 def test_a_feature_map_given_as_an_object_is_saved_by_its_name(phi: FeatureMap, tmp_path: Path) -> None:
     config = peft.NTKAttentionConfig(feature_map=phi, train_k=phi.positive)  # type: ignore[arg-type]
@@ -272,6 +273,7 @@ def test_a_feature_map_given_as_an_object_is_saved_by_its_name(phi: FeatureMap, 
     assert peft.load_adapter(Tiny(head=False), tmp_path).layers[0].attention.core.adapters["default"].phi == phi
 
 
+@pytest.mark.usefixtures("without_annotations")
 def test_one_that_no_name_stands_for_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = peft.apply(Tiny(head=False), peft.NTKAttentionConfig(feature_map=Sharp()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected a map that a file can name, got Sharp\(\).*stays on the model"):
