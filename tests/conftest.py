@@ -21,7 +21,8 @@ hypothesis.settings.load_profile("gate" if os.environ.get("CI") else "desk")
 def pytest_configure(config: pytest.Config) -> None:
     """Compile a program once, however many tests build it anew: a sixth less processor time.
 
-    A folder for each process and each session: JAX does not write its entries whole, and two workers would meet halves.
+    A folder for each process and each session: JAX writes its entries in place, and two workers would meet halves of them
+    (where a cache is shared, as by train.compare, a limit of its size makes JAX lock it).
     """
     folder = tempfile.TemporaryDirectory(prefix="ntk_prefix-compiled-")
     config.add_cleanup(folder.cleanup)

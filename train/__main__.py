@@ -21,7 +21,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import UsageError, expected
 from train.command import ended, parsed
 from train.config import CONFIGS, SECTION_OF, TrainConfig
 from train.loop import Interrupted, run
@@ -108,7 +108,10 @@ def parse(arguments: list[str]) -> Command:
         )
     else:
         choices = {name: (text, Command(config)) for name, (text, config) in CONFIGS.items()}
-        command = parsed(lambda: tyro.extras.overridable_config_cli(choices, prog=prog, args=arguments))
+        about = "Fine-tune a pretrained transformer; the same command goes on. --config FILE in place of a name: a config.json."
+        command = parsed(
+            lambda: tyro.extras.overridable_config_cli(choices, prog=prog, args=arguments, description=about)
+        )
     command.config.check()
     refuse_meaningless(arguments, command.config)
     return command
@@ -120,7 +123,10 @@ def _train(console: Console) -> int:
     workdir = command.workdir or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
     if job.distributed:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for processes without accelerators
-        jax.distributed.initialize(job.coordinator, job.processes, job.process)
+        try:
+            jax.distributed.initialize(job.coordinator, job.processes, job.process)
+        except (RuntimeError, ValueError) as error:  # JAX's ways of saying that the others were not found
+            raise UsageError(f"--distributed: expected to find the other processes, got: {error}") from error
     try:
         summary = run(config, workdir, console)
     except Interrupted as stop:

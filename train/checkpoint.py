@@ -79,7 +79,7 @@ class Checkpoints:
             raise UsageError(f"keep: expected at least 1, got {keep}.")
         self.directory = Path(directory).expanduser().resolve()
         if self.directory.is_dir():
-            self._look_around()
+            self._report_foreign_files()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -115,14 +115,15 @@ class Checkpoints:
             | {"crc32": _crc(copy), "key": str(jax.random.key_impl(leaf)) if _is_key(leaf) else None}
             for name, leaf, copy in zip(names, leaves, stored, strict=True)
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                # Orbax refuses arrays without elements
-                tree=ocp.args.StandardSave({name: leaf for name, leaf in zip(names, stored, strict=True) if leaf.size}),
-                record=ocp.args.JsonSave({"leaves": described, "info": dict(info or {})}),
-            ),
+        content = ocp.args.Composite(
+            # Orbax refuses arrays without elements
+            tree=ocp.args.StandardSave({name: leaf for name, leaf in zip(names, stored, strict=True) if leaf.size}),
+            record=ocp.args.JsonSave({"leaves": described, "info": dict(info or {})}),
         )
+        try:
+            self._manager.save(step, args=content)
+        except Exception as error:  # whatever a disk that is full, or a folder that is gone, leads to in Orbax
+            raise CheckpointError(f"{self.directory}: step {step} cannot be saved: {_first_line(error)}") from error
 
     def wait(self) -> None:
         """Return when everything saved is committed.
@@ -133,7 +134,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise CheckpointError(f"{self.directory}: the last save failed: {error}") from error
+            raise CheckpointError(f"{self.directory}: the last save failed: {_first_line(error)}") from error
 
     def steps(self) -> list[int]:
         """The committed steps, the oldest first."""
@@ -186,7 +187,7 @@ class Checkpoints:
     ) -> None:
         self.close()
 
-    def _look_around(self) -> None:
+    def _report_foreign_files(self) -> None:
         """Say what in the directory is no checkpoint; Orbax removes what it left half-written itself."""
         for path in sorted(self.directory.iterdir()):
             if ".orbax-checkpoint-tmp" in path.name:
@@ -201,7 +202,7 @@ class Checkpoints:
             restored = self._read(step, like)
             restored = restored._replace(info=check(restored.info))
         except Exception as error:  # whatever a damaged file leads to
-            fault = f"{type(error).__name__}: {error}".strip().split("\n")[0][:400]
+            fault = _first_line(error)
         if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(restored is not None)).all():
             return None, fault or "another process cannot read it"
         return restored, fault
@@ -250,6 +251,10 @@ class Checkpoints:
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("ntk_prefix: checkpoints set aside")
             self._manager.reload()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:400]
 
 
 def _flattened(tree: PyTree) -> tuple[list[str], list[Any]]:

@@ -117,8 +117,12 @@ class RunFolder:
         Raises:
             UsageError: the folder has another configuration's run, or a file that is damaged.
         """
-        if self.config.is_file():
-            there = TrainConfig.from_file(self.config)
+        ran = summary = None
+        if self.summary.is_file():
+            summary = read_summary(self.summary)
+            ran = TrainConfig.from_dict(summary["config"], str(self.summary))
+        there = TrainConfig.from_file(self.config) if self.config.is_file() else ran
+        if there is not None:
             # whether the test split is read changes nothing of what is trained
             before, wanted = there.flat(), config.changed(test=there.eval.test).flat()
             if config.optim.steps > there.optim.steps:
@@ -128,13 +132,9 @@ class RunFolder:
                     f"--workdir: expected a new folder, or one of this configuration, got {self.path}, which differs in "
                     f"{', '.join(changed)}. Name another folder."
                 )
-        if not self.summary.is_file():
+        if summary is None or ran is None or ran.optim.steps < config.optim.steps:
             return None
-        summary = read_summary(self.summary)
-        ran = TrainConfig.from_dict(summary["config"], str(self.summary))
-        if ran.optim.steps < config.optim.steps or (config.eval.test and summary["test_score"] is None):
-            return None
-        return summary
+        return None if config.eval.test and summary["test_score"] is None else summary
 
     def earlier_peak_memory(self) -> int:
         """Return the peak memory of a process that trained and left the rest, such as the test split, to this one."""

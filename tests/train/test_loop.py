@@ -394,6 +394,19 @@ def test_bfloat16_computes_in_it_and_trains_float32_weights(unbroken: Path, tmp_
     np.testing.assert_allclose(*losses, rtol=2**-8)  # half a unit in bfloat16's last place, of logits of order one
 
 
+def test_activations_are_recomputed_where_that_is_asked_for(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the program: the flag was broken for every adapter while a test that set the attribute passed."""
+    (tmp_path / "file.json").write_text(json_text(TINY.as_dict()))
+    command = ["train", "--config", str(tmp_path / "file.json"), "--workdir", str(tmp_path / "run"), "--remat"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 0
+    assert TrainConfig.from_file(tmp_path / "run" / "config.json").device.remat
+    ours, theirs = ([line["loss"] for line in metrics(w) if "loss" in line] for w in (tmp_path / "run", unbroken))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # the same operations, fused in another way
+
+
 def test_accumulated_parts_are_one_batch(unbroken: Path, tmp_path: Path) -> None:
     """The same rows in two halves: the same gradients up to rounding, so the same evaluations; and what is logged is of
     the whole batch, not of its last part.
