@@ -167,7 +167,7 @@ class Checkpoints:
             self._set_aside(list(faults))
             return restored
         if faults:
-            listed = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
+            listed = "; ".join(f"{self.directory / str(step)}: {fault}" for step, fault in faults.items())
             raise CheckpointError(
                 f"{self.directory}: expected a checkpoint that can be used, found none ({listed}). "
                 "Nothing was changed. Give the run another directory, or remove these to start over."
