@@ -89,7 +89,7 @@ class OptimConfig(Checked):
     steps: int = 500
     """Optimizer steps. More for a finished run: it goes on, see train/README.md."""
     batch_size: int = 32
-    """Examples a step, over all devices and accumulated parts."""
+    """Examples per step, over all devices and accumulated parts."""
     accumulate: int = 1
     """Parts that a step's batch is computed in, one after the other."""
     learning_rate: float = 1e-3
@@ -122,7 +122,7 @@ class OptimConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig(Checked):
-    """What is looked at on the way, and what is kept."""
+    """When the validation split is evaluated, and which step is kept."""
 
     evaluate_every: int = 100
     """Steps between evaluations on the validation split."""
@@ -159,7 +159,7 @@ class DeviceConfig(Checked):
     remat: bool = False
     """Recompute the activations of each layer in the backward pass."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """One program over a mesh, or one a device."""
+    """One program over a mesh, or one per device."""
     fsdp: int = 1
     """Devices among which weights are shared (jit only)."""
     devices: int | None = None

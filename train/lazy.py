@@ -259,7 +259,7 @@ def view(options: Options, method: str, seed: int, console: Console) -> View:
 
 
 def draw(views: list[View], heading: str) -> Figure:
-    """Spectra on the left, one line a sample; scores on the right, with their standard deviation."""
+    """Return spectra on the left, one line per sample; scores on the right, with their standard deviation."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     spectra, scores = figure.subplots(1, 2)
     methods = _by_method(views)

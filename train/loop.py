@@ -1,4 +1,4 @@
-"""The training loop: set up, resume, step, evaluate, keep, sum up.
+"""The training loop: set up, resume, step, evaluate, keep, summarize.
 
 Order of resuming: ``config.json`` must agree; the last good checkpoint gives weights, optimizer, step, the best weights
 so far and the evaluations since; batch number = step, so the data goes on where it was; ``metrics.jsonl`` is cut back to
@@ -64,7 +64,7 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> d
         if jax.process_index() == 0:
             if console is not None:
                 console.print(str(setup.task), markup=False, highlight=False, soft_wrap=True)
-            # only now: a run that could not be set up leaves the folder to one that can
+            # only now: a run whose setup fails must not take the folder
             folder.write_config(config)
         with Checkpoints(workdir / "checkpoints") as checkpoints, Signals() as signals:
             return _Run(setup, folder, checkpoints, console or Console(quiet=True)).train(signals)
@@ -101,7 +101,7 @@ def _kept(info: dict[str, Any]) -> _Kept:
 
 
 class _Run:
-    """The state of one run, between setting up and summing up."""
+    """The state of one run, between setup and summary."""
 
     def __init__(self, setup: Setup, folder: RunFolder, checkpoints: Checkpoints, console: Console):
         self.setup, self.config, self.folder, self.console = setup, setup.config, folder, console
@@ -164,7 +164,7 @@ class _Run:
             raise Interrupted(f"stopped at step {self.done} of {steps}; the same command goes on")
         if self.stopped and self.done < steps:
             self._say(f"stopped at step {self.done}: no better evaluation in the last {self.evaluations_since}")
-        return self._sum_up()
+        return self._summarize()
 
     # ----------------------------------------------------------------------------------- on the way
 
@@ -280,7 +280,7 @@ class _Run:
 
     # --------------------------------------------------------------------------------------- result
 
-    def _sum_up(self) -> dict[str, Any]:
+    def _summarize(self) -> dict[str, Any]:
         """Read the test split, once and if it is asked for, with the best weights; save the adapter and the summary.
 
         Raises:

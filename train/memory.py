@@ -2,7 +2,7 @@
 
 XLA asks malloc for a step's temporaries in one block (MiniLM, 32 x 64 tokens: half a gigabyte) and frees it when the
 step ends. glibc hands blocks of that size back to the kernel, which gives them out again page by page, each one zeroed
-at a page fault: 130,000 a step, 0.3 s of processor time (``python -m tests.bench.bench_step``, with and without
+at a page fault: 130,000 per step, 0.3 s of processor time (``python -m tests.bench.bench_step``, with and without
 ``--no-huge-pages``). Pages of 2 MiB make that 600 faults, and cost no memory; keeping the blocks (``mallopt``) was as
 fast and cost a fifth more.
 """

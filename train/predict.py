@@ -29,7 +29,7 @@ from train import tasks
 from train.config import TrainConfig
 from train.data import Dataset, ImageFormat, evaluation_batches
 from train.images import LARGEST_FILE, decoded
-from train.setup import load_model, load_tokenizer, model_inputs, model_path, normalization, read_far
+from train.setup import load_model, load_tokenizer, model_inputs, model_path, normalization, set_context_length
 from train.sources import spec_of
 
 __all__ = ["Prediction", "load"]
@@ -80,7 +80,7 @@ def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
             f"{config.task} by {config.method} on {config.model}",
         )
     model = load_model(config, path, spec.kind, len(labels))
-    read_far(model, config.data.max_length, config.window)
+    set_context_length(model, config.data.max_length, config.window)
     peft.load_adapter(model, folder / "adapter")
     peft.narrow_frozen(model)
     mean, std = normalization(path)

@@ -175,7 +175,7 @@ PROFILES: dict[Name, Profile] = {
         grid=(1e-4, 1e-3, 1e-2),
         seeds=1,
     ),
-    # long documents, 8 a step: about three hours of two cores in all
+    # long documents, 8 per step: about three hours of two cores in all
     "long": Profile(
         tasks={"newsgroups_long": {}, "imdb": {}},
         shared={

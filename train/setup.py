@@ -34,7 +34,7 @@ __all__ = [
     "model_path",
     "normalization",
     "optimizer",
-    "read_far",
+    "set_context_length",
 ]
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 32, 4096
@@ -70,7 +70,7 @@ def build(config: TrainConfig) -> Setup:
     mean, std = normalization(path)
     task = tasks.load(config.task, config.data, tokenizer=tokenizer, image_mean=mean, image_std=std, seed=config.seed)
     model = load_model(config, path, task.kind, task.num_labels)
-    read_far(model, config.data.max_length, config.window)
+    set_context_length(model, config.data.max_length, config.window)
     rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.max_length))
     _, first = next(data.train_batches(task.train, rows, config.seed))
     peft.apply(
@@ -143,7 +143,7 @@ def load_model(config: TrainConfig, path: Path | None, kind: Kind, num_labels: i
     )
 
 
-def read_far(model: nnx.Module, max_length: int, window: int | None) -> None:
+def set_context_length(model: nnx.Module, max_length: int, window: int | None) -> None:
     """Let a model read texts of this length, through a window if there is one.
 
     Raises:
@@ -250,7 +250,7 @@ def _placement(config: TrainConfig) -> dict[str, Any]:
     rows = config.optim.batch_size // config.optim.accumulate
     if rows % len(devices):
         raise expected(
-            "--batch-size", f"rows divisible by the {len(devices)} devices in each part of a step", f"{rows} a part"
+            "--batch-size", f"rows divisible by the {len(devices)} devices in each part of a step", f"{rows} per part"
         )
     if wanted.parallel == "pmap":
         return {} if wanted.devices is None else {"devices": tuple(devices)}
