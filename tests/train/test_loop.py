@@ -421,7 +421,7 @@ class TestConfigurations:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"method": "magic"}, "--method: expected one of full, head"),
+            ({"method": "magic"}, "--method: expected one of"),
             ({"steps": 0}, "--steps: expected at least 1"),
             ({"accumulate": 3}, "--accumulate: expected a divisor"),
             ({"fsdp": 2, "parallel": "pmap"}, "--fsdp"),
