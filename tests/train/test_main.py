@@ -1,14 +1,19 @@
 """``python -m train`` as it is typed: what is wrong is said before anything runs, with exit status 2."""
 
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 from ntk_prefix.artifacts import json_text
 from ntk_prefix.checks import UsageError
 from train.__main__ import main, parse
+from train.comparison.plan import Comparison
 from train.config import CONFIGS
+from train.lazy import Options
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -138,3 +143,30 @@ class TestFlags:
             parse(["sst2", "--method", "lora", flag, value])
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+COMMANDS = sorted(
+    {
+        found.group()
+        for file in ("README.md", "train/README.md")
+        for found in re.finditer(r"python -m train(\.(compare|lazy))?( [^`#\n]+)", Path(file).read_text())
+        if not re.search(r"[A-Z]{3}|\.\.\.|--help| · ", found.group())  # placeholders
+    }
+)
+
+
+def test_the_documentation_has_commands() -> None:
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_documentation_is_understood(command: str) -> None:
+    """Of the tables that stand there too: whoever made one can ask for it again."""
+    _, _, program, *arguments = shlex.split(command)
+    match program:
+        case "train":
+            assert parse(arguments).config
+        case "train.compare":
+            assert tyro.cli(Comparison, args=arguments)
+        case "train.lazy":
+            assert tyro.cli(Options, args=arguments)
