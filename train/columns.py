@@ -75,7 +75,7 @@ def _matches(spec: TaskSpec, names: Sequence[str]) -> dict[str, str]:
 
 
 def _hint(ours: str, spec: TaskSpec, names: Sequence[str]) -> str:
-    """What to do about a column that is not there."""
+    """Return what to do about a column that is not there."""
     folded = {name.casefold(): name for name in names}
     near = (found for one in spec.columns[ours] for found in difflib.get_close_matches(one.casefold(), folded, 1))
     nearest = folded.get(next(near, ""))
@@ -83,7 +83,7 @@ def _hint(ours: str, spec: TaskSpec, names: Sequence[str]) -> str:
 
 
 def _image(value: Any, file: Path, row: int, encoded: bool) -> np.ndarray | bytes:
-    """A picture that can be read: its bytes, or those of the file that the data set names beside its own."""
+    """Return a picture that can be read: its bytes, or those of the file that the data set names beside its own."""
     where = f"{file}, row {row}"
     content, path = value, None
     if isinstance(value, dict):
@@ -103,7 +103,7 @@ def _image(value: Any, file: Path, row: int, encoded: bool) -> np.ndarray | byte
 
 
 def _label_text(label: Any) -> str | None:
-    """A label as the name of a class; None if it can be none."""
+    """Return a label as the name of a class; None if it can be none."""
     if isinstance(label, bool):
         return str(label).lower()
     if isinstance(label, float) and label.is_integer():

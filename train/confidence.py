@@ -66,7 +66,7 @@ def temperature(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the T in [1/20, 20] whose ``softmax(logits / T)`` has the least cross entropy on these rows.
 
     Args:
-        log_probabilities: [rows, classes], or logits: they differ by a number a row.
+        log_probabilities: [rows, classes], or logits: they differ by a number per row.
         labels: [rows].
     """
 

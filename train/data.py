@@ -6,7 +6,7 @@ stream of epochs, each epoch its own shuffle of all rows; batches run over the e
 *Grouped* batches are drawn many at a time and divided among themselves by length, then shuffled: less padding, and each
 still a function of its number.
 
-Text is padded to the smallest *bucket* that holds the whole global batch, so a step compiles at most once a bucket;
+Text is padded to the smallest *bucket* that holds the whole global batch, so a step compiles at most once per bucket;
 one bucket, ``buckets=(128,)``, is a fixed length.
 """
 
@@ -98,7 +98,7 @@ class Dataset(Mapping[str, np.ndarray]):
 
     @property
     def has_images(self) -> bool:
-        """Whether batches hold images rather than tokens."""
+        """Return whether batches hold images rather than tokens."""
         return "image" in self.columns and self.image is not None
 
     @property
@@ -117,7 +117,7 @@ def train_batches(
     process_count: int = 1,
     grouped: int = 1,
 ) -> Iterator[tuple[int, Batch]]:
-    """Batches without end, from number ``start`` on.
+    """Return batches without end, from number ``start`` on.
 
     Args:
         split: the rows.
@@ -142,7 +142,7 @@ def train_batches(
     lengths = _lengths(split, buckets)
     # grain shuffles epoch e with seed + e: neighboring seeds would share epochs
     (order_seed,) = np.random.SeedSequence(seed).generate_state(1)
-    # as good as endless: grain's own endless repeat overflows with one row a batch
+    # as good as endless: grain's own endless repeat overflows with one row per batch
     rows = grain.MapDataset.range(split.rows).shuffle(seed=int(order_seed)).repeat((1 << 53) // split.rows)
     drawn = rows.batch(batch_size * grouped)
     weight = np.ones(batch_size, np.float32)
@@ -174,7 +174,7 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every row once, in order; batches as those of ``train_batches``. ``by_length`` first makes less padding.
+    """Return every row once, in order; batches as those of ``train_batches``. ``by_length`` first makes less padding.
 
     The last batch is filled up to ``batch_size`` with rows of ``weight`` 0, so row r stands in batch
     ``r // batch_size`` at place ``r % batch_size``.
@@ -205,7 +205,7 @@ def prompt_batches(
     buckets: Sequence[int] = BUCKETS,
     side: Literal["left", "right"] = "left",
 ) -> Iterator[Batch]:
-    """What to generate from: the prompts of a causal language modeling split, once each and in order.
+    """Return what to generate from: the prompts of a causal language modeling split, once each and in order.
 
     Args:
         split: with a column ``prompt_ids``.
@@ -230,7 +230,7 @@ def prompt_batches(
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that one process holds."""
+    """Return the rows of a global batch that one process holds."""
     if batch_size < 1 or batch_size % process_count:
         raise UsageError(
             f"batch_size: expected a positive multiple of the {process_count} processes, got {batch_size}."
@@ -242,14 +242,14 @@ def _share(batch_size: int, process_index: int, process_count: int) -> slice:
 
 
 def _in_order(rows: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers and weights of batches; the last one is filled up with row 0 at weight 0."""
+    """Yield row numbers and weights of batches; the last one is filled up with row 0 at weight 0."""
     for first in range(0, rows, batch_size):
         numbers = np.arange(first, first + batch_size)
         yield np.where(numbers < rows, numbers, 0), (numbers < rows).astype(np.float32)
 
 
 def _lengths(split: Dataset, buckets: Sequence[int], column: str = "input_ids") -> np.ndarray | None:
-    """Tokens per row, None for images; refuses what cannot be batched."""
+    """Return tokens per row, None for images; refuses what cannot be batched."""
     if column == "input_ids" and split.has_images:
         return None
     if column not in split:

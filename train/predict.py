@@ -134,7 +134,7 @@ def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
 
 
 def _picture(value: Any) -> np.ndarray:
-    """An image of a file, of its bytes, or as it is."""
+    """Return an image of a file, of its bytes, or as it is."""
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
         return value
     if isinstance(value, str | Path):

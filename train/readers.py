@@ -28,7 +28,7 @@ LONGEST_ROW = 2**26
 """Bytes of one row of text; a longer one is a file without line breaks, and is not read."""
 
 LARGEST_ARRAY = 2**30
-"""Bytes of a JSON file that is one array, which is read whole; rows a line have no such bound."""
+"""Bytes of a JSON file that is one array, which is read whole; a row per line has no such bound."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Table:
             raise expected(str(self.file), f"the column {name} once", f"{times} of that name")
         if name not in self.names:
             raise expected(str(self.file), f"a column {name}", ", ".join(self.names) or "none")
-        with _told(self.file):
+        with _errors_mapped(self.file):
             return self.read(name)
 
 
@@ -73,12 +73,12 @@ def open_table(file: Path, names: Sequence[str] | None = None) -> Table:
     """
     if file.suffix not in _READERS:
         raise expected(str(file), f"a file that ends in {', '.join(_READERS)}", repr(file.suffix))
-    with _told(file):
+    with _errors_mapped(file):
         return _READERS[file.suffix](file, names)
 
 
 @contextlib.contextmanager
-def _told(file: Path) -> Iterator[None]:
+def _errors_mapped(file: Path) -> Iterator[None]:
     """Map what the libraries raise about a broken file."""
     try:
         yield
@@ -108,7 +108,7 @@ def _parquet(file: Path, _: Sequence[str] | None) -> Table:
 
 
 def _arrow(file: Path, _: Sequence[str] | None) -> Table:
-    """The stream that ``datasets`` writes, or a file with random access (Feather)."""
+    """Read the stream that ``datasets`` writes, or a file with random access (Feather)."""
     source = pa.memory_map(str(file))
     is_file = source.read(6) == b"ARROW1"
     source.seek(0)
@@ -118,7 +118,7 @@ def _arrow(file: Path, _: Sequence[str] | None) -> Table:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
-    """The names of class numbers, which ``datasets`` puts beside the schema; nothing where they cannot be read."""
+    """Return the names of class numbers, which ``datasets`` puts beside the schema; nothing where they cannot be read."""
     noted = (schema.metadata or {}).get(b"huggingface", b"{}")
     try:
         features = msgspec.json.decode(noted, type=_Noted).info.features
@@ -142,7 +142,7 @@ class _Noted(msgspec.Struct):
 
 
 def _delimited(file: Path, names: Sequence[str] | None, *, tabs: bool) -> Table:
-    """All values as the text they are: whether 01 is a number or a name is not for a reader to say."""
+    """Read all values as the text they are: whether 01 is a number or a name is not for a reader to say."""
     # a row must fit into a block; a block is allocated whole
     block = min(max(file.stat().st_size, 2**16), LONGEST_ROW)
     reading = pa.csv.ReadOptions(column_names=names, block_size=block)
@@ -161,7 +161,7 @@ def _delimited(file: Path, names: Sequence[str] | None, *, tabs: bool) -> Table:
 
 
 def _lines(file: Path, _: Sequence[str] | None) -> Table:
-    """One JSON object a line; or, under the name .json, one array of objects."""
+    """Read one JSON object per line; or, under the name .json, one array of objects."""
     with file.open("rb") as stream:
         if file.suffix == ".json" and stream.read(64).lstrip()[:1] == b"[":
             return _array(file)
@@ -176,7 +176,7 @@ def _lines(file: Path, _: Sequence[str] | None) -> Table:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows one at a time: msgspec gives up on deep nesting, where the parser of pyarrow overruns its stack."""
+    """Yield rows one at a time: msgspec gives up on deep nesting, where the parser of pyarrow overruns its stack."""
     with file.open("rb") as stream:
         for number in range(1, 1 << 62):
             line = stream.readline(LONGEST_ROW + 1)

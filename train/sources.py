@@ -176,7 +176,7 @@ def read(name: str, data_dir: Path | str | None = None, named: Mapping[str, str 
 
 
 def _splits(name: str, spec: TaskSpec, data_dir: Path | str | None) -> tuple[dict[str, Columns], str, tuple[str, ...]]:
-    """Rows as they stand in the source, its name, and the names of classes if it notes them."""
+    """Return rows as they stand in the source, its name, and the names of classes if it notes them."""
     check_source(name, data_dir)
     if data_dir is None:
         assert spec.assets is not None
@@ -194,7 +194,7 @@ def _splits(name: str, spec: TaskSpec, data_dir: Path | str | None) -> tuple[dic
 
 
 def _from_hub(name: str, spec: TaskSpec, repository: str) -> tuple[Path, str]:
-    """A data set's files in Hugging Face's own cache, and where they come from."""
+    """Return a data set's files in Hugging Face's own cache, and where they come from."""
     if not repository:
         raise AssetError(f'{name}: expected "hub:owner/name" or no data_dir, for the hub has no usual data set of it.')
     inside = f"{spec.subset}/" if repository == spec.hub and spec.subset else ""
@@ -211,7 +211,7 @@ def _from_hub(name: str, spec: TaskSpec, repository: str) -> tuple[Path, str]:
 
 
 def _files(place: Path, names: Sequence[str]) -> list[Path]:
-    """The files of a split, all of one form: NAME.EXT, or NAME-00000-of-00002.EXT and so on; a single file is train."""
+    """Return the files of a split, of one form: NAME.EXT, or NAME-00000-of-00002.EXT etc.; a single file is train."""
     if place.is_file():
         return [place] if "train" in names else []
     if splits := saved_splits(place):
@@ -236,7 +236,7 @@ def _reviews(source: str) -> dict[str, Columns]:
 
 def _newsgroups() -> dict[str, Columns]:
     def split(path: Path) -> Columns:
-        # three lines of header (names, types, roles) and an empty one; then one document a line
+        # three lines of header (names, types, roles) and an empty one; then one document per line
         lines = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()[3:] if line.strip()]
         return {"text": [text for _, text in lines], "label": [label for label, _ in lines]}
 
@@ -284,7 +284,7 @@ _GENERATOR = Path(__file__).with_name("gsm_symbolic.py")
 
 
 def _gsm_symbolic(*, train: int, test: int, shortest: int = 0) -> dict[str, Columns]:
-    """The same problems every time; test has the templates of train with other names and numbers, no question twice.
+    """Return the same problems every time; test has the templates of train with other names and numbers, no question twice.
 
     Of all templates, or of so many with the shortest solved problems.
 

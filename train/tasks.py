@@ -68,7 +68,7 @@ class Task:
 
     @property
     def metric(self) -> Literal["accuracy", "exact_match"]:
-        """What is reported."""
+        """Return what is reported."""
         return "exact_match" if self.kind == "causal-lm" else "accuracy"
 
 
@@ -159,7 +159,7 @@ def load(
 
 
 def extract_answer(text: str) -> Decimal | None:
-    """The number after the first ``####``, as in GSM8K's own evaluation; None if there is none.
+    """Return the number after the first ``####``, as in GSM8K's own evaluation; None if there is none.
 
     Commas are left out; the value counts, not its form: 18 and 18.00 are equal.
     """
@@ -168,7 +168,7 @@ def extract_answer(text: str) -> Decimal | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, whatever stands before it; None if there is none."""
+    """Return the last number of a text, whatever stands before it; None if there is none."""
     # a hyphen behind a digit or a bracket takes away
     found = re.findall(r"(?:(?<![0-9)])-)?[0-9](?:[0-9.,]*[0-9])?", text)
     return _value(found[-1]) if found else None
@@ -211,7 +211,7 @@ def _taken(columns: Columns, rows: np.ndarray) -> Columns:
 
 
 def _split(where: str, columns: Columns, size: int | float, seed: int) -> tuple[Columns, Columns]:
-    """The rest and a part of ``size`` rows (or that fraction), stratified by label, both in their first order."""
+    """Return the rest and a part of ``size`` rows (or that fraction), stratified by label, both in their first order."""
     rows = _rows_of(columns)
     wanted = round(size * rows) if size < 1 else int(size)
     if not 0 < wanted <= rows:
@@ -224,13 +224,13 @@ def _split(where: str, columns: Columns, size: int | float, seed: int) -> tuple[
         )
     except ValueError as error:  # too few rows of a class, or fewer rows than classes
         raise UsageError(
-            f"{where}: expected {wanted} of {rows} rows of all classes, at least one row a class on both sides, but {error}"
+            f"{where}: expected {wanted} of {rows} rows of all classes, at least one row per class on both sides, but {error}"
         ) from None
     return _taken(columns, np.sort(rest)), _taken(columns, np.sort(part))
 
 
 def _without_repeats(columns: Columns) -> Columns:
-    """Each input once: a repeated one could stand on both sides of a split."""
+    """Keep each input once: a repeated one could stand on both sides of a split."""
     if "image" in columns:
         keys: list[Any] = [
             image if isinstance(image, bytes) else (image.shape, image.tobytes()) for image in columns["image"]
@@ -248,7 +248,7 @@ def _without_repeats(columns: Columns) -> Columns:
 
 
 def _tokenizer(given: Tokenizer | Path | str) -> Tokenizer:
-    """A tokenizer of our own, without the truncation and padding that the file may ask for."""
+    """Return a tokenizer of our own, without the truncation and padding that the file may ask for."""
     if not isinstance(given, Tokenizer):
         path = Path(given).expanduser()
         found = load_tokenizer(path.parent if path.name == "tokenizer.json" else path)
@@ -266,7 +266,7 @@ def _first_known(tokenizer: Tokenizer, tokens: Sequence[str]) -> int | None:
 
 
 def _end_id(tokenizer: Tokenizer) -> int:
-    """The token that ends an answer: that of a chat model's turn, or of a text."""
+    """Return the token that ends an answer: that of a chat model's turn, or of a text."""
     tokens = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
     found = _first_known(tokenizer, tokens)
     if found is None:
@@ -275,12 +275,12 @@ def _end_id(tokenizer: Tokenizer) -> int:
 
 
 def _pad_id(tokenizer: Tokenizer) -> int:
-    """Any token does, for padding is masked; some models count positions by it."""
+    """Return a token to pad with: any does, for padding is masked; some models count positions by it."""
     return _first_known(tokenizer, ("[PAD]", "<pad>", "<|endoftext|>")) or 0
 
 
 def _array(values: Sequence[Any]) -> np.ndarray:
-    """Rows as a column: stacked if they are images of one size, else an object array."""
+    """Return rows as a column: stacked if they are images of one size, else an object array."""
     if values and isinstance(values[0], np.ndarray) and len({value.shape for value in values}) == 1:
         return np.stack(values)
     column = np.empty(len(values), object)
@@ -314,7 +314,7 @@ def encode_texts(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dic
 
 
 def _encode_answers(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dict[str, np.ndarray]:
-    """Prompt and answer in one row; the loss is on the answer and the token that ends it."""
+    """Return prompt and answer in one row; the loss is on the answer and the token that ends it."""
     if tokenizer.token_to_id("<|im_start|>") is not None:
         template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     else:
