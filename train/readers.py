@@ -6,6 +6,7 @@ A reader takes only the columns that are asked for. Whatever a file holds, a bro
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -184,6 +185,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 return
             if len(line) > LONGEST_ROW:
                 raise expected(f"{file}, line {number}", f"at most {LONGEST_ROW:,} bytes", "more")
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 yield decode_json(line, dict[str, Any], f"{file}, line {number}")
 

@@ -136,7 +136,7 @@ def check_source(name: str, data_dir: Path | str | None) -> None:
     elif not _on_hub(str(data_dir)) and find_folder(name, data_dir) is None:
         place = Path(data_dir).expanduser()
         found = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
-        shown = f"{found[:20]}{' and more' if len(found) > 20 else ''}" if place.is_dir() else "no such folder"
+        shown = f"{found[:20]}{' and more' if len(found) > 20 else ''}" if place.is_dir() else "no such file or folder"
         raise FileNotFoundError(
             f"{name}: expected train.({'|'.join(ending[1:] for ending in ENDINGS)}) in {place} or in a folder {name} there, "
             f"or the name of one such file, found {shown}."
@@ -219,7 +219,7 @@ def _files(place: Path, names: Sequence[str]) -> list[Path]:
     if files := saved_files(place):
         return files if "train" in names else []
     pattern = re.compile(rf"({'|'.join(names)})(-\d+-of-\d+)?({'|'.join(map(re.escape, ENDINGS))})")
-    found = sorted(path for path in place.iterdir() if pattern.fullmatch(path.name))
+    found = sorted(path for path in place.iterdir() if pattern.fullmatch(path.name) and path.is_file())
     if len({path.name.split("-")[0] + path.suffix for path in found}) > 1:
         raise UsageError(f"{place}: expected one file of the split, got {[path.name for path in found]}. Keep one.")
     return found

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -81,6 +82,16 @@ class TestText:
         table = open_table(tmp_path / "a.jsonl")
         assert table.names == ("text", "label", "more")
         assert (table.column("text"), table.column("label")) == (["a", None], [1, "b"])
+
+    def test_may_begin_with_a_mark_of_its_order_of_bytes(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+        (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\na,1\n")
+        assert [open_table(tmp_path / name).column("text") for name in ("a.jsonl", "a.csv")] == [["a"]] * 2
+
+    def test_of_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "train.csv")
+        with pytest.raises(FileNotFoundError, match=r"found \['train\.csv'\]"):
+            sources.read("text", tmp_path)
 
     @pytest.mark.parametrize(
         ("content", "said"),

@@ -316,7 +316,7 @@ def test_what_cannot_be_found(tmp_path, glue, tokenizer):
         load("rte")
     with pytest.raises(FileNotFoundError, match=r"gsm8k: expected train\..*found \['RTE', 'SST-2'\]"):
         load("gsm8k", data_dir=glue)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load("rte", data_dir=tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"expected a tokenizer\.json or a folder with one"):
         load("rte", data_dir=glue, tokenizer=glue)
