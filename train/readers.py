@@ -31,6 +31,10 @@ LONGEST_ROW = 2**26
 LARGEST_ARRAY = 2**30
 """Bytes of a JSON file that is one array, which is read whole; a row per line has no such bound."""
 
+MOST_PACKED, LEAST_UNPACKED = 256, 2**28
+"""How often its own size a packed file may hold, and bytes that it may hold in any case: a few kilobytes can unpack to more
+than memory has, by one value that is said to be repeated."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -99,11 +103,18 @@ def _errors_mapped(file: Path) -> Iterator[None]:
 def _parquet(file: Path, _: Sequence[str] | None) -> Table:
     opened = pa.parquet.ParquetFile(file)
     schema = opened.schema_arrow
+    largest = max(LEAST_UNPACKED, MOST_PACKED * file.stat().st_size)
 
     def read(name: str) -> list[Any]:
-        table = opened.read(columns=[name])
-        table.validate(full=True)
-        return table[name].to_pylist()
+        values: list[Any] = []
+        held = 0
+        for batch in opened.iter_batches(batch_size=64, columns=[name]):
+            batch.validate(full=True)
+            held += batch.nbytes + 8 * batch.num_rows
+            if held > largest:
+                raise expected(str(file), f"a column {name} of at most {largest:,} bytes, unpacked", "more")
+            values += batch.column(0).to_pylist()
+        return values
 
     return Table(file, tuple(schema.names), read, _class_names(schema))
 

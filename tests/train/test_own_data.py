@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tests.models.formulas import CONFIGS, draw, write
 from train import sources, tasks
 from train.__main__ import main, parse
+from train.config import TrainConfig
 from train.predict import load
+from train.setup import build, normalization
 
 BERT = Path(__file__).parents[1] / "fixtures" / "a340712" / "bert"
 QUICK = ["--steps", "4", "--batch-size", "8", "--evaluate-every", "4", "--checkpoint-every", "4", "--devices", "1"]
@@ -133,6 +136,28 @@ class TestImages:
         assert answers[0] == answers[1] == answers[2] == classify(path) | {"probability": answers[0]["probability"]}
         with pytest.raises(ValueError, match=r"nothing\.png: expected an existing file"):
             classify(tmp_path / "nothing.png")
+
+    @pytest.mark.parametrize(
+        ("said", "mean", "std"),
+        [
+            ({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 0.5]}, (0.5, 0.5, 0.5), (0.25, 0.5, 0.5)),
+            ({"do_normalize": False}, (0, 0, 0), (1, 1, 1)),
+            (None, tasks.IMAGENET_MEAN, tasks.IMAGENET_STD),
+        ],
+    )
+    def test_are_normalized_as_the_model_was_trained(
+        self, said: dict | None, mean: tuple, std: tuple, tmp_path: Path
+    ) -> None:
+        shutil.copytree(BERT.with_name("vit"), tmp_path / "vit")
+        file = tmp_path / "vit" / "preprocessor_config.json"
+        file.unlink() if said is None else file.write_text(json.dumps(said))
+        found = normalization(tmp_path / "vit")
+        np.testing.assert_allclose(found.mean, mean)
+        np.testing.assert_allclose(found.std, std)
+        config = TrainConfig(model=str(tmp_path / "vit"), task="digits", method="head", image_size=8, train_size=100)
+        used = build(config).task.train.image
+        assert used is not None
+        assert (used.mean, used.std) == (found.mean, found.std)
 
 
 class TestInstructions:

@@ -114,6 +114,19 @@ class TestText:
             open_table(tmp_path / "a.jsonl")
 
 
+class TestPackedTables:
+    def test_that_unpack_to_more_than_memory_holds_are_refused_in_little_of_it(self, tmp_path: Path) -> None:
+        one = pa.DictionaryArray.from_arrays(np.zeros(2000, np.int32), ["x" * 2**20])
+        pa.parquet.write_table(pa.table({"text": one}), tmp_path / "a.parquet", store_schema=False)
+        assert (tmp_path / "a.parquet").stat().st_size < 10**6
+        with survives(tmp_path / "a.parquet"), pytest.raises(UsageError, match=r"at most 268,435,456 bytes, unpacked"):
+            open_table(tmp_path / "a.parquet").column("text")
+
+    def test_that_repeat_themselves_are_read(self, tmp_path: Path) -> None:
+        pa.parquet.write_table(pa.table({"text": ["the same"] * 10**5}), tmp_path / "a.parquet")
+        assert open_table(tmp_path / "a.parquet").column("text") == ["the same"] * 10**5
+
+
 class TestSavedByDatasets:
     """Folders of ``datasets.save_to_disk``."""
 
