@@ -136,7 +136,10 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
     chosen, tensors = from_fields(fields, model, names, tensors)
     has_head = "head.weight" in tensors
     chosen = [dataclasses.replace(each, train_head=each.train_head and has_head) for each in chosen]
-    wanted = _wanted(model, chosen, name, names)
+    try:
+        wanted = _wanted(model, chosen, name, names)
+    except UsageError as error:
+        raise UsageError(f"{directory}: {error}") from error
     _check(wanted, tensors, where)
     _account_for(tensors, wanted, model, names, where)
     apply(model, chosen, name=name)

