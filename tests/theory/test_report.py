@@ -24,7 +24,7 @@ from ntk_prefix.artifacts import CHECKOUT
 from tests.fuzz import damaged_bytes, damaged_json, fuzzed, read_whole, survives
 from theory import figures, fits
 from theory.claim import Check, Claim, Control, Evidence, Undecidable, examine
-from theory.claims import NAMES, certificate, claims
+from theory.claims import NAMES, certificate, claims, convergence
 from theory.problem import Problem, load
 from theory.report import Folder, configuration, markdown
 
@@ -245,6 +245,34 @@ class TestUndecided:
         with pytest.raises(ValueError, match="positivity: beyond float64"):
             command.verify(problem, [beyond], tmp_path / "out", Console(quiet=True))
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("sigma", [1.2, 5.0])
+    def test_a_rate_beyond_the_longest_prefix_is_refused_with_the_largest_sigma(
+        self, sigma: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert command.main(("limit",), inputs=8, width=3, sigma=sigma, out=tmp_path / "out") == 2
+        told = " ".join(capsys.readouterr().out.split())
+        (largest,) = re.findall(r"the largest sigma for these rows and this profile is ([0-9.]+)", told)
+        assert not (tmp_path / "out").exists()
+        limit, data = claims(("limit",))[0], {"inputs": 8, "width": 3, "seed": 0, "profile": "quick"}
+        assert limit.refused(load("digits", sigma=float(largest) * 0.99, **data)) is None
+        assert limit.refused(load("digits", sigma=float(largest) * 1.01, **data)) is not None
+
+    @pytest.mark.parametrize("name", ["limit", "dynamics", "real_layer", "depth"])
+    @pytest.mark.parametrize("sigma", [0.01, 15.0])
+    def test_absurd_sigmas_are_refused_before_any_work(self, name: str, sigma: float, problem: Problem) -> None:
+        """Or cut to what can be run, as ``dynamics`` does above 0.5."""
+        (claim,) = claims((name,))
+        reason = claim.refused(dataclasses.replace(problem, sigma=sigma))
+        assert (reason is None) == (name == "dynamics" and sigma > 0.5)
+
+    def test_an_envelope_that_rounding_hides_is_not_compared(self) -> None:
+        spectra = {m: np.array([1.0, 1e3]) for m in (64, 128)}
+        convergence._check_decidable("tied", [64, 128], 1.0, spectra)
+        with pytest.raises(Undecidable, match="at 1 of 2 lengths up to m = 128"):
+            convergence._check_decidable("tied", [128], 1.0, spectra)
+        with pytest.raises(Undecidable, match=r"falls by 1\.0e-15 of itself"):
+            convergence._check_decidable("tied", [64, 128], 1e-12, spectra)
 
     def test_rows_whose_kernel_is_rounding_are_no_counterexample(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
