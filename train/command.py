@@ -1,6 +1,6 @@
 """What the programs of this package share: their command line, and how they end.
 
-Exit statuses: 0 good, 2 what a user can mend (said in one line), 3 numbers that are not finite, 130 Ctrl-C.
+Exit statuses: 0 good, 2 what a user can mend (said in one line), 3 a run that diverged, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ntk_prefix.checks import NonFiniteError, expected, explain
 
-__all__ = ["DIVERGED", "USAGE", "Checked", "ended", "parsed", "show_error", "typed_changes"]
+__all__ = ["DIVERGED", "USAGE", "Checked", "DivergedError", "ended", "parsed", "show_error", "typed_changes"]
 
 USAGE, DIVERGED = 2, 3
 """Exit statuses: of what a user can mend, and of a run whose numbers are not finite any more."""
@@ -28,6 +28,10 @@ USAGE, DIVERGED = 2, 3
 T = TypeVar("T")
 
 _deferred: contextvars.ContextVar[bool] = contextvars.ContextVar("deferred", default=False)
+
+
+class DivergedError(NonFiniteError):
+    """Training made a number that is not finite; one in a file that is read is no divergence."""
 
 
 class Checked:
@@ -82,7 +86,7 @@ def ended(run: Callable[[], int], console: Console) -> int:
         if line is None:
             raise
         show_error(console, line)
-        return DIVERGED if isinstance(error, NonFiniteError) else USAGE
+        return DIVERGED if isinstance(error, DivergedError) else USAGE
 
 
 # ----------------------------------------------------------------------------------- field=value

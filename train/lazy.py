@@ -46,7 +46,7 @@ from ntk_prefix.kernels import empirical_ntk
 from ntk_prefix.kernels.empirical import KernelFallbackWarning
 from ntk_prefix.typing import Array, Float
 from train import data
-from train.command import Checked, ended, parsed
+from train.command import Checked, DivergedError, ended, parsed
 from train.config import CONFIGS, METHODS, TrainConfig
 from train.loop import Interrupted, run
 from train.setup import build, model_inputs
@@ -248,7 +248,7 @@ def view(options: Options, method: str, seed: int, console: Console) -> View:
     for rate, config in configs.items():
         try:
             tuned[rate] = run(config, options.out / "runs" / f"{options.config}-{method}-{rate:g}-{seed}", console)
-        except NonFiniteError as error:  # a rate too high for this method: another is chosen
+        except DivergedError as error:  # a rate too high for this method: another is chosen
             console.print(str(error), markup=False, highlight=False)
     if not tuned:
         raise NonFiniteError(

@@ -6,7 +6,7 @@ the checkpoint's step. The numbers are then bit for bit those of an unbroken run
 
 Numbers are checked after they change and before anything is kept: a step's loss, gradient, update and the weights it
 leaves, an evaluation's loss, and whatever is written. One that is not finite ends the run with
-:class:`~ntk_prefix.checks.NonFiniteError`; the last checkpoint is then whole, and there is no result.
+``DivergedError``, a ``NonFiniteError``; the last checkpoint is then whole, and there is no result.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ntk_prefix.checks import NonFiniteError, expected
 from ntk_prefix.training import TrainState
 from train import data, result
 from train.checkpoint import Checkpoints
+from train.command import DivergedError
 from train.config import TrainConfig
 from train.evaluate import Evaluator, Predictions
 from train.folder import RunFolder
@@ -52,7 +53,7 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> d
     Raises:
         UsageError: a configuration that does not fit itself, its data, its model, or what stands in the folder; a folder
             that another process trains in.
-        NonFiniteError: the run diverged.
+        DivergedError: a number of the training is not finite any more.
         Interrupted: SIGTERM or SIGINT; the state is saved.
     """
     folder = RunFolder(workdir)
@@ -67,7 +68,11 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> d
             # only now: a run whose setup fails must not take the folder
             folder.write_config(config)
         with Checkpoints(workdir / "checkpoints") as checkpoints, Signals() as signals:
-            return _Run(setup, folder, checkpoints, console or Console(quiet=True)).train(signals)
+            training = _Run(setup, folder, checkpoints, console or Console(quiet=True))
+            try:
+                return training.train(signals)
+            except NonFiniteError as error:
+                raise DivergedError(str(error)) from error
 
 
 class _Kept(TypedDict):

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import tyro
+from rich.console import Console
 
 from ntk_prefix.artifacts import json_text
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import NonFiniteError, UsageError, explain
 from train.__main__ import main, parse
+from train.command import DivergedError, ended
 from train.comparison.plan import Comparison
 from train.config import CONFIGS
 from train.lazy import Options
@@ -77,6 +79,34 @@ def test_a_folder_keeps_its_configuration(
     (tmp_path / "config.json").write_text(json_text(CONFIGS["tiny"][1].changed(batch_size=32).as_dict()))
     assert run(monkeypatch, "tiny", "--workdir", str(tmp_path)) == 2
     assert "differs in batch_size" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UsageError("a.json: expected this, got that."), 2),
+        (NonFiniteError("model.safetensors: expected finite numbers, got nan."), 2),
+        (DivergedError("step 3: expected a finite loss, got nan."), 3),
+        (FileNotFoundError(2, "No such file or directory", "/x[/b]"), 2),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_divergence_a_status_of_its_own(
+    error: Exception, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> int:
+        raise error
+
+    assert ended(fails, Console(width=40)) == status
+    assert capsys.readouterr().out == f"{explain(error)}\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes"), TypeError("ours"), KeyError("ours"), RuntimeError("XLA")])
+def test_what_is_ours_keeps_its_traceback(error: Exception) -> None:
+    def fails() -> int:
+        raise error
+
+    with pytest.raises(type(error)):
+        ended(fails, Console(quiet=True))
 
 
 class TestFlags:
