@@ -109,6 +109,7 @@ def _train(comparison: Comparison, cell: Cell, console: Console, *, test: bool) 
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONSAFEPATH": "1",  # and a train.py there is not run in the place of this package
             "JAX_COMPILATION_CACHE_DIR": str((comparison.out / "compiled").resolve()),
             "JAX_COMPILATION_CACHE_MAX_SIZE": str(CACHE_BYTES),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
