@@ -59,7 +59,11 @@ class _Note(msgspec.Struct):
 
 def cache_directory() -> Path:
     """Return where assets are kept: ``$NTK_PREFIX_CACHE``, or ``~/.cache/ntk_prefix``."""
-    return Path(os.environ.get("NTK_PREFIX_CACHE") or Path.home() / ".cache" / "ntk_prefix").expanduser().resolve()
+    return _resolved(os.environ.get("NTK_PREFIX_CACHE") or Path.home() / ".cache" / "ntk_prefix")
+
+
+def _resolved(folder: Path | str) -> Path:
+    return Path(os.path.expanduser(folder)).resolve()  # unlike Path's, it leaves a user that is unknown as it is
 
 
 def asset(name: str, *, cache: Path | str | None = None, fetch: bool = True) -> Path:
@@ -80,7 +84,7 @@ def asset(name: str, *, cache: Path | str | None = None, fetch: bool = True) -> 
     """
     if name not in ASSETS:
         raise AssetError(f"asset: expected one of {', '.join(ASSETS)}, got {name!r}.")
-    return _asset(name, Path(cache).expanduser().resolve() if cache else cache_directory(), fetch)
+    return _asset(name, _resolved(cache) if cache else cache_directory(), fetch)
 
 
 def verified_files(name: str) -> dict[str, bytes]:
@@ -116,9 +120,9 @@ def _asset(name: str, cache: Path, fetch: bool) -> Path:
 
 def _fault(folder: Path, wanted: Asset) -> str | None:
     """Return what is wrong with an asset's folder, or None."""
-    if not (folder / NOTE).exists():
-        return f"expected {NOTE}, found nothing"
     try:
+        if not (folder / NOTE).exists():
+            return f"expected {NOTE}, found nothing"
         for place, sha256 in _hashes(folder, wanted).items():
             if not stat.S_ISREG((folder / place).stat().st_mode):
                 return f"expected {place} to be a file"
@@ -265,7 +269,7 @@ def main(
     """
     console = Console()
     if list:
-        folder = (cache or cache_directory()).expanduser().resolve()
+        folder = _resolved(cache or cache_directory())
         for name, one in ASSETS.items():
             here = "here" if _fault(folder / f"{name}-{one.version}", one) is None else "not here"
             console.print(f"[bold]{name}[/] ({one.size / 1e6:.0f} MB, {here}): {one.what}", highlight=False)

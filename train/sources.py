@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def spec_of(name: str, columns: Mapping[str, str | None] | None = None) -> TaskS
 
 def find_folder(name: str, data_dir: Path | str) -> Path | None:
     """Return where a task's train split is: ``data_dir``, or a folder named after the task in it; None if neither."""
-    spec, root = spec_of(name), Path(data_dir).expanduser()
+    spec, root = spec_of(name), Path(os.path.expanduser(data_dir))
     if root.is_file():
         return root
     names = {name, spec.subset, spec.hub.split("/")[-1], *spec.folders} - {""}
@@ -134,7 +135,7 @@ def check_source(name: str, data_dir: Path | str | None) -> None:
                 f'{name}: expected a data_dir, for no asset has its rows: {rows}, or "{hub}" to fetch that.'
             )
     elif not _on_hub(str(data_dir)) and find_folder(name, data_dir) is None:
-        place = Path(data_dir).expanduser()
+        place = Path(os.path.expanduser(data_dir))
         found = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
         shown = f"{found[:20]}{' and more' if len(found) > 20 else ''}" if place.is_dir() else "no such file or folder"
         raise FileNotFoundError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
@@ -250,7 +251,7 @@ def _without_repeats(columns: Columns) -> Columns:
 def _tokenizer(given: Tokenizer | Path | str) -> Tokenizer:
     """Return a tokenizer of our own, without the truncation and padding that the file may ask for."""
     if not isinstance(given, Tokenizer):
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         found = load_tokenizer(path.parent if path.name == "tokenizer.json" else path)
         if found is None:
             raise FileNotFoundError(f"tokenizer: expected a tokenizer.json or a folder with one, got {given}.")
