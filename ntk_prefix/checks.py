@@ -7,6 +7,7 @@ a mistake of ours and keeps its traceback.  :func:`explain` is the one place tha
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,8 @@ __all__ = [
     "MissingPackageError",
     "NonFiniteError",
     "UsageError",
+    "check_array",
+    "check_count",
     "check_finite",
     "check_floating",
     "check_inputs",
@@ -170,7 +173,45 @@ def check_positive(name: str, value: float) -> None:
     """Refuse anything but a finite number above zero.
 
     Raises:
-        ValueError: naming the argument and what came.
+        UsageError: naming the argument and what came.
     """
-    if not (np.isfinite(value) and value > 0):
-        raise UsageError(f"{name}: expected a finite number > 0, got {value}.")
+    if not (_is_number(value) and math.isfinite(value) and value > 0):
+        raise expected(name, "a finite number > 0", value)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse anything but a whole number from ``least`` on.
+
+    Raises:
+        UsageError: naming the argument and what came.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise expected(name, f"a whole number >= {least}", repr(value))
+
+
+def check_array(name: str, array: jax.Array, *shape: int | str) -> None:
+    """Refuse an array of another shape, or of anything but real floating point numbers.
+
+    Nothing broadcasts: an axis of 1 where another length is wanted is refused.
+
+    Args:
+        name: of the argument.
+        array: what came.
+        shape: for each axis its length, or the letter of an axis that may have any.
+
+    Raises:
+        UsageError: naming the argument, the shape wanted and the one that came.
+    """
+    lengths = getattr(array, "shape", None)
+    if (
+        lengths is None
+        or len(lengths) != len(shape)
+        or any(isinstance(wanted, int) and wanted != length for wanted, length in zip(shape, lengths, strict=True))
+    ):
+        wanted = ", ".join(str(axis) for axis in shape)
+        raise expected(name, f"[{wanted}]", lengths if lengths is not None else type(array).__name__)
+    check_floating(name, array)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)

@@ -7,21 +7,22 @@ advance:
     discrete   F_t - y = (I - eta Theta)^t (F_0 - y)          t = 0, 1, 2, ...
     flow       F_t - y = exp(-eta Theta t) (F_0 - y)          t >= 0 real
 
-and so are those on other inputs, through the kernel between them and the training inputs. The flow is computed by
-neural-tangents (``nt.predict.gradient_descent_mse``), the discrete form here, from one eigendecomposition.
+and so are those on other inputs, through the kernel between them and the training inputs. Both come from one
+eigendecomposition. (neural-tangents has the flow, ``nt.predict.gradient_descent_mse``; it takes the eigenvalues of a
+singular kernel as they are computed.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError, check_finite, check_positive
-from ntk_prefix.kernels import neural_tangents
+from ntk_prefix.checks import UsageError, check_array, check_finite, check_floating, check_positive, expected
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Prediction", "predict"]
@@ -89,11 +90,13 @@ def predict(
 
     Raises:
         ValueError: shapes that do not belong together, numbers that are not finite, a learning rate that is not
-            positive, steps that are negative or not whole.
+            positive, steps that are negative or not whole, a kernel with negative eigenvalues beyond half its digits.
 
     Numerics: the common dtype of kernel and targets; float64 for long times. A kernel [n, d, n, d] is read in (n, d)
-    order, so its matrix is symmetric. Singular kernels are fine. The flow cannot be
-    traced by ``jax.jit``; the discrete form can.
+    order, so its matrix is symmetric. Singular kernels are fine: a kernel is positive semidefinite, and what its
+    eigenvalues are below zero, or above it by up to N eps lambda_max, is rounding (Weyl: N x N entries, each rounded by
+    eps of at most lambda_max; eps is that of the kernel's own dtype), which a power of 10^8 would make 10^6. Such
+    directions do not move.
 
     Source: Jacot et al., arXiv 1806.07572; Lee et al., arXiv 1902.06720; the discrete form is the same with powers.
     """
@@ -101,11 +104,11 @@ def predict(
     if loss not in ("mse-sum", "mse-mean"):
         raise UsageError(f'loss: expected "mse-sum" or "mse-mean", got {loss!r}.')
     times = _check_steps(steps, flow)
+    check_array("y_train", y_train, "n", "d")
     kernels = _matrices("ntk_train_train", ntk_train_train, y_train.shape)
     _check_symmetric("ntk_train_train", kernels)
     f_train_0 = jnp.zeros_like(y_train) if f_train_0 is None else f_train_0
-    if f_train_0.shape != y_train.shape:
-        raise UsageError(f"f_train_0: expected the shape of y_train, {y_train.shape}, got {f_train_0.shape}.")
+    check_array("f_train_0", f_train_0, *y_train.shape)
     cross = None
     if ntk_test_train is not None:
         if ntk_test_train.ndim != ntk_train_train.ndim:
@@ -116,18 +119,19 @@ def predict(
         cross = _matrices("ntk_test_train", ntk_test_train, y_train.shape)
         test_shape = (ntk_test_train.shape[0], y_train.shape[1])
         f_test_0 = jnp.zeros(test_shape, y_train.dtype) if f_test_0 is None else f_test_0
-        if f_test_0.shape != test_shape:
-            raise UsageError(f"f_test_0: expected [n2, d] = {test_shape}, got {f_test_0.shape}.")
+        check_array("f_test_0", f_test_0, *test_shape)
     elif f_test_0 is not None:
         raise UsageError("f_test_0 was given without ntk_test_train, the kernel between test and training inputs.")
     for name, array in (("y_train", y_train), ("f_train_0", f_train_0), ("f_test_0", f_test_0)):
         check_finite(name, array)
 
+    eps = float(jnp.finfo(kernels.dtype).eps)
     dtype = jnp.result_type(kernels, y_train, f_train_0)
     kernels, residual = kernels.astype(dtype), _columns(f_train_0 - y_train, ntk_train_train.ndim).astype(dtype)
     scale = 1.0 if loss == "mse-sum" else 1.0 / y_train.size
-    evolve = _flow if flow else _descend
-    changes, test_changes = evolve(kernels, residual, cross, learning_rate * scale, times.astype(dtype))
+    spectrum = _spectrum(kernels, eps=eps)
+    _check_semidefinite("ntk_train_train", spectrum, eps)
+    changes, test_changes = _evolve(spectrum, residual, cross, learning_rate * scale, times.astype(dtype), flow=flow)
 
     def outputs(start: Array, change: Array) -> Array:
         return start[None] + _rows(change, start.shape, ntk_train_train.ndim)
@@ -157,6 +161,7 @@ def _matrices(name: str, kernel: Array, target_shape: tuple[int, ...]) -> Array:
             f"{name}: expected [.., {d}, {n}, {d}] (full), [.., {d}, {n}] (diagonal) or [.., {n}] (alike) for targets "
             f"[{n}, {d}], got {kernel.shape}. neural-tangents' own [n1, n2, d, d] needs kernel.transpose(0, 2, 1, 3)."
         )
+    check_floating(name, kernel)
     check_finite(name, kernel)
     if kernel.ndim == 4:
         return kernel.reshape(1, -1, n * d)
@@ -197,6 +202,8 @@ def _check_symmetric(name: str, kernels: Array) -> None:
 def _check_steps(steps: Array, flow: bool) -> Array:
     """The times as a vector of floats."""
     times = np.asarray(steps)
+    if not (np.issubdtype(times.dtype, np.integer) or np.issubdtype(times.dtype, np.floating)):
+        raise expected("steps", "real numbers", times.dtype)
     if times.ndim != 1 or not times.size:
         raise UsageError(f"steps: expected a vector of times, [T], got shape {times.shape}. Use jnp.arange(T).")
     if not (np.isfinite(times) & (times >= 0)).all():
@@ -209,63 +216,64 @@ def _check_steps(steps: Array, flow: bool) -> Array:
 # ----------------------------------------- The two dynamics: changes of the outputs since the start
 
 
-@jax.jit
-def _descend(
-    kernels: Float[Array, "g N N"],
+class _Spectrum(NamedTuple):
+    """Kernels by their eigenvalues, those that are rounding set to 0, and their eigenvectors."""
+
+    eigenvalues: Float[Array, "g N"]
+    basis: Float[Array, "g N N"]
+    lowest: Float[Array, "g"]
+    """The smallest eigenvalue as computed, over the largest."""
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def _spectrum(kernels: Float[Array, "g N N"], *, eps: float) -> _Spectrum:
+    eigenvalues, basis = jnp.linalg.eigh(kernels)
+    largest = eigenvalues[:, -1:]
+    rounding = kernels.shape[-1] * eps * jnp.abs(largest)
+    lowest = eigenvalues[:, 0] / jnp.where(largest > 0, largest, 1)[:, 0]
+    return _Spectrum(jnp.where(eigenvalues > rounding, eigenvalues, 0), basis, lowest)
+
+
+def _check_semidefinite(name: str, spectrum: _Spectrum, eps: float) -> None:
+    """Refuse kernels with negative eigenvalues that no rounding explains: half the digits, as for symmetry."""
+    if isinstance(spectrum.lowest, jax.core.Tracer):
+        return
+    lowest = float(spectrum.lowest.min())
+    if lowest < -(eps**0.5):
+        raise expected(
+            name, "a positive semidefinite kernel", f"one whose smallest eigenvalue is {lowest:.3g} of its largest"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="flow")
+def _evolve(
+    spectrum: _Spectrum,
     residual: Float[Array, "g N c"],
     cross: Float[Array, "g N2 N"] | None,
     learning_rate: Float[Array, ""] | float,
     times: Float[Array, "T"],
+    *,
+    flow: bool,
 ) -> tuple[Float[Array, "g T N c"], Float[Array, "g T N2 c"] | None]:
-    """Gradient descent, in the basis where the kernel is diagonal."""
-    eigenvalues, basis = jnp.linalg.eigh(kernels)
+    """Gradient descent or its flow, in the basis where the kernel is diagonal."""
+    eigenvalues, basis, _ = spectrum
     coordinates = jnp.einsum("gji,gjc->gic", basis, residual)
     rates = learning_rate * eigenvalues[:, None, :]
     steps = times[None, :, None]
-    # (1 - x)^t - 1: through log1p where rounding 1 - x would lose x, as a power where 1 - x may be negative
-    small = rates < 0.5
-    decay = jnp.where(
-        small,
-        jnp.expm1(steps * jnp.log1p(-jnp.where(small, rates, 0.0))),
-        jnp.power(1.0 - rates, steps) - 1.0,
-    )
+    if flow:
+        decay = jnp.expm1(-rates * steps)
+    else:
+        # (1 - x)^t - 1: through log1p where rounding 1 - x would lose x, as a power where 1 - x may be negative
+        small = rates < 0.5
+        decay = jnp.where(
+            small,
+            jnp.expm1(steps * jnp.log1p(-jnp.where(small, rates, 0.0))),
+            jnp.power(1.0 - rates, steps) - 1.0,
+        )
     changes = jnp.einsum("gji,gti,gic->gtjc", basis, decay, coordinates)
     if cross is None:
         return changes, None
-    # sum_{s < t} (1 - x)^s
+    # sum_{s < t} (1 - x)^s, or its integral; where training outputs do not move, no other output does: J^T v = 0
     zero = rates == 0.0
-    total = jnp.where(zero, steps, -decay / jnp.where(zero, 1.0, rates))
+    total = jnp.where(zero, 0.0, -decay / jnp.where(zero, 1.0, rates))
     return changes, -learning_rate * jnp.einsum("gkj,gji,gti,gic->gtkc", cross, basis, total, coordinates)
-
-
-def _flow(
-    kernels: Float[Array, "g N N"],
-    residual: Float[Array, "g N c"],
-    cross: Float[Array, "g N2 N"] | None,
-    learning_rate: float,
-    times: Float[Array, "T"],
-) -> tuple[Float[Array, "g T N c"], Float[Array, "g T N2 c"] | None]:
-    """Gradient flow, by neural-tangents.
-
-    Its loss is the mean over the N c outputs that it is given, so its learning rate is ours times N c.
-    """
-    nt = neural_tangents.load()
-    changes, test_changes = [], []
-    # it broadcasts freely inside
-    with jax.numpy_rank_promotion("allow"):
-        for index in range(kernels.shape[0]):
-            predictor = nt.predict.gradient_descent_mse(
-                (kernels[index] + kernels[index].T) / 2,
-                -residual[index],
-                learning_rate=learning_rate * residual[index].size,
-                trace_axes=(-1,),
-            )
-            start = jnp.zeros_like(residual[index])
-            if cross is None:
-                changes.append(predictor(times, start))
-                continue
-            test_start = jnp.zeros((cross.shape[1], start.shape[1]), start.dtype)
-            train, test = predictor(times, start, test_start, cross[index])
-            changes.append(train)
-            test_changes.append(test)
-    return jnp.stack(changes), jnp.stack(test_changes) if test_changes else None

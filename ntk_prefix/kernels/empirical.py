@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from ntk_prefix.checks import UsageError, check_finite
+from ntk_prefix.checks import UsageError, check_count, check_finite
 from ntk_prefix.kernels import neural_tangents
 from ntk_prefix.typing import Array, Float
 
@@ -57,8 +57,10 @@ def empirical_ntk(
         Theta_{(i,k),(j,l)} = sum_theta  dF_k(x_i)/dtheta  dF_l(x_j)/dtheta
 
     Args:
-        model: called as ``model(x)``, [n, ...] -> [n, *out]. An ``nnx.Module`` (in evaluation mode, ``model.eval()``,
-            if it has dropout or batch norm), or a bound Linen module, ``module.bind(variables)``.
+        model: called as ``model(x)``, [n, ...] -> [n, *out]. An ``nnx.Module``, or a bound Linen module,
+            ``module.bind(variables)``. One that writes state as it runs (batch norm in training, dropout's counter, a
+            recurrent carry) is evaluated from the state it has now, every time, and keeps it; with ``vmap_axes=0`` a row
+            is a batch of its own there, so dropout masks the same entries of each.
         x1: first inputs, [n1, ...], of any dtype the model takes; floating point inputs must be finite.
         x2: second inputs, [n2, ...]. None means x1: the result is then symmetric to the last bit.
         wrt: the parameters that count: any nnx filter, or the name of a Linen collection ("params" if left alone).
@@ -97,8 +99,8 @@ def empirical_ntk(
         raise UsageError(f"implementation: expected one of {known}, got {implementation!r}.")
     if vmap_axes not in (0, None):
         raise UsageError(f"vmap_axes: expected 0 (rows are independent) or None (they interact), got {vmap_axes!r}.")
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"batch_size: expected a whole number >= 1 or None, got {batch_size}.")
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     if batch_size is not None and vmap_axes is None:
         raise UsageError("batch_size: rows that interact cannot be cut into blocks. Leave it out, or use vmap_axes=0.")
     x1 = jnp.asarray(x1)
@@ -152,7 +154,9 @@ class _NnxFunction:
 
     def __call__(self, parameters: tuple[Array, ...], constants: Any, x: Array) -> Any:
         trainable = jax.tree.unflatten(self.structure, parameters)
-        return nnx.merge(self.graph, trainable, constants)(x)
+        # what the model writes as it runs (statistics, counters, carries) goes to a copy: every evaluation starts from
+        # the state that the model has now, and leaves it as it is
+        return nnx.merge(self.graph, trainable, constants, copy=True)(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +169,11 @@ class _LinenFunction:
 
     def __call__(self, parameters: tuple[Array, ...], constants: Any, x: Array) -> Any:
         trainable = jax.tree.unflatten(self.structure, parameters)
-        return self.module.apply({**constants, self.collection: trainable}, x)
+        variables, rngs = constants
+        output, _ = self.module.apply(
+            {**variables, self.collection: trainable}, x, rngs=rngs, mutable=linen.DenyList(self.collection)
+        )
+        return output
 
 
 _Function = _NnxFunction | _LinenFunction
@@ -190,7 +198,8 @@ def _split(model: object, wrt: Any) -> tuple[_Function, tuple[Array, ...], Any]:
         collection = "params" if wrt is nnx.Param else wrt
         if not isinstance(collection, str):
             raise TypeError(f'wrt: expected the name of a Linen collection, such as "params", got {wrt!r}.')
-        constants = {name: value for name, value in variables.items() if name != collection}
+        rngs = {name: stream.as_jax_rng() for name, stream in model.scope.rngs.items()}
+        constants = {name: value for name, value in variables.items() if name != collection}, rngs
         parameters, structure = jax.tree.flatten(variables.get(collection, {}))
         found = set(variables)
         function = _LinenFunction(module, collection, structure)

@@ -217,6 +217,30 @@ def test_a_singular_kernel_is_fine(flow: bool) -> None:
     assert relative_error(predicted.test[0], jnp.array([[0.5]])) < EXACT
 
 
+@pytest.mark.parametrize("flow", [False, True], ids=["descent", "flow"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_rounding_of_a_singular_kernel_stays_rounding(flow: bool, dtype: jnp.dtype) -> None:
+    """60 points, 10 parameters: eigenvalues of -1e-6 to the power 10^8 were 2e7 where the loss of descent never grows."""
+    features, test = normal(10, 60, 10), normal(11, 5, 10)
+    kernel, cross = (x.astype(dtype) @ features.astype(dtype).T for x in (features, test))
+    targets = jnp.sign(normal(12, 60, 1))
+    rate = 1 / float(np.linalg.eigvalsh(np.asarray(kernel))[-1])
+    predicted = predict(
+        kernel,
+        targets.astype(dtype),
+        learning_rate=rate,
+        steps=jnp.array([0, 100, 10**4, 10**6, 10**8]),
+        flow=flow,
+        ntk_test_train=cross,
+    )
+    loss = np.asarray(predicted.loss)
+    assert np.all(np.diff(loss) <= 1e-5 * loss[0])
+    solved = np.linalg.lstsq(np.asarray(features), np.asarray(targets), rcond=None)[0]  # where descent goes to
+    tolerance = 1e-3 if dtype == jnp.float32 else EXACT
+    assert relative_error(predicted.train[-1].astype(float), features @ solved) < tolerance
+    assert relative_error(predicted.test[-1].astype(float), test @ solved) < tolerance
+
+
 def test_descent_can_be_compiled(model: LinearModel) -> None:
     kernel, _ = model.kernels()
     predicted = jax.jit(lambda y: predict(kernel, y, learning_rate=RATE, steps=STEPS).train)(model.targets)
@@ -253,11 +277,14 @@ def test_float32_stays_float32(flow: bool, x64: bool) -> None:
         ({"ntk_train_train": lambda k: k[:3]}, "expected as many rows as there are targets"),
         ({"ntk_test_train": lambda k: k[..., 0]}, "ntk_test_train: expected 4 axes"),
         ({"y_train": lambda y: y.at[0, 0].set(jnp.inf)}, "y_train: expected finite numbers, got inf"),
-        ({"f_train_0": lambda f: f[:, :2]}, r"f_train_0: expected the shape of y_train, \(5, 3\), got \(5, 2\)"),
-        ({"f_test_0": lambda f: f[:1]}, r"f_test_0: expected \[n2, d\] = \(4, 3\), got \(1, 3\)"),
+        ({"f_train_0": lambda f: f[:, :2]}, r"f_train_0: expected \[5, 3\], got \(5, 2\)"),
+        ({"f_test_0": lambda f: f[:1]}, r"f_test_0: expected \[4, 3\], got \(1, 3\)"),
         ({"ntk_test_train": lambda k: None}, "f_test_0 was given without ntk_test_train"),
         ({"learning_rate": lambda r: -r}, "learning_rate: expected a finite number > 0"),
         ({"loss": lambda _: "l1"}, "loss: expected"),
+        ({"y_train": lambda y: y[:, 0]}, r"y_train: expected \[n, d\], got \(5,\)"),
+        ({"y_train": lambda y: y.astype(int)}, "y_train: expected floating point numbers, got int"),
+        ({"ntk_train_train": lambda k: -k}, "expected a positive semidefinite kernel"),
         ({"steps": lambda s: s - 1}, "steps: expected finite times >= 0"),
         ({"steps": lambda s: s / 2}, "steps: expected whole numbers, .* flow=True"),
         ({"steps": lambda s: s[0]}, r"steps: expected a vector of times, \[T\], got shape \(\)"),

@@ -267,6 +267,77 @@ def test_rows_that_interact_need_vmap_axes_none() -> None:
         empirical_ntk(model, x, vmap_axes=None, batch_size=2)
 
 
+# ------------------------------------------------------------------------ Models that write as they run
+
+
+class Recurrent(nnx.Module):
+    """Splits a key, also in evaluation."""
+
+    def __init__(self) -> None:
+        self.recurrent = nnx.RNN(nnx.SimpleCell(3, 2, rngs=nnx.Rngs(0)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.recurrent(x)[:, -1]
+
+
+class Trained(nnx.Module):
+    """Batch statistics and a dropout counter, in training mode."""
+
+    def __init__(self) -> None:
+        self.linear = nnx.Linear(3, 2, param_dtype=float, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(2, param_dtype=float, rngs=nnx.Rngs(1))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(2))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dropout(jnp.sin(self.norm(self.linear(x))))
+
+
+class LinenTrained(linen.Module):
+    """The same in Linen."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = linen.BatchNorm(use_running_average=False)(linen.Dense(2)(x))
+        return linen.Dropout(0.5, deterministic=False)(jnp.sin(x))
+
+
+def numbers(state: object) -> list[np.ndarray]:
+    """Copies of all arrays of a state, keys included."""
+    leaves = jax.tree.leaves(state)
+    return [np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x) for x in leaves]
+
+
+def gram(jacobian: object, n: int) -> jax.Array:
+    rows = [leaf.reshape(n, 2, -1) for leaf in jax.tree.leaves(jacobian)]
+    return sum(jnp.einsum("ikp,jlp->ikjl", row, row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "vmap_axes"), [(Recurrent, (3, 4, 3), 0), (Trained, (4, 3), None)], ids=["recurrent", "trained"]
+)
+def test_models_that_write_state_keep_it(make: Callable, shape: tuple, vmap_axes: int | None) -> None:
+    """Against jacrev of the same model on copies of its state; what it wrote is not seen in the model after."""
+    model, x = make(), jnp.asarray(np.random.default_rng(5).normal(size=shape))
+    graph, weights, rest = nnx.split(model, nnx.Param, ...)
+    before = numbers(rest)
+    jacobian = jax.jacrev(lambda w: nnx.merge(graph, w, rest, copy=True)(x))(weights)
+    kernel = empirical_ntk(model, x, vmap_axes=vmap_axes, implementation="jacobian")
+    np.testing.assert_allclose(kernel, gram(jacobian, len(x)), rtol=1e-6, atol=1e-9)
+    jax.tree.map(np.testing.assert_array_equal, before, numbers(nnx.split(model, nnx.Param, ...)[2]))
+
+
+def test_linen_models_that_write_state() -> None:
+    module, x = LinenTrained(), jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)))
+    streams = {"dropout": jax.random.key(2)}
+    variables = module.init({"params": jax.random.key(1), **streams}, x)
+
+    def outputs(parameters: object) -> jax.Array:
+        return module.apply({**variables, "params": parameters}, x, rngs=streams, mutable=["batch_stats"])[0]
+
+    kernel = empirical_ntk(module.bind(variables, rngs=streams), x, vmap_axes=None, implementation="jacobian")
+    np.testing.assert_allclose(kernel, gram(jax.jacrev(outputs)(variables["params"]), 4), rtol=1e-6, atol=1e-9)
+
+
 def test_auto_falls_back_and_says_so() -> None:
     @jax.custom_vjp
     def sine_and_cosine(w: jax.Array) -> tuple[jax.Array, jax.Array]:
