@@ -15,12 +15,13 @@ prefix.
 
 Every map takes the *scaled* vector: attention calls ``phi(q * sqrt(scale))`` and ``phi(k * sqrt(scale))``, so
 that ``phi(q) . phi(k)`` stands for ``exp(scale * q . k)``; with the usual ``scale = 1/sqrt(H)`` that is
-``phi(q / H**0.25)``. Maps are frozen dataclasses: equal settings are equal maps, and a map may be a static
-argument of ``jax.jit``.
+``phi(q / H**0.25)``. A new map is one class, here or anywhere: see :class:`FeatureMap`. Maps are frozen
+dataclasses: equal settings are equal maps, and a map may be a static argument of ``jax.jit``.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -31,33 +32,96 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, check_count, check_positive, expected
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["Elu", "Elu1", "FeatureMap", "Gelu", "PositiveRandom", "Taylor", "attention_error_bound", "feature_map"]
+__all__ = [
+    "LARGEST_DIM",
+    "Elu",
+    "Elu1",
+    "FeatureMap",
+    "Gelu",
+    "PositiveRandom",
+    "Taylor",
+    "attention_error_bound",
+    "feature_map",
+    "feature_maps",
+]
 
 
-class FeatureMap:
-    """A map from scaled queries and keys to features. Subclasses are frozen dataclasses."""
+LARGEST_DIM = 2**20
+"""Features per vector, at most: a state of them is 256 MiB per head at H = 64 in float32."""
+
+_MAPS: dict[str, type[FeatureMap]] = {}
+
+
+class FeatureMap(abc.ABC):
+    """A map from scaled queries and keys to features.
+
+    A map of your own is a frozen dataclass that says ``class Sharp(FeatureMap)``, has a ``name`` and the four methods
+    below; its fields are its options. By that it is known to :func:`feature_map`, and to the tests, which run on
+    the ``examples`` of every map.
+    """
 
     name: ClassVar[str]
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make the map known by its name, and refuse one that is not whole."""
+        super().__init_subclass__(**options)
+        missing = [name for name in ("positive", "dim", "__call__", "error_bound") if _is_abstract(cls, name)]
+        if missing or not isinstance(getattr(cls, "name", None), str):
+            raise TypeError(
+                f"{cls.__name__}: expected a feature map with a name and the methods positive, dim, __call__ and "
+                f"error_bound, got one without {', '.join(missing) or 'a name'}."
+            )
+        known = _MAPS.get(cls.name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"{cls.__name__}: expected a name of its own, got {cls.name!r}, which is {known.__name__}'s."
+            )
+        _MAPS[cls.name] = cls
+
+    @classmethod
+    def examples(cls) -> tuple[FeatureMap, ...]:
+        """Return the map at settings that show what it does; what the tests of every map run on."""
+        return (cls(),)
+
     @property
+    @abc.abstractmethod
     def positive(self) -> bool:
         """Whether every feature is > 0, so that ``k >= 0`` makes ``phi(q) . k >= 0`` for every query."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def dim(self, head_dim: int) -> int:
         """Return R, the number of features of a vector of ``head_dim`` entries."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
         """Return the features of scaled vectors ``x = q * sqrt(scale)``, in the dtype of ``x``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def error_bound(self, norm: float) -> float:
         """Return a bound on ``|phi(q) . phi(k) / exp(q . k) - 1|`` for scaled q, k of norm <= ``norm``."""
-        raise NotImplementedError
+
+    def affordable_dim(self, head_dim: int) -> int:
+        """Return :meth:`dim`, for whoever is about to make that many features.
+
+        Raises:
+            UsageError: there are more than ``LARGEST_DIM``.
+        """
+        features = self.dim(head_dim)
+        if features > LARGEST_DIM:
+            raise expected(
+                f"{self}",
+                f"at most {LARGEST_DIM:,} features",
+                f"{features:,} for a head dimension of {head_dim}",
+                "Take a lower degree, or fewer features",
+            )
+        return features
+
+
+def _is_abstract(cls: type, name: str) -> bool:
+    return getattr(getattr(cls, name), "__isabstractmethod__", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +213,13 @@ class Taylor(FeatureMap):
     name: ClassVar[str] = "taylor"
 
     def __post_init__(self) -> None:
-        if self.degree < 0:
-            raise UsageError(f"expected degree >= 0, got {self.degree}: degree 0 is the constant feature 1")
+        """Refuse what is no degree; 0 is the constant feature 1."""
+        check_count("degree", self.degree, 0)
+
+    @classmethod
+    def examples(cls) -> tuple[FeatureMap, ...]:
+        """Return even and odd degrees."""
+        return tuple(cls(degree) for degree in range(4))
 
     @property
     def positive(self) -> bool:
@@ -163,6 +232,7 @@ class Taylor(FeatureMap):
 
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
         """Return all scaled monomials of x up to the degree, ordered by degree."""
+        self.affordable_dim(x.shape[-1])
         layers = [jnp.ones_like(x[..., :1])]
         coefficients = [np.ones(1)]
         for parents, variables, weights in _monomials(x.shape[-1], self.degree):
@@ -173,7 +243,7 @@ class Taylor(FeatureMap):
 
     def error_bound(self, norm: float) -> float:
         """Return ``e^s s^{g+1} / (g+1)!`` at ``s = norm**2``, the largest possible score."""
-        score = norm**2
+        score = _checked(norm) ** 2
         if score == 0:
             return 0.0
         log_bound = score + (self.degree + 1) * math.log(score) - math.lgamma(self.degree + 2)
@@ -204,10 +274,18 @@ class PositiveRandom(FeatureMap):
     name: ClassVar[str] = "positive_random"
 
     def __post_init__(self) -> None:
-        if self.features < 1:
-            raise UsageError(f"expected features >= 1, got {self.features}")
-        if not 0 < self.failure_probability < 1:
-            raise UsageError(f"expected 0 < failure_probability < 1, got {self.failure_probability}")
+        """Refuse what cannot be drawn."""
+        check_count("features", self.features)
+        check_count("seed", self.seed, 0)
+        check_positive("failure_probability", self.failure_probability)
+        if not self.failure_probability < 1:
+            raise expected("failure_probability", "a number in (0, 1)", self.failure_probability)
+        self.affordable_dim(1)
+
+    @classmethod
+    def examples(cls) -> tuple[FeatureMap, ...]:
+        """Return a number of features that no head dimension divides."""
+        return (cls(17),)
 
     @property
     def positive(self) -> bool:
@@ -226,32 +304,48 @@ class PositiveRandom(FeatureMap):
 
     def error_bound(self, norm: float) -> float:
         """Return ``sqrt((e^{4 norm^2} - 1) / (R failure_probability))``: Chebyshev, for one pair (q, k)."""
-        if 4 * norm**2 > 700:
+        if 4 * _checked(norm) ** 2 > 700:
             return math.inf
         return math.sqrt(math.expm1(4 * norm**2) / (self.features * self.failure_probability))
 
 
-_REGISTRY: dict[str, type[FeatureMap]] = {cls.name: cls for cls in (Elu1, Taylor, PositiveRandom, Elu, Gelu)}
+def feature_maps() -> dict[str, type[FeatureMap]]:
+    """Return every map that is known, by name."""
+    return dict(_MAPS)
 
 
 def feature_map(name: str | FeatureMap, **options: Any) -> FeatureMap:
     """Return the feature map of that name; a map is returned as it is.
 
     Args:
-        name: "elu1", "taylor", "positive_random", "elu" or "gelu"; or a map of your own, made by subclassing
-            :class:`FeatureMap`.
+        name: of a map in :func:`feature_maps`: those of this module's table, and yours; or a map.
         options: the map's fields, such as ``degree=2`` or ``features=256, seed=0``.
 
     Raises:
-        ValueError: the name is not known, or options come with a map that is already made.
+        ValueError: the name is not known, an option is missing, unknown or out of range, or options come with a map that
+            is already made.
     """
     if isinstance(name, FeatureMap):
         if options:
             raise UsageError(f"expected no options beside a feature map, got {options}: use dataclasses.replace")
         return name
-    if name not in _REGISTRY:
-        raise UsageError(f"expected a feature map among {sorted(_REGISTRY)}, got {name!r}")
-    return _REGISTRY[name](**options)
+    if not isinstance(name, str) or name not in _MAPS:
+        raise UsageError(f"expected a feature map among {sorted(_MAPS)}, got {name!r}")
+    kind = _MAPS[name]
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    known = [field.name for field in fields if field.init]
+    if unknown := sorted(set(options) - set(known)):
+        raise expected(f"feature map {name!r}", f"options among {known}", unknown)
+    if missing := [
+        field.name
+        for field in fields
+        if field.init
+        and field.name not in options
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]:
+        raise expected(f"feature map {name!r}", f"its options {missing}", options or "none")
+    return kind(**options)
 
 
 def attention_error_bound(kernel_error: float, value_max: float) -> float:
@@ -263,9 +357,18 @@ def attention_error_bound(kernel_error: float, value_max: float) -> float:
         kernel_error: ``eps``, from :meth:`FeatureMap.error_bound`; infinity is returned from 1 on.
         value_max: the largest ``|V|`` over prefix and own values.
 
-    Source: derived, paper.md section 1.
+    Source: derived (theory/README.md, section 11).
     """
+    if not kernel_error >= 0:
+        raise expected("kernel_error", "a number >= 0", kernel_error)
+    _checked(value_max, "value_max")
     return 2 * kernel_error / (1 - kernel_error) * value_max if kernel_error < 1 else math.inf
+
+
+def _checked(value: float, name: str = "norm") -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise expected(name, "a finite number >= 0", value)
+    return value
 
 
 @jax.custom_jvp

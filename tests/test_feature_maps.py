@@ -1,6 +1,8 @@
 """Feature maps: their kernels, their dimensions, and bounds that hold and are not idle."""
 
+import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +10,19 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from ntk_prefix import feature_maps as module
 from ntk_prefix.feature_maps import (
+    _MAPS,
     Elu1,
+    FeatureMap,
     PositiveRandom,
     Taylor,
     attention_error_bound,
     feature_map,
+    feature_maps,
 )
 
-MAPS = [Elu1(), Taylor(0), Taylor(1), Taylor(2), Taylor(3), PositiveRandom(17)]
+MAPS = [phi for kind in feature_maps().values() for phi in kind.examples()]
 
 
 def vectors(count, size, norm, seed=0):
@@ -152,10 +158,58 @@ class TestRegistry:
             feature_map("softmax")
         with pytest.raises(ValueError, match="no options"):
             feature_map(Elu1(), degree=2)
-        with pytest.raises(ValueError, match="degree >= 0"):
-            feature_map("taylor", degree=-1)
-        with pytest.raises(ValueError, match="features >= 1"):
-            feature_map("positive_random", features=0)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("taylor", {"degree": -1}, "degree: expected a whole number >= 0, got -1"),
+            ("taylor", {"degree": 2.0}, "degree: expected a whole number >= 0, got 2.0"),
+            ("taylor", {"degree": True}, "degree: expected a whole number >= 0, got True"),
+            ("taylor", {"degre": 2}, r"expected options among \['degree'\], got \['degre'\]"),
+            ("positive_random", {}, r"expected its options \['features'\], got none"),
+            ("positive_random", {"features": 0}, "features: expected a whole number >= 1"),
+            ("positive_random", {"features": 10**9}, "at most 1,048,576 features, got 1,000,000,000"),
+            ("positive_random", {"features": 8, "seed": -1}, "seed: expected a whole number >= 0"),
+            ("positive_random", {"features": 8, "failure_probability": 1.0}, r"failure_probability: .* in \(0, 1\)"),
+            ("elu1", {"degree": 2}, "expected options among"),
+            ({"elu1": 1}, {}, "expected a feature map among"),
+        ],
+    )
+    def test_wrong_options_are_explained(self, name, options, message, without_annotations):
+        with pytest.raises(ValueError, match=message):
+            feature_map(name, **options)
+
+    def test_more_features_than_fit_are_refused_before_any_is_made(self):
+        with pytest.raises(ValueError, match=r"at most 1,048,576 features, got .* for a head dimension of 64"):
+            Taylor(8)(jnp.ones((1, 64)))
+
+    def test_a_map_of_your_own_is_known_by_its_name(self):
+        try:
+
+            @dataclasses.dataclass(frozen=True)
+            class Doubled(Elu1):
+                name = "doubled"
+
+                def __call__(self, x):
+                    return 2 * super().__call__(x)
+
+            assert feature_map("doubled") == Doubled()
+            with pytest.raises(TypeError, match="a name of its own, got 'doubled'"):
+                type("Other", (Elu1,), {"name": "doubled"})
+        finally:
+            _MAPS.pop("doubled", None)
+
+    def test_a_map_that_is_not_whole_is_refused_where_it_is_written(self):
+        with pytest.raises(TypeError, match=r"Half: expected .*, got one without positive, error_bound"):
+            type("Half", (FeatureMap,), {"name": "half", "dim": lambda *_: 1, "__call__": lambda *_: None})
+        with pytest.raises(TypeError, match="got one without a name"):
+            type("Nameless", (Elu1,), {"name": None})
+        assert not {"half", None} & set(feature_maps())
+
+    def test_the_table_has_every_map(self):
+        rows = [line for line in module.__doc__.splitlines() if line.startswith('``"')]
+        named = {name for line in rows for name in re.findall(r'"(\w+)"', line)}
+        assert named == {kind.name for kind in feature_maps().values() if kind.__module__ == module.__name__}
 
 
 def test_kernel_error_bounds_the_error_of_attention():
