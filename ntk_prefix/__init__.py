@@ -12,10 +12,13 @@ from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention, softm
 from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.one_layer import FixedValuePrefixModel, PrefixAttentionLayer, RandomPrefix, TiedPrefixModel
 from ntk_prefix.polynomial import polynomial_attention, polynomial_degree
+from ntk_prefix.prefix_fit import FitOptions, FitReport
 from ntk_prefix.prefix_state import PrefixState
 
 __all__ = [
     "FeatureMap",
+    "FitOptions",
+    "FitReport",
     "FixedValuePrefixModel",
     "LowRank",
     "PrefixAttentionLayer",

@@ -42,7 +42,7 @@ from ntk_prefix.flash import Flash, Statistics, cudnn_problem
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["IMPLEMENTATIONS", "LowRank", "ntk_attention", "prefix_attention", "softmax_attention"]
+__all__ = ["IMPLEMENTATIONS", "LowRank", "check_attention", "ntk_attention", "prefix_attention", "softmax_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def ntk_attention(
     Source: the operator and elu1 are arXiv 2406.14036 (its public code); the stable form and the backward are
     derived.
     """
-    scale = _check(query, key, value, bias, mask, scale)
+    scale = check_attention(query, key, value, bias, mask, scale)
     phi = resolve_feature_map(feature_map)
     linear = _linear(query, z, k, phi, scale)
     if mass == "relative":
@@ -183,7 +183,7 @@ def prefix_attention(
 
     Source: arXiv 2406.14036, section on prefix attention; the merge of the two passes is derived.
     """
-    scale = _check(query, key, value, bias, mask, scale)
+    scale = check_attention(query, key, value, bias, mask, scale)
     _check_prefix(query, key, prefix_key, prefix_value)
     own = _Source(key, value, bias, mask)
     prefix = _Source(prefix_key, prefix_value, None, None)
@@ -220,7 +220,7 @@ def softmax_attention(
 
     Arguments, result and errors are those of :func:`ntk_attention`.
     """
-    scale = _check(query, key, value, bias, mask, scale)
+    scale = check_attention(query, key, value, bias, mask, scale)
     implementation = _choose(implementation, query, key, bias, mask)
     if implementation == "reference":
         own = _scores(query, key, bias, mask, is_causal=is_causal, scale=scale)
@@ -455,7 +455,7 @@ def _scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _check(
+def check_attention(
     query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None, scale: float | None
 ) -> float:
     """Raise unless shapes and dtypes are those of attention; return the scale."""

@@ -179,7 +179,7 @@ class TestFit:
         _, five = PrefixState.fit_with_report(query, key, value, own_key, own_value, starts=5)
         assert np.all(five.training_error <= one.training_error * (1 + 1e-12))
         assert np.any(five.training_error != one.training_error)
-        with pytest.raises(ValueError, match="expected starts >= 1, got 0"):
+        with pytest.raises(ValueError, match="starts: expected a whole number >= 1, got 0"):
             PrefixState.fit(query, key, value, starts=0)
 
     def test_scores_far_from_zero_are_no_trouble(self):
@@ -219,3 +219,43 @@ class TestFit:
             PrefixState.fit(layer(batch=1, length=4)[0], key, value)
         with pytest.raises(ValueError, match="key and value, or neither"):
             PrefixState.fit(layer()[0], key, value, layer()[1])
+
+
+class TestArguments:
+    """What does not fit is refused by name, before any work; nothing broadcasts."""
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda f: PrefixState.from_prefix(f(5, 2, 4), f(5, 1, 4)), r"prefix_value: expected \[5, 2, 4\], got"),
+            (lambda f: PrefixState.from_prefix(f(5, 2), f(5, 2)), r"prefix_key: expected \[M, K, H\], got"),
+            (lambda f: PrefixState.from_prefix(f(5, 2, 4).astype(int), f(5, 2, 4)), "prefix_key: expected floating"),
+            (lambda f: PrefixState.from_prefix(f(5, 2, 4), f(5, 2, 4), scale=math.nan), "scale: expected a finite"),
+            (lambda f: PrefixState.from_prefix(f(5, 2, 4), f(5, 2, 4), scale=0), "scale: expected a finite"),
+            (lambda f: PrefixState.from_prefix(f(5, 2, 4), f(5, 2, 4), num_heads=0), "num_heads: expected a whole"),
+            (lambda f: PrefixState.from_prefix(f(5, 2, 4), f(5, 2, 4), block=0), "block: expected a whole"),
+            (
+                lambda f: PrefixState.from_blocks([(f(5, 1, 4), f(5, 1, 4)), (f(5, 2, 4), f(5, 2, 4))]),
+                r"of a block: expected \[M, 1, 4\], got \(5, 2, 4\)",
+            ),
+            (
+                lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 2, 4), f(5, 2, 4), held_out=2.0),
+                "held_out: expected a frac",
+            ),
+            (
+                lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 2, 4), f(5, 2, 4), held_out=0.0),
+                "held_out: expected a frac",
+            ),
+            (lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 2, 4), f(5, 2, 4), iterations=-1), "iterations: expected"),
+            (lambda f: PrefixState.fit(f(2, 9, 2, 4), f(0, 2, 4), f(0, 2, 4)), "at least one token"),
+            (lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 3, 4), f(5, 3, 4)), "multiple of the 3 key heads"),
+            (lambda f: PrefixState.fit(f(2, 9, 2), f(5, 2, 4), f(5, 2, 4)), r"query: expected \[B, T, N, H\]"),
+            (
+                lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 2, 4), f(5, 2, 4), f(2, 3, 1, 4), f(2, 3, 1, 4)),
+                r"key: expected \[2, S, 2, 4\]",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, call, message, without_annotations):
+        with pytest.raises(ValueError, match=message):
+            call(lambda *shape: jnp.ones(shape))
