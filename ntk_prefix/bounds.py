@@ -24,7 +24,7 @@ import math
 
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_positive
+from ntk_prefix.checks import UsageError, check_count, check_inputs, check_positive
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel, attention_mass
 from ntk_prefix.typing import Inputs
@@ -52,6 +52,7 @@ def weight_scale(*, sigma: float, inputs: int, outputs: int, failure: float, con
     """
     _check_sizes(inputs, outputs)
     check_positive("sigma", sigma)
+    check_positive("constant", constant)
     _check_failure(failure)
     return max(constant * sigma * math.sqrt(math.log(inputs * outputs / failure)), 1.0)
 
@@ -88,6 +89,8 @@ def log10_prefix_length(
     """
     _check_sizes(inputs, outputs)
     check_positive("smallest", smallest)
+    check_positive("scale", scale)
+    check_positive("exponent", exponent)
     check_positive("constant", constant)
     _check_failure(failure)
     size = inputs * outputs
@@ -113,6 +116,9 @@ def theory_step_size(
     _check_sizes(inputs, outputs)
     check_positive("smallest", smallest)
     check_positive("tokens", tokens)
+    check_positive("scale", scale)
+    check_positive("exponent", exponent)
+    check_positive("constant", constant)
     return constant * smallest / (tokens * (inputs * outputs) ** 2) * math.exp(-exponent * scale)
 
 
@@ -132,6 +138,7 @@ def gradient_descent_steps(
     """
     _check_sizes(inputs, outputs)
     check_positive("accuracy", accuracy)
+    check_positive("constant", constant)
     return constant / _contraction(smallest, tokens, step_size) * math.log(inputs * outputs / accuracy)
 
 
@@ -150,6 +157,8 @@ def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float,
 
     Source: recalled; that it holds at every step is what the claim ``convergence`` measures.
     """
+    check_count("steps", steps, 0)
+    _check_size("initial", initial)
     contraction = _contraction(smallest, tokens, step_size) / 2
     if contraction > 1 + 1e-12:  # a step of 2 / (m lambda), rounded, is still one
         raise UsageError(f"step_size: expected m eta lambda / 2 <= 1, got {contraction:.3g}. Take a smaller step.")
@@ -162,7 +171,9 @@ def kernel_drift(*, radius: float, inputs: int, outputs: int, scale: float, expo
     Source: recalled; the claim ``perturbation`` measures the drift against it, and the exponent of R.
     """
     _check_sizes(inputs, outputs)
-    _check_radius(radius)
+    _check_size("radius", radius)
+    check_positive("scale", scale)
+    check_positive("exponent", exponent)
     return radius * inputs * outputs * math.exp(exponent * scale)
 
 
@@ -188,7 +199,8 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
     Source: derived, proof in theory/README.md. A score moves by at most R |x_i|, so a softmax weight by a factor within
     e^{+-2 R |x_i|}; the rest is the triangle inequality.
     """
-    _check_radius(radius)
+    _check_size("radius", radius)
+    check_inputs("inputs", inputs, features=model.weights.shape[1])
     weights = model.weights[...]
     mass = attention_mass(weights, inputs)
     lengths = jnp.linalg.norm(inputs, axis=1)
@@ -220,6 +232,8 @@ def token_movement(*, smallest: float, tokens: int, initial_error: float, steepe
     """
     check_positive("smallest", smallest)
     check_positive("tokens", tokens)
+    _check_size("initial_error", initial_error)
+    _check_size("steepest", steepest)
     return 4 * steepest * initial_error / (tokens * smallest)
 
 
@@ -246,11 +260,11 @@ def _check_failure(failure: float) -> None:
         raise UsageError(f"failure: expected a probability in (0, 1), got {failure}.")
 
 
-def _check_radius(radius: float) -> None:
-    if not (math.isfinite(radius) and radius >= 0):
-        raise UsageError(f"radius: expected a finite number >= 0, got {radius}.")
+def _check_size(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"{name}: expected a finite number >= 0, got {value}.")
 
 
 def _check_sizes(inputs: int, outputs: int) -> None:
-    check_positive("inputs", inputs)
-    check_positive("outputs", outputs)
+    check_count("inputs", inputs)
+    check_count("outputs", outputs)

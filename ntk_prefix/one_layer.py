@@ -32,10 +32,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from ntk_prefix.checks import UsageError, check_inputs, check_positive
+from ntk_prefix.checks import UsageError, check_array, check_count, check_inputs, check_positive, expected
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray, Signs, Weights
 
@@ -47,6 +48,7 @@ __all__ = [
     "TiedPrefixModel",
     "attend",
     "attention_mass",
+    "check_signs",
     "fixed_jacobian",
     "fixed_outputs",
     "tied_jacobian",
@@ -80,6 +82,8 @@ def attention_mass(weights: Weights, inputs: Inputs) -> Float[Array, "n m"]:
 
     Numerics: the maximum is subtracted and m enters as log m, so no finite input gives NaN.
     """
+    check_array("weights", weights, "m", "d")
+    check_array("inputs", inputs, "n", weights.shape[1])
     dtype = accumulation_dtype(weights, inputs)
     scores = jnp.matmul(inputs.astype(dtype), weights.astype(dtype).T)
     normalizer = jax.nn.logsumexp(scores, axis=1, keepdims=True)
@@ -89,12 +93,14 @@ def attention_mass(weights: Weights, inputs: Inputs) -> Float[Array, "n m"]:
 def tied_outputs(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) -> Float[Array, "n d"]:
     """Outputs of the tied model, ``F_k(x) = m sum_r S_r a_r w_{r,k}``: [n, d], in the inputs' dtype."""
     mass = attention_mass(weights, inputs)
+    check_array("signs", signs, weights.shape[0], 1)
     return jnp.matmul(mass, (signs * weights).astype(mass.dtype)).astype(inputs.dtype)
 
 
 def fixed_outputs(weights: Weights, signs: Signs, inputs: Inputs) -> Float[Array, "n o"]:
     """Outputs of the fixed-value model, ``F_k(x) = m sum_r S_r a_{r,k}``: [n, outputs], in the inputs' dtype."""
     mass = attention_mass(weights, inputs)
+    check_array("signs", signs, weights.shape[0], "outputs")
     return jnp.matmul(mass, signs.astype(mass.dtype)).astype(inputs.dtype)
 
 
@@ -113,6 +119,7 @@ def tied_jacobian(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) 
     Source: derived; checked against autodiff and finite differences by the claim ``gradients``.
     """
     mass = attention_mass(weights, inputs)
+    check_array("signs", signs, weights.shape[0], 1)
     values = (signs * weights).astype(mass.dtype)
     center = jnp.matmul(mass, values) / weights.shape[0]
     through_key = jnp.einsum("im,imk,ic->ikmc", mass, values[None] - center[:, None], inputs.astype(mass.dtype))
@@ -133,6 +140,7 @@ def fixed_jacobian(weights: Weights, signs: Signs, inputs: Inputs) -> Float[Arra
     Source: derived; checked by the claim ``gradients``.
     """
     mass = attention_mass(weights, inputs)
+    check_array("signs", signs, weights.shape[0], "outputs")
     signs = signs.astype(mass.dtype)
     center = jnp.matmul(mass, signs) / weights.shape[0]
     return jnp.einsum("im,imk,ic->ikmc", mass, signs[None] - center[:, None], inputs.astype(mass.dtype))
@@ -159,6 +167,15 @@ def attend(
 
     Source: Liang et al., arXiv 2406.14036 (read in the authors' public code).
     """
+    check_array("inputs", inputs, "L", "d")
+    width = inputs.shape[1]
+    check_array("prefix", prefix, "m", width)
+    for name, projection in (
+        ("query_projection", query_projection),
+        ("key_projection", key_projection),
+        ("value_projection", value_projection),
+    ):
+        check_array(name, projection, width, width)
     dtype = accumulation_dtype(prefix, inputs)
     sequence = jnp.concatenate([prefix, inputs]).astype(dtype)
     queries = jnp.matmul(inputs.astype(dtype), query_projection.astype(dtype))
@@ -208,8 +225,8 @@ class RandomPrefix:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn."""
-        check_positive("d", self.d)
-        check_positive("m", self.m)
+        check_count("d", self.d)
+        check_count("m", self.m)
         check_positive("sigma", self.sigma)
         if self.symmetric and self.m % 2:
             raise UsageError(
@@ -219,7 +236,9 @@ class RandomPrefix:
         if self.model not in ("tied", "fixed"):
             raise UsageError(f'model: expected "tied" or "fixed", got {self.model!r}.')
         if self.outputs is not None:
-            check_positive("outputs", self.outputs)
+            check_count("outputs", self.outputs)
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise expected("dtype", "a floating point dtype or None", self.dtype)
         if self.model == "tied" and self.outputs not in (None, self.d):
             raise UsageError(f"outputs: the tied model has d = {self.d} outputs, got {self.outputs}. Leave it out.")
 
@@ -312,6 +331,7 @@ class _PrefixOnlyModel(nnx.Module):
         Source: derived, from ``tied_jacobian`` and ``fixed_jacobian``.
         """
         tied = isinstance(self, TiedPrefixModel)
+        check_signs(self)
         weights, signs = self.weights[...], self.signs[...]
         mass = attention_mass(weights, inputs)
         values = signs * weights if tied else signs
@@ -320,6 +340,27 @@ class _PrefixOnlyModel(nnx.Module):
         if tied:
             squares += weights.shape[1] + 2 * signs.T * jnp.einsum("irk,ik->ir", centered, inputs)
         return mass * jnp.sqrt(squares)
+
+
+def check_signs(model: _PrefixOnlyModel) -> None:
+    """Refuse a tied model whose signs are not -1 or +1: its kernel is stated, and certified, for ``a_r^2 = 1``.
+
+    The fixed model's values may be any numbers.
+
+    Raises:
+        UsageError: with the first such sign and its token.
+    """
+    signs = model.signs[...]
+    if not isinstance(model, TiedPrefixModel) or isinstance(signs, jax.core.Tracer):
+        return
+    values = np.asarray(signs, np.float64).ravel()
+    if (wrong := np.flatnonzero(np.abs(values) != 1)).size:
+        raise expected(
+            "signs",
+            "-1 or +1 for every token of a tied model",
+            f"{values[wrong[0]]:g} at token {wrong[0]}",
+            "Put the size into the weights, or use the fixed model, whose values may be any numbers",
+        )
 
 
 class TiedPrefixModel(_PrefixOnlyModel):

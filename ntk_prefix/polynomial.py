@@ -23,7 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_positive
+from ntk_prefix.checks import UsageError, check_count, check_floating, check_positive
 from ntk_prefix.feature_maps import Taylor
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
@@ -83,6 +83,8 @@ def polynomial_degree(score: float, error: float) -> int:
 
 def polynomial_exponential(scores: Float[Array, "..."], degree: int) -> Float[Array, "..."]:
     """``P_g(s) = sum_{t<=g} s^t / t!``, by Horner's rule: positive for every s if the degree is even."""
+    check_floating("scores", scores)
+    check_count("degree", degree, 0)
     total = jnp.ones_like(scores)
     for t in range(degree, 0, -1):
         total = 1 + total * scores / t
@@ -133,11 +135,17 @@ def polynomial_attention(
     if not query.ndim == key.ndim == value.ndim == 4:
         raise UsageError(f"expected [B, T, heads, H] each, got {query.shape}, {key.shape} and {value.shape}")
     heads, width = query.shape[2], query.shape[3]
-    if key.shape != value.shape or (key.shape[0], key.shape[3]) != (query.shape[0], width) or heads % key.shape[2]:
+    if (
+        key.shape != value.shape
+        or (key.shape[0], key.shape[3]) != (query.shape[0], width)
+        or heads % max(key.shape[2], 1)
+    ):
         raise UsageError(
             f"expected key and value [{query.shape[0]}, S, K, {width}] with K a divisor of {heads}, got {key.shape} and "
             f"{value.shape}: they share batch and head dimension with the query {query.shape}"
         )
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, x)
     if 0 in (*query.shape, *key.shape):
         raise UsageError(f"expected at least one token, got query {query.shape} and key {key.shape}")
     if is_causal and query.shape[1] != key.shape[1]:

@@ -1,6 +1,7 @@
 """The certificate: what it certifies happens, what it computes bounds what it says, and it refuses what it must."""
 
 import dataclasses
+from collections.abc import Callable
 from fractions import Fraction
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ntk_prefix import FixedValuePrefixModel, RandomPrefix, TiedPrefixModel
-from ntk_prefix.certificate import certify, find_m
+from ntk_prefix.certificate import certify, find_m, theorem
 from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference
 from ntk_prefix.certificate.rounding import Enclosure, eigen_enclosure, gamma
@@ -332,6 +333,31 @@ class TestCertificate:
         model.weights[...] = weights
         assert certify(x, y, model=model).holds
 
+    def test_a_given_step_is_kept_by_the_search(self) -> None:
+        x, y = data()
+        own = find_m(x, y, resolution=1.0)
+        slower = certify(x, y, step_size=own.step_size / 2)
+        assert slower.holds
+        assert slower.step_size == pytest.approx(own.step_size / 2, rel=1e-12)
+        assert slower.rate == pytest.approx(slower.m * slower.step_size * slower.smallest, rel=1.0)
+
+    def test_a_refusal_says_what_would_mend_it(self) -> None:
+        x, y = data()
+        refused = certify(x, y, m=32)
+        assert 'certificate.find_m(x, y, model="fixed") finds the shortest' in refused.explain()
+        with pytest.raises(ValueError, match="envelope: this certificate does not hold"):
+            refused.envelope(3)
+
+    def test_the_search_gives_up_at_once_where_no_length_has_a_certificate(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x, y = data()
+        tried = []
+        monkeypatch.setattr(theorem, "certify", lambda *args, **options: tried.append(1) or certify(*args, **options))
+        refused = find_m(x.at[1].set(x[0]), y)
+        assert "No length mends it where inputs are equal" in refused.explain()
+        assert len(tried) == 1
+
     @pytest.mark.parametrize("name", ["fixed", "tied"])
     def test_a_priori(self, name: str) -> None:
         x, y = data()
@@ -364,15 +390,63 @@ class TestCertificate:
         if name == "fixed":  # what is subtracted, the squared mean, is small beside it
             assert np.mean(squares) >= prior.moments.kernel / rows / 3
 
-    def test_errors_say_what_to_do(self, without_annotations: None) -> None:
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda x, y: certify(x, y[:, :1], model="tied", m=64), "y: expected one row of 2 targets"),
+            (lambda x, y: certify(x, y, delta=1.5), "delta: expected a probability"),
+            (lambda x, y: certify(x, y, delta=0.1, symmetric=False), "pairs of tokens"),
+            (lambda x, y: certify(x.astype(jnp.float32), y, m=64), "x: expected float64"),
+            (lambda x, y: certify(x, y.astype(int), m=64), "y: expected float64, got int64"),
+            (lambda x, y: find_m(x, jnp.arange(len(x))), r"y: expected targets \[n, outputs\].*jax.nn.one_hot"),
+            (lambda x, y: certify(x, y.at[0, 0].set(jnp.nan), m=64), "y: expected finite numbers"),
+            (lambda x, y: certify(x, 1e-170 * y, m=4096), r"expected \|F\(0\) - Y\|"),
+            (lambda x, y: certify(1e200 * x, y, m=64), "x: expected entries up to 1e.100"),
+            (lambda x, y: certify(30 * x, y, delta=0.1), r"x: expected sigma\^2 \|x_i\|\^2 <= 100"),
+            (lambda x, y: certify(x, y, m=64, step_size=-1.0), "step_size: expected a finite number > 0"),
+            (lambda x, y: certify(x, y, delta=0.1, step_size=0.0), "step_size: expected a finite number > 0"),
+            (lambda x, y: certify(x, y, m=64, step_size=1e-310), "m eta lambda_min"),
+            (lambda x, y: certify(x, y, m=10**9 + 1, delta=0.1), "m: expected an even number"),
+            (lambda x, y: certify(x, y, m=0, delta=0.1), "m: expected a whole number >= 2"),
+            (lambda x, y: certify(x, y, m=3), "m: expected an even number"),
+            (lambda x, y: certify(x, y, model="tide", m=64), 'model: expected "tied" or "fixed"'),
+            (lambda x, y: certify(x, y, model=drawn("fixed", 64), delta=0.1), "delta: expected None beside a model"),
+            (lambda x, y: certify(x, y, model=drawn("fixed", 64), m=64), "m: expected None beside a model"),
+            (
+                lambda x, y: certify(x, y, model=spoiled("fixed", "weights", jnp.nan)),
+                "the model's weights: expected fin",
+            ),
+            (lambda x, y: certify(x, y, model=spoiled("tied", "signs", 3.0)), "signs: expected -1 or .1 .* got 3"),
+            (lambda x, y: find_m(x, y, model=drawn("fixed", 64)), r"certify\(x, y, model=model\)"),
+            (lambda x, y: find_m(x, y, start=65), "start: expected an even number"),
+            (lambda x, y: find_m(x, y, resolution=0.0), "resolution: expected a finite number > 0"),
+            (lambda x, y: certify(x, y, model=drawn("fixed", 4096)).envelope(-1), "steps: expected a whole number"),
+        ],
+    )
+    def test_errors_say_what_to_do(self, call: Callable, message: str, without_annotations: None) -> None:
+        with pytest.raises(ValueError, match=message):
+            call(*data())
+
+    def test_without_64_bit_numbers_it_says_so(self, without_annotations: None) -> None:
         x, y = data()
-        with pytest.raises(ValueError, match="expected one row of 2 targets"):
-            certify(x, y[:, :1], model="tied", m=64)
-        with pytest.raises(ValueError, match="probability"):
-            certify(x, y, delta=1.5)
-        with pytest.raises(ValueError, match="pairs of tokens"):
-            certify(x, y, delta=0.1, symmetric=False)
-        with pytest.raises(ValueError, match="float64"):
-            certify(x.astype(jnp.float32), y, m=64)
         with jax.enable_x64(False), pytest.raises(ValueError, match="enable_x64"):
             certify(x, y, m=64)
+
+    def test_the_lines_of_the_readme_run(self) -> None:
+        """In a program of 32-bit numbers, with a 32-bit model, inside of `with jax.enable_x64(True)`."""
+        with jax.enable_x64(False):
+            model = FixedValuePrefixModel(d=2, m=4096, rngs=nnx.Rngs(0))
+            x = jnp.asarray(data()[0], jnp.float32)
+            labels = jnp.arange(len(x)) % 2
+            with jax.enable_x64(True):
+                y = jax.nn.one_hot(labels, 2, dtype=float)
+                certificate = certify(x.astype(float), 0.1 * y, model=model)
+            assert certificate.holds
+
+
+def spoiled(name: str, attribute: str, value: float) -> FixedValuePrefixModel | TiedPrefixModel:
+    """A model with one number replaced."""
+    model = drawn(name, 64)
+    variable = getattr(model, attribute)
+    variable[...] = variable[...].at[0, 0].set(value)
+    return model

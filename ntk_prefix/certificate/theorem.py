@@ -13,9 +13,10 @@ from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.rounding import OUTWARD, eigen_enclosure
 from ntk_prefix.certificate.tokens import Claimed, Prefix, Tokens
-from ntk_prefix.checks import UsageError, check_inputs, check_positive
+from ntk_prefix.checks import UsageError, check_count, check_finite, check_inputs, check_positive, expected
 from ntk_prefix.kernels.closed_form import prefix_ntk
-from ntk_prefix.one_layer import FixedValuePrefixModel, ModelName, RandomPrefix, TiedPrefixModel
+from ntk_prefix.kernels.limit import limit_ntk
+from ntk_prefix.one_layer import FixedValuePrefixModel, ModelName, RandomPrefix, TiedPrefixModel, check_signs
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray
 
 __all__ = ["Certificate", "certify", "find_m"]
@@ -31,6 +32,16 @@ GROWTH = (2.0, 2.0, 1.3, 1.3, 1.3, 1.05)
 
 LARGEST_EXPONENT = 1.0
 """Up to which the rounding of exponentials is accounted for; far beyond what any certificate can have."""
+
+
+LARGEST_EXPONENT_A_PRIORI = 100.0
+"""sigma^2 |x|^2 up to which the sixth power of e^{sigma^2 |x|^2} is a float64."""
+
+LARGEST_INPUT = 1e100
+"""|x| up to which products of two of them, and sums of those, are float64."""
+
+SMALLEST_ERROR = 1e-140
+"""|F(0) - Y| down to which its square, and a millionth of it, are normal float64."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +89,13 @@ class Certificate:
         return float(min(step.margin for step in self.steps))
 
     def envelope(self, steps: int) -> Float[np.ndarray, "steps"]:
-        """Largest |F(t) - Y|^2 at t = 0..steps: ``(1 - rate)^t |F(0) - Y|^2``."""
+        """Return the largest |F(t) - Y|^2 at t = 0..steps: ``(1 - rate)^t |F(0) - Y|^2``.
+
+        Raises:
+            ValueError: the certificate does not hold, or steps is no whole number >= 0.
+        """
+        check_count("steps", steps, 0)
+        self._check_holds("envelope")
         return self.initial_error**2 * np.exp(np.arange(steps + 1) * math.log1p(-self.rate)) * OUTWARD
 
     def steps_to(self, fraction: float) -> int:
@@ -87,11 +104,14 @@ class Certificate:
         Raises:
             ValueError: the certificate does not hold, or the fraction is not in (0, 1).
         """
-        if not self.holds:
-            raise UsageError(f"steps_to: this certificate does not hold.\n{self.explain()}")
+        self._check_holds("steps_to")
         if not 0 < fraction < 1:
             raise UsageError(f"fraction: expected a number in (0, 1), got {fraction}.")
         return math.ceil(math.log(fraction) / math.log1p(-self.rate) * OUTWARD)
+
+    def _check_holds(self, name: str) -> None:
+        if not self.holds:
+            raise UsageError(f"{name}: this certificate does not hold.\n{self.explain()}")
 
     def explain(self) -> str:
         """The proof in numbers, or the step at which it fails and what would mend it."""
@@ -109,6 +129,7 @@ class Certificate:
             lines = [
                 f"not certified: {head}.",
                 f"The step that fails: {failed.what}: {failed.used:.4g} is not at most {failed.allowed:.4g}.",
+                _way_on(failed, self),
             ]
         lines += [f"  {'ok ' if s.holds else 'NO '} {s.what}: {s.used:.4g} <= {s.allowed:.4g}" for s in self.steps]
         if self.drift_parts:
@@ -117,6 +138,17 @@ class Certificate:
                 f"      {value:.3g}  {name}" for name, value in sorted(self.drift_parts.items(), key=lambda p: -p[1])
             ]
         return "\n".join(lines)
+
+
+def _way_on(failed: Step, certificate: Certificate) -> str:
+    """What would mend a refusal: another length is looked for by ``find_m``, which takes as long as several certificates."""
+    if "positive" in failed.what:
+        return "No length mends it where inputs are equal, or so near that rounding cannot tell them apart: drop one of them."
+    if "stable" in failed.what:
+        return "Take a smaller step_size, or None for a quarter of the largest stable one."
+    if certificate.failure:
+        return "A longer prefix would do: certify(x, y, ..., m=None, delta=...) takes the first length that has a certificate."
+    return f'A longer prefix would do: certificate.find_m(x, y, model="{certificate.model}") finds the shortest.'
 
 
 def certify(
@@ -139,7 +171,7 @@ def certify(
         sigma: standard deviation of the prefix at initialization.
         model: "fixed" or "tied"; or a model, or a ``RandomPrefix``: then its own weights are the starting point (a
             trained model restarts the certificate where it stands), and sigma, m, key and symmetric are its own.
-        m: prefix length; None searches for the smallest (``find_m``).
+        m: prefix length; None searches for the smallest (``find_m``) that holds, at ``step_size`` if one is given.
         delta: None for the a-posteriori certificate of the prefix drawn with ``key``: nothing is left to chance. A
             number in (0, 1) for the a-priori one: of any prefix that will be drawn, with probability 1 - delta.
         key: of the prefix, as in ``RandomPrefix``; ``jax.random.key(0)`` if None.
@@ -150,20 +182,28 @@ def certify(
         the certificate; look at ``holds`` first, and print ``explain()``.
 
     Raises:
-        ValueError: inputs that are not float64 or of the wrong shape, JAX without 64-bit numbers.
+        ValueError: inputs that are not float64 or of the wrong shape, JAX without 64-bit numbers, m, key or delta beside
+            a model that brings its own prefix, a tied model whose signs are not -1 or +1.
 
     Numerics: every bound is rounded outward (``certificate.rounding`` lists what is assumed of the machine). What is
     certified is gradient descent in exact arithmetic from the drawn floats.
 
     Source: derived; the theorem and its proof are theory/certificate.md.
     """
+    if step_size is not None:
+        check_positive("step_size", step_size)
     if not isinstance(model, str):
+        for name, given in (("m", m), ("delta", delta), ("key", key)):
+            if given is not None:
+                raise expected(name, "None beside a model, which is its own prefix", given)
         prefix = model
-    elif delta is not None:
-        return _before_drawing(x, y, sigma, model, m, delta, symmetric, step_size)
-    elif m is None:
-        return find_m(x, y, sigma=sigma, model=model, key=key, symmetric=symmetric)
     else:
+        _check_data(x, y, model, None)
+        check_positive("sigma", sigma)
+        if delta is not None:
+            return _before_drawing(x, y, sigma, model, m, delta, symmetric, step_size)
+        if m is None:
+            return find_m(x, y, sigma=sigma, model=model, key=key, symmetric=symmetric, step_size=step_size)
         prefix = RandomPrefix(
             key=jax.random.key(0) if key is None else key,
             d=x.shape[1],
@@ -174,8 +214,6 @@ def certify(
             outputs=y.shape[1] if model == "fixed" else None,
         )
     _check_data(x, y, _name(prefix), prefix)
-    if step_size is not None:
-        check_positive("step_size", step_size)
     return _certify(Tokens(prefix, x), np.asarray(y), step_size)
 
 
@@ -190,14 +228,23 @@ def _before_drawing(
     step_size: float | None,
 ) -> Certificate:
     """The a-priori certificate at m, or at the smallest power of 2^(1/4) that has one."""
-    _check_data(x, y, model, None)
-    check_positive("sigma", sigma)
-    if not 0 < delta < 1:
+    if isinstance(delta, bool) or not 0 < delta < 1:
         raise UsageError(f"delta: expected a probability in (0, 1), got {delta}.")
     if not symmetric:
         raise UsageError(
             "symmetric: the a-priori certificate needs pairs of tokens, which make F(0) = 0. Use symmetric=True, or "
             "delta=None for the certificate of a given draw."
+        )
+    if m is not None:
+        check_count("m", m, 2)
+        if m % 2:
+            raise expected("m", "an even number of prefix tokens, which are drawn in pairs", m, f"Use m={m + 1}")
+    if sigma**2 * float(np.square(np.asarray(x)).sum(1).max()) > LARGEST_EXPONENT_A_PRIORI:
+        raise expected(
+            "x",
+            f"sigma^2 |x_i|^2 <= {LARGEST_EXPONENT_A_PRIORI:g}",
+            f"{sigma**2 * float(np.square(np.asarray(x)).sum(1).max()):.3g}, beyond which moments overflow",
+            "Scale the data, or take a smaller sigma",
         )
     prior = Prior(inputs=np.asarray(x), targets=np.asarray(y), sigma=sigma, model=model, failure=delta)
     if m is not None:
@@ -277,6 +324,7 @@ def find_m(
     model: ModelName = "fixed",
     key: KeyArray | None = None,
     symmetric: bool = True,
+    step_size: float | None = None,
     start: int = 64,
     largest: int = 2**24,
     resolution: float = 0.02,
@@ -287,16 +335,38 @@ def find_m(
     result is certified, and a length ``resolution`` shorter was refused (or is 2).
 
     Args:
-        x, y, sigma, model, key, symmetric: as in ``certify``.
+        x, y, sigma, model, key, symmetric, step_size: as in ``certify``. (A given step is too large for some length on,
+            since m eta lambda_max grows with m: then none may be found.)
         start: the first length tried, even; if it is certified, shorter ones are tried too.
         largest: the last one; the certificate returned for it does not hold if none did.
         resolution: relative width at which the bisection stops.
+
+    Returns:
+        The certificate; one that does not hold, at ``start``, if the limit kernel itself is singular: no length mends it.
+
+    Raises:
+        ValueError: as ``certify``; lengths that are odd or not in order, a resolution that is not positive.
     """
+    if not isinstance(model, str):
+        raise expected(
+            "model", '"tied" or "fixed"', type(model).__name__, "certify(x, y, model=model) certifies a model"
+        )
+    _check_data(x, y, model, None)
+    check_positive("sigma", sigma)
+    check_positive("resolution", resolution)
+    for name, length in (("start", start), ("largest", largest)):
+        check_count(name, length, 2)
+        if length % 2:
+            raise expected(name, "an even number of prefix tokens", length)
+    if largest < start:
+        raise expected("largest", f"at least start = {start}", largest)
 
     def attempt(m: int) -> Certificate:
-        return certify(x, y, sigma=sigma, model=model, m=m, key=key, symmetric=symmetric)
+        return certify(x, y, sigma=sigma, model=model, m=m, key=key, symmetric=symmetric, step_size=step_size)
 
     refused, found = 2, attempt(start)
+    if not found.holds and _singular(x, y, sigma, model):
+        return found
     while not found.holds and found.m < largest:
         refused, found = found.m, attempt(min(2 * found.m, largest))
     while found.holds and found.m - refused > max(2, resolution * found.m):
@@ -306,6 +376,15 @@ def find_m(
         else:
             refused = middle.m
     return found
+
+
+def _singular(x: Array, y: Array, sigma: float, model: ModelName) -> bool:
+    """Whether lambda_min of the limit kernel is within rounding of zero, as for equal inputs."""
+    limit = np.asarray(limit_ntk(x, sigma=sigma, model=model, outputs=y.shape[1] if model == "fixed" else None))
+    if not np.isfinite(limit).all():
+        return False
+    enclosure = eigen_enclosure(limit.reshape(y.size, -1))
+    return float(enclosure.values[0]) <= float(enclosure.radius)
 
 
 def _name(prefix: Prefix) -> ModelName:
@@ -319,14 +398,31 @@ def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> 
         raise UsageError(
             "certify: expected 64-bit numbers, got JAX's default of 32. Wrap the call in `with jax.enable_x64(True):`."
         )
+    if model not in ("tied", "fixed"):
+        raise expected("model", '"tied" or "fixed", a model or a RandomPrefix', repr(model))
+    if not isinstance(prefix, Prefix | None):
+        raise expected("model", '"tied" or "fixed", a model or a RandomPrefix', type(prefix).__name__)
     width = None
     if prefix is not None:
         width = prefix.d if isinstance(prefix, RandomPrefix) else prefix.weights.shape[1]
+    if not isinstance(prefix, RandomPrefix | None):
+        check_signs(prefix)
+        check_finite("the model's weights", prefix.weights[...])
+        check_finite("the model's signs", prefix.signs[...])
     check_inputs("x", x, features=width)
-    check_inputs("y", y)
+    if y.ndim != 2 or 0 in y.shape:
+        raise expected(
+            "y",
+            f"targets [n, outputs], one row for each of the {len(x)} inputs",
+            y.shape,
+            "Class labels become targets by jax.nn.one_hot(y, classes), single numbers by y[:, None]",
+        )
     for name, array in (("x", x), ("y", y)):
         if array.dtype != jnp.float64:
             raise UsageError(f"{name}: expected float64, got {array.dtype}. Use {name}.astype(float) under x64.")
+    check_finite("y", y)
+    if float(jnp.abs(x).max()) > LARGEST_INPUT:
+        raise expected("x", f"entries up to {LARGEST_INPUT:g}", f"{float(jnp.abs(x).max()):.3g}", "Scale the data")
     outputs = y.shape[1]
     if isinstance(prefix, RandomPrefix):
         outputs = prefix.outputs or prefix.d
@@ -378,6 +474,14 @@ def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Ce
     if not all(step.holds for step in first):
         return refused
 
+    largest_error = float(np.abs(error).max())
+    if 0 < largest_error < SMALLEST_ERROR or rate * smallest < SMALLEST_ERROR:
+        small = f"|F(0) - Y| = {largest_error:.3g} and m eta lambda_min = {rate * smallest:.3g}"
+        raise expected(
+            "y and step_size",
+            f"|F(0) - Y| and m eta lambda_min above {SMALLEST_ERROR:g}, whose squares are floats",
+            small,
+        )
     reference = Reference(enclosure, kernel_error, error, rounding, rate)
     path, between = reference.polygon()
     movement = tokens.movement(path.reshape(-1, *targets.shape), between)

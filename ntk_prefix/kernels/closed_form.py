@@ -37,13 +37,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ntk_prefix.checks import UsageError, check_inputs
+from ntk_prefix.checks import UsageError, check_count, check_inputs
 from ntk_prefix.one_layer import (
     TILE,
     FixedValuePrefixModel,
     ModelName,
     RandomPrefix,
     TiedPrefixModel,
+    check_signs,
 )
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
@@ -96,7 +97,7 @@ def prefix_ntk(
 
     Raises:
         ValueError: inputs that are not a finite [n, d] of the prefix's width; a block < 1; an unknown part; a prefix of
-            another type.
+            another type; a tied model whose signs are not -1 or +1.
 
     Numerics: scores are shifted by their log-sum-exp, or by its expectation sigma^2 |x|^2 / 2 where they are known to
     be Gaussian and of moderate width (sigma |x| <= 5; inputs traced by a surrounding ``jax.jit`` are not known), so
@@ -113,6 +114,7 @@ def prefix_ntk(
         width, rows, dtype = prefix.d, prefix.rows, accumulation_dtype(prefix.tile_dtype, x1)
     elif isinstance(prefix, TiedPrefixModel | FixedValuePrefixModel):
         model = "tied" if isinstance(prefix, TiedPrefixModel) else "fixed"
+        check_signs(prefix)
         rows, width = prefix.weights.shape
         dtype = accumulation_dtype(prefix.weights[...], x1)
     else:
@@ -125,8 +127,8 @@ def prefix_ntk(
             check_inputs(name, inputs, features=width)
     if part not in ("full", "key"):
         raise UsageError(f'part: expected "full" or "key", got {part!r}.')
-    if block is not None and block < 1:
-        raise UsageError(f"block: expected at least 1 prefix token at once, got {block}.")
+    if block is not None:
+        check_count("block", block)
 
     if mesh is not None:
         # jax.make_mesh makes explicit axes; here the compiler places the data

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_inputs, check_positive
+from ntk_prefix.checks import UsageError, check_array, check_count, check_inputs, check_positive
 from ntk_prefix.kernels.closed_form import KernelPart
 from ntk_prefix.one_layer import ModelName
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
@@ -61,7 +61,7 @@ def limit_ntk(
     if part not in ("full", "key"):
         raise UsageError(f'part: expected "full" or "key", got {part!r}.')
     if outputs is not None:
-        check_positive("outputs", outputs)
+        check_count("outputs", outputs)
     inner = jnp.matmul(x1, x2.T)
     tilt = jnp.exp(sigma**2 * inner)
     if model == "fixed":
@@ -112,6 +112,13 @@ def real_layer_limit_ntk(
     check_inputs("x1", x1)
     check_inputs("x2", x2, features=x1.shape[1])
     check_positive("sigma", sigma)
+    width = x1.shape[1]
+    for name, projection in (
+        ("query_projection", query_projection),
+        ("key_projection", key_projection),
+        ("value_projection", value_projection),
+    ):
+        check_array(name, projection, width, width)
     effective = jnp.matmul(query_projection, key_projection.T) / jnp.sqrt(jnp.asarray(x1.shape[1], x1.dtype))
     u1, u2 = jnp.matmul(x1, effective), jnp.matmul(x2, effective)
     inner = jnp.matmul(u1, u2.T)
