@@ -205,7 +205,7 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
     mass = attention_mass(weights, inputs)
     lengths = jnp.linalg.norm(inputs, axis=1)
     growth = jnp.expm1(2 * radius * lengths)
-    if isinstance(model, TiedPrefixModel):
+    if model.variant.has_value_part:
         mean_length = jnp.matmul(mass, jnp.linalg.norm(weights, axis=1)) / model.m
         shift = 2 * radius + growth * mean_length
     else:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ __all__ = [
     "PrefixAttentionLayer",
     "RandomPrefix",
     "TiedPrefixModel",
+    "Variant",
     "attend",
     "attention_mass",
     "check_signs",
@@ -53,9 +54,60 @@ __all__ = [
     "fixed_outputs",
     "tied_jacobian",
     "tied_outputs",
+    "variant_named",
 ]
 
 ModelName = Literal["tied", "fixed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """In what the two stylized models differ: what a token carries as its value.
+
+    Args:
+        name: "tied" or "fixed".
+        has_value_part: whether the value moves with the token, so that F depends on it through key and value.
+    """
+
+    name: ModelName
+    has_value_part: bool
+
+    def values(self, weights: Array, signs: Array) -> Array:
+        """Return the values ``v_r`` of tokens, [.., outputs]: ``a_r w_r`` or ``a_r``."""
+        return signs * weights if self.has_value_part else signs
+
+    def outputs(self, d: int, outputs: int | None) -> int:
+        """Return how many outputs a model of inputs of width d has that was asked for so many; None is d.
+
+        Raises:
+            UsageError: the tied model has d, and other ones were asked for.
+        """
+        if outputs is None:
+            return d
+        check_count("outputs", outputs)
+        if self.has_value_part and outputs != d:
+            raise UsageError(f"outputs: the tied model has d = {d} outputs, got {outputs}. Leave it out.")
+        return outputs
+
+    def sign_columns(self, outputs: int) -> int:
+        """Return the columns of ``a``: one for each output, or one in all."""
+        return 1 if self.has_value_part else outputs
+
+
+TIED, FIXED = Variant("tied", True), Variant("fixed", False)
+
+
+def variant_named(name: str) -> Variant:
+    """Return the variant of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for variant in (TIED, FIXED):
+        if variant.name == name:
+            return variant
+    raise UsageError(f'model: expected "tied" or "fixed", got {name!r}.')
+
 
 TILE = 8192
 """Distinct prefix rows drawn from one counter. A constant of the format: with it changes every drawn prefix."""
@@ -233,14 +285,19 @@ class RandomPrefix:
                 "m: expected an even number of prefix tokens, since symmetric initialization draws pairs, "
                 f"got {self.m}. Use m={self.m + 1}, or symmetric=False."
             )
-        if self.model not in ("tied", "fixed"):
-            raise UsageError(f'model: expected "tied" or "fixed", got {self.model!r}.')
-        if self.outputs is not None:
-            check_count("outputs", self.outputs)
+        self.variant.outputs(self.d, self.outputs)
         if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
             raise expected("dtype", "a floating point dtype or None", self.dtype)
-        if self.model == "tied" and self.outputs not in (None, self.d):
-            raise UsageError(f"outputs: the tied model has d = {self.d} outputs, got {self.outputs}. Leave it out.")
+
+    @property
+    def variant(self) -> Variant:
+        """Which of the two models these are the tokens of."""
+        return variant_named(self.model)
+
+    @property
+    def output_width(self) -> int:
+        """Number of outputs of the model."""
+        return self.variant.outputs(self.d, self.outputs)
 
     @property
     def rows(self) -> int:
@@ -262,7 +319,7 @@ class RandomPrefix:
         dtype = self.tile_dtype
         weight_key, sign_key = jax.random.split(jax.random.fold_in(self.key, index))
         weights = self.sigma * jax.random.normal(weight_key, (TILE, self.d), dtype)
-        columns = 1 if self.model == "tied" else self.outputs or self.d
+        columns = self.variant.sign_columns(self.output_width)
         bits = jax.random.bits(sign_key, (TILE, columns), jnp.uint8) & 1
         return weights.astype(dtype), 2 * bits.astype(dtype) - 1
 
@@ -291,12 +348,13 @@ jax.tree_util.register_dataclass(
 class _PrefixOnlyModel(nnx.Module):
     """The shared start of the two stylized models: m trainable rows, fixed signs."""
 
+    variant: ClassVar[Variant]
+
     def __init__(
         self,
         d: int,
         m: int,
         *,
-        model: ModelName,
         outputs: int | None = None,
         sigma: float,
         symmetric: bool,
@@ -309,7 +367,7 @@ class _PrefixOnlyModel(nnx.Module):
             m=m,
             sigma=sigma,
             symmetric=symmetric,
-            model=model,
+            model=self.variant.name,
             outputs=outputs,
             dtype=dtype,
         )
@@ -322,6 +380,11 @@ class _PrefixOnlyModel(nnx.Module):
         """Number of prefix tokens."""
         return self.weights.shape[0]
 
+    @property
+    def output_width(self) -> int:
+        """Number of outputs of the model."""
+        return self.weights.shape[1] if self.variant.has_value_part else self.signs.shape[1]
+
     def token_gradient_norms(self, inputs: Inputs) -> Float[Array, "n m"]:
         """How strongly each token acts on each input: the Frobenius norm of dF(x_i)/dw_r, without forming it.
 
@@ -330,14 +393,13 @@ class _PrefixOnlyModel(nnx.Module):
 
         Source: derived, from ``tied_jacobian`` and ``fixed_jacobian``.
         """
-        tied = isinstance(self, TiedPrefixModel)
         check_signs(self)
         weights, signs = self.weights[...], self.signs[...]
         mass = attention_mass(weights, inputs)
-        values = signs * weights if tied else signs
+        values = self.variant.values(weights, signs)
         centered = values[None] - (jnp.matmul(mass, values) / self.m)[:, None]
         squares = jnp.square(inputs).sum(1, keepdims=True) * jnp.square(centered).sum(2)
-        if tied:
+        if self.variant.has_value_part:
             squares += weights.shape[1] + 2 * signs.T * jnp.einsum("irk,ik->ir", centered, inputs)
         return mass * jnp.sqrt(squares)
 
@@ -351,7 +413,7 @@ def check_signs(model: _PrefixOnlyModel) -> None:
         UsageError: with the first such sign and its token.
     """
     signs = model.signs[...]
-    if not isinstance(model, TiedPrefixModel) or isinstance(signs, jax.core.Tracer):
+    if not model.variant.has_value_part or isinstance(signs, jax.core.Tracer):
         return
     values = np.asarray(signs, np.float64).ravel()
     if (wrong := np.flatnonzero(np.abs(values) != 1)).size:
@@ -389,6 +451,8 @@ class TiedPrefixModel(_PrefixOnlyModel):
     Source: form after Liang et al., arXiv 2406.14036; constants not verified against the text.
     """
 
+    variant = TIED
+
     def __init__(
         self,
         d: int,
@@ -399,7 +463,7 @@ class TiedPrefixModel(_PrefixOnlyModel):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(d, m, model="tied", sigma=sigma, symmetric=symmetric, dtype=dtype, rngs=rngs)
+        super().__init__(d, m, sigma=sigma, symmetric=symmetric, dtype=dtype, rngs=rngs)
 
     def __call__(self, inputs: Inputs) -> Float[Array, "n d"]:
         """[n, d] -> [n, d]."""
@@ -431,6 +495,8 @@ class FixedValuePrefixModel(_PrefixOnlyModel):
     Source: arXiv 2405.03251 (softmax regression), in the scaling of Liang et al.
     """
 
+    variant = FIXED
+
     def __init__(
         self,
         d: int,
@@ -442,7 +508,7 @@ class FixedValuePrefixModel(_PrefixOnlyModel):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(d, m, model="fixed", outputs=outputs, sigma=sigma, symmetric=symmetric, dtype=dtype, rngs=rngs)
+        super().__init__(d, m, outputs=outputs, sigma=sigma, symmetric=symmetric, dtype=dtype, rngs=rngs)
 
     def __call__(self, inputs: Inputs) -> Float[Array, "n o"]:
         """[n, d] -> [n, outputs]."""

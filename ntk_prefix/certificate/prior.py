@@ -16,7 +16,7 @@ import numpy as np
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.rounding import OUTWARD, Enclosure, eigen_enclosure, gamma
 from ntk_prefix.kernels.limit import limit_ntk
-from ntk_prefix.one_layer import ModelName
+from ntk_prefix.one_layer import ModelName, Variant, variant_named
 
 __all__ = ["Moments", "Prior"]
 
@@ -57,7 +57,7 @@ class Prior:
                 jnp.asarray(self.inputs),
                 sigma=self.sigma,
                 model=self.model,
-                outputs=self.targets.shape[1] if self.model == "fixed" else None,
+                outputs=self.targets.shape[1] if not self.variant.has_value_part else None,
             )
         ).reshape(self.targets.size, -1)
         # an entry takes d products, an exponential and a dozen more operations; by absolute values its block is at most
@@ -66,7 +66,7 @@ class Prior:
         root = math.sqrt(self.targets.shape[1])
         size = (
             np.outer(norms, norms) * root
-            if self.model == "fixed"
+            if not self.variant.has_value_part
             else (1 + inner) * root + self.sigma**2 * (1 + inner) * both
         )
         rounding = gamma(4 * (len(self.inputs[0]) + 16)) * float(np.linalg.norm((1 + inner) * np.exp(inner) * size))
@@ -74,6 +74,11 @@ class Prior:
         object.__setattr__(self, "kernel", eigen_enclosure(limit))
         if self.positive.holds:
             object.__setattr__(self, "moments", self._moments(limit))
+
+    @property
+    def variant(self) -> Variant:
+        """Which of the two models is to be drawn."""
+        return variant_named(self.model)
 
     @property
     def positive(self) -> Step:
@@ -111,7 +116,7 @@ class Prior:
         for i, (c, t) in enumerate(zip(inner, pair, strict=True)):
             # [j, k, l]: the six pairs of distinct places among i, j, k, l
             expected = np.einsum("j,k,l,jk,jl,kl->jkl", t, t, t, pair, pair, pair)
-            if self.model == "fixed":
+            if not self.variant.has_value_part:
                 term = o**2 * np.einsum("jk,l,jkl->jkl", inner, c, expected)
                 kernel += float(np.einsum("j,kl,jkl->", inverse[i * o, ::o], inverse[::o, ::o], term))
                 absolute += float(np.abs(term).sum())
@@ -200,7 +205,7 @@ class Prior:
         """
         n, d = self.inputs.shape
         tokens, share, s = m // 2, self.failure / EVENTS, self.sigma**2
-        tied = self.model == "tied"
+        tied = self.variant.has_value_part
         x = np.linalg.norm(self.inputs, axis=1) * OUTWARD
         variance = s * np.square(x)
         low = 1 - math.sqrt(float(np.expm1(variance).sum()) / (tokens * share))

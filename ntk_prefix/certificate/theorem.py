@@ -16,7 +16,7 @@ from ntk_prefix.certificate.tokens import Claimed, Prefix, Tokens
 from ntk_prefix.checks import UsageError, check_count, check_finite, check_inputs, check_positive, expected
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.limit import limit_ntk
-from ntk_prefix.one_layer import FixedValuePrefixModel, ModelName, RandomPrefix, TiedPrefixModel, check_signs
+from ntk_prefix.one_layer import ModelName, RandomPrefix, check_signs, variant_named
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray
 
 __all__ = ["Certificate", "certify", "find_m"]
@@ -211,9 +211,9 @@ def certify(
             sigma=sigma,
             symmetric=symmetric,
             model=model,
-            outputs=y.shape[1] if model == "fixed" else None,
+            outputs=_outputs(y, model),
         )
-    _check_data(x, y, _name(prefix), prefix)
+    _check_data(x, y, prefix.variant.name if isinstance(prefix, Prefix) else "fixed", prefix)
     return _certify(Tokens(prefix, x), np.asarray(y), step_size)
 
 
@@ -380,17 +380,16 @@ def find_m(
 
 def _singular(x: Array, y: Array, sigma: float, model: ModelName) -> bool:
     """Whether lambda_min of the limit kernel is within rounding of zero, as for equal inputs."""
-    limit = np.asarray(limit_ntk(x, sigma=sigma, model=model, outputs=y.shape[1] if model == "fixed" else None))
+    limit = np.asarray(limit_ntk(x, sigma=sigma, model=model, outputs=_outputs(y, model)))
     if not np.isfinite(limit).all():
         return False
     enclosure = eigen_enclosure(limit.reshape(y.size, -1))
     return float(enclosure.values[0]) <= float(enclosure.radius)
 
 
-def _name(prefix: Prefix) -> ModelName:
-    if isinstance(prefix, RandomPrefix):
-        return prefix.model
-    return "tied" if isinstance(prefix, TiedPrefixModel) else "fixed"
+def _outputs(y: Array, model: ModelName) -> int | None:
+    """What a prefix for these targets is asked for: the tied model has as many outputs as inputs have coordinates."""
+    return None if variant_named(model).has_value_part else y.shape[1]
 
 
 def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> None:
@@ -398,8 +397,7 @@ def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> 
         raise UsageError(
             "certify: expected 64-bit numbers, got JAX's default of 32. Wrap the call in `with jax.enable_x64(True):`."
         )
-    if model not in ("tied", "fixed"):
-        raise expected("model", '"tied" or "fixed", a model or a RandomPrefix', repr(model))
+    variant = variant_named(model)
     if not isinstance(prefix, Prefix | None):
         raise expected("model", '"tied" or "fixed", a model or a RandomPrefix', type(prefix).__name__)
     width = None
@@ -423,20 +421,13 @@ def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> 
     check_finite("y", y)
     if float(jnp.abs(x).max()) > LARGEST_INPUT:
         raise expected("x", f"entries up to {LARGEST_INPUT:g}", f"{float(jnp.abs(x).max()):.3g}", "Scale the data")
-    outputs = y.shape[1]
-    if isinstance(prefix, RandomPrefix):
-        outputs = prefix.outputs or prefix.d
-    elif isinstance(prefix, FixedValuePrefixModel):
-        outputs = prefix.signs.shape[1]
-    if model == "tied":
-        outputs = x.shape[1]
+    outputs = variant.outputs(x.shape[1], _outputs(y, model)) if prefix is None else prefix.output_width
     if y.shape != (len(x), outputs):
         raise UsageError(f"y: expected one row of {outputs} targets for each of the {len(x)} inputs, got {y.shape}.")
 
 
 def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Certificate:
     """The a-posteriori certificate: theory/certificate.md, section 5, in its order."""
-    name: ModelName = "tied" if tokens.tied else "fixed"
     spread, kernel_error = tokens.second_moments()
     kernel = np.asarray(prefix_ntk(tokens.prefix, jnp.asarray(tokens.inputs)))
     enclosure = eigen_enclosure(kernel.reshape(targets.size, -1))
@@ -459,7 +450,7 @@ def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Ce
     ]
     refused = Certificate(
         holds=False,
-        model=name,
+        model=tokens.variant.name,
         m=tokens.m,
         step_size=rate / tokens.m,
         rate=0.0,

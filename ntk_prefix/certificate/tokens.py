@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.certificate.rounding import eigen_enclosure, gamma
-from ntk_prefix.one_layer import TILE, FixedValuePrefixModel, RandomPrefix, TiedPrefixModel
+from ntk_prefix.one_layer import TILE, FixedValuePrefixModel, RandomPrefix, TiedPrefixModel, Variant
 from ntk_prefix.typing import Array
 
 __all__ = ["Ball", "Claimed", "Prefix", "Tokens"]
@@ -74,7 +74,7 @@ class Tokens:
         self.inputs = np.asarray(inputs)
         self.norms = np.linalg.norm(self.inputs, axis=1) * (1 + gamma(self.inputs.shape[1] + 9))
         self.prefix = prefix
-        self.tied = prefix.model == "tied" if isinstance(prefix, RandomPrefix) else isinstance(prefix, TiedPrefixModel)
+        self.variant = prefix.variant
         self.m: int = prefix.m
         self.paired = isinstance(prefix, RandomPrefix) and prefix.symmetric
         """Of a pair (w, a), (w, -a) one token is drawn: both move equally far, and every sum here counts it twice."""
@@ -114,7 +114,7 @@ class Tokens:
         terms with at most four factors T or S, a bounded number of other operations, and exponentials of arguments
         below 1, whose relative error is at most that of the argument.
         """
-        found = [_scores(*tile, self.inputs, tied=self.tied) for tile in self._tiles()]
+        found = [_scores(*tile, self.inputs, variant=self.variant) for tile in self._tiles()]
         top, total, moment, longest, value = (
             np.stack([np.asarray(entry) for entry in part]) for part in zip(*found, strict=True)
         )
@@ -153,7 +153,7 @@ class Tokens:
         squares = 0.0
         reach = 3 * self.value_reach.max()
         for tile in self._tiles():
-            moment, square = _second_moments(*tile, *self._common(), reach, tied=self.tied)
+            moment, square = _second_moments(*tile, *self._common(), reach, variant=self.variant)
             moments, squares = moments + np.asarray(moment), squares + float(square)
         return (
             self._largest(moments * self._copies / self.m),
@@ -185,7 +185,7 @@ class Tokens:
         return np.stack(
             [
                 np.asarray(
-                    _movement(*tile, *self._common(), self.center, self.value_reach, path, reach, tied=self.tied)
+                    _movement(*tile, *self._common(), self.center, self.value_reach, path, reach, variant=self.variant)
                 )
                 for tile in self._tiles()
             ]
@@ -210,7 +210,7 @@ class Tokens:
                 claimed.total,
                 claimed.normalizer,
                 claimed.center,
-                tied=self.tied,
+                variant=self.variant,
             )
             sums = {name: sums.get(name, 0.0) + np.asarray(value) for name, value in added.items()}
             steepest = max(steepest, float(block))
@@ -222,7 +222,7 @@ class Tokens:
         root = lambda name: np.sqrt(sums[name]) / self.m  # noqa: E731
         normalizer = norms * (mean("grow") + total * root("grow_squared"))
         center = np.sqrt(mean("step_squared") * spread) + norms * total * root("value_squared")
-        if self.tied:
+        if self.variant.has_value_part:
             center = center + mean("carried") + total * root("carried_squared")
 
         inner = np.abs(self.inputs @ self.inputs.T) + gamma(len(self.inputs[0]) + 2) * norms[:, None] * norms[None]
@@ -241,7 +241,7 @@ class Tokens:
         if not self.paired:
             about = np.diagonal(sums["step"]) / self.m * np.square(norms * self.value_reach)
             parts["attention, through the mean value"] = float(np.sqrt(about.sum()))
-        if self.tied:
+        if self.variant.has_value_part:
             parts["attention, through the tokens"] = _operator(sums["step"] / self.m)
             parts["the tokens as values"] = _operator(inner * sums["moved"] / self.m)
         parts = {name: value * up for name, value in parts.items()}
@@ -270,26 +270,22 @@ def _drawn(prefix: RandomPrefix, index: Array | int) -> tuple[Array, Array]:
     return weights.astype(float), signs.astype(float)
 
 
-def _values(weights: Array, signs: Array, tied: bool) -> Array:
-    return signs * weights if tied else signs
-
-
 def _mass(weights: Array, valid: Array, inputs: Array, shift: Array) -> Array:
     """T_ir, [n, tile]; zero where there is no token."""
     return jnp.where(valid[None], jnp.exp(jnp.matmul(inputs, weights.T) - shift[:, None]), 0)
 
 
-def _blocks(mass: Array, norms: Array, lengths: Array, outputs: int, tied: bool) -> Array:
+def _blocks(mass: Array, norms: Array, lengths: Array, outputs: int, variant: Variant) -> Array:
     """Bounds on |J_ir|_F, [n, tile], from |v_r - c_i| <= ``lengths``."""
-    return mass * (np.sqrt(outputs) * tied + norms[:, None] * lengths)
+    return mass * (np.sqrt(outputs) * variant.has_value_part + norms[:, None] * lengths)
 
 
-@functools.partial(jax.jit, static_argnames="tied")
-def _scores(weights: Array, signs: Array, valid: Array, inputs: Array, *, tied: bool) -> tuple[Array, ...]:
+@functools.partial(jax.jit, static_argnames="variant")
+def _scores(weights: Array, signs: Array, valid: Array, inputs: Array, *, variant: Variant) -> tuple[Array, ...]:
     scores = jnp.where(valid[None], jnp.matmul(inputs, weights.T), -jnp.inf)
     top = scores.max(1)
     exponentials = jnp.exp(scores - top[:, None])
-    values = _values(weights, signs, tied)
+    values = variant.values(weights, signs)
     return (
         top,
         exponentials.sum(1),
@@ -299,16 +295,24 @@ def _scores(weights: Array, signs: Array, valid: Array, inputs: Array, *, tied: 
     )
 
 
-@functools.partial(jax.jit, static_argnames="tied")
+@functools.partial(jax.jit, static_argnames="variant")
 def _second_moments(
-    weights: Array, signs: Array, valid: Array, inputs: Array, shift: Array, norms: Array, reach: Array, *, tied: bool
+    weights: Array,
+    signs: Array,
+    valid: Array,
+    inputs: Array,
+    shift: Array,
+    norms: Array,
+    reach: Array,
+    *,
+    variant: Variant,
 ) -> tuple[Array, Array]:
-    mass, values = _mass(weights, valid, inputs, shift), _values(weights, signs, tied)
-    blocks = _blocks(mass, norms, jnp.linalg.norm(values, axis=1)[None] + reach, values.shape[1], tied)
+    mass, values = _mass(weights, valid, inputs, shift), variant.values(weights, signs)
+    blocks = _blocks(mass, norms, jnp.linalg.norm(values, axis=1)[None] + reach, values.shape[1], variant)
     return jnp.einsum("ir,rk,rl->ikl", mass, values, values), jnp.square(blocks).sum()
 
 
-@functools.partial(jax.jit, static_argnames="tied")
+@functools.partial(jax.jit, static_argnames="variant")
 def _movement(
     weights: Array,
     signs: Array,
@@ -321,24 +325,24 @@ def _movement(
     path: Array,
     between: Array,
     *,
-    tied: bool,
+    variant: Variant,
 ) -> Array:
-    mass, values = _mass(weights, valid, inputs, shift), _values(weights, signs, tied)
+    mass, values = _mass(weights, valid, inputs, shift), variant.values(weights, signs)
 
     def length(point: Array) -> Array:
         """|J_r^T q|^2 of every token."""
         along = jnp.matmul(point, values.T) - (center * point).sum(1)[:, None]
         moved = jnp.matmul((mass * along).T, inputs)
-        if tied:
+        if variant.has_value_part:
             moved += signs * jnp.matmul(mass.T, point)
         return jnp.square(moved).sum(1)
 
     furthest = jax.lax.map(length, path).max(0)
-    blocks = _blocks(mass, norms, jnp.linalg.norm(values, axis=1)[None] + reach[:, None], values.shape[1], tied)
+    blocks = _blocks(mass, norms, jnp.linalg.norm(values, axis=1)[None] + reach[:, None], values.shape[1], variant)
     return jnp.sqrt(furthest) + jnp.sqrt(jnp.square(blocks).sum(0)) * between
 
 
-@functools.partial(jax.jit, static_argnames="tied")
+@functools.partial(jax.jit, static_argnames="variant")
 def _ball(
     weights: Array,
     signs: Array,
@@ -352,9 +356,9 @@ def _ball(
     normalizer: Array,
     center: Array,
     *,
-    tied: bool,
+    variant: Variant,
 ) -> tuple[dict[str, Array], Array]:
-    mass, values = _mass(weights, valid, inputs, shift), _values(weights, signs, tied)
+    mass, values = _mass(weights, valid, inputs, shift), variant.values(weights, signs)
     outputs = values.shape[1]
     rho = jnp.where(valid, rho, 0)[None]
     x, h = norms[:, None], normalizer[:, None]
@@ -367,7 +371,7 @@ def _ball(
     row, column = np.triu_indices(outputs)
     share = mass * step
     full = mass * size
-    block = jnp.sqrt(jnp.square(mass * growth * x * (tied + x * lengths)).sum(0))
+    block = jnp.sqrt(jnp.square(mass * growth * x * (variant.has_value_part + x * lengths)).sum(0))
     sums = {
         "grow": (mass * growth_alone * rho).sum(1),
         "grow_squared": jnp.square(mass * growth_alone).sum(1),
@@ -377,7 +381,7 @@ def _ball(
         "step": jnp.matmul(share, share.T),
         "mass": jnp.matmul(full, full.T),
     }
-    if tied:
+    if variant.has_value_part:
         block += jnp.sqrt(jnp.square(full * x).sum(0))
         sums |= {
             "carried": (full * rho).sum(1),

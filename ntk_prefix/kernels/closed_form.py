@@ -41,9 +41,9 @@ from ntk_prefix.checks import UsageError, check_count, check_inputs
 from ntk_prefix.one_layer import (
     TILE,
     FixedValuePrefixModel,
-    ModelName,
     RandomPrefix,
     TiedPrefixModel,
+    Variant,
     check_signs,
 )
 from ntk_prefix.precision import accumulation_dtype
@@ -110,10 +110,8 @@ def prefix_ntk(
     """
     prefix = model_or_prefix
     if isinstance(prefix, RandomPrefix):
-        model: ModelName = prefix.model
         width, rows, dtype = prefix.d, prefix.rows, accumulation_dtype(prefix.tile_dtype, x1)
     elif isinstance(prefix, TiedPrefixModel | FixedValuePrefixModel):
-        model = "tied" if isinstance(prefix, TiedPrefixModel) else "fixed"
         check_signs(prefix)
         rows, width = prefix.weights.shape
         dtype = accumulation_dtype(prefix.weights[...], x1)
@@ -134,7 +132,7 @@ def prefix_ntk(
         # jax.make_mesh makes explicit axes; here the compiler places the data
         mesh = Mesh(mesh.devices, mesh.axis_names)
     devices = 1 if mesh is None else mesh.size
-    outputs = width if model == "tied" else _outputs(prefix)
+    outputs = prefix.output_width
     pairs = len(x1) * (len(x1) + 1) // 2 if x2 is None else len(x1) * len(x2)
     if block is None:
         factor_rows = pairs + outputs * (outputs + 5) // 2 + 2
@@ -161,18 +159,13 @@ def prefix_ntk(
         x1.astype(dtype),
         None if x2 is None else x2.astype(dtype),
         (*divmod(rows, tile_rows), jnp.asarray(rows, dtype)),
-        model=model,
+        variant=prefix.variant,
         tile_rows=tile_rows,
         block=block,
         mesh=mesh,
         part=part,
         one_pass=isinstance(prefix, RandomPrefix) and prefix.symmetric and _moderate(prefix.sigma, x1, x2),
     )
-
-
-def _outputs(prefix: TiedPrefixModel | FixedValuePrefixModel | RandomPrefix) -> int:
-    """Outputs of a fixed model."""
-    return (prefix.outputs or prefix.d) if isinstance(prefix, RandomPrefix) else prefix.signs.shape[1]
 
 
 def _moderate(sigma: float, *inputs: OtherInputs | None) -> bool:
@@ -199,7 +192,7 @@ _Running = tuple[Array, Array, Array]
 """Per input: the running maximum of the scores, the sum of exponentials under it, the sum of values so weighted."""
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tile_rows", "block", "mesh", "part", "one_pass"))
+@functools.partial(jax.jit, static_argnames=("variant", "tile_rows", "block", "mesh", "part", "one_pass"))
 def _streamed_kernel(
     drawn: RandomPrefix | None,
     stream: _Stream,
@@ -207,7 +200,7 @@ def _streamed_kernel(
     x2: OtherInputs | None,
     length: _Length,
     *,
-    model: ModelName,
+    variant: Variant,
     tile_rows: int,
     block: int,
     mesh: Mesh | None,
@@ -228,15 +221,15 @@ def _streamed_kernel(
             return weights.astype(x1.dtype), signs.astype(x1.dtype), valid
 
         if drawn is not None and one_pass:
-            outputs = x1.shape[1] if model == "tied" else drawn.outputs or drawn.d
+            outputs = drawn.output_width
             shifts = [drawn.sigma**2 * (x**2).sum(1) / 2 for x in inputs]
             centers = [jnp.zeros((len(x), outputs), x1.dtype) for x in inputs]
         else:
-            shifts, centers = _normalizers(tile, stream, inputs, model, rows, axes)
+            shifts, centers = _normalizers(tile, stream, inputs, variant, rows, axes)
             if drawn is not None and drawn.symmetric:  # of a pair one token is drawn, and the two cancel
                 centers = [jnp.zeros_like(center) for center in centers]
         common = jnp.concatenate(centers).mean(0)
-        totals, moments = _moments(tile, stream, inputs, shifts, common, model, tile_rows // block, axes)
+        totals, moments = _moments(tile, stream, inputs, shifts, common, variant, tile_rows // block, axes)
         return totals, moments, [center - common[None] for center in centers]
 
     if mesh is not None:
@@ -251,7 +244,7 @@ def _streamed_kernel(
     left, right = _pairs(inputs)
     moments = moments * (rows / (totals[0][left] * totals[-1][right]))[:, None]
     blocks = _contract(
-        moments, (x1[left], inputs[-1][right]), (centers[0][left], centers[-1][right]), model=model, part=part
+        moments, (x1[left], inputs[-1][right]), (centers[0][left], centers[-1][right]), variant=variant, part=part
     )
     outputs = blocks.shape[1]
     if x2 is not None:
@@ -273,13 +266,10 @@ def _pairs(inputs: tuple[OtherInputs, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _normalizers(
-    tile: _Tile, stream: _Stream, inputs: tuple[OtherInputs, ...], model: ModelName, rows: Array, axes: tuple[str, ...]
+    tile: _Tile, stream: _Stream, inputs: tuple[OtherInputs, ...], variant: Variant, rows: Array, axes: tuple[str, ...]
 ) -> tuple[list[Array], list[Array]]:
     """First pass: log(mean exp score) and the model's output over m, per input, with a running maximum."""
     dtype = inputs[0].dtype
-
-    def values(weights: Array, signs: Array) -> Array:
-        return signs * weights if model == "tied" else signs
 
     def step(carry: list[_Running], entry: _Stream) -> tuple[list[_Running], None]:
         weights, signs, valid = tile(entry)
@@ -293,13 +283,13 @@ def _normalizers(
                 (
                     new_top,
                     fade * total + exponentials.sum(1),
-                    fade[:, None] * moment + jnp.matmul(exponentials, values(weights, signs)),
+                    fade[:, None] * moment + jnp.matmul(exponentials, variant.values(weights, signs)),
                 )
             )
         return updated, None
 
     weights, signs, _ = jax.eval_shape(tile, jax.tree.map(lambda leaf: leaf[0], stream))
-    outputs = jax.eval_shape(values, weights, signs).shape[1]
+    outputs = jax.eval_shape(variant.values, weights, signs).shape[1]
     lowest = jnp.finfo(dtype).min / 2  # finite, so that fading an empty carry is 0 and not NaN
     start = [(jnp.full(len(x), lowest), jnp.zeros(len(x), dtype), jnp.zeros((len(x), outputs), dtype)) for x in inputs]
     sums, _ = jax.lax.scan(step, jax.tree.map(lambda leaf: leaf.astype(dtype), start), stream)
@@ -322,7 +312,7 @@ def _moments(
     inputs: tuple[OtherInputs, ...],
     shifts: list[Array],
     common: Float[Array, " o"],
-    model: ModelName,
+    variant: Variant,
     pieces: int,
     axes: tuple[str, ...],
 ) -> tuple[list[Array], Float[Array, "pairs f"]]:
@@ -334,7 +324,7 @@ def _moments(
     def factor(weights: Array, signs: Array) -> Float[Array, "f block"]:
         """What is summed over the tokens, u already moved by the common center: u_k u_l, s u, and tied: u, s; 1."""
         one = jnp.ones((1, len(weights)), dtype)
-        if model == "fixed":
+        if not variant.has_value_part:
             moved = signs.T - common[:, None]
             return jnp.concatenate([moved[first] * moved[second], moved, one])
         sign = signs.T
@@ -356,7 +346,7 @@ def _moments(
         rows = jax.tree.map(lambda leaf: leaf.reshape(pieces, -1, *leaf.shape[1:]), tile(entry))
         return jax.lax.scan(piece, carry, rows)
 
-    columns = len(first) + len(common) + 1 + (len(common) + 1 if model == "tied" else 0)
+    columns = len(first) + len(common) + 1 + (len(common) + 1 if variant.has_value_part else 0)
     start = ([jnp.zeros(len(x), dtype) for x in inputs], jnp.zeros((len(left), columns), dtype))
     (totals, moments), _ = jax.lax.scan(step, start, stream)
     return jax.lax.psum((totals, moments), axes) if axes else (totals, moments)
@@ -367,7 +357,7 @@ def _contract(
     x: tuple[Float[Array, "pairs d"], Float[Array, "pairs d"]],
     center: tuple[Float[Array, "pairs o"], Float[Array, "pairs o"]],
     *,
-    model: ModelName,
+    variant: Variant,
     part: KernelPart,
 ) -> Float[Array, "pairs o o"]:
     """From the moments to the kernel, pair by pair: the formulas in this module's docstring."""
@@ -376,7 +366,7 @@ def _contract(
     entry = np.zeros((outputs, outputs), int)
     entry[first, second] = entry[second, first] = np.arange(len(first))
     quadratic, linear, *rest = jnp.split(
-        moments, np.cumsum([len(first), outputs] + [outputs, 1] * (model == "tied")), 1
+        moments, np.cumsum([len(first), outputs] + [outputs, 1] * variant.has_value_part), 1
     )
     mass = rest[-1][:, :, None]
 
@@ -387,7 +377,7 @@ def _contract(
     through_key = inner * (
         quadratic[:, entry] - outer(linear, center[1]) - outer(center[0], linear) + mass * outer(*center)
     )
-    if model == "fixed" or part == "key":
+    if not variant.has_value_part or part == "key":
         return through_key
     plain, sign, _ = rest
     through_value = mass * jnp.eye(outputs, dtype=moments.dtype)[None]

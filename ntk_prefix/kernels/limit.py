@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_array, check_count, check_inputs, check_positive
+from ntk_prefix.checks import UsageError, check_array, check_inputs, check_positive
 from ntk_prefix.kernels.closed_form import KernelPart
-from ntk_prefix.one_layer import ModelName
+from ntk_prefix.one_layer import ModelName, variant_named
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
 
 __all__ = ["limit_ntk", "real_layer_limit_ntk"]
@@ -60,17 +60,13 @@ def limit_ntk(
     check_positive("sigma", sigma)
     if part not in ("full", "key"):
         raise UsageError(f'part: expected "full" or "key", got {part!r}.')
-    if outputs is not None:
-        check_count("outputs", outputs)
+    variant = variant_named(model)
+    outputs = variant.outputs(x1.shape[1], outputs)
     inner = jnp.matmul(x1, x2.T)
     tilt = jnp.exp(sigma**2 * inner)
-    if model == "fixed":
-        return _outer(inner * tilt, jnp.eye(outputs or x1.shape[1], dtype=inner.dtype))
-    if model != "tied":
-        raise UsageError(f'model: expected "tied" or "fixed", got {model!r}.')
-    if outputs not in (None, x1.shape[1]):
-        raise UsageError(f"outputs: the tied model has d = {x1.shape[1]} outputs, got {outputs}. Leave it out.")
-    identity = jnp.eye(x1.shape[1], dtype=inner.dtype)
+    identity = jnp.eye(outputs, dtype=inner.dtype)
+    if not variant.has_value_part:
+        return _outer(inner * tilt, identity)
     mean = sigma**2 * (x1[:, None] + x2[None])
     through_key = _outer(sigma**2 * inner, identity) + jnp.einsum("ij,ijk,ijl->ikjl", inner, mean, mean)
     if part == "key":
