@@ -89,8 +89,8 @@ def log10_prefix_length(
     """
     _check_sizes(inputs, outputs)
     check_positive("smallest", smallest)
-    check_positive("scale", scale)
-    check_positive("exponent", exponent)
+    _check_size("scale", scale)
+    _check_size("exponent", exponent)
     check_positive("constant", constant)
     _check_failure(failure)
     size = inputs * outputs
@@ -116,8 +116,8 @@ def theory_step_size(
     _check_sizes(inputs, outputs)
     check_positive("smallest", smallest)
     check_positive("tokens", tokens)
-    check_positive("scale", scale)
-    check_positive("exponent", exponent)
+    _check_size("scale", scale)
+    _check_size("exponent", exponent)
     check_positive("constant", constant)
     return constant * smallest / (tokens * (inputs * outputs) ** 2) * math.exp(-exponent * scale)
 
@@ -172,8 +172,8 @@ def kernel_drift(*, radius: float, inputs: int, outputs: int, scale: float, expo
     """
     _check_sizes(inputs, outputs)
     _check_size("radius", radius)
-    check_positive("scale", scale)
-    check_positive("exponent", exponent)
+    _check_size("scale", scale)
+    _check_size("exponent", exponent)
     return radius * inputs * outputs * math.exp(exponent * scale)
 
 
@@ -266,5 +266,5 @@ def _check_size(name: str, value: float) -> None:
 
 
 def _check_sizes(inputs: int, outputs: int) -> None:
-    check_count("inputs", inputs)
-    check_count("outputs", outputs)
+    check_positive("inputs", inputs)
+    check_positive("outputs", outputs)
