@@ -47,7 +47,9 @@ def _largest_drift(
         unit = direction / jnp.linalg.norm(direction, axis=1, keepdims=True)
         # the gradient is tangential; a step as long as the direction turns it by 45 degrees
         size = jnp.linalg.norm(slope, axis=1, keepdims=True)
-        return unit + slope / jnp.where(size == 0, 1, size), None
+        turned = unit + slope / jnp.where(size == 0, 1, size)
+        # with d = 1 there is nothing tangential but rounding, which may point back
+        return jnp.where(jnp.linalg.norm(turned, axis=1, keepdims=True) < 0.5, unit, turned), None
 
     return drift(jax.lax.scan(climb, direction, length=ASCENT)[0])
 

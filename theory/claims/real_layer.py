@@ -13,9 +13,9 @@ from ntk_prefix import PrefixAttentionLayer
 from ntk_prefix.kernels import empirical_ntk, limit_ntk, real_layer_limit_ntk
 from ntk_prefix.typing import Kernel
 from theory import figures, fits
-from theory.claim import Check, Claim, Control, Evidence, relative_error
+from theory.claim import Check, Claim, Control, Evidence, Undecidable, relative_error
 from theory.problem import Problem
-from theory.scales import beyond, expected_error, indistinct
+from theory.scales import asymptotic_length, beyond, expected_error, indistinct
 
 OUTGROWN = 16
 """The rate is fitted where the prefix is this many times longer than the sequence. The error has two parts there: the
@@ -24,6 +24,9 @@ inputs' share of the attention, falling as L / m, and the draw of the prefix, fa
 
 SEQUENCE = 16
 """Rows of the sequence, at most: three lengths that outgrow it can be run in the quick profile."""
+
+WIDEST = 0.2
+"""Half-width of the exponent's interval, at most: wider ones tell -1/2 from nothing."""
 
 FITTED = 3
 """Lengths that the rate is fitted to, at least."""
@@ -97,8 +100,13 @@ def _approach(problem: Problem, limit: str) -> Evidence:
             for repeat in range(repeats)
         ]
         errors[m] = np.array([relative_error(m * kernel[0, :, :, 0], goal) for kernel in kernels])
-    points = [(m, error) for m, found in errors.items() if m >= OUTGROWN * problem.n for error in found]
+    first = max(OUTGROWN * problem.n, asymptotic_length(_spread(problem, layer)))
+    points = [(m, error) for m, found in errors.items() if m >= first for error in found]
     slope = fits.exponent(*zip(*points, strict=True))
+    if limit == "own" and slope.distance(slope.value) > WIDEST:
+        raise Undecidable(
+            f"undecidable from {len(points)} draws: so few and short rows scatter too much, exponent {slope}"
+        )
     # nearer to its own limit than to the other one, and about as near as the draw lets it be
     close = min(_apart(problem, layer) / 2, 2 * expected_error(_spread(problem, layer), lengths[-1]))
     checks = (
