@@ -39,6 +39,7 @@ __all__ = [
     "RunOptions",
     "Size",
     "TransformerLayer",
+    "check_tokens",
 ]
 
 Pooling = Literal["mean", "cls", "last"]
@@ -233,6 +234,51 @@ class LeadingRows(nnx.Module):
         return None
 
 
+def check_tokens(input_ids: Any, attention_mask: Any, vocab_size: int, seen: int | None = None) -> None:
+    """Refuse token ids that a model has not, and masks that would be read as something else.
+
+    Shapes and dtypes are checked always, ids only outside of ``jax.jit`` (a tracer has no values), where one beyond the
+    vocabulary would be NaN and a negative one another token.
+
+    Args:
+        input_ids: [B, T].
+        attention_mask: [B, seen] or None.
+        vocab_size: of the model.
+        seen: length of the mask; T if None.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise expected("input_ids", "integers [B, T]", f"{input_ids.dtype} {input_ids.shape}")
+    here = not isinstance(input_ids, jax.core.Tracer) and getattr(input_ids, "is_fully_addressable", True)
+    if here and input_ids.size:
+        ids = np.asarray(input_ids)
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most >= vocab_size:
+            raise expected(
+                "input_ids",
+                f"numbers from 0 to {vocab_size - 1}, the model's vocabulary",
+                least if least < 0 else most,
+                "Is the tokenizer this model's own",
+            )
+    if attention_mask is None:
+        return
+    wanted = (input_ids.shape[0], input_ids.shape[1] if seen is None else seen)
+    if attention_mask.shape != wanted:
+        raise UsageError(
+            f"attention_mask: expected {list(wanted)}, the ids' shape or, with a cache, that of its slots, got "
+            f"{attention_mask.shape}"
+        )
+    if not (jnp.issubdtype(attention_mask.dtype, jnp.integer) or attention_mask.dtype == bool):
+        raise expected(
+            "attention_mask",
+            "integers or booleans, nonzero at tokens",
+            attention_mask.dtype,
+            "A mask of zeros and ones: mask.astype(bool); one that is added to scores: mask > -1",
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How a model is run; none of it is a weight, and each may be changed at any time.
@@ -307,6 +353,8 @@ class Backbone(Runnable, nnx.Module):
     def __init__(self, config: BackboneConfig, *, dtype: DTypeLike | None):
         self.config = config
         self.dtype = jnp.dtype(dtype or jnp.float32)
+        if not jnp.issubdtype(self.dtype, jnp.floating) or self.dtype.itemsize < 2:
+            raise expected("dtype", "floating point numbers of 16, 32 or 64 bits to compute in", self.dtype)
         self.run = RunOptions()
         self.leading = LeadingRows(config.num_hidden_layers, config.hidden_size) if self.encoder else None
 
@@ -429,7 +477,7 @@ class Classifier(Runnable, nnx.Module):
             return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         if mask is None:
             return hidden.mean(axis=1)
-        weights = mask.astype(hidden.dtype)
+        weights = mask.astype(bool).astype(hidden.dtype)
         return jnp.einsum("btd,bt->bd", hidden, weights) / jnp.maximum(weights.sum(axis=1), 1)[:, None]
 
     # what a caller may ask or set on any model

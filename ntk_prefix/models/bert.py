@@ -25,6 +25,7 @@ from ntk_prefix.models.backbone import (
     Pooling,
     Size,
     TransformerLayer,
+    check_tokens,
     known_fields,
 )
 from ntk_prefix.models.elementwise import layer_norm
@@ -152,8 +153,9 @@ class Bert(Backbone):
                 number, or one per row.
 
         Raises:
-            ValueError: more positions than the model has.
+            UsageError: more positions than the model has, ids that it has not, or a mask that does not fit.
         """
+        check_tokens(input_ids, attention_mask, self.config.vocab_size)
         length = input_ids.shape[1]
         offset = self.position_offset + (position_offset if isinstance(position_offset, int) else 0)
         if length + offset > self.config.max_position_embeddings:

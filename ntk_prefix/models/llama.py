@@ -30,6 +30,7 @@ from ntk_prefix.models.backbone import (
     Pooling,
     Size,
     TransformerLayer,
+    check_tokens,
     known_fields,
 )
 from ntk_prefix.precision import accumulation_dtype
@@ -249,7 +250,7 @@ class Llama(Backbone):
                 one per row.
 
         Raises:
-            ValueError: a mask that does not fit.
+            UsageError: ids that the model has not, or a mask that does not fit.
         """
         x, cache = self.hidden(input_ids, attention_mask, cache, start, position_offset)
         return Output(last_hidden_state=x, logits=self.logits(x) if self.causal_lm else None, cache=cache)
@@ -265,11 +266,7 @@ class Llama(Backbone):
         """Return what comes before the logits, and the cache; arguments as in :meth:`__call__`."""
         length = input_ids.shape[1]
         seen = length if cache is None else cache[0].key.shape[1]
-        if attention_mask is not None and attention_mask.shape != (input_ids.shape[0], seen):
-            raise UsageError(
-                f"attention_mask: expected [{input_ids.shape[0]}, {seen}], the ids' shape or, with a cache, that of "
-                f"its slots, got {attention_mask.shape}"
-            )
+        check_tokens(input_ids, attention_mask, self.config.vocab_size, seen)
         if attention_mask is None:
             mask = None
             positions = start + jnp.arange(length, dtype=jnp.int32)[None]
@@ -345,7 +342,8 @@ def generate(
         [B, max_new_tokens], the new tokens only, of the dtype of ``input_ids``.
 
     Raises:
-        ValueError: prompts padded on the right, an empty prompt, no token to be made, or a model without logits.
+        UsageError: ids that the model has not, prompts padded on the right, an empty prompt, no token to be made, or a
+            model without logits.
     """
     if not model.causal_lm:
         raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
@@ -353,6 +351,7 @@ def generate(
         raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if not input_ids.shape[1]:
         raise UsageError("input_ids: expected at least one token a row, got none")
+    check_tokens(input_ids, attention_mask, model.config.vocab_size)
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, bool)
     elif not np.asarray(attention_mask)[:, -1].all():

@@ -121,6 +121,12 @@ class VitEmbeddings(nnx.Module):
                 f"pixel_values: expected [B, height, width, {self.num_channels}] with sides divisible by the patch "
                 f"size {size}, got {pixel_values.shape}: resize or crop, and put channels last"
             )
+        if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+            raise expected(
+                "pixel_values",
+                "floating point numbers, normalized as the model wants them (models.image_normalization)",
+                pixel_values.dtype,
+            )
         rows, columns = height // size, width // size
         # a convolution whose stride is its width is one matrix product over patches
         patches = pixel_values.reshape(batch, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -269,6 +275,6 @@ class Vit(Backbone):
         """Encode a batch of images, normalized as the checkpoint wants them.
 
         Raises:
-            ValueError: sides that patches do not divide, or another number of channels.
+            UsageError: sides that patches do not divide, another number of channels, or integers.
         """
         return self.encode(self.embeddings(pixel_values), norm=self.final_norm)

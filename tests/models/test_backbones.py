@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from ntk_prefix import models
+from ntk_prefix.models.backbone import check_tokens
 from ntk_prefix.models.vit import bicubic_matrix
 from tests.models import formulas
 from tests.models.calling import call, quick
@@ -404,3 +405,48 @@ def test_run_options_are_one_record(folders: dict[str, Path]) -> None:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             models.RunOptions(**wrong)
     assert nnx.split(model)[0] == nnx.split(nnx.clone(model))[0]  # static: another option is another program
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize(
+    ("ids", "mask", "problem"),
+    [
+        ([[0, 31]], None, "input_ids: expected numbers from 0 to 30, the model's vocabulary, got 31"),
+        ([[0, -1]], None, "input_ids: expected numbers from 0 to 30, .* got -1"),
+        ([[0.0, 1.0]], None, "input_ids: expected integers"),
+        ([0, 1], None, "input_ids: expected integers"),
+        ([[0, 1]], [[1, 1, 0]], r"attention_mask: expected \[1, 2\]"),
+        ([[0, 1]], [[1.0, 0.0]], r"attention_mask: expected integers or booleans.*mask\.astype\(bool\)"),
+        ([[0, 1]], [[0.0, -1e9]], r"attention_mask: expected integers or booleans.*mask > -1"),
+    ],
+)
+def test_tokens_that_a_model_has_not(folders: dict[str, Path], kind: str, ids: Any, mask: Any, problem: str) -> None:
+    """One beyond the vocabulary would be NaN, a negative one another token, and a mask to be added the opposite."""
+    model: Any = load(folders, kind)
+    given = jnp.asarray(ids), None if mask is None else jnp.asarray(mask)
+    with pytest.raises(ValueError, match=problem):
+        check_tokens(*given, model.config.vocab_size)
+    if given[0].dtype == jnp.int32 and given[0].ndim == 2 and (mask is None or given[1].dtype == jnp.int32):
+        # the others the annotations catch in a test, before the model looks
+        with pytest.raises(ValueError, match=problem):
+            model(*given)
+
+
+def test_pixels_are_floating_point(folders: dict[str, Path]) -> None:
+    model: Any = load(folders, "vit")
+    with pytest.raises(Exception, match="pixel_values"):
+        model(jnp.zeros((1, 24, 24, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "float8_e4m3fn"])
+def test_a_model_computes_in_floating_point(folders: dict[str, Path], dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"dtype: expected floating point numbers of .*got {dtype}"):
+        load(folders, "bert", dtype)
+
+
+def test_the_mean_counts_every_token_once(folders: dict[str, Path]) -> None:
+    """A mask says where there are tokens, whatever nonzero numbers it is made of."""
+    model = models.Classifier(models.from_pretrained(folders["bert"]), 2, rngs=nnx.Rngs(1))
+    ids, mask = jnp.asarray(IDS), jnp.asarray(MASK.astype(np.int32))
+    want = call(model, ids, mask).logits
+    np.testing.assert_array_equal(call(model, ids, mask * jnp.asarray(1 + IDS % 3)).logits, want)
