@@ -216,7 +216,7 @@ class TrainConfig(Checked, metaclass=_Sectioned):
     model: str
     """An asset (minilm, vit, smollm2), a Hugging Face folder, a .gguf or .onnx file, or tiny-vit (random weights)."""
     task: str
-    """See ``train.tasks``."""
+    """One of train.sources.TASKS; text, pair, image and instruct are for your own rows, see --data-dir."""
     method: str = "ntk_attention"
     """One of train.config.METHODS."""
     adapter: tuple[str, ...] = ()

@@ -163,6 +163,12 @@ def read(name: str, data_dir: Path | str | None = None, named: Mapping[str, str 
         AssetError: rows that no asset has, or that cannot be fetched.
     """
     spec = spec_of(name, named)
+    if data_dir is None and (
+        flags := [column_flag(ours) for ours, theirs in (named or {}).items() if theirs is not None]
+    ):
+        raise expected(
+            ", ".join(flags), f"--data-dir beside it, for the columns of {name}'s own rows are known", "none"
+        )
     splits, source, class_names = _splits(name, spec, data_dir)
     where = "" if data_dir is None else f"{source}: "
     if "label" in spec.columns and not spec.label_names:

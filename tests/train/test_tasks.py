@@ -312,6 +312,10 @@ def test_errors_say_where(tmp_path, train, message):
 def test_what_cannot_be_found(tmp_path, glue, tokenizer):
     with pytest.raises(ValueError, match=r"task: expected one of rte, .*got 'mnli'"):
         load("mnli")
+    with pytest.raises(
+        ValueError, match=r"--image-column: expected --data-dir beside it, for the columns of digits's own"
+    ):
+        load("digits", image_column="photo")
     with pytest.raises(AssetError, match="rte: expected a data_dir, for no asset has its rows"):
         load("rte")
     with pytest.raises(FileNotFoundError, match=r"gsm8k: expected train\..*found \['RTE', 'SST-2'\]"):
