@@ -68,7 +68,7 @@ class NTKAttentionConfig(AdapterConfig):
             calibration batch.
         train_k: False leaves the denominator alone, k = 0.
         init: "zero" is the frozen model; "from_prefix" the state fitted to a prefix, the first sequence of the
-            calibration batch, on the queries of the others (mass "absolute" only).
+            calibration batch, on the queries of the others, of all if those are few (mass "absolute" only).
 
     Source: arXiv 2406.14036 for the published form; the coordinates and the relative mass are ours.
     """
@@ -311,11 +311,16 @@ def _coordinates(seen: LayerRecord, phi: FeatureMap, mass: str) -> tuple[Float[A
 
 
 def _state_of_first_sequence(seen: LayerRecord, phi: FeatureMap) -> tuple[Array, Array]:
-    """Return the state fitted to the batch's first sequence as a prefix, on the others' queries and keys."""
+    """Return the state fitted to the batch's first sequence as a prefix, on the others' queries and keys.
+
+    Where the others have fewer than two queries per feature, the first sequence's own are taken too: it is a text as good
+    as any to stand behind that prefix.
+    """
     real = np.asarray(seen.seen[0])
-    others = [x[1:] for x in (seen.query, seen.key, seen.value)]
+    enough = seen.seen[1:].sum() >= 2 * phi.dim(seen.query.shape[-1])
+    others = [x[1 if enough else 0 :] for x in (seen.query, seen.key, seen.value, seen.mask)]
     state = PrefixState.fit(
-        others[0], seen.key[0][real], seen.value[0][real], *others[1:], feature_map=phi, mask=seen.mask[1:]
+        others[0], seen.key[0][real], seen.value[0][real], *others[1:3], feature_map=phi, mask=others[3]
     )
     assert not isinstance(state.z, LowRank)
     return state.z, jnp.maximum(state.k, 0)
