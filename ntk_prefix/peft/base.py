@@ -114,8 +114,8 @@ class AdapterConfig:
 
     @property
     def unmixable(self) -> str | None:
-        """Why rows of one batch cannot each have their own adapter of this method; None if they can."""
-        return f"{self.method}, which changes the weights themselves" if self.in_place else None
+        """What an adapter would have to do for rows of one batch to each have their own; None if they can."""
+        return "stand beside frozen weights" if self.in_place else None
 
     @property
     def position_shift(self) -> int:

@@ -179,9 +179,9 @@ def mixed(model: Any, rows: Int[Array, "B"], names: Sequence[str]) -> Iterator[N
     known = configs(model)
     if unknown := set(names) - set(known):
         raise UsageError(f"expected adapters among {sorted(known)}, got {sorted(unknown)}")
-    if reason := next((c.unmixable for name in names for c in known[name] if c.unmixable), None):
+    for each in (each for name in names for each in known[name] if each.unmixable):
         raise UsageError(
-            f"expected adapters beside the rows' own text and frozen weights in a mixed batch, got {reason}"
+            f"expected adapters that {each.unmixable} in a mixed batch, got {each.method.replace('_', ' ')}"
         )
     rows = _checked_rows(rows, len(names))
     hosts = _hosts(model)

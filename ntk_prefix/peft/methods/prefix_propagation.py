@@ -101,7 +101,7 @@ class PrefixPropagationConfig(AdapterConfig):
     @property
     def unmixable(self) -> str | None:
         """Rows that run through the layers have no row of a batch to belong to."""
-        return f"{self.method}, which adds rows to the text itself"
+        return "leave the rows alone"
 
     def hosts(self, module: nnx.Module) -> bool:
         """The place of an encoder's leading rows; its attention layers too, where attention itself changes."""

@@ -79,7 +79,7 @@ class PrefixTuningConfig(AdapterConfig):
     @property
     def unmixable(self) -> str | None:
         """One batch has one numbering of its tokens."""
-        return f"{self.method} with shift_positions=True, which moves positions" if self.shift_positions else None
+        return "leave positions alone, so shift_positions=False" if self.shift_positions else None
 
     @classmethod
     def to_hugging_face(
@@ -179,7 +179,7 @@ class Tokens(Adapter):
 class PrefixCore(Host, AttentionCore):
     """Exact attention over a trained prefix and the layer's own keys."""
 
-    unmergeable: ClassVar[str | None] = "what trained tokens add is no linear map of the query"
+    unmergeable: ClassVar[str | None] = "what trained tokens add is a nonlinear function of the query"
 
     def bare(self) -> AttentionCore:
         """Return a plain core."""
