@@ -3,9 +3,21 @@
 One layout everywhere: a kernel is ``[n1, d, n2, d]``, so ``kernel.reshape(n1 * d, n2 * d)`` is its Gram matrix.
 """
 
+from ntk_prefix.kernels import neural_tangents
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.dynamics import Prediction, predict
-from ntk_prefix.kernels.empirical import empirical_ntk
+from ntk_prefix.kernels.empirical import KernelFallbackWarning, empirical_ntk
 from ntk_prefix.kernels.limit import limit_ntk, real_layer_limit_ntk
+from ntk_prefix.kernels.neural_tangents import UntestedJaxWarning
 
-__all__ = ["Prediction", "empirical_ntk", "limit_ntk", "predict", "prefix_ntk", "real_layer_limit_ntk"]
+__all__ = [
+    "KernelFallbackWarning",
+    "Prediction",
+    "UntestedJaxWarning",
+    "empirical_ntk",
+    "limit_ntk",
+    "neural_tangents",
+    "predict",
+    "prefix_ntk",
+    "real_layer_limit_ntk",
+]

@@ -300,7 +300,7 @@ class TestWrongUseIsTold:
             prefix_ntk(given, jnp.ones((3, D), int))
 
     def test_of_options(self) -> None:
-        with pytest.raises(ValueError, match=r"block: expected at least 1 prefix token at once, got 0"):
+        with pytest.raises(ValueError, match=r"block: expected a whole number >= 1, got 0"):
             prefix_ntk(model("tied"), inputs(), block=0)
         with pytest.raises(ValueError, match=r'part: expected "full" or "key", got \'value\''):
             prefix_ntk(model("tied"), inputs(), part="value")  # type: ignore[arg-type]

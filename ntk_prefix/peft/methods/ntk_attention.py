@@ -193,7 +193,7 @@ class State(Adapter):
         measured: Measured | None = None,
     ):
         self.phi, self.mass = config.phi, config.mass
-        features = self.phi.dim(head_dim)
+        features = self.phi.affordable_dim(head_dim)
         if config.needs_calibration and measured is None:
             raise UsageError(
                 "expected a calibration batch for whiten=True or init='from_prefix': give apply(..., calibration=...)"
