@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ntk_prefix import FixedValuePrefixModel, PrefixAttentionLayer, RandomPrefix, TiedPrefixModel
+from ntk_prefix.kernels import prefix_ntk
 from ntk_prefix.one_layer import (
     TILE,
     Frozen,
@@ -411,12 +412,13 @@ class TestWrongUseIsTold:
         with pytest.raises(ValueError, match=r"even number.*got 5\. Use m=6, or symmetric=False"):
             kind(D, 5, rngs=nnx.Rngs(0))
         kind(D, 5, symmetric=False, rngs=nnx.Rngs(0))
-        for name, options in {
-            "m": {"d": D, "m": 0},
-            "d": {"d": 0, "m": M},
-            "sigma": {"d": D, "m": M, "sigma": -1.0},
+        for message, options in {
+            "m: expected a whole number >= 1": {"d": D, "m": 0},
+            "d: expected a whole number >= 1": {"d": 0, "m": M},
+            "m: expected a whole number >= 1, got 6.0": {"d": D, "m": 6.0},
+            "sigma: expected a finite number > 0": {"d": D, "m": M, "sigma": -1.0},
         }.items():
-            with pytest.raises(ValueError, match=f"{name}: expected a finite number > 0"):
+            with pytest.raises(ValueError, match=message):
                 kind(**options, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match="sigma: expected a finite number > 0, got nan"):
             kind(D, M, sigma=math.nan, rngs=nnx.Rngs(0))
@@ -427,7 +429,7 @@ class TestWrongUseIsTold:
             RandomPrefix(key=key, d=D, m=M, model="both")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="the tied model has d = 2 outputs, got 3"):
             RandomPrefix(key=key, d=D, m=M, outputs=3)
-        with pytest.raises(ValueError, match="outputs: expected a finite number > 0, got 0"):
+        with pytest.raises(ValueError, match="outputs: expected a whole number >= 1, got 0"):
             RandomPrefix(key=key, d=D, m=M, model="fixed", outputs=0)
 
     def test_sequences_of_the_layer(self) -> None:
@@ -440,5 +442,36 @@ class TestWrongUseIsTold:
             layer(jnp.ones((4, D), int))
         with pytest.raises(ValueError, match="finite numbers, got nan at row 1, column 0"):
             layer(jnp.zeros((2, 4, D)).at[0, 1, 0].set(jnp.nan))
-        with pytest.raises(ValueError, match="m: expected a finite number > 0"):
+        with pytest.raises(ValueError, match="m: expected a whole number >= 1"):
             PrefixAttentionLayer(D, 0, rngs=nnx.Rngs(0))
+
+    def test_shapes_that_would_broadcast(self) -> None:
+        weights, signs, x = jnp.ones((M, D)), jnp.ones((M, 1)), jnp.ones((N, D))
+        square = jnp.eye(D)
+        for message, call in {
+            r"signs: expected \[6, 1\], got \(1, 1\)": lambda: tied_outputs(weights, signs[:1], x),
+            r"signs: expected \[6, outputs\], got \(1, 1\)": lambda: fixed_outputs(weights, signs[:1], x),
+            r"signs: expected \[6, 1\], got \(6,\)": lambda: tied_jacobian(weights, signs[:, 0], x),
+            r"signs: expected \[6, outputs\], got \(3, 1\)": lambda: fixed_jacobian(weights, signs[:3], x),
+            r"inputs: expected \[n, 2\], got \(3, 1\)": lambda: attention_mass(weights, x[:, :1]),
+            "weights: expected floating point numbers, got int": lambda: attention_mass(weights.astype(int), x),
+            r"prefix: expected \[m, 2\], got \(6, 1\)": lambda: attend(weights[:, :1], x, square, square, square),
+            r"key_projection: expected \[2, 2\], got \(2, 1\)": lambda: attend(
+                weights, x, square, square[:, :1], square
+            ),
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                call()
+
+    def test_a_tied_model_whose_signs_are_not_signs(self) -> None:
+        """Its kernel was off by nine tenths, and a certificate for it was none."""
+        model = TiedPrefixModel(D, M, rngs=nnx.Rngs(0))
+        model.signs[...] = model.signs[...].at[2, 0].set(3.0)
+        for call in (prefix_ntk, lambda model, x: model.token_gradient_norms(x)):
+            with pytest.raises(
+                ValueError, match=r"signs: expected -1 or .1 for every token of a tied model, got 3 at token 2"
+            ):
+                call(model, inputs())
+        fixed = FixedValuePrefixModel(D, M, rngs=nnx.Rngs(0))
+        fixed.signs[...] = 3 * fixed.signs[...]
+        assert jnp.isfinite(fixed.token_gradient_norms(inputs())).all()
