@@ -271,12 +271,8 @@ def check_tokens(input_ids: Any, attention_mask: Any, vocab_size: int, seen: int
             f"{attention_mask.shape}"
         )
     if not (jnp.issubdtype(attention_mask.dtype, jnp.integer) or attention_mask.dtype == bool):
-        raise expected(
-            "attention_mask",
-            "integers or booleans, nonzero at tokens",
-            attention_mask.dtype,
-            "A mask of zeros and ones: mask.astype(bool); one that is added to scores: mask > -1",
-        )
+        hint = "A mask of zeros and ones: mask.astype(bool); one that is added to scores: mask > -1"
+        raise expected("attention_mask", "integers or booleans, nonzero at tokens", attention_mask.dtype, hint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
