@@ -273,7 +273,7 @@ class TestCudnn:
             )
             # row 1 wholly, row 2 in what a causal query sees of it
             bias = jnp.zeros((1, 1, QUERIES, KEYS), dtype).at[:, :, 1].set(fill).at[:, :, 2, :3].set(fill)
-            seen = np.where(mask & np.tri(QUERIES, KEYS, dtype=bool) if is_causal else mask, bias, -np.inf)
+            seen = np.where(np.asarray(mask) & np.tri(QUERIES, KEYS, dtype=bool) if is_causal else mask, bias, -np.inf)
             # without a prefix a row is what it is without its largest bias, and keeps the digits of its scores
             largest = np.maximum(seen.max(-1, keepdims=True), float(jnp.finfo(dtype).min))
             level = jnp.asarray(np.maximum(np.float64(bias) - largest, -1e4), dtype) if math.isfinite(fill) else bias
