@@ -284,8 +284,8 @@ class Trained(nnx.Module):
     """Batch statistics and a dropout counter, in training mode."""
 
     def __init__(self) -> None:
-        self.linear = nnx.Linear(3, 2, param_dtype=float, rngs=nnx.Rngs(0))
-        self.norm = nnx.BatchNorm(2, param_dtype=float, rngs=nnx.Rngs(1))
+        self.linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(1))
         self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(2))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -317,12 +317,12 @@ def gram(jacobian: object, n: int) -> jax.Array:
 )
 def test_models_that_write_state_keep_it(make: Callable, shape: tuple, vmap_axes: int | None) -> None:
     """Against jacrev of the same model on copies of its state; what it wrote is not seen in the model after."""
-    model, x = make(), jnp.asarray(np.random.default_rng(5).normal(size=shape))
+    model, x = make(), jnp.asarray(np.random.default_rng(5).normal(size=shape), jnp.float32)
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
     before = numbers(rest)
     jacobian = jax.jacrev(lambda w: nnx.merge(graph, w, rest, copy=True)(x))(weights)
     kernel = empirical_ntk(model, x, vmap_axes=vmap_axes, implementation="jacobian")
-    np.testing.assert_allclose(kernel, gram(jacobian, len(x)), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(kernel, gram(jacobian, len(x)), rtol=1e-4, atol=1e-5)  # float32, sums of some ten
     jax.tree.map(np.testing.assert_array_equal, before, numbers(nnx.split(model, nnx.Param, ...)[2]))
 
 
