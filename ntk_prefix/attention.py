@@ -416,7 +416,7 @@ def _scores(
 def _reference(
     all_scores: Float[Array, "B N T S"], value: Float[Array, "B S K H"], linear: _Linear | None = None
 ) -> Float[Array, "B T N H"]:
-    """The formula as it stands, ``(A V + N) / (A 1 + E)``, up to a common factor; plain autodiff."""
+    """Return the formula as it stands, ``(A V + N) / (A 1 + E)``, up to a common factor; plain autodiff."""
     dtype = all_scores.dtype
     values = jnp.repeat(value, all_scores.shape[1] // value.shape[2], axis=2).astype(dtype)
     largest = jnp.max(all_scores, axis=-1, initial=-jnp.inf)

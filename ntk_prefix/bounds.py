@@ -109,7 +109,7 @@ def theory_step_size(
     exponent: float = 16.0,
     constant: float = 0.1,
 ) -> float:
-    """The step size of the convergence theorem, ``eta = 0.1 lambda / (m n^2 d^2 e^{16 B})``.
+    """Return the step size of the convergence theorem, ``eta = 0.1 lambda / (m n^2 d^2 e^{16 B})``.
 
     Source: recalled.
     """
@@ -132,7 +132,7 @@ def gradient_descent_steps(
     accuracy: float,
     constant: float = 1.0,
 ) -> float:
-    """Steps after which the loss is below ``accuracy``: ``T = C (m eta lambda)^{-1} log(n d / eps)``.
+    """Return steps after which the loss is below ``accuracy``: ``T = C (m eta lambda)^{-1} log(n d / eps)``.
 
     Source: recalled.
     """

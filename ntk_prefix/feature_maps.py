@@ -378,7 +378,7 @@ def _elu1(x: Array) -> Array:
 
 @_elu1.defjvp
 def _elu1_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """The derivative is ``min(phi, 1)``: one pass over what is kept anyway, and 1 at 0 as it should be."""
+    """Return the derivative is ``min(phi, 1)``: one pass over what is kept anyway, and 1 at 0 as it should be."""
     features = _elu1(*primals)
     return features, jnp.minimum(features, 1) * tangents[0]
 

@@ -143,21 +143,21 @@ def attention_mass(weights: Weights, inputs: Inputs) -> Float[Array, "n m"]:
 
 
 def tied_outputs(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) -> Float[Array, "n d"]:
-    """Outputs of the tied model, ``F_k(x) = m sum_r S_r a_r w_{r,k}``: [n, d], in the inputs' dtype."""
+    """Return outputs of the tied model, ``F_k(x) = m sum_r S_r a_r w_{r,k}``: [n, d], in the inputs' dtype."""
     mass = attention_mass(weights, inputs)
     check_array("signs", signs, weights.shape[0], 1)
     return jnp.matmul(mass, (signs * weights).astype(mass.dtype)).astype(inputs.dtype)
 
 
 def fixed_outputs(weights: Weights, signs: Signs, inputs: Inputs) -> Float[Array, "n o"]:
-    """Outputs of the fixed-value model, ``F_k(x) = m sum_r S_r a_{r,k}``: [n, outputs], in the inputs' dtype."""
+    """Return outputs of the fixed-value model, ``F_k(x) = m sum_r S_r a_{r,k}``: [n, outputs], in the inputs' dtype."""
     mass = attention_mass(weights, inputs)
     check_array("signs", signs, weights.shape[0], "outputs")
     return jnp.matmul(mass, signs.astype(mass.dtype)).astype(inputs.dtype)
 
 
 def tied_jacobian(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) -> Float[Array, "n d m d"]:
-    """Derivative of every output of the tied model by every prefix token, in closed form.
+    """Return derivative of every output of the tied model by every prefix token, in closed form.
 
         dF_k(x) / dw_r = m S_r [ a_r e_k + (a_r w_{r,k} - sum_j S_j a_j w_{j,k}) x ]
 
@@ -182,7 +182,7 @@ def tied_jacobian(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) 
 
 
 def fixed_jacobian(weights: Weights, signs: Signs, inputs: Inputs) -> Float[Array, "n o m d"]:
-    """Derivative of every output of the fixed-value model by every prefix token, in closed form.
+    """Return derivative of every output of the fixed-value model by every prefix token, in closed form.
 
         dF_k(x) / dw_r = m S_r ( a_{r,k} - <a_k, S> ) x
 

@@ -40,7 +40,7 @@ BLOCK = 256
 
 
 def polynomial_degree(score: float, error: float) -> int:
-    """The smallest degree whose output error is proved to be at most ``error * max|V|``.
+    """Return the smallest degree whose output error is proved to be at most ``error * max|V|``.
 
         2 eps / (1 - eps) <= error ,     eps = e^S S^{g+1} / (g+1)!
 

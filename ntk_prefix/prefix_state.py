@@ -1,5 +1,6 @@
-r"""A prefix of any length as a state of constant size: the ``z`` and ``k`` of
-:func:`ntk_prefix.attention.ntk_attention`.
+r"""A prefix of any length as a state of constant size.
+
+The state is the ``z`` and ``k`` of :func:`ntk_prefix.attention.ntk_attention`.
 
 Two ways lead from a real prefix (keys and values of one attention layer, from any source: prefix tuning in
 any library, or simply a long text run through the layer) to a state.

@@ -72,7 +72,7 @@ class Step:
 
 
 def half_squared_error(model: Callable[[Array], Array], batch: tuple[Array, Array]) -> Float[Array, ""]:
-    """The theory's loss: ``L = 1/2 sum_i |F(x_i) - y_i|^2`` over a batch (x, y) of [n, d] and [n, outputs]."""
+    """Return the theory's loss: ``L = 1/2 sum_i |F(x_i) - y_i|^2`` over a batch (x, y) of [n, d] and [n, outputs]."""
     inputs, targets = batch
     return jnp.square(model(inputs) - targets).sum() / 2
 
@@ -121,7 +121,7 @@ class Trainer:
             object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names))
 
     def init(self, model: nnx.Module) -> TrainState:
-        """The state before the first step, laid out on the devices.
+        """Return the state before the first step, laid out on the devices.
 
         Raises:
             ValueError: ``wrt`` selects nothing of the model.
@@ -154,7 +154,7 @@ class Trainer:
         return tree
 
     def single(self, tree: Any) -> Any:
-        """The opposite of :meth:`lay_out` for replicas: one of them; arrays over a mesh stay where they are."""
+        """Return the opposite of :meth:`lay_out` for replicas: one of them; arrays over a mesh stay where they are."""
         if self.parallel == "pmap":
             return jax.tree.map(lambda leaf: leaf.addressable_data(0)[0], tree)
         return tree

@@ -137,12 +137,12 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: the last save failed: {_first_line(error)}") from error
 
     def steps(self) -> list[int]:
-        """The committed steps, the oldest first."""
+        """Return the committed steps, the oldest first."""
         # what stands on disk: the manager's own list has what is underway, too
         return sorted(ocp.path.step.checkpoint_steps(self.directory))
 
     def restore_latest(self, like: PyTree, check: Callable[[dict[str, Any]], Any] = dict) -> Restored | None:
-        """The newest checkpoint that is whole and fits.
+        """Return the newest checkpoint that is whole and fits.
 
         Args:
             like: a tree as the one saved, of arrays or ``jax.ShapeDtypeStruct``: structure, shapes, dtypes, and the
@@ -196,7 +196,7 @@ class Checkpoints:
                 logger.warning("%s is no checkpoint: it is left alone", path)
 
     def _restore(self, step: int, like: PyTree, check: Callable[[dict[str, Any]], Any]) -> tuple[Restored | None, str]:
-        """What a checkpoint holds, or what is wrong with it."""
+        """Return what a checkpoint holds, or what is wrong with it."""
         restored, fault = None, ""
         try:
             restored = self._read(step, like)
@@ -267,7 +267,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _storable(leaf: Any) -> np.ndarray | jax.Array:
-    """A copy on the host, so that the leaf may be donated; only what lies on several processes stays where it is."""
+    """Return a copy on the host, so that the leaf may be donated; what lies on several processes stays there."""
     if _is_key(leaf):
         leaf = jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -276,7 +276,7 @@ def _storable(leaf: Any) -> np.ndarray | jax.Array:
 
 
 def _described(leaf: Any) -> dict[str, Any]:
-    """What must agree between a checkpoint and the tree that it is restored into."""
+    """Return what must agree between a checkpoint and the tree that it is restored into."""
     if not hasattr(leaf, "dtype"):
         leaf = np.array(leaf)
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
@@ -301,7 +301,7 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _as(like: Any, array: Any, kind: str | None) -> Any:
-    """A restored array as the kind of leaf that was given; ``kind`` is that of a key."""
+    """Return a restored array as the kind of leaf that was given; ``kind`` is that of a key."""
     if _is_key(like):
         return jax.device_put(jax.random.wrap_key_data(array, impl=kind), like.sharding)
     if isinstance(like, bool | int | float):

@@ -193,8 +193,9 @@ LARGEST_SEED = 2**32 - 2
 
 
 class _Sectioned(type):
-    """Lets a configuration be made by flat keywords as well: ``TrainConfig(..., max_length=16)``, and by
-    ``dataclasses.replace(config, max_length=16)``.
+    """Lets a configuration be made by flat keywords as well.
+
+    ``TrainConfig(..., max_length=16)``, and ``dataclasses.replace(config, max_length=16)``.
     """
 
     def __call__(cls, **values: Any) -> Any:

@@ -249,7 +249,7 @@ class _Run:
     # ----------------------------------------------------------------------------------------- kept
 
     def _tree(self) -> dict[str, Any]:
-        """What a checkpoint holds: everything that training changes, frozen weights left out."""
+        """Return what a checkpoint holds: everything that training changes, frozen weights left out."""
         tree = self.setup.trainer.single({**self.state._asdict(), "best": self.best})
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
         return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}

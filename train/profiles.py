@@ -100,7 +100,7 @@ class Profile:
     """Runs of each row's best rate."""
 
     def rows_of(self, task: str) -> tuple[Row, ...]:
-        """The rows of a task."""
+        """Return the rows of a task."""
         rows = self.rows or MODEL_ROWS[CONFIGS[task][1].model]
         return tuple(
             row for row in rows if (not self.labels or row[0] in self.labels) and (task, row[0]) not in self.without

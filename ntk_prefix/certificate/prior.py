@@ -178,7 +178,7 @@ class Prior:
         return total @ weights, reach @ np.abs(weights)
 
     def reference(self, m: int, rate: float) -> Reference | Step:
-        """The linearized run on H*, or the step that fails because the drawn kernel is too uncertain at this m.
+        """Return the linearized run on H*, or the step that fails because the drawn kernel is too uncertain at this m.
 
             H(W(0)) = D^-1 H~ D^-1 = H*^1/2 (I + K)^-1 (I + Omega) (I + K)^-T H*^1/2
 

@@ -148,8 +148,11 @@ class Reference:
         return self._polygon
 
     def _near(self, coefficients: np.ndarray, rounding: float, horizon: float) -> tuple[np.ndarray, float]:
-        """A component is c (1 - b^t) / lambda; between two times the chord is missed by at most min(z^2 / 8, 1 - e^-z)
-        of what is left of it, z = -log(b) dt, at the same point of the chord for all components."""
+        """Return a polygon near the path of the run, and how far from it the path may be.
+
+        A component is c (1 - b^t) / lambda; between two times the chord is missed by at most min(z^2 / 8, 1 - e^-z) of
+        what is left of it, z = -log(b) dt, at the same point of the chord for all components.
+        """
         values = self.kernel.values
         times = np.concatenate([[0.0], np.geomspace(1, horizon, _steps(horizon, RATIO))])
         speed = -np.log1p(-self.rate * values)
@@ -164,7 +167,7 @@ class Reference:
         return points @ self.kernel.basis.T, OUTWARD * (between + rounding / float(values[0]) + turned * furthest)
 
     def _system(self, drift: float) -> tuple[np.ndarray, float]:
-        """The matrix of ``paths``, acting on (P, G^), and nu."""
+        """Return the matrix of ``paths``, acting on (P, G^), and nu."""
         least, error, relative = float(self.kernel.values[0]), self.discrepancy, self.relative_error
         nu = OUTWARD * math.sqrt(1 + relative + error / least)
         excess = drift**2 + error  # what stands before P behind s_0 and s_1 alike
@@ -173,7 +176,7 @@ class Reference:
         return OUTWARD * np.array([to_outputs, to_weights]), nu
 
     def steps(self, drift: float) -> tuple[Step, Step]:
-        """That a drift is small enough for a rate, and for ``paths`` to be finite."""
+        """Return the inequality that a drift is small enough for a rate, and for ``paths`` to be finite."""
         (a, b), (c, d) = self._system(drift)[0]
         root = math.sqrt(self.smallest)
         feedback = (a + d) / 2 + math.sqrt(((a - d) / 2) ** 2 + b * c)

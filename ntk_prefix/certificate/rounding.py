@@ -47,7 +47,7 @@ class Enclosure(NamedTuple):
 
 
 def eigen_enclosure(matrix: np.ndarray) -> Enclosure:
-    """Verified eigenvalues of symmetric matrices [..., N, N], whatever ``eigh`` did.
+    """Return verified eigenvalues of symmetric matrices [..., N, N], whatever ``eigh`` did.
 
         radius = |M - U diag(w) U^T|_F + 3 |U^T U - I|_F max|w| + rounding
 

@@ -99,7 +99,7 @@ class Certificate:
         return self.initial_error**2 * np.exp(np.arange(steps + 1) * math.log1p(-self.rate)) * OUTWARD
 
     def steps_to(self, fraction: float) -> int:
-        """Steps after which the loss is certain to be below ``fraction`` of the initial one.
+        """Return steps after which the loss is certain to be below ``fraction`` of the initial one.
 
         Raises:
             ValueError: the certificate does not hold, or the fraction is not in (0, 1).
@@ -114,7 +114,7 @@ class Certificate:
             raise UsageError(f"{name}: this certificate does not hold.\n{self.explain()}")
 
     def explain(self) -> str:
-        """The proof in numbers, or the step at which it fails and what would mend it."""
+        """Return the proof in numbers, or the step at which it fails and what would mend it."""
         head = f"{self.model} model, m = {self.m:,}, eta = {self.step_size:.4g}"
         if self.failure:
             head += f", with probability at least {1 - self.failure:g} over the prefix"
@@ -141,7 +141,7 @@ class Certificate:
 
 
 def _way_on(failed: Step, certificate: Certificate) -> str:
-    """What would mend a refusal: another length is looked for by ``find_m``, which takes as long as several certificates."""
+    """Return what would mend a refusal; ``find_m``, which looks for another length, takes several certificates' time."""
     if "positive" in failed.what:
         return "No length mends it where inputs are equal, or so near that rounding cannot tell them apart: drop one of them."
     if "stable" in failed.what:
@@ -227,7 +227,7 @@ def _before_drawing(
     symmetric: bool,
     step_size: float | None,
 ) -> Certificate:
-    """The a-priori certificate at m, or at the smallest power of 2^(1/4) that has one."""
+    """Return the a-priori certificate at m, or at the smallest power of 2^(1/4) that has one."""
     if isinstance(delta, bool) or not 0 < delta < 1:
         raise UsageError(f"delta: expected a probability in (0, 1), got {delta}.")
     if not symmetric:
@@ -329,7 +329,7 @@ def find_m(
     largest: int = 2**24,
     resolution: float = 0.02,
 ) -> Certificate:
-    """The smallest certified prefix length: powers of two until one is certified, then bisection.
+    """Return the smallest certified prefix length: powers of two until one is certified, then bisection.
 
     A longer prefix is the shorter one continued (same ``key``), but whether it is certified need not be monotone: the
     result is certified, and a length ``resolution`` shorter was refused (or is 2).
@@ -388,7 +388,7 @@ def _singular(x: Array, y: Array, sigma: float, model: ModelName) -> bool:
 
 
 def _outputs(y: Array, model: ModelName) -> int | None:
-    """What a prefix for these targets is asked for: the tied model has as many outputs as inputs have coordinates."""
+    """Return the outputs that a prefix for these targets is asked for; None for the tied model, which has d."""
     return None if variant_named(model).has_value_part else y.shape[1]
 
 
@@ -427,7 +427,7 @@ def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> 
 
 
 def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Certificate:
-    """The a-posteriori certificate: theory/certificate.md, section 5, in its order."""
+    """Return the a-posteriori certificate: theory/certificate.md, section 5, in its order."""
     spread, kernel_error = tokens.second_moments()
     kernel = np.asarray(prefix_ntk(tokens.prefix, jnp.asarray(tokens.inputs)))
     enclosure = eigen_enclosure(kernel.reshape(targets.size, -1))
@@ -539,7 +539,7 @@ def _close(tokens: Tokens, reference: Reference, movement: np.ndarray, spread: n
 
 
 def descent(reference: Reference, drift: float) -> tuple[Step, float]:
-    """That every step descends, and by how much: the last step of the proof.
+    """Return the inequality that every step descends, and by how much: the last step of the proof.
 
         |e(t+1)|^2 <= |e(t)|^2 - m eta lambda_min ( 2 (1 - 2 eps - eps^2) - beta (1 + eps)^2 ) |e(t)|^2
 

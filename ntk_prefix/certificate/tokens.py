@@ -139,7 +139,7 @@ class Tokens:
         """|c_i|, [n]."""
 
     def outputs_now(self) -> tuple[np.ndarray, float]:
-        """The model's outputs F(x_i) = m c_i, [n, o], and the Frobenius norm of their rounding error."""
+        """Return the model's outputs F(x_i) = m c_i, [n, o], and the Frobenius norm of their rounding error."""
         return self.m * self.center, self.m * self.center_error * (1 + self.slack)
 
     def second_moments(self) -> tuple[np.ndarray, float]:

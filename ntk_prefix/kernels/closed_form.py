@@ -322,7 +322,7 @@ def _moments(
     first, second = np.triu_indices(len(common))
 
     def factor(weights: Array, signs: Array) -> Float[Array, "f block"]:
-        """What is summed over the tokens, u already moved by the common center: u_k u_l, s u, and tied: u, s; 1."""
+        """Return what is summed over the tokens, u moved by the common center: u_k u_l, s u, and tied: u, s; 1."""
         one = jnp.ones((1, len(weights)), dtype)
         if not variant.has_value_part:
             moved = signs.T - common[:, None]

@@ -153,7 +153,7 @@ def predict(
 
 
 def _matrices(name: str, kernel: Array, target_shape: tuple[int, ...]) -> Array:
-    """A kernel of any of the three kinds as [g, N2, N]."""
+    """Return a kernel of any of the three kinds as [g, N2, N]."""
     n, d = target_shape
     expected = {4: (kernel.shape[0], d, n, d), 3: (kernel.shape[0], d, n), 2: (kernel.shape[0], n)}.get(kernel.ndim)
     if kernel.shape != expected:
@@ -169,7 +169,7 @@ def _matrices(name: str, kernel: Array, target_shape: tuple[int, ...]) -> Array:
 
 
 def _columns(values: Array, kernel_ndim: int) -> Array:
-    """Outputs [n, d] as the columns [g, N, c] that the matrices act on."""
+    """Return outputs [n, d] as the columns [g, N, c] that the matrices act on."""
     if kernel_ndim == 4:
         return values.reshape(1, -1, 1)
     return values.T[:, :, None] if kernel_ndim == 3 else values[None]
@@ -200,7 +200,7 @@ def _check_symmetric(name: str, kernels: Array) -> None:
 
 
 def _check_steps(steps: Array, flow: bool) -> Array:
-    """The times as a vector of floats."""
+    """Return the times as a vector of floats."""
     times = np.asarray(steps)
     if not (np.issubdtype(times.dtype, np.integer) or np.issubdtype(times.dtype, np.floating)):
         raise expected("steps", "real numbers", times.dtype)

@@ -180,7 +180,7 @@ _Function = _NnxFunction | _LinenFunction
 
 
 def _split(model: object, wrt: Any) -> tuple[_Function, tuple[Array, ...], Any]:
-    """The model as a pure function, its parameters that count, and all its other state."""
+    """Return the model as a pure function, its parameters that count, and all its other state."""
     constants: Any
     if isinstance(model, nnx.Module):
         graph, *states = nnx.split(model, wrt, ...)
@@ -283,7 +283,7 @@ class _Task:
         return tuple(first), tuple(second), tuple(transposed)
 
     def transpose(self, kernel: Array) -> Array:
-        """The kernel with its two arguments exchanged, in our layout."""
+        """Return the kernel with its two arguments exchanged, in our layout."""
         return jnp.transpose(kernel, self.axes()[2])
 
 
@@ -319,7 +319,7 @@ def _compiled_block(task: _Task, constants: Any, parameters: Any, x1: Array, x2:
 
 
 def _blocks(task: _Task, parameters: Any, constants: Any, x1: Array, x2: Array | None, batch_size: int | None) -> Array:
-    """The kernel, assembled from blocks of at most ``batch_size`` rows and columns."""
+    """Return the kernel, assembled from blocks of at most ``batch_size`` rows and columns."""
     if task.implementation == _NUMBERS["neural_tangents"]:
         # its own choice compiles and measures, which cannot be done on tracers, and is kept in the function
         block = functools.partial(_block, task, _kernel_function(task, constants), parameters)

@@ -31,7 +31,7 @@ def limit_ntk(
     outputs: int | None = None,
     part: KernelPart = "full",
 ) -> Kernel:
-    """The infinite-prefix kernel H* of a stylized prefix model: the limit of ``prefix_ntk`` as m grows.
+    """Return the infinite-prefix kernel H* of a stylized prefix model: the limit of ``prefix_ntk`` as m grows.
 
         tied    H*_{(i,.),(j,.)} = e^{sigma^2 c} [ (1 + sigma^2 c) I + x_j mu^T + mu x_i^T + c mu mu^T ]
         fixed   H*_{(i,.),(j,.)} = c e^{sigma^2 c} I
@@ -84,7 +84,7 @@ def real_layer_limit_ntk(
     value_projection: Float[Array, "d d"],
     sigma: float = 1.0,
 ) -> Kernel:
-    """The infinite-prefix kernel of ``PrefixAttentionLayer``: the limit of m times its NTK as m grows past L.
+    """Return the infinite-prefix kernel of ``PrefixAttentionLayer``: the limit of m times its NTK as m grows past L.
 
     Here values carry no signs: a token's value is W_V^T p and the output tends to the tilted mean, so the center does
     not vanish as it does in the stylized models. With u_i = W_K W_Q^T x_i / sqrt(d), A = W_V^T, c = u_i . u_j,

@@ -93,7 +93,7 @@ def _is_literal(atom: Any) -> bool:
 
 
 def _live(equations: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-    """The equations that an output depends on: a dead one would cost, and could be one that has no rule."""
+    """Return the equations that an output depends on: a dead one would cost, and could be one that has no rule."""
     needed = {atom for atom in outputs if not _is_literal(atom)}
     kept = []
     for equation in reversed(equations):
@@ -185,7 +185,7 @@ def _untransposed(
 
 
 def _apply(primitive: Any, parameters: dict[str, Any], operands: Sequence[Any]) -> Sequence[Any]:
-    """The outputs of one equation, with wrappers opened and ``split`` as slices (one output each)."""
+    """Return the outputs of one equation, with wrappers opened and ``split`` as slices (one output each)."""
     if primitive.name in _WRAPPERS:
         inner = parameters[_WRAPPERS[primitive.name]]
         # a Jaxpr, or a ClosedJaxpr that holds one and its constants

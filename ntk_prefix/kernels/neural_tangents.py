@@ -204,7 +204,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of a module of neural-tangents; None for anything else."""
+        """Return the spec of a module of neural-tangents; None for anything else."""
         if fullname.split(".")[0] != "neural_tangents":
             return None
         if fullname == "neural_tangents.experimental":
@@ -250,7 +250,7 @@ def _primals_out_and_pullback(
     _fwd: bool | None,
     *primals_in: Any,
 ) -> tuple[Any, Callable[[Any], Any]]:
-    """Outputs of ``function`` and the map that neural-tangents walks backwards through its linearization.
+    """Return outputs of ``function`` and the map that neural-tangents walks backwards through its linearization.
 
     Where reverse mode would return cotangents, ``_backward_pass`` collects df/dy or dy/dw, as ``mode`` says.
     """
@@ -278,7 +278,7 @@ def _primals_out_and_pullback(
 
 
 def _cheapest(empirical: Any, **options: Any) -> Callable[..., Any]:
-    """The automatic implementation: every other one is compiled, and that with the fewest flops is used."""
+    """Return the automatic implementation: every other one is compiled, and that with the fewest flops is used."""
     candidates = [
         jax.jit(empirical.empirical_ntk_fn(**options, implementation=implementation))
         for implementation in empirical.NtkImplementation
@@ -300,7 +300,7 @@ def _cheapest(empirical: Any, **options: Any) -> Callable[..., Any]:
 
 
 def _flops(function: Any, *arguments: Any, **keywords: Any) -> float:
-    """What the compiler estimates a call to cost; infinite where structured derivatives do not know the function."""
+    """Return the compiler's estimate of a call's cost; infinite where structured derivatives do not know the function."""
     try:
         analysis = function.lower(*arguments, **keywords).compile().cost_analysis()
     except NotImplementedError as error:
@@ -313,7 +313,7 @@ def _flops(function: Any, *arguments: Any, **keywords: Any) -> float:
 def _max_learning_rate(
     ntk_train_train: jax.Array, y_train_size: int | None = None, momentum: int | float = 0.0, eps: float = 1e-12
 ) -> jax.Array:
-    """The largest stable step for ``|F - y|^2 / (2 size)``: ``2 (1 + momentum) size / (lambda_max + eps)``.
+    """Return the largest stable step for ``|F - y|^2 / (2 size)``: ``2 (1 + momentum) size / (lambda_max + eps)``.
 
     The kernel is in neural-tangents' layout, [n, n] or [n, n, d, d]; size n d is that of its matrix if left out.
     """

@@ -149,7 +149,7 @@ class VitEmbeddings(nnx.Module):
 
 
 def bicubic_matrix(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """The linear map [new, old] of bicubic resampling along one axis.
+    """Return the linear map [new, old] of bicubic resampling along one axis.
 
     Sample i of the new axis lies at ``(i + 1/2) old / new - 1/2`` of the old one and is the sum of its four
     neighbors, each weighed by Keys' kernel at its distance; beyond the border the border's value goes on.

@@ -66,7 +66,7 @@ def windowed(
         return jnp.concatenate([parts[:, i : i + blocks] for i in range(1 + 2 * around)], axis=2)
 
     def keys(x: Array) -> Array:
-        """The keys of each block, the leading ones first: [B blocks, leading + 3 window, ...]."""
+        """Return the keys of each block, the leading ones first: [B blocks, leading + 3 window, ...]."""
         first = jnp.broadcast_to(x[:, None, :leading], (x.shape[0], blocks, leading, *x.shape[2:]))
         return _fold(jnp.concatenate([first, cut(x, 1)], axis=2))
 

@@ -236,8 +236,9 @@ def merge(model: Any) -> Any:
 
 
 def narrow_frozen(model: Any) -> Any:
-    """Store what is frozen of linear maps in the dtype they compute in: in bfloat16 half the memory, bit for bit the same
-    outputs.
+    """Store what is frozen of linear maps in the dtype they compute in.
+
+    In bfloat16 that is half the memory and bit for bit the same outputs.
 
     Trained weights stay as they are, and so do norms and embeddings, which compute in float32. To be called once the
     adapter is on: what is narrow and trained later loses its small updates.

@@ -33,8 +33,9 @@ class CellError(UsageError):
 
 
 def check_folder(comparison: Comparison, cell: Cell) -> None:
-    """Refuse a cell, finished or diverged, that this table would have run in another way: whatever says so, a field of
-    the table or a default that has changed since.
+    """Refuse a cell, finished or diverged, that this table would have run in another way.
+
+    What differs may be a field of the table, or a default that has changed since.
 
     Raises:
         UsageError: naming the fields.

@@ -263,7 +263,7 @@ class StateCore(Host, AttentionCore):
         )
 
     def _mixed(self, query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool) -> Array:
-        """A state for each row; a row of -1 has the zero state, which is no prefix."""
+        """Return a state for each row; a row of -1 has the zero state, which is no prefix."""
         assert self.rows is not None
         rows = self.rows
         hosted: list[Any] = [self.adapters[name] for name in self.names]

@@ -104,7 +104,7 @@ class PrefixPropagationConfig(AdapterConfig):
         return "leave the rows alone"
 
     def hosts(self, module: nnx.Module) -> bool:
-        """The place of an encoder's leading rows; its attention layers too, where attention itself changes."""
+        """Return whether this is the place of an encoder's leading rows, or an attention layer where attention changes."""
         return isinstance(module, LeadingRows) or (
             isinstance(module, AttentionLayer) and (self.combine or self.kernel is not None)
         )
