@@ -27,8 +27,8 @@ FILLS = [0.0, -1e4, -1e9, "min", -math.inf]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows and columns, so that several meet."""
-    monkeypatch.setattr(flash, "QUERY_BLOCK", 3)
-    monkeypatch.setattr(flash, "KEY_BLOCK", 4)
+    monkeypatch.setattr(flash.xla, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(flash.xla, "KEY_BLOCK", 4)
 
 
 def arrays(dtype, seed=0):
@@ -247,7 +247,7 @@ def cudnn(monkeypatch):
         MaskType=SimpleNamespace(CAUSAL="causal", NO_MASK="none"),
         AttentionLayout=SimpleNamespace(BTNH=SimpleNamespace(value=0)),
     )
-    monkeypatch.setattr(flash, "_cudnn", lambda: stand_in)
+    monkeypatch.setattr(flash.cudnn, "_cudnn", lambda: stand_in)
 
 
 class TestCudnn:
@@ -288,6 +288,6 @@ class TestCudnn:
     def test_an_ordinary_bias_is_handed_over_as_it_is(self, cudnn):
         a = arrays(jnp.bfloat16)
         bias = jnp.asarray(np.random.default_rng(2).standard_normal((1, 1, QUERIES, KEYS)), jnp.bfloat16)
-        call = flash._cudnn_call(flash.Flash("cudnn", 1.0), a["query"], a["key"], bias, None)
+        call = flash.cudnn._call(flash.Flash("cudnn", 1.0), a["query"], a["key"], bias, None)
         np.testing.assert_array_equal(call.operands[0], bias)
         assert not np.any(call.shift)

@@ -1,40 +1,18 @@
-r"""Softmax attention that hands its statistics out, and takes them back in.
-
-Flash attention has two halves. The forward returns the output ``o`` and, per row, the log of the softmax
-denominator, ``lse = logsumexp(scores)``. The backward takes both back in, recomputes ``P = exp(scores -
-lse)`` block by block, and never needs to know that ``o`` and ``lse`` came from these keys alone.
-:mod:`ntk_prefix.attention` lives on that: it merges a prefix into ``o`` and ``lse`` and hands the *merged*
-statistics to the ordinary backward, which then returns exactly the gradients of the merged attention.
-
-``lse`` is carried as two numbers, the row's maximum ``M`` and ``log sum exp(scores - M)``. In a row masked by
-the usual additive bias of -1e9 their sum is M to the last bit, and P would be S times too large.
-
-Two libraries' halves are offered, under one signature:
-
-=========  ==================================================================================================
-``xla``    jax.numpy, blockwise over queries and keys; any platform and float dtype, memory linear in T and S
-``cudnn``  cuDNN flash attention through JAX's own primitives; CUDA, bfloat16 and float16
-=========  ==================================================================================================
-
-Layouts are those of ``jax.nn.dot_product_attention``; row statistics are [B, N, T] in the accumulation dtype.
-"""
+"""Flash attention in jax.numpy, blockwise over queries and keys: any platform and float dtype, memory linear in T and S."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Statistics
 from ntk_prefix.precision import accumulation_dtype
-from ntk_prefix.typing import Array, Bool, Float
-
-__all__ = ["Flash", "Gradients", "Statistics", "cudnn_problem"]
-
+from ntk_prefix.typing import Array, Float
 
 QUERY_BLOCK = 512
 KEY_BLOCK = 512
@@ -44,85 +22,6 @@ SCORES_PER_BLOCK = 2**21
 Measured on a CPU (2 cores, float32, H = 64; see tests/bench): large enough that XLA's matrix products run at
 their rate, small enough (8 MiB) that scores, probabilities and their gradients stay in the last-level cache.
 """
-
-
-class Statistics(NamedTuple):
-    """What a flash forward returns: ``output = softmax(scores) V`` and ``lse = maximum + log_sum``.
-
-    ``exp(scores - maximum) / exp(log_sum)`` are probabilities at scores of any finite size. A row without any
-    key (all masked, or S = 0) has ``maximum = -inf``, ``log_sum = 0`` and output 0. The output is in the
-    accumulation dtype if the library gives it so (``xla``), for whoever merges to round once.
-    """
-
-    output: Float[Array, "B T N H"]
-    maximum: Float[Array, "B N T"]
-    log_sum: Float[Array, "B N T"]
-
-    @property
-    def lse(self) -> Float[Array, "B N T"]:
-        """``logsumexp(scores)``, rounded: from ``|maximum| = 1e9`` on float32 loses all of ``log_sum``."""
-        return self.maximum + self.log_sum
-
-
-class Gradients(NamedTuple):
-    """What a flash backward returns."""
-
-    query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K H"]
-    bias: Float[Array, "#B #N #T #S"] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Flash:
-    """One flash attention: what is static about it, and its two halves.
-
-    ``scores = scale * query . key + bias``, minus infinity where ``mask`` is False or, if causal, where s >
-    t.
-    """
-
-    implementation: str
-    scale: float
-    is_causal: bool = False
-
-    def forward(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        bias: Float[Array, "#B #N #T #S"] | None = None,
-        mask: Bool[Array, "#B #N #T #S"] | None = None,
-    ) -> Statistics:
-        """Return ``softmax(scores) V`` and the statistics of its rows."""
-        half = {"xla": _xla_forward, "cudnn": _cudnn_forward}[self.implementation]
-        return half(self, query, key, value, bias, mask)
-
-    def backward(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        bias: Float[Array, "#B #N #T #S"] | None,
-        mask: Bool[Array, "#B #N #T #S"] | None,
-        statistics: Statistics,
-        d_output: Float[Array, "B T N H"],
-    ) -> Gradients:
-        """Return the gradients, given the statistics that the rows were *finally* normalized with.
-
-        ``P = exp(scores - lse)``, ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O))``.
-
-        Args:
-            query, key, value, bias, mask: as in :meth:`forward`.
-            statistics: what the layer's output was made of. Handing in merged ones is the point: rows of P
-                then sum to less than 1, and the gradients are those of the merged attention. ``maximum =
-                +inf`` switches a row off.
-            d_output: the cotangent of the layer's output.
-        """
-        half = {"xla": _xla_backward, "cudnn": _cudnn_backward}[self.implementation]
-        return half(self, query, key, value, bias, mask, statistics, d_output)
-
-
-# ---------------------------------------------------------------------------------------------- xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +165,7 @@ class _Blocks:
         return start, (*x.shape[:3], rows, columns)
 
 
-def _xla_forward(
+def _forward(
     flash: Flash, query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
 ) -> Statistics:
     dtype = accumulation_dtype(query.dtype)
@@ -302,7 +201,7 @@ def _xla_forward(
     return Statistics(output, blocks.join_rows(maxima), blocks.join_rows(jnp.log(sums)))
 
 
-def _xla_backward(
+def _backward(
     flash: Flash,
     query: Array,
     key: Array,
@@ -383,148 +282,4 @@ def _add(x: Array, index: Array, block: Array) -> Array:
     return _put(x, index, _at(x, index) + block)
 
 
-# -------------------------------------------------------------------------------------------- cudnn
-
-
-def cudnn_problem(query: Array, key: Array, bias: Array | None = None, mask: Array | None = None) -> str | None:
-    """Return why cuDNN flash attention cannot take these arguments on this machine, or None if it can."""
-    return _cudnn_shape_problem(query, key, bias, mask) or _cudnn_machine_problem(query.shape[-1])
-
-
-def _cudnn_shape_problem(query: Array, key: Array, bias: Array | None, mask: Array | None) -> str | None:
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"cuDNN takes bfloat16 and float16, got {query.dtype}: cast, or use implementation='xla'"
-    if query.shape[-1] % 8 or query.shape[-1] > 256:
-        return f"cuDNN takes head dimensions that are multiples of 8 up to 256, got {query.shape[-1]}"
-    if (bias is not None or mask is not None) and (query.shape[1] % 2 or key.shape[1] % 2):
-        return f"cuDNN takes a bias or mask over even lengths only, got T={query.shape[1]}, S={key.shape[1]}"
-    if key.shape[1] == 0:
-        return "cuDNN needs at least one key, got S=0"
-    return None
-
-
-def _cudnn_machine_problem(head_dim: int) -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"cuDNN runs on CUDA, and the default backend is {jax.default_backend()!r}"
-    capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "0.0")
-    if not capability.replace(".", "").isdigit() or float(capability) < 8.0:  # ROCm says "gfx..."
-        return f"cuDNN flash attention needs compute capability 8.0, got {capability}"
-    if head_dim > 128 and float(capability) < 9.0:
-        return f"cuDNN takes head dimensions above 128 from compute capability 9.0, got {capability}"
-    missing = [name for name in _CUDNN_NAMES if not hasattr(_cudnn(), name)]
-    if missing:
-        return f"JAX {jax.__version__} has moved its cuDNN primitives with residuals: {missing} not found"
-    return None
-
-
-_CUDNN_NAMES = (
-    "_dot_product_attention_fwd_p_wrapper",
-    "_dot_product_attention_bwd_p_wrapper",
-    "AttentionLayout",
-    "MaskType",
-)
-
-_CUDNN_MASKED = {"bfloat16": -(2.0**41), "float16": -(2.0**15)}
-"""What stands for minus infinity in a cuDNN bias: two infinities would be subtracted inside the kernel."""
-
-_CUDNN_LARGE_BIAS = 4096.0
-"""Largest bias of a row that cuDNN is given as it is: there ``lse``, one float32, is within 2^-12 of itself."""
-
-
-def _cudnn() -> Any:
-    """Return JAX's private module of cuDNN attention; no public one takes residuals back in."""
-    from jax._src.cudnn import fused_attention_stablehlo
-
-    return fused_attention_stablehlo
-
-
-class _CudnnCall(NamedTuple):
-    """What both primitives take, and by how much each row's bias was lowered for them."""
-
-    operands: list[Array]
-    parameters: dict[str, Any]
-    shift: Array | None
-    """[#B, #N, T], the large bias that a whole row shares; None if no bias was given."""
-
-
-def _cudnn_call(flash: Flash, query: Array, key: Array, bias: Array | None, mask: Array | None) -> _CudnnCall:
-    """Return the call's operands: the unused ones as empty arrays, mask folded into the bias.
-
-    cuDNN has one statistic, ``lse``, in float32. Probabilities do not change when all scores of a row do by the
-    same number, so a row whose largest bias is large gets a bias without it; it goes into ``maximum``, and ``lse``
-    keeps its digits.
-    """
-    problem = _cudnn_shape_problem(query, key, bias, mask)
-    if problem:
-        raise UsageError(problem)
-    unused = jnp.zeros(0, query.dtype)
-    has_bias = bias is not None or mask is not None
-    combined, shift = unused, None
-    if has_bias:
-        masked = _CUDNN_MASKED[query.dtype.name]
-        lengths = (query.shape[1], key.shape[1])
-        wide = jnp.zeros((1,) * 4, jnp.float32) if bias is None else bias.astype(jnp.float32)
-        wide = wide if mask is None else jnp.where(mask, wide, -jnp.inf)
-        wide = jnp.broadcast_to(wide, (*wide.shape[:2], *lengths))
-        if bias is not None:
-            if flash.is_causal:  # what a row does not see must not count as its largest
-                wide = jnp.where(np.tri(*lengths, dtype=bool)[None, None], wide, -jnp.inf)
-            largest = jnp.max(wide, axis=-1)
-            large = jnp.isfinite(largest) & (jnp.abs(largest) > _CUDNN_LARGE_BIAS)
-            shift = jnp.where(large, largest, 0)
-            wide = wide - shift[..., None]
-        combined = jnp.clip(wide, masked, -masked).astype(query.dtype)
-    mask_type = _cudnn().MaskType.CAUSAL if flash.is_causal else _cudnn().MaskType.NO_MASK
-    parameters = dict(
-        scale=float(flash.scale),
-        seed=42,
-        dropout_rate=0.0,
-        variadic_args=(has_bias, has_bias),
-        mask_type=mask_type,
-        layout=_cudnn().AttentionLayout.BTNH.value,
-        sliding_window_length=None,
-    )
-    # bias, query lengths, key lengths, query offsets, key offsets, page table of keys, page table of values
-    return _CudnnCall([combined, *[unused] * 6], parameters, shift)
-
-
-def _cudnn_forward(
-    flash: Flash, query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
-) -> Statistics:
-    call = _cudnn_call(flash, query, key, bias, mask)
-    output, lse = _cudnn()._dot_product_attention_fwd_p_wrapper.bind(
-        query, key, value, *call.operands, is_training=True, **call.parameters
-    )
-    if bias is None and mask is None:
-        return Statistics(output, lse, jnp.zeros_like(lse))
-    empty = lse < _CUDNN_MASKED[query.dtype.name] / 2
-    output = jnp.where(empty.transpose(0, 2, 1)[..., None], 0, output)
-    if call.shift is None:
-        return Statistics(output, jnp.where(empty, -jnp.inf, lse), jnp.zeros_like(lse))
-    # the larger of the two first, for whoever merges; rows with a small bias have no shift, and are as without it
-    shifted = call.shift != 0
-    maximum = jnp.where(empty, -jnp.inf, jnp.where(shifted, call.shift, lse))
-    return Statistics(output, maximum, jnp.where(shifted & ~empty, lse, 0))
-
-
-def _cudnn_backward(
-    flash: Flash,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    mask: Array | None,
-    statistics: Statistics,
-    d_output: Array,
-) -> Gradients:
-    call = _cudnn_call(flash, query, key, bias, mask)
-    maximum = statistics.maximum if call.shift is None else statistics.maximum - call.shift
-    # masked scores stay far below 0
-    lse = jnp.where(statistics.maximum == jnp.inf, 0, maximum + statistics.log_sum)
-    d_query, d_key, d_value, *d_bias = _cudnn()._dot_product_attention_bwd_p_wrapper.bind(
-        query, key, value, *call.operands, lse, statistics.output, d_output, **call.parameters
-    )
-    if bias is None:
-        return Gradients(d_query, d_key, d_value, None)
-    repeated = tuple(axis for axis in range(4) if bias.shape[axis] != d_bias[0].shape[axis])
-    return Gradients(d_query, d_key, d_value, jnp.sum(d_bias[0], repeated, keepdims=True).astype(bias.dtype))
+BACKENDS["xla"] = Backend(_forward, _backward)
