@@ -10,10 +10,11 @@
 from ntk_prefix import bounds, certificate, kernels, models, peft, prompting, training
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention, softmax_attention
 from ntk_prefix.feature_maps import FeatureMap, feature_map
-from ntk_prefix.one_layer import FixedValuePrefixModel, PrefixAttentionLayer, RandomPrefix, TiedPrefixModel
+from ntk_prefix.one_layer import FixedValuePrefixModel, PrefixAttentionLayer, TiedPrefixModel
 from ntk_prefix.polynomial import polynomial_attention, polynomial_degree
 from ntk_prefix.prefix_fit import FitOptions, FitReport
 from ntk_prefix.prefix_state import PrefixState
+from ntk_prefix.random_prefix import RandomPrefix
 
 __all__ = [
     "FeatureMap",

@@ -35,14 +35,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError, check_floating, check_positive, expected
+from ntk_prefix.checks import UsageError, check_attention, check_floating, check_prefix
 from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.flash import Flash, Statistics, cudnn_problem
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["IMPLEMENTATIONS", "LowRank", "check_attention", "ntk_attention", "prefix_attention", "softmax_attention"]
+__all__ = ["IMPLEMENTATIONS", "LowRank", "ntk_attention", "prefix_attention", "softmax_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def prefix_attention(
     Source: arXiv 2406.14036, section on prefix attention; the merge of the two passes is derived.
     """
     scale = check_attention(query, key, value, bias, mask, scale)
-    _check_prefix(query, key, prefix_key, prefix_value)
+    check_prefix(query, key, prefix_key, prefix_value)
     own = _Source(key, value, bias, mask)
     prefix = _Source(prefix_key, prefix_value, None, None)
     implementation = _choose(implementation, query, key, bias, mask)
@@ -448,43 +448,6 @@ def _choose(implementation: str | None, query: Array, key: Array, bias: Array | 
     return implementation
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return 1 / math.sqrt(head_dim)
-    check_positive("scale", scale)  # feature maps are applied to q * sqrt(scale)
-    return float(scale)
-
-
-def check_attention(
-    query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None, scale: float | None
-) -> float:
-    """Raise unless shapes and dtypes are those of attention; return the scale."""
-    if query.ndim != 4 or key.ndim != 4:
-        raise UsageError(f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}")
-    batch, length, heads, head_dim = query.shape
-    if head_dim == 0:
-        raise expected("query", "[B, T, N, H] with H >= 1", query.shape)
-    if value.shape != key.shape:
-        raise UsageError(f"expected value of the key's shape {key.shape}, got {value.shape}")
-    if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[2] == 0 or heads % key.shape[2]:
-        raise UsageError(
-            f"expected key [{batch}, S, K, {head_dim}] with K a divisor of {heads}, got {key.shape}: "
-            f"key and query share batch and head dimension, and key heads divide query heads"
-        )
-    full = (batch, heads, length, key.shape[1])
-    for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None and (x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True))):
-            raise UsageError(
-                f"expected {name} of shape {full}, each axis possibly 1, got {x.shape}: add axes of size 1"
-            )
-    for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
-        if x is not None:
-            check_floating(name, x)
-    if mask is not None and mask.dtype != jnp.bool_:
-        raise UsageError(f"expected a boolean mask, True where a key is seen, got {mask.dtype}: use bias for numbers")
-    return _scale(scale, head_dim)
-
-
 def _check_state(z: Array | LowRank, k: Array, heads: int, features: int, head_dim: int, phi: FeatureMap) -> None:
     """Raise unless z and k are those of so many heads and features, in floating point."""
     factors = z if isinstance(z, LowRank) else (z,)
@@ -500,18 +463,3 @@ def _check_state(z: Array | LowRank, k: Array, heads: int, features: int, head_d
     names = ("z.left", "z.right") if isinstance(z, LowRank) else ("z",)
     for name, x in zip(("k", *names), (k, *factors), strict=True):
         check_floating(name, x)
-
-
-def _check_prefix(query: Array, key: Array, prefix_key: Array, prefix_value: Array) -> None:
-    batch = {3: (), 4: (query.shape[0],)}.get(prefix_key.ndim)
-    if batch is None or prefix_key.shape != (*batch, prefix_key.shape[-3], *key.shape[2:]):
-        raise UsageError(
-            f"expected prefix_key [M, {key.shape[2]}, {key.shape[3]}], or that with a leading batch axis of "
-            f"{query.shape[0]}, got {prefix_key.shape}: a prefix has the key's heads, not the query's"
-        )
-    if prefix_value.shape != prefix_key.shape:
-        raise UsageError(
-            f"expected prefix_value of the prefix_key's shape {prefix_key.shape}, got {prefix_value.shape}"
-        )
-    check_floating("prefix_key", prefix_key)
-    check_floating("prefix_value", prefix_value)

@@ -21,11 +21,13 @@ __all__ = [
     "NonFiniteError",
     "UsageError",
     "check_array",
+    "check_attention",
     "check_count",
     "check_finite",
     "check_floating",
     "check_inputs",
     "check_positive",
+    "check_prefix",
     "check_unit_ball",
     "expected",
     "explain",
@@ -215,3 +217,61 @@ def check_array(name: str, array: jax.Array, *shape: int | str) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _checked_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    check_positive("scale", scale)  # feature maps are applied to q * sqrt(scale)
+    return float(scale)
+
+
+def check_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    scale: float | None,
+) -> float:
+    """Raise unless shapes and dtypes are those of attention; return the scale."""
+    if query.ndim != 4 or key.ndim != 4:
+        raise UsageError(f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}")
+    batch, length, heads, head_dim = query.shape
+    if head_dim == 0:
+        raise expected("query", "[B, T, N, H] with H >= 1", query.shape)
+    if value.shape != key.shape:
+        raise UsageError(f"expected value of the key's shape {key.shape}, got {value.shape}")
+    if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[2] == 0 or heads % key.shape[2]:
+        raise UsageError(
+            f"expected key [{batch}, S, K, {head_dim}] with K a divisor of {heads}, got {key.shape}: "
+            f"key and query share batch and head dimension, and key heads divide query heads"
+        )
+    full = (batch, heads, length, key.shape[1])
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is not None and (x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True))):
+            raise UsageError(
+                f"expected {name} of shape {full}, each axis possibly 1, got {x.shape}: add axes of size 1"
+            )
+    for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
+        if x is not None:
+            check_floating(name, x)
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise UsageError(f"expected a boolean mask, True where a key is seen, got {mask.dtype}: use bias for numbers")
+    return _checked_scale(scale, head_dim)
+
+
+def check_prefix(query: jax.Array, key: jax.Array, prefix_key: jax.Array, prefix_value: jax.Array) -> None:
+    """Raise unless a prefix [M, K, H] or [B, M, K, H] fits the query and the key of attention."""
+    batch = {3: (), 4: (query.shape[0],)}.get(prefix_key.ndim)
+    if batch is None or prefix_key.shape != (*batch, prefix_key.shape[-3], *key.shape[2:]):
+        raise UsageError(
+            f"expected prefix_key [M, {key.shape[2]}, {key.shape[3]}], or that with a leading batch axis of "
+            f"{query.shape[0]}, got {prefix_key.shape}: a prefix has the key's heads, not the query's"
+        )
+    if prefix_value.shape != prefix_key.shape:
+        raise UsageError(
+            f"expected prefix_value of the prefix_key's shape {prefix_key.shape}, got {prefix_value.shape}"
+        )
+    check_floating("prefix_key", prefix_key)
+    check_floating("prefix_value", prefix_value)

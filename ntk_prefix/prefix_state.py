@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.attention import LowRank, check_attention, ntk_attention, prefix_attention
-from ntk_prefix.checks import UsageError, check_array, check_count, check_positive, expected
+from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
+from ntk_prefix.checks import UsageError, check_array, check_attention, check_count, check_positive, expected
 from ntk_prefix.feature_maps import Elu1, FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.precision import accumulation_dtype

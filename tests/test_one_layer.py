@@ -17,7 +17,6 @@ from hypothesis.extra.numpy import arrays
 from ntk_prefix import FixedValuePrefixModel, PrefixAttentionLayer, RandomPrefix, TiedPrefixModel
 from ntk_prefix.kernels import prefix_ntk
 from ntk_prefix.one_layer import (
-    TILE,
     Frozen,
     attend,
     attention_mass,
@@ -26,6 +25,7 @@ from ntk_prefix.one_layer import (
     tied_jacobian,
     tied_outputs,
 )
+from ntk_prefix.random_prefix import TILE
 from ntk_prefix.training import Trainer, half_squared_error
 
 N, D, M, OUTPUTS = 3, 2, 6, 4

@@ -13,7 +13,8 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from ntk_prefix.kernels import limit_ntk
-from ntk_prefix.one_layer import FixedValuePrefixModel, ModelName, TiedPrefixModel
+from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel
+from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.training import Trainer, TrainState, half_squared_error
 from ntk_prefix.typing import Array, Float, Inputs
 from theory.claim import Undecidable

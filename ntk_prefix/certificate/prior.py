@@ -16,7 +16,7 @@ import numpy as np
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.rounding import OUTWARD, Enclosure, eigen_enclosure, gamma
 from ntk_prefix.kernels.limit import limit_ntk
-from ntk_prefix.one_layer import ModelName, Variant, variant_named
+from ntk_prefix.random_prefix import ModelName, Variant, variant_named
 
 __all__ = ["Moments", "Prior"]
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.certificate.rounding import eigen_enclosure, gamma
-from ntk_prefix.one_layer import TILE, FixedValuePrefixModel, RandomPrefix, TiedPrefixModel, Variant
+from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel
+from ntk_prefix.random_prefix import TILE, RandomPrefix, Variant
 from ntk_prefix.typing import Array
 
 __all__ = ["Ball", "Claimed", "Prefix", "Tokens"]

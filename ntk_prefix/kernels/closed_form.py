@@ -38,15 +38,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from ntk_prefix.checks import UsageError, check_count, check_inputs
-from ntk_prefix.one_layer import (
-    TILE,
-    FixedValuePrefixModel,
-    RandomPrefix,
-    TiedPrefixModel,
-    Variant,
-    check_signs,
-)
+from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel, check_signs
 from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.random_prefix import TILE, RandomPrefix, Variant
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
 
 __all__ = ["KernelPart", "prefix_ntk"]

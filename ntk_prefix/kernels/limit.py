@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ntk_prefix.checks import UsageError, check_array, check_inputs, check_positive
 from ntk_prefix.kernels.closed_form import KernelPart
-from ntk_prefix.one_layer import ModelName, variant_named
+from ntk_prefix.random_prefix import ModelName, variant_named
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
 
 __all__ = ["limit_ntk", "real_layer_limit_ntk"]

@@ -24,7 +24,8 @@ from jax.sharding import AxisType, Mesh
 from ntk_prefix import FixedValuePrefixModel, RandomPrefix, TiedPrefixModel
 from ntk_prefix.kernels import prefix_ntk
 from ntk_prefix.kernels.closed_form import WIDEST_SCORES
-from ntk_prefix.one_layer import TILE, attention_mass, fixed_outputs, tied_outputs
+from ntk_prefix.one_layer import attention_mass, fixed_outputs, tied_outputs
+from ntk_prefix.random_prefix import TILE
 from ntk_prefix.training import Trainer, half_squared_error
 
 N, D, M, OUTPUTS = 3, 2, 10, 3

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from ntk_prefix import RandomPrefix, bounds
 from ntk_prefix.certificate import Certificate, certify, find_m
 from ntk_prefix.kernels import prefix_ntk
-from ntk_prefix.one_layer import ModelName, fixed_outputs, tied_outputs
+from ntk_prefix.one_layer import fixed_outputs, tied_outputs
+from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.typing import Array
 from theory import figures
 from theory.claim import Check, Claim, Control, Evidence, Undecidable

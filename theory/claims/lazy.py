@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ntk_prefix import FixedValuePrefixModel, TiedPrefixModel, bounds
 from ntk_prefix.kernels import prefix_ntk
-from ntk_prefix.one_layer import ModelName
+from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.typing import Array, Inputs
 from theory import figures, fits
 from theory.claim import Check, Claim, Control, Evidence, relative_error

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ntk_prefix import RandomPrefix
 from ntk_prefix.kernels import limit_ntk, prefix_ntk
-from ntk_prefix.one_layer import ModelName
+from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.typing import Kernel
 from theory import figures, fits
 from theory.claim import Check, Claim, Control, Evidence, relative_error

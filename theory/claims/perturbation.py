@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ntk_prefix import bounds
-from ntk_prefix.one_layer import ModelName, fixed_jacobian, tied_jacobian
+from ntk_prefix.one_layer import fixed_jacobian, tied_jacobian
+from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.typing import Array
 from theory import figures, fits
 from theory.claim import Check, Claim, Control, Evidence
