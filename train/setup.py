@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def build(config: TrainConfig) -> Setup:
     if kind != "image-classification" and tokenizer is None:
         raise expected("--model", f"one with a tokenizer, for {config.task} is text", f"{config.model}, which has none")
     model = load_model(config, path, task.kind, task.num_labels)
+    _check_vocabulary(model, task, config.model)
     set_context_length(model, config.data.max_length, config.window)
     rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.max_length))
     _, first = next(data.train_batches(task.train, rows, config.seed))
@@ -95,6 +97,20 @@ def build(config: TrainConfig) -> Setup:
     return Setup(config, model, task, trainer, tokenizer)
 
 
+def _check_vocabulary(model: Any, task: tasks.Task, name: str) -> None:
+    """Refuse token ids that the model has no embedding of: it would read NaN in their place.
+
+    A tokenizer may know more tokens than the model, as long as no text has one.
+    """
+    known = getattr(getattr(model, "backbone", model).config, "vocab_size", math.inf)
+    for split in (task.train, task.validation, task.test):
+        for column in {"input_ids", "prompt_ids"} & split.keys():
+            if (largest := max((int(ids.max()) for ids in split[column] if len(ids)), default=0)) >= known:
+                raise expected(
+                    "--model", f"a tokenizer whose ids are below {known}, the model's", f"{largest} from {name}"
+                )
+
+
 def model_path(name: str) -> Path | None:
     """Return where a model's files are: an asset's name, or a path; None for the random tiny model.
 
@@ -106,8 +122,9 @@ def model_path(name: str) -> Path | None:
     if name in assets.ASSETS:
         return assets.asset(name)
     if not Path(name).exists():
-        raise UsageError(
-            f"--model: expected an asset ({', '.join(assets.ASSETS)}), tiny-vit, or an existing path, got {name!r}."
+        hub = f"Get a model of the hub with: hf download {name} --local-dir DIR" if name.count("/") == 1 else ""
+        raise expected(
+            "--model", f"an asset ({', '.join(assets.ASSETS)}), tiny-vit, or an existing path", repr(name), hub
         )
     return Path(name)
 

@@ -258,6 +258,22 @@ class TestWhatIsWrong:
         line = refused(monkeypatch, capsys, "text", "--model", BERT, "--data-dir", tmp_path, *NAMED)
         assert "test split: expected a label out of 1, 2, 3, 4, 5 in row 0, got '0'" in line
 
+    def test_a_token_that_the_model_has_not_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of a tokenizer with added tokens: compiled, such an id would be read as NaN."""
+        monkeypatch.chdir(tmp_path)
+        folder = shutil.copytree(BERT, tmp_path / "bert")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_tokens(["film"])
+        known = json.loads((folder / "config.json").read_text())["vocab_size"]
+        tokenizer.add_tokens([f"word{i}" for i in range(known)])
+        tokenizer.add_tokens(["review"])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        file = write_rows(tmp_path / "reviews.csv", [{**row, "review": "review " + row["review"]} for row in REVIEWS])
+        line = refused(monkeypatch, capsys, "text", "--model", folder, "--data-dir", file, *NAMED)
+        assert f"--model: expected a tokenizer whose ids are below {known}, the model's, got" in line
+
 
 def test_numbers_are_in_their_order(tmp_path: Path) -> None:
     numbers = [10.0, 9.0, -1.0, 9.0] * 2  # as a table with gaps has them
