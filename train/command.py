@@ -154,12 +154,36 @@ def field_types(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
+LARGEST_COUNT = 2**31 - 1
+"""Of steps, rows and tokens: what the 32 bits of a step counter and of an index hold."""
+
+
 def at_least(name: str, value: float | None, lowest: float) -> None:
-    """Refuse a flag's number that is not finite or below ``lowest``; None passes.
+    """Refuse a flag's number that is not finite, below ``lowest`` or a count beyond 32 bits; None passes.
 
     Raises:
         UsageError: naming the flag.
     """
-    if value is not None and not (math.isfinite(value) and value >= lowest):
-        wanted = f"at least {lowest}" if math.isfinite(value) else "a finite number"
-        raise expected(f"--{name.replace('_', '-')}", wanted, value)
+    if value is None:
+        return
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, int):  # first: the largest whole numbers are beyond what is finite as a float
+        if value > LARGEST_COUNT:
+            raise expected(flag, f"at most {LARGEST_COUNT}", value)
+    elif not math.isfinite(value):
+        raise expected(flag, "a finite number", value)
+    if value < lowest:
+        raise expected(flag, f"at least {lowest}", value)
+
+
+def check_rates(flag: str, rates: tuple[float, ...]) -> None:
+    """Refuse learning rates that are not finite, or that share a folder, whose name has six digits of them.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    check_finite(flag, rates)
+    named: dict[str, float] = {}
+    for rate in rates:
+        if named.setdefault(f"{rate:g}", rate) != rate:
+            raise expected(flag, "rates that differ in their first six digits", f"{named[f'{rate:g}']} and {rate}")

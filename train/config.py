@@ -74,6 +74,7 @@ class DataConfig(Checked):
         """Refuse sizes that no data can have."""
         for name in ("train_size", "test_size", "image_size", "grouped"):
             at_least(name, getattr(self, name), 1)
+        at_least("validation_size", self.validation_size, 0)
         if self.validation_size is not None and not (
             0 < self.validation_size < 1 or (self.validation_size >= 1 and float(self.validation_size).is_integer())
         ):
@@ -241,6 +242,7 @@ class TrainConfig(Checked, metaclass=_Sectioned):
             raise expected("--method", f"one of {', '.join(METHODS)}", repr(self.method))
         if self.window is not None and self.window < 1:
             raise expected("--window", "at least 1 token to each side, or None", self.window)
+        at_least("window", self.window, 1)
         if not 0 <= self.seed <= LARGEST_SEED:
             raise expected("--seed", f"an integer from 0 to {LARGEST_SEED}", self.seed)
         configs = adapter_config(self.method, self.adapter)

@@ -46,7 +46,7 @@ from ntk_prefix.kernels import empirical_ntk
 from ntk_prefix.kernels.empirical import KernelFallbackWarning
 from ntk_prefix.typing import Array, Float
 from train import data
-from train.command import Checked, DivergedError, ended, parsed
+from train.command import Checked, DivergedError, check_rates, ended, parsed
 from train.config import CONFIGS, METHODS, TrainConfig
 from train.loop import Interrupted, run
 from train.setup import build, model_inputs
@@ -103,6 +103,7 @@ class Options(Checked):
             raise expected("--learning-rates", "at least one", "none")
         for method, rate in itertools.product(self.methods, self.learning_rates):
             _config(self, method, rate, self.seeds - 1)
+        check_rates("--learning-rates", self.learning_rates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +355,8 @@ def main(options: Options, console: Console | None = None) -> None:
     """Compute the view of every method on every sample, print a table, draw."""
     console = console or Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    views = [cached_view(options, m, seed, console) for seed in range(options.seeds) for m in options.methods]
+    methods = tuple(dict.fromkeys(options.methods))  # one that is named twice is no second sample
+    views = [cached_view(options, m, seed, console) for seed in range(options.seeds) for m in methods]
     table = Table()
     table.add_column("method", no_wrap=True)
     for name in ("parameters", "directions", "kernel regression", "with the head's", "fine-tuned", "ahead by"):

@@ -307,6 +307,11 @@ class TestCells:
         ({"set": ("steps=many",)}, "--set steps: expected a value of type int, got 'many'"),
         ({"set": ("learning_rate=nan",)}, "--set learning_rate: expected"),
         ({"grid": (float("nan"),)}, "--grid: expected a finite number"),
+        ({"grid": (0.01, 0.010000001)}, "--grid: expected rates that differ in their first six digits"),
+        ({"set": ("seed=3",)}, "--set seed: expected it left alone.*--seeds"),
+        ({"set": ("method=lora",)}, "--set method: expected it left alone.*--rows"),
+        ({"set": ("learning_rate=0.1",)}, "--set learning_rate: expected it left alone.*--grid"),
+        ({"set": ("test=false",)}, "--set test: expected it left alone"),
         ({"grid": (-1.0,)}, "--learning-rate: expected at least 0"),
     ],
 )

@@ -89,6 +89,7 @@ def test_views_that_were_made_are_not_made_again(tmp_path: Path, monkeypatch: py
         ({"config": "gsm8k"}, "--config: expected one of tiny, .* got 'gsm8k'"),
         ({"learning_rates": ()}, "--learning-rates: expected at least one"),
         ({"learning_rates": (1e-3, float("nan"))}, "--learning-rate: expected a finite number"),
+        ({"learning_rates": (0.01, 0.010000001)}, "--learning-rates: expected rates that differ"),
         ({"max_length": 4}, "--max-length: expected at least 8"),
         ({"steps": 0}, "--steps: expected at least 1"),
     ],

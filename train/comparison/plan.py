@@ -9,12 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from ntk_prefix.checks import expected
-from train.command import Checked, check_finite, typed_changes
+from train.command import Checked, check_rates, typed_changes
 from train.config import CONFIGS, FIELD_TYPES, TrainConfig
 from train.profiles import PROFILES, Name, Row
 from train.sources import find_folder
 
 __all__ = ["Cell", "Comparison"]
+
+
+OF_THE_CELL = {
+    "task": "Choose tasks with --tasks",
+    "method": "Choose methods with --rows",
+    "adapter": "Choose methods with --rows",
+    "learning_rate": "Choose rates with --grid",
+    "seed": "Choose how many seeds with --seeds",
+    "test": "The test split is read for the chosen rate only",
+}
+"""What a cell's place in the table says, with what to do: set for all, cells of different names would be one run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +77,17 @@ class Comparison(Checked):
             raise expected("--rows", f"some of {sorted(labels)}", sorted(unknown))
         if self.seeds is not None and self.seeds < 1:
             raise expected("--seeds", "at least one", self.seeds)
-        check_finite("--grid", self.grid)
+        check_rates("--grid", self.grid)
+        for field in typed_changes("--set", self.set, FIELD_TYPES):
+            if field in OF_THE_CELL:
+                raise expected(f"--set {field}", "it left alone", "a value", OF_THE_CELL[field])
         for cell in self.grid_cells():
             self.config(cell)
 
     @property
     def chosen_tasks(self) -> tuple[str, ...]:
         """The tasks of this table."""
-        return self.tasks or tuple(PROFILES[self.profile].tasks)
+        return tuple(dict.fromkeys(self.tasks)) or tuple(PROFILES[self.profile].tasks)
 
     def rows_of(self, task: str) -> list[Row]:
         """Return the rows of a task."""
@@ -91,7 +105,7 @@ class Comparison(Checked):
     @property
     def rates(self) -> tuple[float, ...]:
         """The grid."""
-        return self.grid or PROFILES[self.profile].grid
+        return tuple(dict.fromkeys(self.grid)) or PROFILES[self.profile].grid
 
     def grid_cells(self, *, seeds: int = 1) -> Iterator[Cell]:
         """Yield a cell for each line and rate, with the first seeds."""

@@ -117,7 +117,8 @@ def _train(comparison: Comparison, cell: Cell, console: Console, *, test: bool) 
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # whatever a library prints: what ended the run must not be lost to it
         process_group=0,  # Ctrl-C comes to us alone: a run that is asked to stop twice does not wait to save
     ) as process:
         try:
