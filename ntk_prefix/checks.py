@@ -78,8 +78,13 @@ def explain(error: BaseException) -> str | None:
     """Return one line for an error that a user can mend, None for one that is ours and must keep its traceback.
 
     A user can mend a :class:`UsageError`, what the operating system refuses (the file is named), and a machine whose
-    memory is too small.
+    memory is too small. Bytes of a path that are no text come as question marks: no terminal can print them.
     """
+    line = _explained(error)
+    return None if line is None else line.encode("utf-8", "replace").decode()
+
+
+def _explained(error: BaseException) -> str | None:
     if isinstance(error, UsageError):
         return str(error)
     if isinstance(error, OSError):

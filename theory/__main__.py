@@ -133,7 +133,8 @@ def main(
         console.print(f"[red]{escape(line)}[/]", highlight=False, soft_wrap=True)
         return 2
     console.print(summary(outcome))
-    console.print(f"report: {escape(str(outcome.page))}", highlight=False, soft_wrap=True)
+    page = str(outcome.page).encode("utf-8", "replace").decode()  # bytes that are no text cannot be printed
+    console.print(f"report: {escape(page)}", highlight=False, soft_wrap=True)
     return outcome.status
 
 

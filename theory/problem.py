@@ -107,9 +107,10 @@ def load(data: str, *, inputs: int | None, width: int, sigma: float, seed: int, 
     check_inputs(label, x)
     check_unit_ball(label, x)
     _check_distinct(label, np.asarray(x))
-    spread = sigma * float(np.linalg.norm(np.asarray(x), axis=1).max())
-    if not SMALLEST_SPREAD <= spread <= LARGEST_SPREAD:
-        largest, smallest = sigma * LARGEST_SPREAD / spread, sigma * SMALLEST_SPREAD / spread
+    unit = float(np.abs(x).max())  # not 0: what is divided by it has squares that neither vanish nor overflow
+    norm = unit * float(np.linalg.norm(np.asarray(x) / unit, axis=1).max())
+    smallest, largest = (bound / max(norm, np.finfo(float).tiny) for bound in (SMALLEST_SPREAD, LARGEST_SPREAD))
+    if not smallest <= sigma <= largest:
         raise expected(
             "--sigma",
             f"a number from {smallest:.3g} to {largest:.3g} for these rows",

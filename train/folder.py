@@ -87,9 +87,18 @@ class RunFolder:
 
     Args:
         path: made if need be.
+
+    Raises:
+        UsageError: its path is no text, which checkpoints cannot be written to.
     """
 
     def __init__(self, path: Path):
+        try:
+            os.fspath(path.absolute()).encode()
+        except UnicodeEncodeError:
+            raise expected(
+                "--workdir", "a path that is UTF-8", repr(os.fspath(path)), "Rename it, or set PYTHONUTF8=1 if it is UTF-8"
+            ) from None
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self.summary = path / "summary.json"

@@ -75,6 +75,7 @@ def build(config: TrainConfig) -> Setup:
         raise expected("--model", f"one with a tokenizer, for {config.task} is text", f"{config.model}, which has none")
     model = load_model(config, path, task.kind, task.num_labels)
     _check_vocabulary(model, task, config.model)
+    _check_image_size(model, task, config.data.image_size)
     set_context_length(model, config.data.max_length, config.window)
     rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.max_length))
     _, first = next(data.train_batches(task.train, rows, config.seed))
@@ -109,6 +110,12 @@ def _check_vocabulary(model: Any, task: tasks.Task, name: str) -> None:
                 raise expected(
                     "--model", f"a tokenizer whose ids are below {known}, the model's", f"{largest} from {name}"
                 )
+
+
+def _check_image_size(model: Any, task: tasks.Task, size: int) -> None:
+    """Refuse images that do not divide into the model's patches, before the run takes its folder."""
+    if task.kind == "image-classification" and size % (patch := model.backbone.config.patch_size):
+        raise expected("--image-size", f"a multiple of the model's patches of {patch}", size)
 
 
 def model_path(name: str) -> Path | None:

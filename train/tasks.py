@@ -122,6 +122,8 @@ def load(
     else:
         size = min(0.1, 1000 / _rows_of(train)) if size is None else size
         train, validation = _split(f"{name}, validation_size", train, size, SPLIT_SEED)
+        if not _rows_of(train):
+            raise expected("--validation-size", f"fewer than all {_rows_of(validation)} training rows", size)
     if settings.train_size is not None:
         train = _split(f"{name}, train_size", train, settings.train_size, seed)[1]
     if settings.test_beyond:

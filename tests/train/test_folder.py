@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ntk_prefix.artifacts import json_text
-from ntk_prefix.checks import NonFiniteError, UsageError
+from ntk_prefix.checks import NonFiniteError, UsageError, explain
 from tests.fuzz import damaged_bytes, damaged_json, fuzzed, read_whole, survives
 from train.config import CONFIGS, TrainConfig
 from train.folder import Metrics, RunFolder, read_summary
@@ -123,6 +123,14 @@ def folder(path: Path, config: TrainConfig, **changes: Any) -> RunFolder:
     written = {**SUMMARY, "config": json.loads(json_text(config.as_dict())), **changes}
     made.summary.write_text(json_text(written))
     return made
+
+
+def test_a_path_that_is_no_text_is_refused_at_once(tmp_path: Path) -> None:
+    """Checkpoints cannot be written there, which would only be said at the end."""
+    with pytest.raises(UsageError, match="--workdir: expected a path that is UTF-8") as caught:
+        RunFolder(tmp_path / "\udcff")
+    assert "--workdir" in (explain(caught.value) or "")
+    assert (explain(FileNotFoundError(2, "none", "\udcff")) or "").encode() == b"?: none."
 
 
 class TestWhoseAFolderIs:

@@ -40,6 +40,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("nosuch",), "newsgroups_long"),
         (("tiny", "--devices", "99"), "--devices: expected at most the 8 that are here, got 99"),
         (("tiny", "--batch-size", "12"), "--batch-size: expected rows divisible by the 8 devices"),
+        (("tiny", "--validation-size", "0.99999"), "--validation-size: expected fewer than all 1438 training rows"),
+        (("tiny", "--image-size", "9"), "--image-size: expected a multiple of the model's patches of 2, got 9"),
         (("tiny", "--model", "/nowhere"), "or an existing path, got '/nowhere'"),
         (("sst2", "--data-dir", "/nowhere", "--model", "tiny-vit"), "in /nowhere or in a folder sst2 there"),
     ],
