@@ -136,7 +136,7 @@ def _typed(name: str, text: str, kind: Any) -> Any:
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Refuse infinite and NaN numbers, also within lists.
+    """Refuse infinite and NaN numbers, and counts beyond 32 bits, also within lists.
 
     Raises:
         UsageError: naming it.
@@ -146,6 +146,8 @@ def check_finite(name: str, value: Any) -> None:
             check_finite(name, entry)
     elif isinstance(value, float) and not math.isfinite(value):
         raise expected(name, "a finite number", value)
+    elif isinstance(value, int) and value > LARGEST_COUNT:
+        raise expected(name, f"at most {LARGEST_COUNT}", value)
 
 
 def field_types(kind: type) -> dict[str, Any]:

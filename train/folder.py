@@ -97,7 +97,10 @@ class RunFolder:
             os.fspath(path.absolute()).encode()
         except UnicodeEncodeError:
             raise expected(
-                "--workdir", "a path that is UTF-8", repr(os.fspath(path)), "Rename it, or set PYTHONUTF8=1 if it is UTF-8"
+                "--workdir",
+                "a path that is UTF-8",
+                repr(os.fspath(path)),
+                "Rename it, or set PYTHONUTF8=1 if it is UTF-8",
             ) from None
         self.path = path
         path.mkdir(parents=True, exist_ok=True)

@@ -414,7 +414,10 @@ class TestBadInput:
             (np.array([0.1, 0.2]), r"expected a matrix \[n, d\]"),
             (np.zeros((2, 2, 2)) + 0.1, r"expected a matrix \[n, d\]"),
             (np.array([[1, 0], [0, 1]]), "expected floating point numbers.*got int64"),
-            (np.array([[3e-300, 4e-300], [1e-300, 0]]), r"--sigma: expected a number from 2e\+293 to 3\.2e\+300 for these"),
+            (
+                np.array([[3e-300, 4e-300], [1e-300, 0]]),
+                r"--sigma: expected a number from 2e\+293 to 3\.2e\+300 for these",
+            ),
             (np.ones((70, 64)) * np.linspace(0.01, 0.1, 70)[:, None], r"expected n \* d <= 4096, got 70 \* 64"),
         ],
         ids=["nan", "outside", "duplicate", "zero", "vector", "cube", "integer", "denormal squares", "large"],

@@ -161,6 +161,7 @@ class TestFlags:
             ("--adapter", "r=true", "--adapter r: expected a value of type int, got 'true'"),
             ("--adapter", "alpha=NaN", "--adapter alpha: expected"),
             ("--adapter", "alpha=1e999", "--adapter alpha: expected a finite number"),
+            ("--adapter", "r=" + "9" * 26, "--adapter r: expected at most 2147483647"),
             ("--adapter", "use_rslora=3", "--adapter use_rslora: expected a value of type bool, got '3'"),
             ("--seed", "-1", "--seed: expected an integer from 0"),
             ("--seed", "4294967295", "--seed: expected an integer from 0"),
