@@ -7,16 +7,19 @@ it, the weights of one place (:class:`Adapter`), and the module that hosts them 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.typing import Array, Float, Int
 
 __all__ = [
@@ -34,6 +37,15 @@ __all__ = [
     "targets",
     "without_hosts",
 ]
+
+
+LARGEST_NUMBER = 1e30
+"""In a configuration."""
+
+
+@functools.cache
+def _kinds(config: type[AdapterConfig]) -> dict[str, Any]:
+    return typing.get_type_hints(config)
 
 
 class AdapterParam(nnx.LoRAParam):
@@ -67,11 +79,24 @@ class AdapterConfig:
     """What Hugging Face calls the method, if its library has it."""
     in_place: ClassVar[bool] = False
     """True if the method changes the model's own weights, so that it cannot be switched off or shared."""
+    objects: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose value may also be an object of another type, which the method looks at itself."""
     target: str = ""
     train_head: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse a target that is no regular expression."""
+        """Refuse values of other types than the fields', numbers that are not finite, a target that is no pattern."""
+        kinds = _kinds(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                if field.name not in self.objects or isinstance(value, str | None):
+                    msgspec.convert(value, kinds[field.name])
+            except (msgspec.ValidationError, TypeError):
+                raise expected(field.name, field.type, repr(value)) from None
+            # larger ones overflow float32 once they are squared or multiplied into weights
+            if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:
+                raise expected(field.name, f"a number within +-{LARGEST_NUMBER:g}", value)
         try:
             re.compile(self.target)
         except (re.error, OverflowError, RecursionError) as error:

@@ -83,8 +83,9 @@ def save_pretrained(
         base_model_name_or_path: recorded for the reader; what the model says of itself if None.
 
     Raises:
-        ValueError: no such adapter, or none is active; a weight that is not finite, by its name; a configuration that no
-            file can hold, such as a feature map of one's own.
+        ValueError: no such adapter, or none is active; a weight that is not finite, or below zero where
+            :func:`load_adapter` would refuse it, by its name; a configuration that no file can hold, such as a feature map
+            of one's own.
     """
     known = configs(model)
     if name is None:
@@ -92,10 +93,17 @@ def save_pretrained(
     if name not in known:
         raise UsageError(f"expected an adapter among {sorted(known)}, got {name!r}: activate one, or name it")
     names = Names(model)
-    tensors = {slot.key: slot.value for slot in _slots(model, name, names)}
-    for key, value in tensors.items():
-        if not np.isfinite(np.asarray(value, np.float32)).all():
-            raise NonFiniteError(f"{key} of adapter {name!r}: expected finite weights to save, got NaN or infinity.")
+    slots = list(_slots(model, name, names))
+    for slot in slots:
+        what, value = f"{slot.key} of adapter {name!r}", np.asarray(slot.value, np.float32)
+        if not np.isfinite(value).all():
+            raise NonFiniteError(f"{what}: expected finite weights to save, got NaN or infinity.")
+        if slot.non_negative and value.min(initial=0) < 0:
+            raise expected(
+                what, "weights >= 0, which are part of a denominator", value.min(),
+                "Wrap the optimizer in peft.non_negative, or clip them at 0",
+            )  # fmt: skip
+    tensors = {slot.key: slot.value for slot in slots}
     fields, stored = to_fields(known[name], model, names, tensors)
     fields["base_model_name_or_path"] = base_model_name_or_path or getattr(names.backbone, "name_or_path", None)
     if "head.weight" in tensors:

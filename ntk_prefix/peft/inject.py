@@ -87,7 +87,7 @@ def apply(
                 changed = each.inject(module, name, rngs, measured.get((i, path)))
                 if changed is not module:
                     _replace(model, path, changed)
-    except ValueError:
+    except BaseException:  # also what memory, a user's own method or Ctrl-C ends
         _remove(model, name)
         _freeze_in_place(model)
         raise
@@ -217,8 +217,12 @@ def merge(model: Any) -> Any:
     """Write the active LoRA adapter, and its head, into the weights, and take all adapters off.
 
     Raises:
-        ValueError: an adapter that no weight can stand for.
+        ValueError: an adapter that no weight can stand for; adapters none of which is active.
     """
+    if configs(model) and active_adapter(model) is None:
+        raise expected(
+            "model", f"an active adapter among {sorted(configs(model))}", "none", "Activate one, or delete them"
+        )
     foreign = {type(host).__name__: host.unmergeable for host in _hosts(model) if host.current() and host.unmergeable}
     if foreign:
         raise UsageError(

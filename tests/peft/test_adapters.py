@@ -281,6 +281,15 @@ def test_what_no_weight_can_stand_for_is_not_merged(method, name):
     np.testing.assert_array_equal(model(*inputs()), before)
 
 
+def test_with_no_adapter_active_nothing_is_merged_and_nothing_is_lost():
+    model = trained("lora")
+    put(model, "ntk", name="other")
+    peft.delete_adapter(model, "other")
+    with pytest.raises(ValueError, match=r"expected an active adapter among \['default'\], got none"):
+        peft.merge(model)
+    assert list(peft.configs(model)) == ["default"]
+
+
 # ---------------------------------------------------------------------------------- transformations
 
 

@@ -482,6 +482,17 @@ def test_a_name_that_is_taken_is_refused(tmp_path):
         peft.load_adapter(trained("ntk"), tmp_path)
 
 
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    model = trained("ntk")
+    k = model.layers[0].attention.core.adapters["default"].k
+    k[...] = k[...] - 1
+    with pytest.raises(
+        ValueError, match=r"layer\.0\..*k of adapter 'default': expected weights >= 0, .*peft\.non_negative"
+    ):
+        peft.save_pretrained(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("fails", [0, 1])
 def test_a_save_that_fails_leaves_whole_files(tmp_path, monkeypatch, fails):
     peft.save_pretrained(trained("lora"), tmp_path)

@@ -10,6 +10,7 @@ from flax import nnx
 
 import ntk_prefix as npx
 from ntk_prefix import peft
+from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.peft.methods.ntk_attention import RIDGE
 from tests.peft.cases import inputs, put, trained
@@ -230,3 +231,41 @@ def test_a_prefix_of_text_is_what_the_state_starts_as():
     assert model.layers[0].attention.core.adapters["default"].k[...].min() >= 0
     assert isinstance(model.layers[1].attention, AttentionLayer)
     assert type(model.layers[1].attention.core).__name__ == "AttentionCore"
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("lora", "r", 1.5),
+        ("lora", "r", True),
+        ("lora", "target", ["query"]),
+        ("lora", "alpha", np.nan),
+        ("lora", "use_rslora", "no"),
+        ("head", "train_head", None),
+        ("ntk_attention", "mass", "relativ"),
+        ("ntk_attention", "rank", "2"),
+        ("ntk_attention", "feature_map_options", 2),
+        ("prefix_tuning", "num_tokens", 4.0),
+        ("prefix_tuning", "init_scale", np.inf),
+        ("prefix_propagation", "alpha", None),
+    ],
+)
+@pytest.mark.usefixtures("without_annotations")
+def test_a_configuration_refuses_what_is_not_of_its_fields_types_by_name(method, field, value):
+    with pytest.raises(UsageError, match=rf"^{field}: expected .*, got "):
+        peft.METHODS[method](**{field: value})
+
+
+def test_what_ends_an_application_half_way_leaves_the_model_as_it_was():
+    class Broken(peft.LoraConfig):
+        def inject(self, module, name, rngs, measured=None):
+            if next(places) == 2:
+                raise MemoryError
+            return super().inject(module, name, rngs, measured)
+
+    model, places = Tiny(), iter(range(9))
+    before = jax.tree.structure(nnx.state(model))
+    with pytest.raises(MemoryError):
+        peft.apply(model, Broken())
+    assert jax.tree.structure(nnx.state(model)) == before
+    assert peft.trainable_parameters(peft.apply(model, peft.LoraConfig()))[0] > 0

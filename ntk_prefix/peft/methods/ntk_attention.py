@@ -74,6 +74,7 @@ class NTKAttentionConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "ntk_attention"
+    objects: ClassVar[frozenset[str]] = frozenset({"feature_map"})
     target: str = r"\.attention$"
     feature_map: str = "elu1"
     feature_map_options: tuple[tuple[str, int | float], ...] = ()
