@@ -21,10 +21,19 @@ against the text, so every constant is a named parameter whose default is the re
 from __future__ import annotations
 
 import math
+import numbers
 
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_count, check_inputs, check_positive
+from ntk_prefix.checks import (
+    NonFiniteError,
+    UsageError,
+    check_count,
+    check_inputs,
+    check_non_negative,
+    check_positive,
+    expected,
+)
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel, attention_mass
 from ntk_prefix.typing import Inputs
@@ -89,8 +98,8 @@ def log10_prefix_length(
     """
     _check_sizes(inputs, outputs)
     check_positive("smallest", smallest)
-    _check_size("scale", scale)
-    _check_size("exponent", exponent)
+    check_non_negative("scale", scale)
+    check_non_negative("exponent", exponent)
     check_positive("constant", constant)
     _check_failure(failure)
     size = inputs * outputs
@@ -116,8 +125,8 @@ def theory_step_size(
     _check_sizes(inputs, outputs)
     check_positive("smallest", smallest)
     check_positive("tokens", tokens)
-    _check_size("scale", scale)
-    _check_size("exponent", exponent)
+    check_non_negative("scale", scale)
+    check_non_negative("exponent", exponent)
     check_positive("constant", constant)
     return constant * smallest / (tokens * (inputs * outputs) ** 2) * math.exp(-exponent * scale)
 
@@ -139,7 +148,8 @@ def gradient_descent_steps(
     _check_sizes(inputs, outputs)
     check_positive("accuracy", accuracy)
     check_positive("constant", constant)
-    return constant / _contraction(smallest, tokens, step_size) * math.log(inputs * outputs / accuracy)
+    # an accuracy above n d asks for no step, rather than for a negative number of them
+    return constant / _contraction(smallest, tokens, step_size) * max(math.log(inputs * outputs / accuracy), 0.0)
 
 
 def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float, initial: float) -> float:
@@ -158,7 +168,7 @@ def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float,
     Source: recalled; that it holds at every step is what the claim ``convergence`` measures.
     """
     check_count("steps", steps, 0)
-    _check_size("initial", initial)
+    check_non_negative("initial", initial)
     contraction = _contraction(smallest, tokens, step_size) / 2
     if contraction > 1 + 1e-12:  # a step of 2 / (m lambda), rounded, is still one
         raise UsageError(f"step_size: expected m eta lambda / 2 <= 1, got {contraction:.3g}. Take a smaller step.")
@@ -171,10 +181,15 @@ def kernel_drift(*, radius: float, inputs: int, outputs: int, scale: float, expo
     Source: recalled; the claim ``perturbation`` measures the drift against it, and the exponent of R.
     """
     _check_sizes(inputs, outputs)
-    _check_size("radius", radius)
-    _check_size("scale", scale)
-    _check_size("exponent", exponent)
-    return radius * inputs * outputs * math.exp(exponent * scale)
+    check_non_negative("radius", radius)
+    check_non_negative("scale", scale)
+    check_non_negative("exponent", exponent)
+    try:
+        return radius * inputs * outputs * math.exp(exponent * scale)
+    except OverflowError:
+        raise NonFiniteError(
+            f"scale: expected a bound that float64 holds, got one of e^({exponent} * {scale})."
+        ) from None
 
 
 def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs: Inputs, *, radius: float) -> float:
@@ -199,7 +214,7 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
     Source: derived, proof in theory/README.md. A score moves by at most R |x_i|, so a softmax weight by a factor within
     e^{+-2 R |x_i|}; the rest is the triangle inequality.
     """
-    _check_size("radius", radius)
+    check_non_negative("radius", radius)
     check_inputs("inputs", inputs, features=model.weights.shape[1])
     weights = model.weights[...]
     mass = attention_mass(weights, inputs)
@@ -232,8 +247,8 @@ def token_movement(*, smallest: float, tokens: int, initial_error: float, steepe
     """
     check_positive("smallest", smallest)
     check_positive("tokens", tokens)
-    _check_size("initial_error", initial_error)
-    _check_size("steepest", steepest)
+    check_non_negative("initial_error", initial_error)
+    check_non_negative("steepest", steepest)
     return 4 * steepest * initial_error / (tokens * smallest)
 
 
@@ -256,13 +271,8 @@ def _contraction(smallest: float, tokens: int, step_size: float) -> float:
 
 
 def _check_failure(failure: float) -> None:
-    if not 0 < failure < 1:
-        raise UsageError(f"failure: expected a probability in (0, 1), got {failure}.")
-
-
-def _check_size(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise UsageError(f"{name}: expected a finite number >= 0, got {value}.")
+    if not (isinstance(failure, numbers.Real) and 0 < failure < 1):
+        raise expected("failure", "a probability in (0, 1)", failure)
 
 
 def _check_sizes(inputs: int, outputs: int) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "check_finite",
     "check_floating",
     "check_inputs",
+    "check_non_negative",
     "check_positive",
     "check_prefix",
     "check_unit_ball",
@@ -97,6 +98,12 @@ def _explained(error: BaseException) -> str | None:
     return None
 
 
+def _check_is_array(name: str, array: object) -> None:
+    """Refuse a list, None, and whatever else has no shape and no dtype."""
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise expected(name, "an array", type(array).__name__, "Use jnp.asarray")
+
+
 def check_floating(name: str, array: jax.Array) -> None:
     """Refuse an array whose dtype is not a real floating point one.
 
@@ -105,6 +112,7 @@ def check_floating(name: str, array: jax.Array) -> None:
     Raises:
         UsageError: naming the argument and its dtype.
     """
+    _check_is_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise expected(name, "floating point numbers", array.dtype, f"Use {name}.astype(float)")
 
@@ -138,6 +146,7 @@ def check_inputs(name: str, inputs: jax.Array, *, features: int | None = None) -
     Raises:
         ValueError: naming the argument, what was expected, what came, and what to do.
     """
+    _check_is_array(name, inputs)
     if inputs.ndim != 2 or 0 in inputs.shape:
         raise UsageError(
             f"{name}: expected a matrix [n, d] with n, d >= 1, got shape {inputs.shape}. "
@@ -184,6 +193,16 @@ def check_positive(name: str, value: float) -> None:
     """
     if not (_is_number(value) and math.isfinite(value) and value > 0):
         raise expected(name, "a finite number > 0", value)
+
+
+def check_non_negative(name: str, value: float) -> None:
+    """Refuse anything but a finite number from zero on.
+
+    Raises:
+        UsageError: naming the argument and what came.
+    """
+    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+        raise expected(name, "a finite number >= 0", value)
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -240,6 +259,9 @@ def check_attention(
     scale: float | None,
 ) -> float:
     """Raise unless shapes and dtypes are those of attention; return the scale."""
+    for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias), ("mask", mask)):
+        if x is not None or name in ("query", "key", "value"):
+            _check_is_array(name, x)
     if query.ndim != 4 or key.ndim != 4:
         raise UsageError(f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}")
     batch, length, heads, head_dim = query.shape
@@ -268,6 +290,8 @@ def check_attention(
 
 def check_prefix(query: jax.Array, key: jax.Array, prefix_key: jax.Array, prefix_value: jax.Array) -> None:
     """Raise unless a prefix [M, K, H] or [B, M, K, H] fits the query and the key of attention."""
+    _check_is_array("prefix_key", prefix_key)
+    _check_is_array("prefix_value", prefix_value)
     batch = {3: (), 4: (query.shape[0],)}.get(prefix_key.ndim)
     if batch is None or prefix_key.shape != (*batch, prefix_key.shape[-3], *key.shape[2:]):
         raise UsageError(

@@ -23,7 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_count, check_floating, check_positive
+from ntk_prefix.checks import UsageError, check_count, check_floating, check_non_negative, check_positive
 from ntk_prefix.feature_maps import Taylor
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
@@ -61,8 +61,7 @@ def polynomial_degree(score: float, error: float) -> int:
 
     Source: derived (theory/README.md, section 11).
     """
-    if not (math.isfinite(score) and score >= 0):
-        raise UsageError(f"score: expected a finite number >= 0, the largest |scale q . k|, got {score}.")
+    check_non_negative("score", score)
     check_positive("error", error)
     if score == 0:
         return 0

@@ -26,7 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
-from ntk_prefix.checks import UsageError, check_array, check_attention, check_count, check_positive, expected
+from ntk_prefix.checks import (
+    UsageError,
+    check_array,
+    check_attention,
+    check_count,
+    check_finite,
+    check_positive,
+    expected,
+)
 from ntk_prefix.feature_maps import Elu1, FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.precision import accumulation_dtype
@@ -294,6 +302,7 @@ class PrefixState:
     @classmethod
     def _of_sums(cls, sums: Any, phi: FeatureMap, num_heads: int | None, scale: float | None) -> PrefixState:
         (z, k), _ = sums
+        check_finite("the sums over the prefix", (z, k))
         heads = z.shape[0] if num_heads is None else num_heads
         repeats = heads // z.shape[0]
         return cls(jnp.repeat(z, repeats, axis=0), jnp.repeat(k, repeats, axis=0), phi, scale)

@@ -195,6 +195,10 @@ class TestWrongUseIsTold:
         with pytest.raises(ValueError, match=r"failure: expected a probability in \(0, 1\)"):
             call(name, failure=failure)
 
+    def test_a_bound_that_float64_has_no_room_for(self) -> None:
+        with pytest.raises(FloatingPointError, match="scale: expected a bound that float64 holds"):
+            call("kernel_drift", scale=1e3)
+
     @pytest.mark.parametrize("radius", [-0.1, math.inf, math.nan])
     def test_a_radius_that_is_none(self, radius: float) -> None:
         with pytest.raises(ValueError, match=r"radius: expected a finite number >= 0"):

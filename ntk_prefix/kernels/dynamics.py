@@ -111,6 +111,7 @@ def predict(
     check_array("f_train_0", f_train_0, *y_train.shape)
     cross = None
     if ntk_test_train is not None:
+        check_floating("ntk_test_train", ntk_test_train)
         if ntk_test_train.ndim != ntk_train_train.ndim:
             raise UsageError(
                 f"ntk_test_train: expected {ntk_train_train.ndim} axes, as ntk_train_train has, got shape "
@@ -154,14 +155,13 @@ def predict(
 
 def _matrices(name: str, kernel: Array, target_shape: tuple[int, ...]) -> Array:
     """Return a kernel of any of the three kinds as [g, N2, N]."""
+    check_floating(name, kernel)
     n, d = target_shape
-    expected = {4: (kernel.shape[0], d, n, d), 3: (kernel.shape[0], d, n), 2: (kernel.shape[0], n)}.get(kernel.ndim)
-    if kernel.shape != expected:
+    if kernel.shape[1:] != {4: (d, n, d), 3: (d, n), 2: (n,)}.get(kernel.ndim):
         raise UsageError(
             f"{name}: expected [.., {d}, {n}, {d}] (full), [.., {d}, {n}] (diagonal) or [.., {n}] (alike) for targets "
             f"[{n}, {d}], got {kernel.shape}. neural-tangents' own [n1, n2, d, d] needs kernel.transpose(0, 2, 1, 3)."
         )
-    check_floating(name, kernel)
     check_finite(name, kernel)
     if kernel.ndim == 4:
         return kernel.reshape(1, -1, n * d)

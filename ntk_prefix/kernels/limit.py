@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_array, check_inputs, check_positive
+from ntk_prefix.checks import UsageError, check_array, check_finite, check_inputs, check_positive, expected
 from ntk_prefix.kernels.closed_form import KernelPart
 from ntk_prefix.random_prefix import ModelName, variant_named
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
@@ -50,14 +50,15 @@ def limit_ntk(
         [n1, d, n2, d] (outputs in place of d for the fixed model), in the inputs' dtype.
 
     Raises:
-        ValueError: inputs that are not finite [n, d] of one width, sigma <= 0, an unknown model or part.
+        ValueError: inputs that are not finite [n, d] of one width, sigma <= 0, an unknown model or part, a kernel that
+            overflows.
 
     Source: derived here; the paper assumes the limit and has no formula for it.
     """
     x2 = x1 if x2 is None else x2
     check_inputs("x1", x1)
     check_inputs("x2", x2, features=x1.shape[1])
-    check_positive("sigma", sigma)
+    sigma = _checked_sigma(sigma)
     if part not in ("full", "key"):
         raise UsageError(f'part: expected "full" or "key", got {part!r}.')
     variant = variant_named(model)
@@ -66,13 +67,13 @@ def limit_ntk(
     tilt = jnp.exp(sigma**2 * inner)
     identity = jnp.eye(outputs, dtype=inner.dtype)
     if not variant.has_value_part:
-        return _outer(inner * tilt, identity)
+        return _checked(_outer(inner * tilt, identity))
     mean = sigma**2 * (x1[:, None] + x2[None])
     through_key = _outer(sigma**2 * inner, identity) + jnp.einsum("ij,ijk,ijl->ikjl", inner, mean, mean)
     if part == "key":
-        return tilt[:, None, :, None] * through_key
+        return _checked(tilt[:, None, :, None] * through_key)
     mixed = jnp.einsum("jk,ijl->ikjl", x2, mean) + jnp.einsum("ijk,il->ikjl", mean, x1)
-    return tilt[:, None, :, None] * (_outer(jnp.ones_like(inner), identity) + mixed + through_key)
+    return _checked(tilt[:, None, :, None] * (_outer(jnp.ones_like(inner), identity) + mixed + through_key))
 
 
 def real_layer_limit_ntk(
@@ -100,14 +101,14 @@ def real_layer_limit_ntk(
         [n1, d, n2, d], in the inputs' dtype.
 
     Raises:
-        ValueError: inputs that are not finite [n, d] of one width, sigma <= 0.
+        ValueError: inputs that are not finite [n, d] of one width, sigma <= 0, a kernel that overflows.
 
     Source: derived here (theory/README.md); checked by the claim ``real_layer``.
     """
     x2 = x1 if x2 is None else x2
     check_inputs("x1", x1)
     check_inputs("x2", x2, features=x1.shape[1])
-    check_positive("sigma", sigma)
+    sigma = _checked_sigma(sigma)
     width = x1.shape[1]
     for name, projection in (
         ("query_projection", query_projection),
@@ -115,6 +116,7 @@ def real_layer_limit_ntk(
         ("value_projection", value_projection),
     ):
         check_array(name, projection, width, width)
+        check_finite(name, projection)
     effective = jnp.matmul(query_projection, key_projection.T) / jnp.sqrt(jnp.asarray(x1.shape[1], x1.dtype))
     u1, u2 = jnp.matmul(x1, effective), jnp.matmul(x2, effective)
     inner = jnp.matmul(u1, u2.T)
@@ -123,7 +125,20 @@ def real_layer_limit_ntk(
     bracket = _outer(1 + sigma**2 * inner, spread) + jnp.einsum(
         "ij,jk,il->ikjl", 2 * sigma**2 + sigma**4 * inner, pushed2, pushed1
     )
-    return jnp.exp(sigma**2 * inner)[:, None, :, None] * bracket
+    return _checked(jnp.exp(sigma**2 * inner)[:, None, :, None] * bracket)
+
+
+def _checked_sigma(sigma: float) -> float:
+    check_positive("sigma", sigma)
+    if sigma > 1e150:
+        raise expected("sigma", "a number whose square float64 holds", sigma)
+    return float(sigma)
+
+
+def _checked(kernel: Kernel) -> Kernel:
+    """Refuse a kernel whose exponentials overflowed: ``e^{sigma^2 c}`` does from c = 88 / sigma^2 on in float32."""
+    check_finite("the kernel of inputs and a sigma so large", kernel)
+    return kernel
 
 
 def _outer(over_inputs: Float[Array, "n1 n2"], over_outputs: Float[Array, "d1 d2"]) -> Kernel:

@@ -7,7 +7,6 @@ it, the weights of one place (:class:`Adapter`), and the module that hosts them 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -41,11 +40,6 @@ __all__ = [
 
 LARGEST_NUMBER = 1e30
 """In a configuration."""
-
-
-@functools.cache
-def _kinds(config: type[AdapterConfig]) -> dict[str, Any]:
-    return typing.get_type_hints(config)
 
 
 class AdapterParam(nnx.LoRAParam):
@@ -86,7 +80,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         """Refuse values of other types than the fields', numbers that are not finite, a target that is no pattern."""
-        kinds = _kinds(type(self))
+        kinds = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             try:

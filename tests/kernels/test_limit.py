@@ -258,3 +258,9 @@ class TestWrongUseIsTold:
         layer = PrefixAttentionLayer(D, 4, rngs=nnx.Rngs(0))
         own = {name: getattr(layer, name)[...] for name in projections()}
         assert real_layer_limit_ntk(inputs(), **own).shape == (N, D, N, D)
+
+
+@pytest.mark.parametrize("sigma", [1e160, 1e30])
+def test_a_kernel_that_overflows_is_refused_by_name(sigma: float) -> None:
+    with pytest.raises(ValueError, match=r"^(sigma|the kernel of inputs and a sigma so large): expected"):
+        limit_ntk(jnp.ones((2, 2)), sigma=sigma)
