@@ -114,6 +114,9 @@ def parse(arguments: list[str]) -> Command:
         )
     command.config.check()
     refuse_meaningless(arguments, command.config)
+    for name in ("coordinator", "processes", "process"):
+        if not command.job.distributed and (value := getattr(command.job, name)) is not None:
+            raise expected(f"--{name}", "--distributed beside it", value)
     return command
 
 

@@ -166,6 +166,8 @@ class TestFlags:
             ("--seed", "-1", "--seed: expected an integer from 0"),
             ("--seed", "4294967295", "--seed: expected an integer from 0"),
             ("--devices", "0", "--devices: expected at least 1, got 0"),
+            ("--coordinator", "127.0.0.1:8476", "--coordinator: expected --distributed beside it"),
+            ("--process", "0", "--process: expected --distributed beside it, got 0"),
             ("--steps", "99999999999999999999", "--steps: expected at most 2147483647"),
             ("--steps", "9" * 400, "--steps: expected at most 2147483647"),
             ("--validation-size", "9" * 400, "--validation-size: expected at most 2147483647"),
