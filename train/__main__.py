@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 
 from ntk_prefix.checks import UsageError, expected
-from train.command import ended, parsed
+from train.command import Terminal, ended, parsed
 from train.config import CONFIGS, SECTION_OF, TrainConfig
 from train.loop import Interrupted, run
 from train.sources import Kind, spec_of
@@ -152,7 +152,7 @@ def _train(console: Console) -> int:
 
 def main() -> int:
     """Parse, train, print what came out."""
-    console = Console()
+    console = Terminal()
     return ended(lambda: _train(console), console)
 
 

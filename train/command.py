@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -20,7 +21,17 @@ from rich.console import Console
 
 from ntk_prefix.checks import NonFiniteError, expected, explain
 
-__all__ = ["DIVERGED", "USAGE", "Checked", "DivergedError", "ended", "parsed", "show_error", "typed_changes"]
+__all__ = [
+    "DIVERGED",
+    "USAGE",
+    "Checked",
+    "DivergedError",
+    "Terminal",
+    "ended",
+    "parsed",
+    "show_error",
+    "typed_changes",
+]
 
 USAGE, DIVERGED = 2, 3
 """Exit statuses: of what a user can mend, and of a run whose numbers are not finite any more."""
@@ -66,6 +77,17 @@ def parsed(parse: Callable[[], T]) -> T:
     """Return what ``parse`` makes of the command line, in which no :class:`Checked` is checked yet."""
     with _unchecked():
         return parse()
+
+
+class Terminal(Console):
+    """A console whose reader may go, as ``| head`` does: the rest is not printed, and the work is done all the same."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing any more; rich would end the process before its result is written."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
 
 def show_error(console: Console, line: str) -> None:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ntk_prefix.artifacts import json_text, write_whole
-from train.command import ended, parsed
+from train.command import Terminal, ended, parsed
 from train.comparison import run
 from train.comparison.figure import draw, draw_reliability
 from train.comparison.plan import Cell, Comparison
@@ -115,7 +115,7 @@ def _compare(console: Console) -> int:
 
 def main() -> int:
     """Parse, run, print the table."""
-    console = Console()
+    console = Terminal()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the cell that is running saves
     return ended(lambda: _compare(console), console)
 

@@ -46,7 +46,7 @@ from ntk_prefix.kernels import empirical_ntk
 from ntk_prefix.kernels.empirical import KernelFallbackWarning
 from ntk_prefix.typing import Array, Float
 from train import data
-from train.command import Checked, DivergedError, check_rates, ended, parsed
+from train.command import Checked, DivergedError, Terminal, check_rates, ended, parsed
 from train.config import CONFIGS, METHODS, TrainConfig
 from train.loop import Interrupted, run
 from train.setup import build, model_inputs
@@ -406,7 +406,7 @@ def _view_all(console: Console) -> int:
 
 def command() -> int:
     """Parse, compute; say in a line what is wrong."""
-    console = Console()
+    console = Terminal()
     return ended(lambda: _view_all(console), console)
 
 

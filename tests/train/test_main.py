@@ -1,5 +1,6 @@
 """``python -m train`` as it is typed: what is wrong is said before anything runs, with exit status 2."""
 
+import os
 import re
 import shlex
 import sys
@@ -12,7 +13,7 @@ from rich.console import Console
 from ntk_prefix.artifacts import json_text
 from ntk_prefix.checks import NonFiniteError, UsageError, explain
 from train.__main__ import main, parse
-from train.command import DivergedError, ended
+from train.command import DivergedError, Terminal, ended
 from train.comparison.plan import Comparison
 from train.config import CONFIGS
 from train.lazy import Options
@@ -109,6 +110,17 @@ def test_what_is_ours_keeps_its_traceback(error: Exception) -> None:
 
     with pytest.raises(type(error)):
         ended(fails, Console(quiet=True))
+
+
+def test_a_reader_that_goes_does_not_end_the_work() -> None:
+    """As ``| head`` does; the result is still to be written."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        console = Terminal(file=pipe)
+        for _ in range(2):
+            console.print("a line")
+    assert console.quiet
 
 
 class TestFlags:
