@@ -114,7 +114,7 @@ class TestPolynomialAttention:
             ((2, 20, 2, 5), {}, "share batch and head dimension"),
             ((2, 0, 2, 3), {}, "at least one token"),
             ((2, 21, 2, 3), {"is_causal": True}, "as many queries as keys, got 20 and 21"),
-            ((2, 20, 2, 3), {"degree": -1}, "degree >= 0"),
+            ((2, 20, 2, 3), {"degree": -1}, "degree: expected a whole number >= 0"),
             ((2, 20, 2, 3), {"scale": -1.0}, "scale: expected a finite number > 0"),
         ],
     )
