@@ -250,7 +250,7 @@ class TestWrongUseIsTold:
             limit_ntk(inputs(), part="value")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"outputs: the tied model has d = 2 outputs, got 3"):
             limit_ntk(inputs(), outputs=3)
-        with pytest.raises(ValueError, match=r"outputs: expected a finite number > 0, got 0"):
+        with pytest.raises(ValueError, match=r"outputs: expected a whole number >= 1, got 0"):
             limit_ntk(inputs(), model="fixed", outputs=0)
 
     def test_the_layer_has_the_projections_it_is_asked_for(self) -> None:
