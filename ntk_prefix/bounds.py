@@ -25,15 +25,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from ntk_prefix.checks import (
-    NonFiniteError,
-    UsageError,
-    check_count,
-    check_inputs,
-    check_non_negative,
-    check_positive,
-    expected,
-)
+from ntk_prefix.checks import NonFiniteError, check_count, check_inputs, check_non_negative, check_positive, expected
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel, attention_mass
 from ntk_prefix.typing import Inputs
@@ -171,7 +163,7 @@ def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float,
     check_non_negative("initial", initial)
     contraction = _contraction(smallest, tokens, step_size) / 2
     if contraction > 1 + 1e-12:  # a step of 2 / (m lambda), rounded, is still one
-        raise UsageError(f"step_size: expected m eta lambda / 2 <= 1, got {contraction:.3g}. Take a smaller step.")
+        raise expected("step_size", "m eta lambda / 2 <= 1", f"{contraction:.3g}", "Take a smaller step")
     return initial * (1 - min(contraction, 1.0)) ** steps
 
 

@@ -63,7 +63,7 @@ def extra(name: str) -> Iterator[None]:
         ) from None
 
 
-def expected(name: str, wanted: object, got: object, hint: str = "") -> UsageError:
+def expected(name: object, wanted: object, got: object, hint: str = "") -> UsageError:
     """Return the error ``name: expected wanted, got got. Hint.``, to be raised.
 
     Args:

@@ -35,7 +35,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from ntk_prefix.checks import UsageError, check_array, check_inputs, expected
+from ntk_prefix.checks import check_array, check_inputs, expected
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.random_prefix import FIXED, TIED, RandomPrefix, Variant
 from ntk_prefix.typing import Array, Float, Inputs, Signs, Weights
@@ -396,7 +396,7 @@ class PrefixAttentionLayer(nnx.Module):
     def __call__(self, inputs: Float[Array, "*B L d"]) -> Float[Array, "*B L d"]:
         """One sequence [L, d], or any batch of them [..., L, d]; floating point and finite."""
         if inputs.ndim < 2 or inputs.shape[-1] != self.prefix.shape[1]:
-            raise UsageError(f"inputs: expected [..., L, d = {self.prefix.shape[1]}], got shape {inputs.shape}.")
+            raise expected("inputs", f"[..., L, d = {self.prefix.shape[1]}]", f"shape {inputs.shape}")
         check_inputs("inputs", inputs.reshape(-1, inputs.shape[-1]))
         layer = lambda sequence: attend(  # noqa: E731
             self.prefix[...],

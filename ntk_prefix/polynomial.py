@@ -23,7 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_count, check_floating, check_non_negative, check_positive
+from ntk_prefix.checks import UsageError, check_count, check_floating, check_non_negative, check_positive, expected
 from ntk_prefix.feature_maps import Taylor
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
@@ -148,7 +148,7 @@ def polynomial_attention(
     if 0 in (*query.shape, *key.shape):
         raise UsageError(f"expected at least one token, got query {query.shape} and key {key.shape}")
     if is_causal and query.shape[1] != key.shape[1]:
-        raise UsageError(f"is_causal: expected as many queries as keys, got {query.shape[1]} and {key.shape[1]}")
+        raise expected("is_causal", "as many queries as keys", f"{query.shape[1]} and {key.shape[1]}")
     scale = 1 / math.sqrt(width) if scale is None else scale
     check_positive("scale", scale)
     phi = Taylor(degree)

@@ -237,7 +237,7 @@ class PrefixState:
             raise expected("prefix_key", "at least one token [M, K, H]", prefix_key.shape)
         _size(scale, head_dim)
         if key is None and (bias is not None or mask is not None):
-            raise UsageError("bias and mask are about the keys: expected key and value beside them, got neither")
+            raise expected("bias and mask are about the keys", "key and value beside them", "neither")
         if key is not None and value is not None:
             check_attention(query, key, value, bias, mask, scale)
             check_array("key", key, query.shape[0], "S", prefix_heads, head_dim)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import softmax
 
-from ntk_prefix.checks import UsageError, check_positive
+from ntk_prefix.checks import check_positive, expected
 
 __all__ = ["Construction", "Function", "Transformer", "apply"]
 
@@ -124,11 +124,11 @@ class Construction:
         """Refuse what no table can be made of."""
         for name in ("d", "length", "grid"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+                raise expected(name, "at least 1", getattr(self, name))
         for name in ("sharpness", "input_share", "row_penalty", "size"):
             check_positive(name, getattr(self, name))
         if not self.lipschitz >= 0:
-            raise UsageError(f"lipschitz: expected a number >= 0, got {self.lipschitz}.")
+            raise expected("lipschitz", "a number >= 0", self.lipschitz)
 
     @property
     def slots(self) -> int:
@@ -220,11 +220,12 @@ class Construction:
         cell = np.stack(axes, -1).reshape(-1, length, d)
         answers = np.asarray(function(self.centers[cell]))
         if answers.shape != cell.shape:
-            raise UsageError(f"function: expected answers {cell.shape}, [B, L, d] as the inputs, got {answers.shape}.")
+            raise expected("function", f"answers {cell.shape}, [B, L, d] as the inputs", answers.shape)
         if not np.abs(answers).max() <= self.size:
-            raise UsageError(
-                f"function: expected |f| <= size = {self.size:g}, got {np.abs(answers).max():.3g}: pass size=, and lipschitz= "
-                "if it is steeper than 1."
+            raise expected(
+                "function",
+                f"|f| <= size = {self.size:g}",
+                f"{np.abs(answers).max():.3g}: pass size=, and lipschitz= if it is steeper than 1",
             )
         places = self.grid ** np.arange(d * (length - 1))
         tables = []

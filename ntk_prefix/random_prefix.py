@@ -63,7 +63,7 @@ def variant_named(name: str) -> Variant:
     for variant in (TIED, FIXED):
         if variant.name == name:
             return variant
-    raise UsageError(f'model: expected "tied" or "fixed", got {name!r}.')
+    raise expected("model", '"tied" or "fixed"', repr(name))
 
 
 TILE = 8192
@@ -111,9 +111,11 @@ class RandomPrefix:
         check_count("m", self.m)
         check_positive("sigma", self.sigma)
         if self.symmetric and self.m % 2:
-            raise UsageError(
-                "m: expected an even number of prefix tokens, since symmetric initialization draws pairs, "
-                f"got {self.m}. Use m={self.m + 1}, or symmetric=False."
+            raise expected(
+                "m",
+                "an even number of prefix tokens, since symmetric initialization draws pairs",
+                self.m,
+                f"Use m={self.m + 1}, or symmetric=False",
             )
         self.variant.outputs(self.d, self.outputs)
         if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):

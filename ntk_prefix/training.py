@@ -30,7 +30,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Step", "TrainState", "Trainer", "half_squared_error"]
@@ -109,9 +109,9 @@ class Trainer:
     def __post_init__(self) -> None:
         """Refuse combinations that mean nothing."""
         if self.parallel not in ("jit", "pmap"):
-            raise UsageError(f'parallel: expected "jit" or "pmap", got {self.parallel!r}.')
+            raise expected("parallel", '"jit" or "pmap"', repr(self.parallel))
         if self.reduction not in ("sum", "mean"):
-            raise UsageError(f'reduction: expected "sum" or "mean", got {self.reduction!r}.')
+            raise expected("reduction", '"sum" or "mean"', repr(self.reduction))
         if self.parallel == "pmap" and self.mesh is not None:
             raise UsageError('mesh: expected none with parallel="pmap", which takes `devices`.')
         if self.parallel == "jit" and self.devices is not None:
@@ -128,8 +128,10 @@ class Trainer:
         """
         trained = nnx.state(model, self.wrt)
         if not jax.tree.leaves(trained):
-            raise UsageError(
-                f"wrt: expected a filter that selects something to train, got {self.wrt!r}, which matches nothing."
+            raise expected(
+                "wrt",
+                "a filter that selects something to train",
+                f"{self.wrt!r}, which matches nothing",
             )
         # copies: the model keeps its own arrays when the state's are donated
         trained = jax.tree.map(jnp.copy, trained)
@@ -169,9 +171,11 @@ class Trainer:
         shares = 1 if self.parallel == "jit" and self.mesh is None else len(devices)
         rows = len(jax.tree.leaves(batch)[0])
         if rows % shares:
-            raise UsageError(
-                f"batch: expected rows divisible by the {shares} devices, got {rows}. "
-                f"Pad it to {-(-rows // shares) * shares} rows of zero loss, or drop {rows % shares}."
+            raise expected(
+                "batch",
+                f"rows divisible by the {shares} devices",
+                rows,
+                f"Pad it to {-(-rows // shares) * shares} rows of zero loss, or drop {rows % shares}",
             )
         if self.parallel == "pmap":
             return jax.tree.map(lambda leaf: leaf.reshape(shares, rows // shares, *leaf.shape[1:]), batch)

@@ -76,7 +76,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, keep: int = 2) -> None:
         if keep < 1:
-            raise UsageError(f"keep: expected at least 1, got {keep}.")
+            raise expected("keep", "at least 1", keep)
         self.directory = Path(directory).expanduser().resolve()
         if self.directory.is_dir():
             self._report_foreign_files()
@@ -221,9 +221,7 @@ class Checkpoints:
         for name, description in wanted.items():
             found = {"shape": held[name]["shape"], "dtype": held[name]["dtype"]}
             if found != description:
-                raise UsageError(
-                    f"it is of another model or optimizer: expected {name} to be {description}, got {found}"
-                )
+                raise expected("it is of another model or optimizer", f"{name} to be {description}", found)
         abstract = {name: _abstract(leaf) for name, leaf in zip(names, leaves, strict=True)}
         full = {name: leaf for name, leaf in abstract.items() if leaf.size}
         arrays = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(full)))["tree"]
@@ -231,7 +229,7 @@ class Checkpoints:
         for name in names:
             crc = held[name]["crc32"]
             if crc is not None and crc != _crc(arrays[name]):
-                raise UsageError(f"{name} is damaged: expected CRC-32 {crc}, got {_crc(arrays[name])}")
+                raise expected(f"{name} is damaged", f"CRC-32 {crc}", _crc(arrays[name]))
         back = [_as(leaf, arrays[name], held[name]["key"]) for name, leaf in zip(names, leaves, strict=True)]
         return Restored(step, jax.tree.unflatten(jax.tree.structure(like), back), record["info"])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntk_prefix.artifacts import read_bytes
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from train.images import LARGEST_FILE, decoded
 from train.readers import open_table
 
@@ -154,11 +154,11 @@ def checked(where: str, columns: Columns, spec: TaskSpec, *, numbered: bool) -> 
     """
     rows = {len(values) for values in columns.values()}
     if rows == {0}:
-        raise UsageError(f"{where}: expected at least one row, got none.")
+        raise expected(where, "at least one row", "none")
     for column in {"text", "text_pair", "question", "answer"} & set(columns):
         for row, text in enumerate(columns[column]):
             if not isinstance(text, str) or not text.strip():
-                raise UsageError(f"{where}: expected text in {column} of row {row}, got {text!r}.")
+                raise expected(where, f"text in {column} of row {row}", repr(text))
     if "label" not in columns:
         return columns
     numbers = {one: number for number, name in enumerate(spec.label_names) for one in (name, str(number))}
@@ -170,6 +170,6 @@ def checked(where: str, columns: Columns, spec: TaskSpec, *, numbered: bool) -> 
         if text not in numbers:
             names, hint = ", ".join(spec.label_names), WITHOUT_LABELS if str(label) in ("-1", "None", "") else ""
             number = " (or its number from 0)" if numbered else ""
-            raise UsageError(f"{where}: expected a label out of {names}{number} in row {row}, got {label!r}{hint}.")
+            raise expected(where, f"a label out of {names}{number} in row {row}", f"{label!r}{hint}")
         labels.append(numbers[text])
     return columns | {"label": np.array(labels, np.int32)}

@@ -248,9 +248,11 @@ class TrainConfig(Checked, metaclass=_Sectioned):
         configs = adapter_config(self.method, self.adapter)
         own = [c.pooling for c in configs if c.pooling is not None]
         if own and self.pooling != "mean":
-            raise UsageError(
-                f"--pooling: expected it left alone with {self.method}, which reads its own {own[0]!r} row, got "
-                f"{self.pooling!r}. Use --adapter pool=cls, or pool=model to read as --pooling says."
+            raise expected(
+                "--pooling",
+                f"it left alone with {self.method}, which reads its own {own[0]!r} row",
+                repr(self.pooling),
+                "Use --adapter pool=cls, or pool=model to read as --pooling says",
             )
 
     def changed(self, **fields: Any) -> TrainConfig:

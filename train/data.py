@@ -22,7 +22,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import expected
 from train.images import decoded
 
 __all__ = [
@@ -83,7 +83,7 @@ class Dataset(Mapping[str, np.ndarray]):
         """Check, and protect what is shared."""
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise UsageError(f"columns: expected equal lengths of at least one row, got {lengths}.")
+            raise expected("columns", "equal lengths of at least one row", lengths)
         for column in self.columns.values():
             column.flags.writeable = False
 
@@ -232,11 +232,9 @@ def prompt_batches(
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:
     """Return the rows of a global batch that one process holds."""
     if batch_size < 1 or batch_size % process_count:
-        raise UsageError(
-            f"batch_size: expected a positive multiple of the {process_count} processes, got {batch_size}."
-        )
+        raise expected("batch_size", f"a positive multiple of the {process_count} processes", batch_size)
     if not 0 <= process_index < process_count:
-        raise UsageError(f"process_index: expected 0 to {process_count - 1}, got {process_index}.")
+        raise expected("process_index", f"0 to {process_count - 1}", process_index)
     rows = batch_size // process_count
     return slice(process_index * rows, (process_index + 1) * rows)
 
@@ -253,16 +251,20 @@ def _lengths(split: Dataset, buckets: Sequence[int], column: str = "input_ids") 
     if column == "input_ids" and split.has_images:
         return None
     if column not in split:
-        raise UsageError(
-            f"split: expected a column {column} (give tasks.load a tokenizer) or images, got columns {sorted(split)}."
+        raise expected(
+            "split",
+            f"a column {column} (give tasks.load a tokenizer) or images",
+            f"columns {sorted(split)}",
         )
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-        raise UsageError(f"buckets: expected lengths in growing order, got {tuple(buckets)}.")
+        raise expected("buckets", "lengths in growing order", tuple(buckets))
     lengths = np.array([len(tokens) for tokens in split[column]])
     if lengths.max() > buckets[-1]:
-        raise UsageError(
-            f"buckets: expected one that holds the longest row, {lengths.max()} tokens, got {tuple(buckets)}. "
-            "Add a longer bucket, or load the task with a smaller max_length."
+        raise expected(
+            "buckets",
+            f"one that holds the longest row, {lengths.max()} tokens",
+            tuple(buckets),
+            "Add a longer bucket, or load the task with a smaller max_length",
         )
     return lengths
 

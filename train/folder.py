@@ -140,9 +140,11 @@ class RunFolder:
             if config.optim.steps > there.optim.steps:
                 before["steps"] = config.optim.steps
             if changed := sorted(name for name in wanted if before[name] != wanted[name]):
-                raise UsageError(
-                    f"--workdir: expected a new folder, or one of this configuration, got {self.path}, which differs in "
-                    f"{', '.join(changed)}. Name another folder."
+                raise expected(
+                    "--workdir",
+                    "a new folder, or one of this configuration",
+                    f"{self.path}, which differs in {', '.join(changed)}",
+                    "Name another folder",
                 )
         if summary is None or ran is None or ran.optim.steps < config.optim.steps:
             return None

@@ -41,7 +41,7 @@ from rich.table import Table
 
 from ntk_prefix import peft
 from ntk_prefix.artifacts import json_text, provenance, read_json, write_whole
-from ntk_prefix.checks import NonFiniteError, UsageError, expected
+from ntk_prefix.checks import NonFiniteError, expected
 from ntk_prefix.kernels import empirical_ntk
 from ntk_prefix.kernels.empirical import KernelFallbackWarning
 from ntk_prefix.typing import Array, Float
@@ -182,9 +182,11 @@ def cached_view(options: Options, method: str, seed: int, console: Console) -> V
     if file.is_file():
         stored: _ViewFile = read_json(file, _ViewFile)
         if stored["options"] != asked:
-            raise UsageError(
-                f"--out: expected a new folder, or one of these options, got {options.out}, where {file.name} has "
-                f"{stored['options']} and not {asked}. Name another folder."
+            raise expected(
+                "--out",
+                "a new folder, or one of these options",
+                f"{options.out}, where {file.name} has {stored['options']} and not {asked}",
+                "Name another folder",
             )
         values: dict[str, Any] = {**stored["view"]}
         return View(**values | {"eigenvalues": np.asarray(values["eigenvalues"])})

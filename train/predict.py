@@ -141,8 +141,10 @@ def _picture(value: Any) -> np.ndarray:
         return decoded(read_bytes(Path(value), LARGEST_FILE), str(value))
     if isinstance(value, bytes):
         return decoded(value, "classify: the image")
-    raise UsageError(
-        f"classify: expected an image: a path, bytes, or uint8 [h, w] or [h, w, 3], got {type(value).__name__}."
+    raise expected(
+        "classify",
+        "an image: a path, bytes, or uint8 [h, w] or [h, w, 3]",
+        type(value).__name__,
     )
 
 

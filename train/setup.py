@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ntk_prefix import models, peft
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
 from ntk_prefix.training import Trainer
@@ -178,7 +178,7 @@ def set_context_length(model: nnx.Module, max_length: int, window: int | None) -
     """
     backbone: Any = getattr(model, "backbone", model)
     if window is not None and not backbone.encoder:
-        raise UsageError(f"--window: expected None for a decoder such as {type(backbone).__name__}, got {window}.")
+        raise expected("--window", f"None for a decoder such as {type(backbone).__name__}", window)
     backbone.window = window
     if isinstance(backbone, models.Bert) and max_length > backbone.config.max_position_embeddings:
         backbone.extend_positions(max_length)

@@ -30,7 +30,7 @@ import huggingface_hub
 import numpy as np
 
 from ntk_prefix.artifacts import decode_json
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from train.assets import AssetError, asset, verified_files
 from train.columns import Columns, checked, column_flag, label_names, read_columns
 from train.images import decoded
@@ -94,7 +94,7 @@ def spec_of(name: str, columns: Mapping[str, str | None] | None = None) -> TaskS
         UsageError: an unknown name, a column that the task has not.
     """
     if name not in TASKS:
-        raise UsageError(f"task: expected one of {', '.join(TASKS)}, got {name!r}.")
+        raise expected("task", f"one of {', '.join(TASKS)}", repr(name))
     spec = TASKS[name]
     named = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
     for ours, theirs in named.items():
@@ -228,7 +228,7 @@ def _files(place: Path, names: Sequence[str]) -> list[Path]:
     pattern = re.compile(rf"({'|'.join(names)})(-\d+-of-\d+)?({'|'.join(map(re.escape, ENDINGS))})")
     found = sorted(path for path in place.iterdir() if pattern.fullmatch(path.name) and path.is_file())
     if len({path.name.split("-")[0] + path.suffix for path in found}) > 1:
-        raise UsageError(f"{place}: expected one file of the split, got {[path.name for path in found]}. Keep one.")
+        raise expected(place, "one file of the split", [path.name for path in found], "Keep one")
     return found
 
 

@@ -218,7 +218,7 @@ def _split(where: str, columns: Columns, size: int | float, seed: int) -> tuple[
     rows = _rows_of(columns)
     wanted = round(size * rows) if size < 1 else int(size)
     if not 0 < wanted <= rows:
-        raise UsageError(f"{where}: expected a size of 1 to {rows} rows, or a fraction of them, got {size}.")
+        raise expected(where, f"a size of 1 to {rows} rows, or a fraction of them", size)
     if wanted == rows:
         return _taken(columns, np.arange(0)), columns
     try:
@@ -273,7 +273,7 @@ def _end_id(tokenizer: Tokenizer) -> int:
     tokens = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
     found = _first_known(tokenizer, tokens)
     if found is None:
-        raise UsageError(f"tokenizer: expected one with a token that ends an answer ({', '.join(tokens)}), got none.")
+        raise expected("tokenizer", f"one with a token that ends an answer ({', '.join(tokens)})", "none")
     return found
 
 
@@ -329,9 +329,7 @@ def _encode_answers(tokenizer: Tokenizer, columns: Columns, max_length: int) -> 
     rows = [prompt + answer + [_end_id(tokenizer)] for prompt, answer in zip(prompts, ends, strict=True)]
     longest = max(map(len, prompts))
     if longest >= max_length:
-        raise UsageError(
-            f"max_length: expected more than the {longest} tokens of the longest prompt, got {max_length}."
-        )
+        raise expected("max_length", f"more than the {longest} tokens of the longest prompt", max_length)
     return {
         "input_ids": _token_column([row[:max_length] for row in rows]),
         "prompt_ids": _token_column(prompts),
@@ -344,9 +342,7 @@ def _without_long(name: str, columns: dict[str, np.ndarray], max_length: int) ->
     """Leave out rows whose answer is cut off: they would teach to stop in the middle, or never."""
     whole = columns["length"] <= max_length
     if not whole.any():
-        raise UsageError(
-            f"{name}: expected max_length >= {columns['length'].min()} for any row to fit, got {max_length}."
-        )
+        raise expected(name, f"max_length >= {columns['length'].min()} for any row to fit", max_length)
     if not whole.all():
         logger.warning(
             "%s: %d of %d train rows have more than max_length = %d tokens and are left out",

@@ -9,7 +9,7 @@ import numpy as np
 
 from ntk_prefix.certificate.reference import Step
 from ntk_prefix.certificate.rounding import OUTWARD
-from ntk_prefix.checks import UsageError, check_count
+from ntk_prefix.checks import UsageError, check_count, expected
 from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.typing import Float
 
@@ -78,7 +78,7 @@ class Certificate:
         """
         self._check_holds("steps_to")
         if not 0 < fraction < 1:
-            raise UsageError(f"fraction: expected a number in (0, 1), got {fraction}.")
+            raise expected("fraction", "a number in (0, 1)", fraction)
         return math.ceil(math.log(fraction) / math.log1p(-self.rate) * OUTWARD)
 
     def _check_holds(self, name: str) -> None:

@@ -124,7 +124,7 @@ def _before_drawing(
 ) -> Certificate:
     """Return the a-priori certificate at m, or at the smallest power of 2^(1/4) that has one."""
     if isinstance(delta, bool) or not 0 < delta < 1:
-        raise UsageError(f"delta: expected a probability in (0, 1), got {delta}.")
+        raise expected("delta", "a probability in (0, 1)", delta)
     if not symmetric:
         raise UsageError(
             "symmetric: the a-priori certificate needs pairs of tokens, which make F(0) = 0. Use symmetric=True, or "
@@ -289,8 +289,11 @@ def _outputs(y: Array, model: ModelName) -> int | None:
 
 def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> None:
     if jnp.result_type(float) != jnp.float64:
-        raise UsageError(
-            "certify: expected 64-bit numbers, got JAX's default of 32. Wrap the call in `with jax.enable_x64(True):`."
+        raise expected(
+            "certify",
+            "64-bit numbers",
+            "JAX's default of 32",
+            "Wrap the call in `with jax.enable_x64(True):`",
         )
     variant = variant_named(model)
     if not isinstance(prefix, Prefix | None):
@@ -312,13 +315,13 @@ def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> 
         )
     for name, array in (("x", x), ("y", y)):
         if array.dtype != jnp.float64:
-            raise UsageError(f"{name}: expected float64, got {array.dtype}. Use {name}.astype(float) under x64.")
+            raise expected(name, "float64", array.dtype, f"Use {name}.astype(float) under x64")
     check_finite("y", y)
     if float(jnp.abs(x).max()) > LARGEST_INPUT:
         raise expected("x", f"entries up to {LARGEST_INPUT:g}", f"{float(jnp.abs(x).max()):.3g}", "Scale the data")
     outputs = variant.outputs(x.shape[1], _outputs(y, model)) if prefix is None else prefix.output_width
     if y.shape != (len(x), outputs):
-        raise UsageError(f"y: expected one row of {outputs} targets for each of the {len(x)} inputs, got {y.shape}.")
+        raise expected("y", f"one row of {outputs} targets for each of the {len(x)} inputs", y.shape)
 
 
 def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Certificate:

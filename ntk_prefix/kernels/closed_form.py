@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ntk_prefix.checks import UsageError, check_count, check_inputs
+from ntk_prefix.checks import check_count, check_inputs, expected
 from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel, check_signs
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.random_prefix import TILE, RandomPrefix, Variant
@@ -110,15 +110,17 @@ def prefix_ntk(
         rows, width = prefix.weights.shape
         dtype = accumulation_dtype(prefix.weights[...], x1)
     else:
-        raise UsageError(
-            "model_or_prefix: expected a TiedPrefixModel, FixedValuePrefixModel or RandomPrefix, "
-            f"got {type(prefix).__name__}. For any other model use empirical_ntk."
+        raise expected(
+            "model_or_prefix",
+            "a TiedPrefixModel, FixedValuePrefixModel or RandomPrefix",
+            type(prefix).__name__,
+            "For any other model use empirical_ntk",
         )
     for name, inputs in (("x1", x1), ("x2", x2)):
         if inputs is not None:
             check_inputs(name, inputs, features=width)
     if part not in ("full", "key"):
-        raise UsageError(f'part: expected "full" or "key", got {part!r}.')
+        raise expected("part", '"full" or "key"', repr(part))
     if block is not None:
         check_count("block", block)
 

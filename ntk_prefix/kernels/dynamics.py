@@ -102,7 +102,7 @@ def predict(
     """
     check_positive("learning_rate", learning_rate)
     if loss not in ("mse-sum", "mse-mean"):
-        raise UsageError(f'loss: expected "mse-sum" or "mse-mean", got {loss!r}.')
+        raise expected("loss", '"mse-sum" or "mse-mean"', repr(loss))
     times = _check_steps(steps, flow)
     check_array("y_train", y_train, "n", "d")
     kernels = _matrices("ntk_train_train", ntk_train_train, y_train.shape)
@@ -113,9 +113,10 @@ def predict(
     if ntk_test_train is not None:
         check_floating("ntk_test_train", ntk_test_train)
         if ntk_test_train.ndim != ntk_train_train.ndim:
-            raise UsageError(
-                f"ntk_test_train: expected {ntk_train_train.ndim} axes, as ntk_train_train has, got shape "
-                f"{ntk_test_train.shape}."
+            raise expected(
+                "ntk_test_train",
+                f"{ntk_train_train.ndim} axes, as ntk_train_train has",
+                f"shape {ntk_test_train.shape}",
             )
         cross = _matrices("ntk_test_train", ntk_test_train, y_train.shape)
         test_shape = (ntk_test_train.shape[0], y_train.shape[1])
@@ -158,9 +159,10 @@ def _matrices(name: str, kernel: Array, target_shape: tuple[int, ...]) -> Array:
     check_floating(name, kernel)
     n, d = target_shape
     if kernel.shape[1:] != {4: (d, n, d), 3: (d, n), 2: (n,)}.get(kernel.ndim):
-        raise UsageError(
-            f"{name}: expected [.., {d}, {n}, {d}] (full), [.., {d}, {n}] (diagonal) or [.., {n}] (alike) for targets "
-            f"[{n}, {d}], got {kernel.shape}. neural-tangents' own [n1, n2, d, d] needs kernel.transpose(0, 2, 1, 3)."
+        raise expected(
+            name,
+            f"[.., {d}, {n}, {d}] (full), [.., {d}, {n}] (diagonal) or [.., {n}] (alike) for targets [{n}, {d}]",
+            f"{kernel.shape}. neural-tangents' own [n1, n2, d, d] needs kernel.transpose(0, 2, 1, 3)",
         )
     check_finite(name, kernel)
     if kernel.ndim == 4:
@@ -185,7 +187,7 @@ def _rows(columns: Array, shape: tuple[int, ...], kernel_ndim: int) -> Array:
 def _check_symmetric(name: str, kernels: Array) -> None:
     """Refuse matrices that are not symmetric up to rounding: mostly axes in another order."""
     if kernels.shape[1] != kernels.shape[2]:
-        raise UsageError(f"{name}: expected as many rows as there are targets, got matrices {kernels.shape[1:]}.")
+        raise expected(name, "as many rows as there are targets", f"matrices {kernels.shape[1:]}")
     if isinstance(kernels, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
@@ -193,9 +195,11 @@ def _check_symmetric(name: str, kernels: Array) -> None:
         largest = float(jnp.abs(kernels).max())
     # half the digits: rounding never costs so many, axes in the wrong order always do
     if skew > float(jnp.finfo(kernels.dtype).eps) ** 0.5 * largest:
-        raise UsageError(
-            f"{name}: expected a symmetric kernel in the order [n, d, n, d], got one that differs from its transpose "
-            f"by {skew:.3g}. neural-tangents' own [n, n, d, d] needs kernel.transpose(0, 2, 1, 3)."
+        raise expected(
+            name,
+            "a symmetric kernel in the order [n, d, n, d]",
+            f"one that differs from its transpose by {skew:.3g}. neural-tangents' own [n, n, d, "
+            "d] needs kernel.transpose(0, 2, 1, 3)",
         )
 
 
@@ -205,11 +209,11 @@ def _check_steps(steps: Array, flow: bool) -> Array:
     if not (np.issubdtype(times.dtype, np.integer) or np.issubdtype(times.dtype, np.floating)):
         raise expected("steps", "real numbers", times.dtype)
     if times.ndim != 1 or not times.size:
-        raise UsageError(f"steps: expected a vector of times, [T], got shape {times.shape}. Use jnp.arange(T).")
+        raise expected("steps", "a vector of times, [T]", f"shape {times.shape}", "Use jnp.arange(T)")
     if not (np.isfinite(times) & (times >= 0)).all():
-        raise UsageError(f"steps: expected finite times >= 0, got a range of {times.min()} to {times.max()}.")
+        raise expected("steps", "finite times >= 0", f"a range of {times.min()} to {times.max()}")
     if not flow and (times != np.round(times)).any():
-        raise UsageError("steps: expected whole numbers, got fractions. Use flow=True for continuous time.")
+        raise expected("steps", "whole numbers", "fractions", "Use flow=True for continuous time")
     return jnp.asarray(times, jnp.result_type(float))
 
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from ntk_prefix.checks import UsageError, check_count, check_finite
+from ntk_prefix.checks import UsageError, check_count, check_finite, expected
 from ntk_prefix.kernels import neural_tangents
 from ntk_prefix.typing import Array, Float
 
@@ -96,9 +96,9 @@ def empirical_ntk(
     """
     if implementation != "auto" and implementation not in _NUMBERS:
         known = ", ".join(["auto", *_NUMBERS])
-        raise UsageError(f"implementation: expected one of {known}, got {implementation!r}.")
+        raise expected("implementation", f"one of {known}", repr(implementation))
     if vmap_axes not in (0, None):
-        raise UsageError(f"vmap_axes: expected 0 (rows are independent) or None (they interact), got {vmap_axes!r}.")
+        raise expected("vmap_axes", "0 (rows are independent) or None (they interact)", repr(vmap_axes))
     if batch_size is not None:
         check_count("batch_size", batch_size)
     if batch_size is not None and vmap_axes is None:
@@ -113,8 +113,10 @@ def empirical_ntk(
 
     outputs = [_output(function, parameters, constants, x) for x in (x1, x2) if x is not None]
     if outputs[0].shape[1:] != outputs[-1].shape[1:]:
-        raise UsageError(
-            f"x2: expected outputs of the shape of the first, [n, {outputs[0].shape[1:]}], got {outputs[-1].shape}."
+        raise expected(
+            "x2",
+            f"outputs of the shape of the first, [n, {outputs[0].shape[1:]}]",
+            outputs[-1].shape,
         )
     task = _Task(
         function=function,
@@ -125,8 +127,10 @@ def empirical_ntk(
         output_shape=outputs[0].shape[1:],
     )
     if set(task.trace_axes) & set(task.diagonal_axes):
-        raise UsageError(
-            f"trace_axes and diagonal_axes: expected different axes, got {trace_axes} and {diagonal_axes}."
+        raise expected(
+            "trace_axes and diagonal_axes",
+            "different axes",
+            f"{trace_axes} and {diagonal_axes}",
         )
     try:
         return _blocks(task, parameters, constants, x1, x2, batch_size)
@@ -209,9 +213,11 @@ def _split(model: object, wrt: Any) -> tuple[_Function, tuple[Array, ...], Any]:
             "function f(params, x) use ntk_prefix.kernels.neural_tangents.load().empirical_ntk_fn."
         )
     if not parameters:
-        raise UsageError(
-            f"wrt: expected a filter that matches parameters of {type(model).__name__}, got {wrt!r}, which matches "
-            f"none. The model has: {', '.join(sorted(found)) or 'no variables at all'}."
+        raise expected(
+            "wrt",
+            f"a filter that matches parameters of {type(model).__name__}",
+            f"{wrt!r}, which matches none",
+            f"The model has: {', '.join(sorted(found)) or 'no variables at all'}",
         )
     return function, tuple(parameters), constants
 
@@ -224,9 +230,11 @@ def _output(function: _Function, parameters: Any, constants: Any, x: Array) -> j
         or output.shape[:1] != x.shape[:1]
         or not jnp.issubdtype(output.dtype, jnp.floating)
     ):
-        raise UsageError(
-            f"model: expected model(x) to be one floating point array with {x.shape[0]} rows, one for each of x, got "
-            f"{output}. Wrap the model so that it returns the outputs whose kernel is meant."
+        raise expected(
+            "model",
+            f"model(x) to be one floating point array with {x.shape[0]} rows, one for each of x",
+            output,
+            "Wrap the model so that it returns the outputs whose kernel is meant",
         )
     return output
 
@@ -236,9 +244,10 @@ def _output_axes(name: str, axes: int | Sequence[int], ndim: int) -> tuple[int, 
     given = (axes,) if isinstance(axes, int) else tuple(axes)
     canonical = tuple(axis + ndim if axis < 0 else axis for axis in given)
     if not all(1 <= axis < ndim for axis in canonical) or len(set(canonical)) < len(canonical):
-        raise UsageError(
-            f"{name}: expected different axes of the output from 1 to {ndim - 1} (0 is the row), or negative ones, "
-            f"got {axes}."
+        raise expected(
+            name,
+            f"different axes of the output from 1 to {ndim - 1} (0 is the row), or negative ones",
+            axes,
         )
     return tuple(sorted(canonical))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_array, check_finite, check_inputs, check_positive, expected
+from ntk_prefix.checks import check_array, check_finite, check_inputs, check_positive, expected
 from ntk_prefix.kernels.closed_form import KernelPart
 from ntk_prefix.random_prefix import ModelName, variant_named
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
@@ -60,7 +60,7 @@ def limit_ntk(
     check_inputs("x2", x2, features=x1.shape[1])
     sigma = _checked_sigma(sigma)
     if part not in ("full", "key"):
-        raise UsageError(f'part: expected "full" or "key", got {part!r}.')
+        raise expected("part", '"full" or "key"', repr(part))
     variant = variant_named(model)
     outputs = variant.outputs(x1.shape[1], outputs)
     inner = jnp.matmul(x1, x2.T)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntk_prefix.attention import softmax_attention
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import expected
 from ntk_prefix.models.window import windowed
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -128,8 +128,11 @@ class AttentionLayer(nnx.Module):
         if window is None:
             output = self.core(query, key, value, mask=mask, is_causal=is_causal)
         elif cache is not None or is_causal or getattr(self.core, "rows", None) is not None:
-            raise UsageError("window: expected an encoder with one adapter for the whole batch, got a cache, a causal "
-                             "mask or mixed rows: set window = None")  # fmt: skip
+            raise expected(
+                "window",
+                "an encoder with one adapter for the whole batch",
+                "a cache, a causal mask or mixed rows: set window = None",
+            )
         else:
             windows: dict[str, Any] = {"mask": mask, "window": window, "leading": leading}
             output = (

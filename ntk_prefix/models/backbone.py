@@ -89,11 +89,12 @@ class BackboneConfig:
         for name, value in _checked(type(self), vars(self)).items():
             object.__setattr__(self, name, value)
         if self.hidden_act not in ACTIVATIONS:
-            raise UsageError(f"hidden_act: expected one of {sorted(ACTIVATIONS)}, got {self.hidden_act!r}")
+            raise expected("hidden_act", f"one of {sorted(ACTIVATIONS)}", repr(self.hidden_act))
         if self.hidden_size % self.num_attention_heads:
-            raise UsageError(
-                f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, "
-                f"got {self.num_attention_heads}"
+            raise expected(
+                "num_attention_heads",
+                f"a divisor of hidden_size {self.hidden_size}",
+                self.num_attention_heads,
             )
 
 
@@ -266,9 +267,10 @@ def check_tokens(input_ids: Any, attention_mask: Any, vocab_size: int, seen: int
         return
     wanted = (input_ids.shape[0], input_ids.shape[1] if seen is None else seen)
     if attention_mask.shape != wanted:
-        raise UsageError(
-            f"attention_mask: expected {list(wanted)}, the ids' shape or, with a cache, that of its slots, got "
-            f"{attention_mask.shape}"
+        raise expected(
+            "attention_mask",
+            f"{list(wanted)}, the ids' shape or, with a cache, that of its slots",
+            attention_mask.shape,
         )
     if not (jnp.issubdtype(attention_mask.dtype, jnp.integer) or attention_mask.dtype == bool):
         hint = "A mask of zeros and ones: mask.astype(bool); one that is added to scores: mask > -1"
@@ -423,9 +425,9 @@ class Classifier(Runnable, nnx.Module):
 
     def __init__(self, backbone: Backbone, num_labels: int, *, pooling: Pooling = "mean", rngs: nnx.Rngs):
         if pooling not in ("mean", "cls", "last"):
-            raise UsageError(f'pooling: expected "mean", "cls" or "last", got {pooling!r}')
+            raise expected("pooling", '"mean", "cls" or "last"', repr(pooling))
         if num_labels < 1:
-            raise UsageError(f"num_labels: expected at least 1, got {num_labels}")
+            raise expected("num_labels", "at least 1", num_labels)
         self.backbone = backbone
         self.pooling = pooling
         # as small as transformers are initialized: the first loss is that of a guess

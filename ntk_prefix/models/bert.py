@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -159,9 +159,11 @@ class Bert(Backbone):
         length = input_ids.shape[1]
         offset = self.position_offset + (position_offset if isinstance(position_offset, int) else 0)
         if length + offset > self.config.max_position_embeddings:
-            raise UsageError(
-                f"input_ids: expected at most {self.config.max_position_embeddings} positions, got {length} tokens "
-                f"with a position offset of {offset}. Truncate them, or call extend_positions."
+            raise expected(
+                "input_ids",
+                f"at most {self.config.max_position_embeddings} positions",
+                f"{length} tokens with a position offset of {offset}",
+                "Truncate them, or call extend_positions",
             )
         positions = self.positions(jnp.arange(length, dtype=jnp.int32)[None], position_offset)
         x = self.embeddings(input_ids, token_type_ids, positions)
@@ -178,7 +180,7 @@ class Bert(Backbone):
         """
         have = self.config.max_position_embeddings
         if length < have:
-            raise UsageError(f"length: expected at least the model's {have} positions, got {length}")
+            raise expected("length", f"at least the model's {have} positions", length)
         table = self.embeddings.positions
         table.embedding = nnx.Param(jnp.tile(table.embedding[...], (-(-length // have), 1))[:length])
         table.num_embeddings = length

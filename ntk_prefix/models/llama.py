@@ -72,12 +72,13 @@ class LlamaConfig(BackboneConfig):
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise UsageError(
-                f"num_key_value_heads: expected a divisor of the {self.num_attention_heads} query heads, "
-                f"got {self.num_key_value_heads}"
+            raise expected(
+                "num_key_value_heads",
+                f"a divisor of the {self.num_attention_heads} query heads",
+                self.num_key_value_heads,
             )
         if self.head_dim % 2:
-            raise UsageError(f"head_dim: expected an even number, got {self.head_dim}: rotary positions turn pairs")
+            raise expected("head_dim", "an even number", f"{self.head_dim}: rotary positions turn pairs")
         if len(self.rope_factors) not in (0, self.head_dim // 2):
             raise expected(
                 "rope_factors", f"one for each of the {self.head_dim // 2} frequencies", len(self.rope_factors)
@@ -106,7 +107,7 @@ class LlamaConfig(BackboneConfig):
         elif kind == "llama3":
             factors = _llama_3_factors(rope, plain.frequencies())
         else:
-            raise UsageError(f"rope_type: expected 'default', 'linear' or 'llama3', got {kind!r}")
+            raise expected("rope_type", "'default', 'linear' or 'llama3'", repr(kind))
         return dataclasses.replace(plain, rope_factors=tuple(factors.tolist()))
 
     def frequencies(self) -> np.ndarray:
@@ -348,14 +349,14 @@ def generate(
     if not model.causal_lm:
         raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
     if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        raise expected("max_new_tokens", "at least 1", max_new_tokens)
     if not input_ids.shape[1]:
-        raise UsageError("input_ids: expected at least one token a row, got none")
+        raise expected("input_ids", "at least one token a row", "none")
     check_tokens(input_ids, attention_mask, model.config.vocab_size)
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, bool)
     elif not np.asarray(attention_mask)[:, -1].all():
-        raise UsageError("attention_mask: expected padding on the left, got a prompt whose last token is padding")
+        raise expected("attention_mask", "padding on the left", "a prompt whose last token is padding")
     ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
     padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
     graph, state = nnx.split(model)

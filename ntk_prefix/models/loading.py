@@ -79,9 +79,9 @@ def from_pretrained(
     classify = task is not None and task.endswith("-classification")
     if task not in (None, *model_class.tasks):
         model_type = checkpoint.config["model_type"]
-        raise UsageError(f"task: expected None or one of {model_class.tasks} for a {model_type}, got {task!r}")
+        raise expected("task", f"None or one of {model_class.tasks} for a {model_type}", repr(task))
     if not classify and (num_labels is not None or pooling is not None):
-        raise UsageError(f"num_labels, pooling: expected only with a classification task, got task {task!r}")
+        raise expected("num_labels, pooling", "only with a classification task", f"task {task!r}")
     options: dict[str, Any] = {"causal_lm": task == "causal-lm"} if model_class is Llama else {}
     config, checkpoint = _untied(config, checkpoint, logits=task == "causal-lm")
     model = _shapes(model_class, config, dtype, options)
@@ -121,15 +121,20 @@ def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone]]:
     source, config = checkpoint.source, checkpoint.config
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODELS:
-        raise UsageError(
-            f"{source}: expected model_type among {sorted(MODELS)}, got {model_type!r}. Other families are not built here; "
-            "a checkpoint of one of these whose config.json lacks the word needs it there"
+        raise expected(
+            source,
+            f"model_type among {sorted(MODELS)}",
+            repr(model_type),
+            "Other families are not built here; a checkpoint of one of these whose config.json "
+            "lacks the word needs it there",
         )
     if found := _quantized(checkpoint):
-        raise UsageError(
-            f"{checkpoint.where}: expected weights in floating point, got {found}: quantized weights are not read "
-            "here. Take the model it was made from, or, with transformers, "
-            "AutoModel.from_pretrained(folder).dequantize().save_pretrained(new_folder)"
+        raise expected(
+            checkpoint.where,
+            "weights in floating point",
+            f"{found}: quantized weights are not read here",
+            "Take the model it was made from, or, with transformers, "
+            "AutoModel.from_pretrained(folder).dequantize().save_pretrained(new_folder)",
         )
     config_class, model_class = MODELS[model_type]
     try:
@@ -318,9 +323,11 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str) -> None:
     if ignored:
         logger.info("%s: not used: %s", path, _listed(sorted(ignored)))
     if rest := sorted(set(over) - set(ignored)):
-        raise UsageError(
-            f"{checkpoint.where}: expected nothing beyond a {type(model).__name__} of {len(model.layers)} layers, got "
-            f"tensors left over: {_listed(rest)}. They belong to another architecture, or this configuration does"
+        raise expected(
+            checkpoint.where,
+            f"nothing beyond a {type(model).__name__} of {len(model.layers)} layers",
+            f"tensors left over: {_listed(rest)}",
+            "They belong to another architecture, or this configuration does",
         )
     wrong = [
         f"{name} expected {slot.variable.shape}, got {shape}"

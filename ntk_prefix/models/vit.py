@@ -117,9 +117,10 @@ class VitEmbeddings(nnx.Module):
         batch, height, width, channels = pixel_values.shape
         size = self.patch_size
         if height % size or width % size or channels != self.num_channels or not height * width:
-            raise UsageError(
-                f"pixel_values: expected [B, height, width, {self.num_channels}] with sides divisible by the patch "
-                f"size {size}, got {pixel_values.shape}: resize or crop, and put channels last"
+            raise expected(
+                "pixel_values",
+                f"[B, height, width, {self.num_channels}] with sides divisible by the patch size {size}",
+                f"{pixel_values.shape}: resize or crop, and put channels last",
             )
         if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
             raise expected(

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import expected
 from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["seen_in_windows", "windowed"]
@@ -46,12 +46,13 @@ def windowed(
     Source: the pattern is that of Beltagy et al. (Longformer), arXiv 2004.05150.
     """
     if window < 1:
-        raise UsageError(f"window: expected at least 1 token to each side, got {window}")
+        raise expected("window", "at least 1 token to each side", window)
     batch, rows = query.shape[:2]
     if mask is not None and mask.shape[1:] != (1, 1, rows):
-        raise UsageError(
-            f"mask: expected one for keys only beside a window, [B, 1, 1, {rows}], got {mask.shape}: "
-            "a mask of queries and keys needs full attention"
+        raise expected(
+            "mask",
+            f"one for keys only beside a window, [B, 1, 1, {rows}]",
+            f"{mask.shape}: a mask of queries and keys needs full attention",
         )
     length = rows - leading
     if length - 1 <= window:

@@ -137,9 +137,11 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
     if not load_head:
         tensors = {key: value for key, value in tensors.items() if not HEAD.match(key)}
     elif foreign := [key for key in tensors if HEAD.match(key) and not key.startswith("head.")]:
-        raise UsageError(
-            f"{where}: expected a head that this model has, got {foreign[0]}: it has none, or pools in another way than the "
-            "Hugging Face model, where these weights mean something else; load_head=False leaves the head out"
+        raise expected(
+            where,
+            "a head that this model has",
+            f"{foreign[0]}: it has none, or pools in another way than the Hugging Face model, "
+            "where these weights mean something else; load_head=False leaves the head out",
         )
     chosen, tensors = from_fields(fields, model, names, tensors)
     has_head = "head.weight" in tensors
@@ -233,11 +235,12 @@ def _check(slots: Mapping[str, _Slot], tensors: Mapping[str, np.ndarray], where:
         if key not in tensors:
             if slot.optional:
                 continue
-            raise UsageError(f"{where}: expected a tensor {key} {slot.value.shape} for this model, got none")
+            raise expected(where, f"a tensor {key} {slot.value.shape} for this model", "none")
         if tensors[key].shape != slot.value.shape:
-            raise UsageError(
-                f"{where}: expected {key} of shape {slot.value.shape} for this model, got {tensors[key].shape}: "
-                "the adapter is of another model"
+            raise expected(
+                where,
+                f"{key} of shape {slot.value.shape} for this model",
+                f"{tensors[key].shape}: the adapter is of another model",
             )
         if slot.non_negative and tensors[key].min(initial=0) < 0:
             raise expected(f"{where}: {key}", "numbers >= 0, which are part of a denominator", tensors[key].min())
@@ -276,7 +279,7 @@ def _account_for(
         else:
             nowhere.append(key)
     if nowhere:
-        raise UsageError(f"{where}: expected tensors that have a place in this adapter, got also {sorted(nowhere)[:4]}")
+        raise expected(where, "tensors that have a place in this adapter", f"also {sorted(nowhere)[:4]}")
 
 
 # --------------------------------------------------------------------------------------------- disk

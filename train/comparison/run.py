@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ntk_prefix.artifacts import CHECKOUT, json_text, write_whole
-from ntk_prefix.checks import NonFiniteError, UsageError
+from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from train.command import DIVERGED
 from train.comparison.plan import Cell, Comparison
 from train.config import TrainConfig
@@ -47,9 +47,12 @@ def check_folder(comparison: Comparison, cell: Cell) -> None:
     stored, wanted = TrainConfig.from_file(folder / "config.json").flat(), comparison.config(cell).flat()
     del wanted["test"]  # read when the rate is chosen
     if differs := sorted(name for name, value in wanted.items() if stored[name] != value):
-        raise UsageError(
-            f"--out: expected a new folder, or one of this table, got {cell.folder} in {comparison.out}, which was run with "
-            f"{', '.join(f'{name}={stored[name]}' for name in differs)}. Name another folder."
+        raise expected(
+            "--out",
+            "a new folder, or one of this table",
+            f"{cell.folder} in {comparison.out}, which was run with "
+            f"{', '.join(f'{name}={stored[name]}' for name in differs)}",
+            "Name another folder",
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ntk_prefix.artifacts import read_json
-from ntk_prefix.checks import UsageError, expected, extra
+from ntk_prefix.checks import expected, extra
 from ntk_prefix.models.formats.checkpoint import Checkpoint, StoredTensor
 
 __all__ = ["read_folder"]
@@ -90,12 +90,14 @@ def _tensors(file: Path) -> dict[str, StoredTensor]:
             found[name] = StoredTensor(file, name, tuple(header.get_shape()), kind, kind in FLOATING, load)
         return found
     except OSError as error:
-        raise UsageError(f"{file}: expected a file that can be read, got this: {error}") from None
+        raise expected(file, "a file that can be read", f"this: {error}") from None
     except SafetensorError as error:
         with file.open("rb") as content:
             if content.read(8) == b"version ":
-                raise UsageError(
-                    f"{file}: expected a safetensors file, got the pointer that git-lfs leaves in its place. "
-                    "Fetch the file: git lfs pull"
+                raise expected(
+                    file,
+                    "a safetensors file",
+                    "the pointer that git-lfs leaves in its place",
+                    "Fetch the file: git lfs pull",
                 ) from None
-        raise UsageError(f"{file}: expected a safetensors file, got one that is broken: {error}") from None
+        raise expected(file, "a safetensors file", f"one that is broken: {error}") from None

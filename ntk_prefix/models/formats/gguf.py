@@ -72,7 +72,7 @@ def _mapped(path: Path) -> Iterator[None]:
     except UsageError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError, RecursionError) as error:
-        raise UsageError(f"{path}: expected a GGUF file, got one that is broken: {error}") from None
+        raise expected(path, "a GGUF file", f"one that is broken: {error}") from None
 
 
 class _File:
@@ -124,7 +124,7 @@ def read_gguf(path: Path) -> Checkpoint:
     file = _File(path)
     architecture = file.get("general.architecture")
     if architecture != "llama":
-        raise UsageError(f"{path}: expected a GGUF of architecture 'llama', got {architecture!r}")
+        raise expected(path, "a GGUF of architecture 'llama'", repr(architecture))
     if changes := {key: value for key in _CHANGES if (value := file.get(f"llama.{key}"))}:
         raise expected(str(path), "a plain Llama", f"one with {changes}")
     if (parts := file.get("split.count", int, 1)) > 1:
@@ -235,9 +235,11 @@ def gguf_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
         ),
     }
     if kind != "gpt2" or not isinstance(split, str) or split not in splits:
-        raise UsageError(
-            f"{path}: expected a byte-level BPE tokenizer (tokenizer.ggml.model 'gpt2') that splits text as one of "
-            f"{sorted(splits)}, got {kind!r} and {split!r}. Use the model's own tokenizer.json."
+        raise expected(
+            path,
+            f"a byte-level BPE tokenizer (tokenizer.ggml.model 'gpt2') that splits text as one of {sorted(splits)}",
+            f"{kind!r} and {split!r}",
+            "Use the model's own tokenizer.json",
         )
     tokens: list[str] = file.get("tokenizer.ggml.tokens", list[str], [])
     merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges", list[str], [])]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntk_prefix.checks import UsageError, expected, extra
+from ntk_prefix.checks import expected, extra
 from ntk_prefix.models.formats.checkpoint import Checkpoint, StoredTensor
 
 if TYPE_CHECKING:
@@ -36,9 +36,11 @@ def read_onnx(path: Path) -> Checkpoint:
     patches = next((name for name in nodes if name.endswith(f"/{PATCHES}")), "")
     first = patches.removesuffix(PATCHES)
     if not first or f"{first}encoder/layer.0/norm1/Add" not in nodes:
-        raise UsageError(
-            f"{path}: expected torch's export of a vision transformer in DINOv2 layout, with nodes named "
-            f".../{PATCHES} and .../encoder/layer.0/norm1/Add, got {graph.name!r} with {len(nodes)} nodes"
+        raise expected(
+            path,
+            f"torch's export of a vision transformer in DINOv2 layout, with nodes named .../{PATCHES} "
+            "and .../encoder/layer.0/norm1/Add",
+            f"{graph.name!r} with {len(nodes)} nodes",
         )
     prefix = first.strip("/").replace("/", ".") + "." if first.strip("/") else ""
 
@@ -109,7 +111,7 @@ def _graph(path: Path) -> GraphProto:
     try:
         graph: GraphProto = onnx.load(path, load_external_data=False).graph
     except (DecodeError, ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path}: expected an ONNX file, got one that is broken: {error}") from None
+        raise expected(path, "an ONNX file", f"one that is broken: {error}") from None
     names = [name for node in graph.node for name in (node.name, node.op_type, *node.input, *node.output)]
     if not all(isinstance(name, str) for name in (*names, *(tensor.name for tensor in graph.initializer))):
         raise expected(str(path), "names in UTF-8", "a file that is broken")  # protobuf gives bytes in their place
@@ -142,7 +144,7 @@ def _array(path: Path, tensor: TensorProto) -> np.ndarray:
     try:
         return to_array(tensor)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-        raise UsageError(f"{path}: {tensor.name}: expected a whole tensor, got one that is broken: {error}") from None
+        raise expected(f"{path}: {tensor.name}", "a whole tensor", f"one that is broken: {error}") from None
 
 
 def _input(path: Path, node: NodeProto | None, index: int) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix.attention import LowRank, ntk_attention, softmax_attention
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Calibration, Host, stacked
@@ -175,9 +175,12 @@ def _named(phi: FeatureMap) -> tuple[str, tuple[tuple[str, float], ...]]:
             return name, options
     except (UsageError, TypeError):
         pass
-    raise UsageError(
-        f"feature_map: expected a map that a file can name, got {phi!r}, which another process does not know. The adapter "
-        "stays on the model: keep its weights in a checkpoint, or build the map into ntk_prefix.feature_maps."
+    raise expected(
+        "feature_map",
+        "a map that a file can name",
+        f"{phi!r}, which another process does not know",
+        "The adapter stays on the model: keep its weights in a checkpoint, or build the map "
+        "into ntk_prefix.feature_maps",
     )
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntk_prefix.attention import softmax_attention
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import expected
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.models.backbone import LeadingRows
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host
@@ -72,21 +72,21 @@ class PrefixPropagationConfig(AdapterConfig):
         """Refuse what has no meaning."""
         super().__post_init__()
         if self.target:
-            raise UsageError(f"target: expected none, got {self.target!r}: propagated rows run through all layers")
+            raise expected("target", "none", f"{self.target!r}: propagated rows run through all layers")
         if self.num_prefix_tokens < 1:
-            raise UsageError(f"num_prefix_tokens: expected at least 1, got {self.num_prefix_tokens}")
+            raise expected("num_prefix_tokens", "at least 1", self.num_prefix_tokens)
         if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout: expected a fraction in [0, 1), got {self.dropout}")
+            raise expected("dropout", "a fraction in [0, 1)", self.dropout)
         if self.pool not in ("prefix", "cls", "model"):
-            raise UsageError(f'pool: expected "prefix", "cls" or "model", got {self.pool!r}')
+            raise expected("pool", '"prefix", "cls" or "model"', repr(self.pool))
         if self.kernel not in (None, "exp", "rbf", "poly"):
-            raise UsageError(f'kernel: expected None, "exp", "rbf" or "poly", got {self.kernel!r}')
+            raise expected("kernel", 'None, "exp", "rbf" or "poly"', repr(self.kernel))
         if self.lengthscale is not None and self.lengthscale <= 0:
-            raise UsageError(f"lengthscale: expected a positive number, got {self.lengthscale}")
+            raise expected("lengthscale", "a positive number", self.lengthscale)
         if self.combine and self.kernel is not None:
-            raise UsageError("combine: expected kernel=None, got both: each has its own attention")
+            raise expected("combine", "kernel=None", "both: each has its own attention")
         if self.combine and self.num_prefix_tokens % 2:
-            raise UsageError(f"combine: expected an even num_prefix_tokens, got {self.num_prefix_tokens}")
+            raise expected("combine", "an even num_prefix_tokens", self.num_prefix_tokens)
 
     @property
     def rows(self) -> int:
@@ -204,7 +204,7 @@ class KernelCore(Host, AttentionCore):
         if own is None:
             return softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
         if is_causal:
-            raise UsageError("is_causal: expected False beside prefix propagation, got True: its prefix sees the text")
+            raise expected("is_causal", "False beside prefix propagation", "True: its prefix sees the text")
         j = own.count
         return kernel_attention(
             query, key[:, j:], value[:, j:], key[:, :j], value[:, :j], own.alpha[...],
@@ -262,7 +262,7 @@ def kernel_attention(
     elif kernel == "poly":
         other = _polynomial(query, prefix_key, prefix_value)
     else:
-        raise UsageError(f'kernel: expected "exp", "rbf" or "poly", got {kernel!r}')
+        raise expected("kernel", '"exp", "rbf" or "poly"', repr(kernel))
     weight = alpha[None, None, :, None] if alpha.ndim == 1 else alpha[..., None]
     return own + (weight * other).astype(own.dtype)
 
