@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.peft.patterns import matching
 from ntk_prefix.typing import Array, Float, Int
 
 __all__ = [
@@ -94,16 +95,12 @@ class AdapterConfig:
         try:
             re.compile(self.target)
         except (re.error, OverflowError, RecursionError) as error:
-            raise UsageError(f"expected a regular expression as target, got {self.target!r}: {error}") from error
+            raise expected("target", "a regular expression", f"{self.target!r}: {error}") from error
 
     @classmethod
     def presets(cls) -> dict[str, tuple[AdapterConfig, ...]]:
         """Return what ``python -m train --method NAME`` uses, by name; alone or with other methods."""
         return {cls.method: (cls(),)}
-
-    def selects(self, path: str, module: nnx.Module) -> bool:
-        """Return whether the method changes this module."""
-        return self.hosts(module) and re.search(self.target, path) is not None
 
     def hosts(self, module: nnx.Module) -> bool:
         """Return whether the module is of the kind that the method changes."""
@@ -309,12 +306,13 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
         if isinstance(module, Host):
             hosts.append(place)
         if config.hosts(module):
-            candidates.append((place, without_hosts(place, hosts), module))
-    found = [place for place, known, module in candidates if config.selects(known, module)]
+            candidates.append((place, without_hosts(place, hosts)))
+    matched = matching(config.target, [known for _, known in candidates], "target", how="search")
+    found = [place for place, known in candidates if known in matched]
     if not found:
         raise UsageError(
             f"expected a target that matches modules, got {config.target!r} ({config.method}), which matches none of "
-            f"{[known for _, known, _ in candidates][:8]} ..."
+            f"{[known for _, known in candidates][:8]} ..."
         )
     return found
 

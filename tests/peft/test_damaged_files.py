@@ -171,6 +171,16 @@ def test_a_regular_expression_that_would_run_for_ever_is_ended(pattern: str, tmp
     assert time.perf_counter() - begun < fuzz.SECONDS
 
 
+def test_a_target_that_would_run_for_ever_is_ended() -> None:
+    """Also one that is typed: ``--adapter target=...``."""
+    sizes = models.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=8
+    )
+    model = models.Bert(sizes, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="target: expected a regular expression that is matched within"):
+        peft.apply(model, peft.LoraConfig(target=r"((([a-z.0-9])*)*)*!"))
+
+
 def test_regular_expressions_that_are_meant_well_select_what_they_say() -> None:
     names = ["model.layers.0.self_attn.q_proj", "model.layers.10.self_attn.k_proj", "lm_head"]
     assert matching(r".*\.(q_proj|v_proj)", names, "x") == {names[0]}
