@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ntk_prefix.checks import UsageError, explain
+from ntk_prefix.checks import UsageError, expected, explain
 from theory.claim import Claim, examine
 from theory.claims import claims, table
 from theory.problem import Problem, Profile, load
@@ -87,7 +87,7 @@ def main(
     out: Path = Path("runs/theory"),
     seed: int = 0,
     inputs: int | None = None,
-    width: int = 8,
+    width: int | None = None,
     sigma: float = 1.0,
     list_claims: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False,
     markdown: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
@@ -105,7 +105,7 @@ def main(
         out: folder of the report.
         seed: of the data's choice and of every prefix.
         inputs: rows to take; the default is 16 of the digits, all of a file.
-        width: principal components of the digits.
+        width: principal components of the digits, 8 if not given; a file has its own columns.
         sigma: standard deviation of a prefix token's coordinates.
         list_claims: list the claims and stop.
         markdown: with --list, print the table of theory/README.md.
@@ -113,6 +113,10 @@ def main(
     console = Console()
     try:
         chosen = claims(claim)
+        if markdown and not list_claims:
+            raise expected("--markdown", "it beside --list", "it alone")
+        if width is not None and data != "digits":
+            raise expected("--width", "it left out beside a file, which has its own columns", width)
         if list_claims and markdown:
             console.out(table(chosen), highlight=False)
             return 0
@@ -124,7 +128,9 @@ def main(
                 )
             return 0
         with jax.enable_x64(True):
-            problem = load(data, inputs=inputs, width=width, sigma=sigma, seed=seed, profile=profile)
+            problem = load(
+                data, inputs=inputs, width=8 if width is None else width, sigma=sigma, seed=seed, profile=profile
+            )
         outcome = verify(problem, chosen, out, console)
     except Exception as error:
         line = explain(error)

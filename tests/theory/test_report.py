@@ -442,9 +442,24 @@ class TestBadInput:
             ({"seed": -1}, "--seed: expected a whole number from 0 to 4294967295, got -1"),
             ({"sigma": 1e300}, "--sigma: expected a number from .* to 16 for these rows, got 1e.300"),
             ({"width": 65}, "1 <= --width <= 64"),
+            ({"width": 3, "data": "mine.npy"}, "--width: expected it left out beside a file"),
+            ({"markdown": True}, "--markdown: expected it beside --list"),
             ({"sigma": -1.0}, "sigma: expected a finite number > 0, got -1.0"),
         ],
-        ids=["claim", "file", "near", "inputs", "none", "seed", "negative", "huge", "width", "sigma"],
+        ids=[
+            "claim",
+            "file",
+            "near",
+            "inputs",
+            "none",
+            "seed",
+            "negative",
+            "huge",
+            "width",
+            "of a file",
+            "table",
+            "sigma",
+        ],
     )
     def test_arguments(self, arguments: dict, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         names = arguments.pop("claim", ())
