@@ -14,7 +14,7 @@ verify-full: $(READY)  ## the same at the sizes a paper would show
 	$(ENVIRONMENT)/bin/python -m theory --profile full --out runs/theory-full
 
 test: $(READY) lint  ## linters, types, quick tests; two at a time, as most of their time is single-threaded compilation
-	$(ENVIRONMENT)/bin/python -m pytest -n 2 --dist loadfile
+	$(ENVIRONMENT)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)  ## tests that take minutes
 	$(ENVIRONMENT)/bin/python -m pytest -m "slow and not gpu"
