@@ -5,8 +5,8 @@ copied once, donated to every step, checkpointed. What is frozen is an argument 
 copied where it lies in the right place already, never donated; it gets no optimizer state and no gradient. The same loss
 then runs in two ways that give the same numbers:
 
-    jit     one program over a mesh: the batch is sharded over the mesh's axes (``NamedSharding``); weights are
-            replicated, or sharded over the axis called "fsdp" if the mesh has one
+    jit     one program over a mesh: rows are divided over its axes "data" and "fsdp", weights over "fsdp", heads and
+            widths over "tensor" (:mod:`ntk_prefix.sharding`)
     pmap    one program per device, gradients summed with ``psum``
 
 The loss is a *sum* over the rows of a batch; ``reduction`` says what is descended: that sum (the theory's
@@ -30,6 +30,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ntk_prefix import sharding
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.typing import Array, Float
 
@@ -87,8 +88,8 @@ class Trainer:
         wrt: nnx filter of what is trained, e.g. ``nnx.Param`` or a subclass of it.
         reduction: "sum" descends the sum over rows, "mean" the mean.
         parallel: "jit" (a mesh, shardings) or "pmap" (a replica a device).
-        mesh: devices of "jit", of all processes; the batch is sharded over all its axes, weights and optimizer state
-            over "fsdp". None is one device.
+        mesh: devices of "jit", of all processes; rows are divided over all its axes but "tensor", weights and what an
+            optimizer keeps of them over "fsdp" and "tensor". None is one device.
         devices: devices of "pmap"; None is all there are, those of other processes included.
 
     Raises:
@@ -117,7 +118,7 @@ class Trainer:
         if self.parallel == "jit" and self.devices is not None:
             raise UsageError('devices: expected none with parallel="jit", which takes a `mesh`.')
         if self.mesh is not None:
-            # jax.make_mesh makes explicit axes; here the compiler places everything but the batch
+            # jax.make_mesh makes explicit axes; here the compiler places what nothing is said of
             object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names))
 
     def init(self, model: nnx.Module) -> TrainState:
@@ -152,7 +153,7 @@ class Trainer:
             devices = self._devices
             return jax.tree.map(lambda leaf: _replicate(leaf, devices), tree)
         if self.mesh is not None:
-            return jax.tree.map(lambda leaf: jax.device_put(leaf, self._weight_sharding(leaf)), tree)
+            return jax.tree.map(jax.device_put, tree, sharding.tree_shardings(self.mesh, tree))
         return tree
 
     def single(self, tree: Any) -> Any:
@@ -167,8 +168,10 @@ class Trainer:
         Raises:
             ValueError: the number of rows does not divide by the number of devices.
         """
-        devices = self.mesh.local_devices if self.mesh is not None else self._devices
-        shares = 1 if self.parallel == "jit" and self.mesh is None else len(devices)
+        if self.mesh is not None:
+            shares = len(self.mesh.local_devices) // self.mesh.shape.get("tensor", 1)
+        else:
+            shares = 1 if self.parallel == "jit" else len(self._devices)
         rows = len(jax.tree.leaves(batch)[0])
         if rows % shares:
             raise expected(
@@ -180,8 +183,8 @@ class Trainer:
         if self.parallel == "pmap":
             return jax.tree.map(lambda leaf: leaf.reshape(shares, rows // shares, *leaf.shape[1:]), batch)
         if self.mesh is not None:
-            sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-            return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
+            rows_lie = sharding.batch_sharding(self.mesh)
+            return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(rows_lie, np.asarray(leaf)), batch)
         return batch
 
     def stepper(self, model: nnx.Module) -> Step:
@@ -192,22 +195,29 @@ class Trainer:
         collects a batch's parts: of their mean so far), ``update_norm``, and ``finite``: whether the loss and every
         trained weight after the update are.
         """
-        update, frozen = self.update(model), self.lay_out(self.frozen(model))
+        return Step(self.program(model), self.lay_out(self.frozen(model)), replicas=self.parallel == "pmap")
+
+    def program(self, model: nnx.Module) -> Any:
+        """Return the jitted step, ``(state, frozen, batch) -> (state, metrics)``; nothing is laid out.
+
+        A model of ``jax.ShapeDtypeStruct`` is enough to lower and compile it.
+        """
+        update = self.update(model)
         if self.parallel == "pmap":
             # None, not a list of local devices: gradients are summed over those of all processes
             over_rows = functools.partial(update, axis="rows")
-            mapped = jax.pmap(over_rows, axis_name="rows", devices=self.devices, donate_argnums=0)
-            return Step(mapped, frozen, replicas=True)
-        if self.mesh is None:
-            return Step(jax.jit(update, donate_argnums=0), frozen, replicas=False)
+            return jax.pmap(over_rows, axis_name="rows", devices=self.devices, donate_argnums=0)
+        mesh = self.mesh
+        if mesh is None:
+            return jax.jit(update, donate_argnums=0)
 
-        def kept_in_place(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-            state, metrics = update(state, frozen, batch)
+        def over_mesh(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+            with sharding.on(mesh):
+                state, metrics = update(state, frozen, batch)
             # what goes out lies where it came in, so that the next step is the same program
-            lie = functools.partial(jax.tree.map, lambda leaf: self._weight_sharding(leaf))
-            return jax.lax.with_sharding_constraint(state, lie(state)), metrics
+            return jax.lax.with_sharding_constraint(state, sharding.tree_shardings(mesh, state)), metrics
 
-        return Step(jax.jit(kept_in_place, donate_argnums=0), frozen, replicas=False)
+        return jax.jit(over_mesh, donate_argnums=0)
 
     def frozen(self, model: nnx.Module) -> nnx.State:
         """Return what of a model is not trained, by reference: the second argument of :meth:`update`."""
@@ -258,16 +268,6 @@ class Trainer:
         graph, *states = nnx.split(model, self.wrt, ...)
         frozen = states[1] if self.mesh is None else self.lay_out(states[1])
         return nnx.merge(graph, self.single(state.trained), frozen, copy=True)
-
-    def _weight_sharding(self, leaf: Array) -> NamedSharding:
-        """Where a weight lies on the mesh: its longest axis that divides is shared over "fsdp", if there is one."""
-        assert self.mesh is not None
-        shares = self.mesh.shape.get("fsdp", 1)
-        axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % shares == 0]
-        if shares == 1 or not axes:
-            return NamedSharding(self.mesh, PartitionSpec())
-        longest = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(self.mesh, PartitionSpec(*(None,) * longest, "fsdp"))
 
     @property
     def _devices(self) -> tuple[jax.Device, ...]:

@@ -1,0 +1,121 @@
+"""Where arrays lie on a mesh: by the names of their axes, and by nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from ntk_prefix import models, sharding
+from ntk_prefix.sharding import axis_names, check_divides, constrain, weight_sharding
+
+
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    devices = np.array(jax.devices()[: data * fsdp * tensor])
+    return jax.sharding.Mesh(devices.reshape(data, fsdp, tensor), sharding.AXES)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "where"),
+    [
+        ("embeddings.embedding", (32, 16), P("tensor", "fsdp")),
+        ("backbone.embeddings.tokens.embedding", (32, 16), P("tensor", "fsdp")),
+        ("embeddings.positions.embedding", (32, 16), P(None, "fsdp")),
+        ("layers.3.attention.query.kernel", (16, 16), P("fsdp", "tensor")),
+        ("layers.3.attention.query.base.kernel", (16, 16), P("fsdp", "tensor")),
+        ("layers.3.attention.value.bias", (16,), P("tensor")),
+        ("layers.3.attention.out.bias", (16,), P()),
+        ("layers.3.attention.out.kernel", (16, 16), P("tensor", "fsdp")),
+        ("layers.3.attention_norm.scale", (16,), P()),
+        ("layers.3.mlp.gate.kernel", (16, 64), P("fsdp", "tensor")),
+        ("layers.3.mlp.down.kernel", (64, 16), P("tensor", "fsdp")),
+        ("lm_head.kernel", (16, 32), P("fsdp", "tensor")),
+        # nothing of an adapter is shared over fsdp
+        ("layers.3.attention.query.adapters.default.a", (16, 8), P()),
+        ("layers.3.attention.query.adapters.default.b", (8, 16), P(None, "tensor")),
+        ("layers.3.attention.out.adapters.default.a", (16, 8), P("tensor")),
+        ("layers.3.attention.core.adapters.default.z", (4, 4, 4), P("tensor")),
+        ("layers.3.attention.core.adapters.default.k", (4, 4), P("tensor")),
+        ("layers.3.attention.core.adapters.default.key", (8, 4, 4), P(None, "tensor")),
+        ("head.adapters.default.kernel", (16, 4), P()),
+        # an optimizer's moments lie with their weight
+        ("optimizer.0.mu.layers.3.mlp.down.kernel", (64, 16), P("tensor", "fsdp")),
+        # no name, or a size that does not divide: the longest axis that does, or none
+        ("weights", (6, 2), P("fsdp")),
+        ("embeddings.embedding", (31, 16), P(None, "fsdp")),
+        ("layers.3.attention.query.kernel", (15, 16), P(None, "tensor")),
+        ("step", (), P()),
+    ],
+)
+def test_a_weight_lies_by_the_names_of_its_axes(path: str, shape: tuple[int, ...], where: P) -> None:
+    assert weight_sharding(mesh(2, 2, 2), path, shape).spec == where
+    assert weight_sharding(mesh(8, 1, 1), path, shape).spec == P()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "vit"])
+def test_every_weight_of_every_family_has_names(family: str) -> None:
+    """One without would be shared as it comes."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    build = {
+        "bert": lambda: models.Bert(models.BertConfig(vocab_size=32, **sizes), rngs=nnx.Rngs(0)),
+        "llama": lambda: models.Llama(models.LlamaConfig(vocab_size=32, **sizes), rngs=nnx.Rngs(0)),
+        "vit": lambda: models.Vit(models.VitConfig(model_type="vit", **sizes), rngs=nnx.Rngs(0)),
+    }[family]
+    unnamed = {
+        ".".join(map(str, path))
+        for path, leaf in nnx.to_flat_state(nnx.state(nnx.eval_shape(build)))
+        if axis_names(".".join(map(str, path)), len(leaf.shape)) is None
+    }
+    assert unnamed == ({"embeddings.cls_token", "embeddings.position_embeddings"} if family == "vit" else set())
+
+
+def test_a_tree_lies_as_its_weights_do_whatever_stands_around_them() -> None:
+    layer = nnx.Dict(mlp=nnx.Dict(down=nnx.Linear(4, 8, rngs=nnx.Rngs(0))))
+    state = {"trained": nnx.state(layer), "best": [nnx.state(layer)]}
+    found = {str(each.spec) for each in jax.tree.leaves(sharding.tree_shardings(mesh(2, 2, 2), state))}
+    assert found == {str(P("tensor", "fsdp")), str(P())}
+
+
+def test_activations_are_constrained_on_a_mesh_only() -> None:
+    x = jnp.zeros((8, 3, 4))
+    assert constrain(x, "batch") is x
+    made = {}
+    for name, on in {"rows": mesh(2, 2, 2), "heads": mesh(1, 1, 8)}.items():
+        with sharding.on(on):
+            made[name] = jax.jit(lambda x: constrain(2 * x, "batch", None, "heads")).lower(x).as_text()
+    assert "sharding_constraint" in made["rows"]
+    assert '[{"data", "fsdp"}, {}, {"tensor"}]' in made["rows"]
+    assert "[{}, {}, {}]" in made["heads"]  # four heads on eight devices are whole
+
+
+def test_rows_that_do_not_divide_are_left_to_the_compiler() -> None:
+    x = jnp.zeros((3, 4))
+    with sharding.on(mesh(2, 2, 2)):
+        assert constrain(x, "batch") is x
+
+
+def test_no_constraint_inside_shard_map() -> None:
+    """There arrays are parts already."""
+    on = mesh(2, 2, 2)
+
+    def part(x: jax.Array) -> jax.Array:
+        assert sharding.current_mesh() is None
+        return constrain(x, "batch")
+
+    x = jnp.ones((8, 4))
+    rows = P(("data", "fsdp", "tensor"))
+    assert (jax.jit(jax.shard_map(part, mesh=on, in_specs=rows, out_specs=rows))(x) == x).all()
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused_by_its_sizes() -> None:
+    sizes = {"heads": 8, "key_heads": 2, "mlp": 24, "hidden": 16}
+    check_divides(fsdp=4, tensor=2, **sizes)
+    with pytest.raises(ValueError, match="--tensor: expected a divisor of the model's 8 query heads, got 3"):
+        check_divides(tensor=3, **sizes)
+    with pytest.raises(ValueError, match="--tensor: expected a divisor of the model's 2 key-value heads, got 4"):
+        check_divides(tensor=4, **sizes)
+    with pytest.raises(ValueError, match="--tensor: expected a divisor of the model's 9 MLP features, got 2"):
+        check_divides(tensor=2, **{**sizes, "mlp": 9})
+    with pytest.raises(ValueError, match="--fsdp: expected a divisor of the model's 16 features, got 3"):
+        check_divides(fsdp=3, **sizes)
