@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from train.sources import Kind, check_source, spec_of
 
 __all__ = [
     "Setup",
+    "adapt",
     "build",
     "load_model",
     "load_tokenizer",
@@ -35,7 +36,9 @@ __all__ = [
     "model_path",
     "normalization",
     "optimizer",
+    "placement_of",
     "set_context_length",
+    "trainer_of",
 ]
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 32, 4096
@@ -61,7 +64,7 @@ def build(config: TrainConfig) -> Setup:
         ValueError: something in it that does not fit; told before any training.
     """
     kind = spec_of(config.task).kind
-    placement = _placement(config)
+    placement = placement_of(config, jax.devices())
     if config.window is not None and kind != "sequence-classification":
         raise expected("--window", f"none for {config.task}: only encoders of text see through windows", config.window)
     check_source(config.task, config.data.data_dir)  # before a model is fetched for it
@@ -79,23 +82,39 @@ def build(config: TrainConfig) -> Setup:
     set_context_length(model, config.data.max_length, config.window)
     rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.max_length))
     _, first = next(data.train_batches(task.train, rows, config.seed))
+    adapt(model, config, model_inputs(model, first))
+    trainer = trainer_of(config, task.kind, placement)
+    trainer.lay_out_frozen(model)
+    return Setup(config, model, task, trainer, tokenizer)
+
+
+def adapt(model: Any, config: TrainConfig, calibration: Mapping[str, Any]) -> None:
+    """Make a pretrained model what a run trains: with the method's adapter, in the run's numbers.
+
+    Args:
+        model: changed in place.
+        config: of the run.
+        calibration: see :func:`ntk_prefix.peft.apply`.
+    """
     peft.apply(
         model,
         adapter_config(config.method, config.adapter),
-        calibration=model_inputs(model, first),
+        calibration=calibration,
         rngs=nnx.Rngs(config.seed + 1),
     )
     peft.narrow_frozen(model)
-    model.remat = config.device.remat  # type: ignore[attr-defined]
-    trainer = Trainer(
-        loss=loss_of(task.kind),
+    model.remat = config.device.remat
+
+
+def trainer_of(config: TrainConfig, kind: str, placement: Mapping[str, Any]) -> Trainer:
+    """Return how a run trains, on the devices of ``placement``: a mesh, devices of pmap, or nothing."""
+    return Trainer(
+        loss=loss_of(kind),
         optimizer=optimizer(config.optim),
         wrt=peft.AdapterParam,
         parallel=config.device.parallel,
         **placement,
     )
-    trainer.lay_out_frozen(model)
-    return Setup(config, model, task, trainer, tokenizer)
 
 
 def _check_vocabulary(model: Any, task: tasks.Task, name: str) -> None:
@@ -262,13 +281,13 @@ def _check_window(path: Path, window: int) -> None:
         raise expected("--window", f"none for a decoder such as {model_type}", window)
 
 
-def _placement(config: TrainConfig) -> dict[str, Any]:
-    """Return the trainer's devices: a mesh (data, fsdp), a list for pmap, or nothing for one device.
+def placement_of(config: TrainConfig, there: Sequence[jax.Device]) -> dict[str, Any]:
+    """Return the trainer's devices, of those that are there: a mesh (data, fsdp), a list for pmap, or nothing for one.
 
     Raises:
         UsageError: more devices than there are, or rows of a step that do not divide among them.
     """
-    wanted, there = config.device, jax.devices()
+    wanted = config.device
     if wanted.devices is not None and jax.process_count() > 1:
         raise expected("--devices", "all of them with several processes", wanted.devices)
     if wanted.devices is not None and wanted.devices > len(there):
