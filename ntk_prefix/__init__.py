@@ -8,7 +8,14 @@
 """
 
 from ntk_prefix import bounds, certificate, kernels, models, peft, prompting, training
-from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention, softmax_attention
+from ntk_prefix.attention import (
+    LowRank,
+    attention_with_lse,
+    merge_attention,
+    ntk_attention,
+    prefix_attention,
+    softmax_attention,
+)
 from ntk_prefix.feature_maps import FeatureMap, feature_map
 from ntk_prefix.one_layer import FixedValuePrefixModel, PrefixAttentionLayer, TiedPrefixModel
 from ntk_prefix.polynomial import polynomial_attention, polynomial_degree
@@ -26,10 +33,12 @@ __all__ = [
     "PrefixState",
     "RandomPrefix",
     "TiedPrefixModel",
+    "attention_with_lse",
     "bounds",
     "certificate",
     "feature_map",
     "kernels",
+    "merge_attention",
     "models",
     "ntk_attention",
     "peft",

@@ -29,24 +29,34 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError, check_attention, check_floating, check_prefix
+from ntk_prefix.checks import check_array, check_attention, check_floating, check_prefix, expected
 from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
-from ntk_prefix.flash import Flash, Statistics, cudnn_problem
+from ntk_prefix.flash import BACKENDS, Flash, Source
+from ntk_prefix.flash.merging import Linear, attend, attend_with_lse, linear_weight
 from ntk_prefix.precision import accumulation_dtype
-from ntk_prefix.typing import Array, Bool, Float
+from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["IMPLEMENTATIONS", "LowRank", "ntk_attention", "prefix_attention", "softmax_attention"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LowRank",
+    "attention_with_lse",
+    "merge_attention",
+    "ntk_attention",
+    "prefix_attention",
+    "softmax_attention",
+]
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn")
+IMPLEMENTATIONS = ("reference", *BACKENDS)
 
 
 class LowRank(NamedTuple):
@@ -70,6 +80,7 @@ def ntk_attention(
     bias: Float[Array, "#B #N #T #S"] | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     is_causal: bool = False,
+    query_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
     mass: str = "absolute",
     implementation: str | None = None,
@@ -96,11 +107,13 @@ def ntk_attention(
         feature_map: a name known to :func:`ntk_prefix.feature_maps.feature_map`, or a map.
         bias: added to the scaled scores, as in ``jax.nn``; every axis may be 1.
         mask: True where a query may see a key; it concerns the keys only, the prefix is always seen.
-        is_causal: query t sees keys s <= t, both counted from 0, as in ``jax.nn``.
+        is_causal: query t sees keys s <= t + ``query_offset``, both counted from 0, as in ``jax.nn``.
+        query_offset: where in the keys the first query stands, a whole number or an array of one; with a cache, so many
+            keys are older than this call's, and slots beyond its queries are not looked at.
         scale: > 0, of scores and of feature maps alike; 1/sqrt(H) if None.
         mass: "absolute" (the paper's) or "relative"; what the numbers in z and k are units of.
-        implementation: "reference" (T x S arrays, plain autodiff), "xla" (blockwise), "cudnn" (CUDA), or
-            None: cuDNN where it can run, else xla; the reason for the choice is logged at level INFO.
+        implementation: "reference" (T x S arrays, plain autodiff), "xla" (blockwise), "cudnn" (CUDA), or None: the first
+            of :data:`~ntk_prefix.flash.BACKENDS` that can run; the reason for the choice is logged at level INFO.
 
     Returns:
         [B, T, N, H] in the dtype of ``query``.
@@ -130,7 +143,15 @@ def ntk_attention(
     linear = _linear(query, z, k, phi, scale)
     if mass == "relative":
         own_output = softmax_attention(
-            query, key, value, bias=bias, mask=mask, is_causal=is_causal, scale=scale, implementation=implementation
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            is_causal=is_causal,
+            query_offset=query_offset,
+            scale=scale,
+            implementation=implementation,
         )
         # in the layout of scores, where both parts are computed: one copy at the end instead of one for each
         one = 1 / linear.unit[None, :, None]
@@ -138,13 +159,13 @@ def ntk_attention(
         total = (own_part + linear.numerator) / (one + linear.mass)[..., None]
         return total.transpose(0, 2, 1, 3).astype(query.dtype)
     if mass != "absolute":
-        raise UsageError(f'expected mass "absolute" or "relative", got {mass!r}')
-    implementation = _choose(implementation, query, key, bias, mask)
-    if implementation == "reference":
-        own = _scores(query, key, bias, mask, is_causal=is_causal, scale=scale)
-        return _reference(own, value, linear).astype(query.dtype)
-    flash = Flash(implementation, scale, is_causal)
-    return _attend((flash,), query, (_Source(key, value, bias, mask),), linear)
+        raise expected("mass", '"absolute" or "relative"', repr(mass))
+    causal = _Causal.of(is_causal, query_offset)
+    own = Source(key, value, bias, mask, causal.dynamic)
+    flashes = _choose(implementation, scale, causal, query, own)
+    if flashes is None:
+        return _reference(_scores(query, own, causal, scale), value, linear)[0].astype(query.dtype)
+    return attend(flashes, query, (own,), linear)
 
 
 def prefix_attention(
@@ -154,15 +175,17 @@ def prefix_attention(
     prefix_key: Float[Array, "M K H"] | Float[Array, "B M K H"],
     prefix_value: Float[Array, "M K H"] | Float[Array, "B M K H"],
     *,
+    prefix_bias: Float[Array, "#B #N #T #M"] | None = None,
     bias: Float[Array, "#B #N #T #S"] | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     is_causal: bool = False,
+    query_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
-    r"""Exact attention over a prefix and the keys: ``softmax(scale q [P; K']^T) [P_V; V]``.
+    r"""Exact attention over a prefix and the keys: ``softmax(scale q [P; K']^T + [prefix_bias; bias]) [P_V; V]``.
 
-    Every query sees the whole prefix, whatever ``bias``, ``mask`` and ``is_causal`` say about the keys.
+    Every query sees the whole prefix, whatever ``mask`` and ``is_causal`` say about the keys.
     Prefix and keys are two flash passes, merged as in :func:`ntk_attention`; a prefix [M, K, H] shared by the
     batch is never repeated.
 
@@ -171,7 +194,9 @@ def prefix_attention(
         key, value: [B, S, K, H] with N a multiple of K.
         prefix_key, prefix_value: [M, K, H] for all, or [B, M, K, H]; M = 0 is attention without a prefix, bit
             for bit.
-        bias, mask, is_causal, scale, implementation: as in :func:`ntk_attention`.
+        prefix_bias: added to the scaled scores of the prefix, and trained if need be; every axis may be 1. One number for
+            a token is the log of how many of its kind it stands for.
+        bias, mask, is_causal, query_offset, scale, implementation: as in :func:`ntk_attention`.
 
     Returns:
         [B, T, N, H] in the dtype of ``query``.
@@ -184,25 +209,23 @@ def prefix_attention(
     Source: arXiv 2406.14036, section on prefix attention; the merge of the two passes is derived.
     """
     scale = check_attention(query, key, value, bias, mask, scale)
-    check_prefix(query, key, prefix_key, prefix_value)
-    own = _Source(key, value, bias, mask)
-    prefix = _Source(prefix_key, prefix_value, None, None)
-    implementation = _choose(implementation, query, key, bias, mask)
-    if implementation == "reference":
-        shape = (query.shape[0], *prefix_key.shape[-3:])
+    check_prefix(query, key, prefix_key, prefix_value, prefix_bias)
+    if prefix_bias is not None and prefix_key.ndim == 3 and (prefix_bias.shape[0] > 1 or prefix_bias.shape[2] > 1):
+        shape = (
+            query.shape[0],
+            *prefix_key.shape,
+        )  # a shared prefix is one row of all queries: its bias is one for all
         prefix_key, prefix_value = jnp.broadcast_to(prefix_key, shape), jnp.broadcast_to(prefix_value, shape)
-        both = jnp.concatenate(
-            [
-                _scores(query, prefix_key, None, None, is_causal=False, scale=scale),
-                _scores(query, key, bias, mask, is_causal=is_causal, scale=scale),
-            ],
-            axis=-1,
-        )
-        return _reference(both, jnp.concatenate([prefix_value, value], axis=1)).astype(query.dtype)
-    flash = Flash(implementation, scale, is_causal)
-    if prefix_key.shape[-3] == 0:
-        return _attend((flash,), query, (own,), None)
-    return _attend((flash, Flash(implementation, scale)), query, (own, prefix), None)
+    causal = _Causal.of(is_causal, query_offset)
+    own, prefix = Source(key, value, bias, mask, causal.dynamic), Source(prefix_key, prefix_value, prefix_bias)
+    sources = (own, prefix) if prefix_key.shape[-3] else (own,)
+    flashes = _choose(implementation, scale, causal, query, *sources)
+    if flashes is None:
+        shape = (query.shape[0], *prefix_key.shape[-3:])
+        prefix = prefix._replace(key=jnp.broadcast_to(prefix_key, shape), value=jnp.broadcast_to(prefix_value, shape))
+        both = jnp.concatenate([_scores(query, prefix, None, scale), _scores(query, own, causal, scale)], axis=-1)
+        return _reference(both, jnp.concatenate([prefix.value, value], axis=1))[0].astype(query.dtype)
+    return attend(flashes, query, sources)
 
 
 def softmax_attention(
@@ -213,6 +236,7 @@ def softmax_attention(
     bias: Float[Array, "#B #N #T #S"] | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     is_causal: bool = False,
+    query_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -221,42 +245,106 @@ def softmax_attention(
     Arguments, result and errors are those of :func:`ntk_attention`.
     """
     scale = check_attention(query, key, value, bias, mask, scale)
-    implementation = _choose(implementation, query, key, bias, mask)
-    if implementation == "reference":
-        own = _scores(query, key, bias, mask, is_causal=is_causal, scale=scale)
-        return _reference(own, value).astype(query.dtype)
-    return _attend((Flash(implementation, scale, is_causal),), query, (_Source(key, value, bias, mask),), None)
+    causal = _Causal.of(is_causal, query_offset)
+    own = Source(key, value, bias, mask, causal.dynamic)
+    flashes = _choose(implementation, scale, causal, query, own)
+    if flashes is None:
+        return _reference(_scores(query, own, causal, scale), value)[0].astype(query.dtype)
+    return attend(flashes, query, (own,))
 
 
-# ------------------------------------------------------------------------------- the one custom_vjp
+def attention_with_lse(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    is_causal: bool = False,
+    query_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Return :func:`softmax_attention` and the log-sum-exp of each row's scores, differentiable through both.
 
+    With it attention over keys in several places (a cache and this call's, pages, devices) is attention over each, merged:
+    :func:`merge_attention`. ``jax.nn.dot_product_attention(return_residual=True)`` returns the same number under
+    ``stop_gradient``, so whatever is merged on it has wrong gradients for queries and keys.
 
-class _Source(NamedTuple):
-    """Keys that queries are compared with; a key and value without a batch axis are shared by the batch."""
+    Args:
+        query, key, value, bias, mask, is_causal, query_offset, scale, implementation: as in :func:`ntk_attention`.
 
-    key: Array
-    value: Array
-    bias: Array | None
-    mask: Array | None
+    Returns:
+        The output, [B, T, N, H] in the dtype of ``query``, and ``lse = logsumexp(scale q . k + bias)``, [B, T, N] in float32
+        (float64 for float64 inputs); -inf, with output and gradients 0, for a row that sees no key.
 
+    Raises:
+        ValueError: shapes do not fit together, or the named implementation cannot take them.
 
-class _Linear(NamedTuple):
-    """What stands beside the softmax sums: a numerator and its mass >= 0, in the layout of scores.
+    Numerics: the lse is one number, so in a row whose largest score is beyond 1e7 (float32), as one masked by a bias of
+        -1e9 is, it no longer counts the keys. Where that matters, mask, or merge inside of :func:`prefix_attention`.
 
-    Both are in a head's ``unit``, 1 for all but states so large that their sums would overflow.
+    Source: derived: ``dS = P * (dO V^T - rowsum(dO * O) + d_lse)``, the flash backward with one more term.
     """
+    scale = check_attention(query, key, value, bias, mask, scale)
+    causal = _Causal.of(is_causal, query_offset)
+    own = Source(key, value, bias, mask, causal.dynamic)
+    flashes = _choose(implementation, scale, causal, query, own)
+    if flashes is None:
+        output, lse = _reference(_scores(query, own, causal, scale), value)
+        output = output.astype(query.dtype)
+    else:
+        output, lse = attend_with_lse(flashes, query, (own,))
+    return output, lse.transpose(0, 2, 1)
 
-    numerator: Float[Array, "B N T H"]
-    mass: Float[Array, "B N T"]
-    unit: Float[Array, "N"]
 
-    @property
-    def log_unit(self) -> Float[Array, "1 N 1"]:
-        """Of every row, exactly 0 for a unit of 1."""
-        return jnp.log(self.unit)[None, :, None]
+def merge_attention(
+    outputs: Sequence[Float[Array, "B T N H"]] | Float[Array, "parts B T N H"],
+    lses: Sequence[Float[Array, "B T N"]] | Float[Array, "parts B T N"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Return attention over all keys, and its log-sum-exp, from attention over each part of them.
+
+    ``L = logsumexp_i(lse_i)``, ``O = sum_i e^{lse_i - L} o_i``. What comes out is of the kind that went in, so parts can be
+    merged in any order, one after the other or all at once.
+
+    Args:
+        outputs: at least one [B, T, N, H], each attention of the same queries over keys of its own; a list, or stacked.
+        lses: for each its [B, T, N], from :func:`attention_with_lse`; -inf where a part has no key for a row.
+
+    Returns:
+        [B, T, N, H] in the outputs' dtype and [B, T, N]; 0 and -inf for a row that has no key in any part.
+
+    Raises:
+        UsageError: no part, not as many log-sum-exps as outputs, or shapes that do not fit together.
+
+    Numerics: in float32 (float64 for float64), relative to the largest lse, which may be of any finite size.
+
+    Differentiation: in everything, plain autodiff; a part of weight 0 has gradient 0.
+
+    Source: the online softmax, arXiv 1805.02867.
+    """
+    outputs, lses = tuple(outputs), tuple(lses)
+    if not outputs or len(outputs) != len(lses):
+        raise expected("outputs and lses", "as many of either, at least one", f"{len(outputs)} and {len(lses)}")
+    check_array("outputs[0]", outputs[0], "B", "T", "N", "H")
+    for i, (output, lse) in enumerate(zip(outputs, lses, strict=True)):
+        check_array(f"outputs[{i}]", output, *outputs[0].shape)
+        check_array(f"lses[{i}]", lse, *outputs[0].shape[:3])
+    dtype = accumulation_dtype(*outputs, *lses)
+    wide = jnp.stack([lse.astype(dtype) for lse in lses])
+    largest = jax.lax.stop_gradient(jnp.max(wide, axis=0))
+    empty = largest == -jnp.inf
+    weights = jnp.exp(wide - jnp.where(empty, 0, largest)[None])
+    total = jnp.where(empty, 1, jnp.sum(weights, axis=0))
+    parts = [(w / total)[..., None] * o.astype(dtype) for w, o in zip(weights, outputs, strict=True)]
+    output = functools.reduce(jnp.add, parts).astype(jnp.result_type(*outputs))
+    return output, jnp.where(empty, -jnp.inf, largest + jnp.log(total))
 
 
-def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: float) -> _Linear:
+# ----------------------------------------------------------------------------------- the linear part
+
+
+def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: float) -> Linear:
     """Return what a state says about the prefix: ``N = phi(q) Z`` and ``E = max(phi(q) . k, 0)``."""
     batch, length, heads, head_dim = query.shape
     features_dim = phi.dim(head_dim)
@@ -272,7 +360,7 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
         else:  # repeated for the rows of the batch it is no larger than they are, and they stay where they are
             numerator = numerator @ jnp.broadcast_to(factor.astype(dtype), (batch, *factor.shape))
     mass = jnp.sum(features * k.astype(dtype)[None, :, None], axis=-1)
-    return _Linear(numerator, jnp.where(mass < 0, 0, mass), unit)  # `maximum` would halve the gradient at k = 0
+    return Linear(numerator, jnp.where(mass < 0, 0, mass), unit)  # `maximum` would halve the gradient at k = 0
 
 
 def _unit(arrays: tuple[Array, ...], dtype: jnp.dtype) -> Float[Array, "N"]:
@@ -286,118 +374,12 @@ def _unit(arrays: tuple[Array, ...], dtype: jnp.dtype) -> Float[Array, "N"]:
     return jax.lax.stop_gradient(jnp.where(beyond, 2.0 ** (3 * exponent), 1).astype(dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_once(
-    flashes: tuple[Flash, ...], query: Array, sources: tuple[_Source, ...], linear: _Linear | None
-) -> Array:
-    """Attention over all sources and the linear part at once: one softmax, one denominator."""
-    return _attend_forward(flashes, query, sources, linear)[0]
+# ------------------------------------------------------------------------------------- the reference
 
 
-def _attend_forward(
-    flashes: tuple[Flash, ...], query: Array, sources: tuple[_Source, ...], linear: _Linear | None
-) -> tuple[Array, Any]:
-    parts = [_forward(flash, query, source) for flash, source in zip(flashes, sources, strict=True)]
-    statistics = _merge(parts, linear)
-    output = statistics.output
-    if linear is not None and query.dtype == jnp.float16:  # where a capped weight still goes beyond 65504
-        output = jnp.clip(output, jnp.finfo(jnp.float16).min, jnp.finfo(jnp.float16).max)
-    statistics = statistics._replace(output=output.astype(query.dtype))
-    unit = None if linear is None else linear.unit
-    return statistics.output, (query, sources, statistics, unit)
-
-
-def _attend_backward(flashes: tuple[Flash, ...], residuals: Any, d_output: Array) -> tuple[Any, ...]:
-    query, sources, statistics, unit = residuals
-    d_query = jnp.zeros(query.shape, accumulation_dtype(query.dtype))
-    d_sources = []
-    for flash, source in zip(flashes, sources, strict=True):
-        d_part, d_source = _backward(flash, query, source, statistics, d_output)
-        d_query = d_query + d_part
-        d_sources.append(d_source)
-    d_linear = None
-    if unit is not None:
-        weight = _linear_weight((statistics.maximum - jnp.log(unit)[None, :, None]) + statistics.log_sum)
-        d_total = d_output.astype(weight.dtype)
-        projection = jnp.sum(d_total * statistics.output.astype(weight.dtype), axis=-1)
-        largest = math.exp(_largest_log(weight.dtype))
-        d_numerator = jnp.clip(weight[..., None] * d_total.transpose(0, 2, 1, 3), -largest, largest)
-        d_mass = jnp.clip(-weight * projection.transpose(0, 2, 1), -largest, largest)
-        d_linear = _Linear(d_numerator, d_mass, jnp.zeros_like(unit))
-    return d_query.astype(query.dtype), tuple(d_sources), d_linear
-
-
-_attend_once.defvjp(_attend_forward, _attend_backward)
-_attend = jax.jit(_attend_once, static_argnums=0)  # one program, also when called outside of jit
-
-
-def _merge(parts: list[Statistics], linear: _Linear | None) -> Statistics:
-    """Return output and log-mass of all parts together; a part of mass 0 leaves the others' bits alone."""
-    dtype = parts[0].maximum.dtype
-    largest = functools.reduce(jnp.maximum, [part.maximum for part in parts])
-    if linear is not None:
-        log_mass = jnp.log(jnp.where(linear.mass > 0, linear.mass, 1)) + linear.log_unit
-        largest = jnp.maximum(largest, jnp.where(linear.mass > 0, log_mass, -jnp.inf))
-    empty = largest == -jnp.inf
-    largest = jnp.where(empty, jnp.inf, largest)  # every weight below becomes exp(-inf) = 0
-    weights = [jnp.exp((part.maximum - largest) + part.log_sum) for part in parts]
-    values = [part.output.astype(dtype) for part in parts]
-    total = functools.reduce(jnp.add, weights)
-    if linear is not None:
-        weights.append(_linear_weight(largest - linear.log_unit))
-        values.append(linear.numerator.transpose(0, 2, 1, 3))
-        total = total + weights[-1] * linear.mass
-    total = jnp.where(empty, 1, total)
-    output = functools.reduce(
-        jnp.add, [(w / total).transpose(0, 2, 1)[..., None] * v for w, v in zip(weights, values, strict=True)]
-    )
-    return Statistics(output, largest, jnp.log(total))
-
-
-def _linear_weight(log_mass: Array) -> Array:
-    """Return ``exp(-log_mass)``, capped with room for sums: the cap keeps 0 * infinity from happening."""
-    return jnp.exp(jnp.minimum(-log_mass, _largest_log(log_mass.dtype)))
-
-
-def _largest_log(dtype: jnp.dtype) -> float:
-    return math.log(jnp.finfo(dtype).max) - 20
-
-
-def _forward(flash: Flash, query: Array, source: _Source) -> Statistics:
-    if source.key.ndim == 4:
-        return flash.forward(query, source.key, source.value, source.bias, source.mask)
-    output, *rows = flash.forward(_fold(query), source.key[None], source.value[None])
-    batch, length, heads, _ = query.shape
-    return Statistics(output.reshape(query.shape), *(x.reshape(heads, batch, length).transpose(1, 0, 2) for x in rows))
-
-
-def _backward(
-    flash: Flash, query: Array, source: _Source, statistics: Statistics, d_output: Array
-) -> tuple[Array, _Source]:
-    if source.key.ndim == 4:
-        grads = flash.backward(query, source.key, source.value, source.bias, source.mask, statistics, d_output)
-        return grads.query, _Source(grads.key, grads.value, grads.bias, None)
-    output, *rows = statistics
-    folded = Statistics(_fold(output), *(x.transpose(1, 0, 2).reshape(1, query.shape[2], -1) for x in rows))
-    grads = flash.backward(_fold(query), source.key[None], source.value[None], None, None, folded, _fold(d_output))
-    return grads.query.reshape(query.shape), _Source(grads.key[0], grads.value[0], None, None)
-
-
-def _fold(x: Array) -> Array:
-    """Make one long row of queries of a batch that shares its keys: [B, T, N, H] -> [1, B T, N, H]."""
-    return x.reshape(1, -1, *x.shape[2:])
-
-
-def _scores(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    bias: Float[Array, "#B #N #T #S"] | None,
-    mask: Bool[Array, "#B #N #T #S"] | None,
-    *,
-    is_causal: bool,
-    scale: float,
-) -> Float[Array, "B N T S"]:
+def _scores(query: Array, source: Source, causal: _Causal | None, scale: float) -> Float[Array, "B N T S"]:
     """Return all T x S scores at once, in the accumulation dtype: the definition."""
+    key, _, bias, mask, _ = source
     dtype = accumulation_dtype(query.dtype)
     groups = query.shape[2] // max(key.shape[2], 1)
     keys = jnp.repeat(key, groups, axis=2).astype(dtype)
@@ -406,17 +388,18 @@ def _scores(
         result = result + bias.astype(dtype)
     if mask is not None:
         result = jnp.where(mask, result, -jnp.inf)
-    if is_causal:
-        keep = (np.tri(result.shape[2], result.shape[3]) > 0)[None, None]
-        result = jnp.where(keep, result, -jnp.inf)
+    if causal is not None and causal.is_causal:
+        last = np.arange(result.shape[2], dtype=np.int32) + causal.offset
+        keep = np.arange(result.shape[3], dtype=np.int32)[None] <= last[:, None]
+        result = jnp.where(keep[None, None], result, -jnp.inf)
     return result
 
 
 @jax.jit
 def _reference(
-    all_scores: Float[Array, "B N T S"], value: Float[Array, "B S K H"], linear: _Linear | None = None
-) -> Float[Array, "B T N H"]:
-    """Return the formula as it stands, ``(A V + N) / (A 1 + E)``, up to a common factor; plain autodiff."""
+    all_scores: Float[Array, "B N T S"], value: Float[Array, "B S K H"], linear: Linear | None = None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Return the formula as it stands, ``(A V + N) / (A 1 + E)``, and the log of what is below; plain autodiff."""
     dtype = all_scores.dtype
     values = jnp.repeat(value, all_scores.shape[1] // value.shape[2], axis=2).astype(dtype)
     largest = jnp.max(all_scores, axis=-1, initial=-jnp.inf)
@@ -427,25 +410,70 @@ def _reference(
     above = jnp.einsum("bnts,bsnh->bnth", attention, values)
     below = jnp.sum(attention, axis=-1)
     if linear is not None:
-        weight = _linear_weight(largest - linear.log_unit)
+        weight = linear_weight(largest - linear.log_unit)
         above = above + weight[..., None] * linear.numerator
         below = below + weight * linear.mass
-    below = jnp.where(below == 0, 1, below)
-    return (above / below[..., None]).transpose(0, 2, 1, 3)
+    empty = below == 0
+    below = jnp.where(empty, 1, below)
+    return (above / below[..., None]).transpose(0, 2, 1, 3), jnp.where(empty, -jnp.inf, largest + jnp.log(below))
 
 
 # ---------------------------------------------------------------------------------------- arguments
 
 
-def _choose(implementation: str | None, query: Array, key: Array, bias: Array | None, mask: Array | None) -> str:
-    """Return the implementation to use: the one asked for, or cuDNN where it can run and xla elsewhere."""
-    if implementation is None:
-        problem = cudnn_problem(query, key, bias, mask)
-        logger.info("attention runs on %s", "cudnn" if problem is None else f"xla: {problem}")
-        return "cudnn" if problem is None else "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise UsageError(f"expected implementation among {IMPLEMENTATIONS} or None, got {implementation!r}")
-    return implementation
+class _Causal(NamedTuple):
+    """Whether queries see what comes after them, and where among the keys they stand."""
+
+    is_causal: bool
+    offset: int | Array
+
+    @classmethod
+    def of(cls, is_causal: bool, offset: int | Array) -> _Causal:
+        """Return them checked: an offset is a number that is known, or one of an array's."""
+        known = isinstance(offset, int | np.integer)
+        if not known and not (jnp.issubdtype(getattr(offset, "dtype", bool), jnp.integer) and jnp.ndim(offset) == 0):
+            raise expected("query_offset", "a whole number, or an integer array []", offset)
+        if not is_causal and not (known and offset == 0):
+            raise expected("query_offset", "0 without is_causal", offset, "Hide keys with mask")
+        return cls(is_causal, int(offset) if known else jnp.asarray(offset, jnp.int32))
+
+    @property
+    def dynamic(self) -> Array | None:
+        return self.offset if isinstance(self.offset, Array) else None
+
+    @property
+    def static(self) -> int:
+        return 0 if isinstance(self.offset, Array) else self.offset
+
+
+def _choose(
+    implementation: str | None, scale: float, causal: _Causal, query: Array, *sources: Source
+) -> tuple[Flash, ...] | None:
+    """Return what runs: for each source a flash of the implementation asked for, or of the first that can; None: reference.
+
+    All sources but the first are prefixes, which every query sees.
+    """
+    if implementation == "reference":
+        return None
+    if implementation is not None and implementation not in BACKENDS:
+        raise expected("implementation", f"one of {IMPLEMENTATIONS}, or None", repr(implementation))
+
+    def of(name: str) -> tuple[Flash, ...]:
+        own = Flash(name, scale, causal.is_causal, causal.static)
+        return own, *[Flash(name, scale) for _ in sources[1:]]
+
+    if implementation is not None:
+        return of(implementation)
+    problems: list[str] = []
+    for name, backend in BACKENDS.items():
+        flashes = of(name)
+        found = [flash.problem(query, source) for flash, source in zip(flashes, sources, strict=True)]
+        if problem := next(filter(None, [*found, backend.unavailable(query)]), None):
+            problems.append(problem)
+            continue
+        logger.info("attention runs on %s", ": ".join([name, "; ".join(problems)]) if problems else name)
+        return flashes
+    raise AssertionError("xla takes everything")
 
 
 def _check_state(z: Array | LowRank, k: Array, heads: int, features: int, head_dim: int, phi: FeatureMap) -> None:
@@ -456,9 +484,12 @@ def _check_state(z: Array | LowRank, k: Array, heads: int, features: int, head_d
     wanted = ((heads, features, rank), (heads, rank, head_dim))[: len(shapes)]
     if k.shape != (heads, features) or shapes != wanted:
         got = f"left {shapes[0]}, right {shapes[1]}" if isinstance(z, LowRank) else f"{shapes[0]}"
-        raise UsageError(
-            f"expected k {(heads, features)} and z {(heads, features, head_dim)}, or factors of such a z, for {heads} "
-            f"heads and {phi}, got k {k.shape} and z {got}: use the state's own map and heads"
+        raise expected(
+            "state",
+            f"k {(heads, features)} and z {(heads, features, head_dim)}, or factors of such a z, for {heads} query heads and "
+            f"{phi}",
+            f"k {k.shape} and z {got}",
+            "Use the map and the heads that it was made with",
         )
     names = ("z.left", "z.right") if isinstance(z, LowRank) else ("z",)
     for name, x in zip(("k", *names), (k, *factors), strict=True):

@@ -263,44 +263,61 @@ def check_attention(
         if x is not None or name in ("query", "key", "value"):
             _check_is_array(name, x)
     if query.ndim != 4 or key.ndim != 4:
-        raise UsageError(f"expected query [B, T, N, H] and key [B, S, K, H], got {query.shape} and {key.shape}")
+        raise expected("query and key", "[B, T, N, H] and [B, S, K, H]", f"{query.shape} and {key.shape}")
     batch, length, heads, head_dim = query.shape
     if head_dim == 0:
         raise expected("query", "[B, T, N, H] with H >= 1", query.shape)
     if value.shape != key.shape:
-        raise UsageError(f"expected value of the key's shape {key.shape}, got {value.shape}")
+        raise expected("value", f"the key's shape {key.shape}", value.shape)
     if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[2] == 0 or heads % key.shape[2]:
-        raise UsageError(
-            f"expected key [{batch}, S, K, {head_dim}] with K a divisor of {heads}, got {key.shape}: "
-            f"key and query share batch and head dimension, and key heads divide query heads"
+        raise expected(
+            "key",
+            f"[{batch}, S, K, {head_dim}] with K a divisor of {heads}",
+            key.shape,
+            "Key and query share batch and head dimension, and key heads divide query heads",
         )
     full = (batch, heads, length, key.shape[1])
     for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None and (x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True))):
-            raise UsageError(
-                f"expected {name} of shape {full}, each axis possibly 1, got {x.shape}: add axes of size 1"
-            )
+        if x is not None:
+            _check_scores(name, x, full)
     for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
         if x is not None:
             check_floating(name, x)
     if mask is not None and mask.dtype != jnp.bool_:
-        raise UsageError(f"expected a boolean mask, True where a key is seen, got {mask.dtype}: use bias for numbers")
+        raise expected("mask", "booleans, True where a key is seen", mask.dtype, "Use bias for numbers")
     return _checked_scale(scale, head_dim)
 
 
-def check_prefix(query: jax.Array, key: jax.Array, prefix_key: jax.Array, prefix_value: jax.Array) -> None:
-    """Raise unless a prefix [M, K, H] or [B, M, K, H] fits the query and the key of attention."""
+def _check_scores(name: str, x: jax.Array, full: tuple[int, ...]) -> None:
+    """Raise unless x broadcasts to scores, axis by axis."""
+    _check_is_array(name, x)
+    if x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
+        raise expected(name, f"{full}, each axis possibly 1", x.shape, "Add axes of size 1")
+
+
+def check_prefix(
+    query: jax.Array,
+    key: jax.Array,
+    prefix_key: jax.Array,
+    prefix_value: jax.Array,
+    prefix_bias: jax.Array | None = None,
+) -> None:
+    """Raise unless a prefix [M, K, H] or [B, M, K, H] and its bias fit the query and the key of attention."""
     _check_is_array("prefix_key", prefix_key)
     _check_is_array("prefix_value", prefix_value)
     batch = {3: (), 4: (query.shape[0],)}.get(prefix_key.ndim)
     if batch is None or prefix_key.shape != (*batch, prefix_key.shape[-3], *key.shape[2:]):
-        raise UsageError(
-            f"expected prefix_key [M, {key.shape[2]}, {key.shape[3]}], or that with a leading batch axis of "
-            f"{query.shape[0]}, got {prefix_key.shape}: a prefix has the key's heads, not the query's"
+        raise expected(
+            "prefix_key",
+            f"[M, {key.shape[2]}, {key.shape[3]}], or that with a leading batch axis of {query.shape[0]}",
+            prefix_key.shape,
+            "A prefix has the key's heads, not the query's",
         )
     if prefix_value.shape != prefix_key.shape:
-        raise UsageError(
-            f"expected prefix_value of the prefix_key's shape {prefix_key.shape}, got {prefix_value.shape}"
-        )
+        raise expected("prefix_value", f"the prefix_key's shape {prefix_key.shape}", prefix_value.shape)
     check_floating("prefix_key", prefix_key)
     check_floating("prefix_value", prefix_value)
+    if prefix_bias is not None:
+        batch_size, length, heads, _ = query.shape
+        _check_scores("prefix_bias", prefix_bias, (batch_size, heads, length, prefix_key.shape[-3]))
+        check_floating("prefix_bias", prefix_bias)

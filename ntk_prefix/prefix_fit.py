@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from ntk_prefix.checks import UsageError, check_count, expected
 from ntk_prefix.feature_maps import FeatureMap
-from ntk_prefix.flash import Flash
+from ntk_prefix.flash import Flash, Source
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array
 
@@ -148,12 +148,12 @@ class Samples(NamedTuple):
             return rows.reshape(heads, batch * length, *x.shape[3:])
 
         folded = query.reshape(1, batch * length, heads, head_dim)
-        prefix = Flash("xla", root**2).forward(folded, prefix_key[None], prefix_value[None])
+        prefix = Flash("xla", root**2).forward(folded, Source(prefix_key[None], prefix_value[None]))
         prefix_log = by_head(prefix.lse.transpose(0, 2, 1).reshape(batch, length, heads))
         prefix_output = by_head(prefix.output.reshape(query.shape))
         own_log, own_output = np.full_like(prefix_log, -np.inf), np.zeros_like(prefix_output)
         if key is not None and value is not None:
-            own = Flash("xla", root**2, is_causal).forward(query, key, value, bias, mask)
+            own = Flash("xla", root**2, is_causal).forward(query, Source(key, value, bias, mask))
             own_log, own_output = by_head(own.lse.transpose(0, 2, 1)), by_head(own.output)
         unit = np.median(prefix_log, axis=1, keepdims=True)
         if (

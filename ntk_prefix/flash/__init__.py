@@ -9,11 +9,12 @@ statistics to the ordinary backward, which then returns exactly the gradients of
 ``lse`` is carried as two numbers, the row's maximum ``M`` and ``log sum exp(scores - M)``. In a row masked by
 the usual additive bias of -1e9 their sum is M to the last bit, and P would be S times too large.
 
-Two libraries' halves are offered, under one signature; a backend is a file that adds itself to ``BACKENDS``:
+Whose halves are offered, under one signature; a backend is a file that adds itself to ``BACKENDS``, and a line here. Where
+none is named, the first that can run is taken:
 
 =========  ==================================================================================================
-``xla``    jax.numpy, blockwise over queries and keys; any platform and float dtype, memory linear in T and S
 ``cudnn``  cuDNN flash attention through JAX's own primitives; CUDA, bfloat16 and float16
+``xla``    jax.numpy, blockwise over queries and keys; any platform and float dtype, memory linear in T and S
 =========  ==================================================================================================
 
 Layouts are those of ``jax.nn.dot_product_attention``; row statistics are [B, N, T] in the accumulation dtype.
@@ -21,8 +22,7 @@ Layouts are those of ``jax.nn.dot_product_attention``; row statistics are [B, N,
 
 from __future__ import annotations
 
-from ntk_prefix.flash import cudnn, xla
-from ntk_prefix.flash.base import Flash, Gradients, Statistics
-from ntk_prefix.flash.cudnn import cudnn_problem
+from ntk_prefix.flash import cudnn, xla  # isort: skip
+from ntk_prefix.flash.base import BACKENDS, Flash, Gradients, Source, Statistics
 
-__all__ = ["Flash", "Gradients", "Statistics", "cudnn", "cudnn_problem", "xla"]
+__all__ = ["BACKENDS", "Flash", "Gradients", "Source", "Statistics", "cudnn", "xla"]

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ntk_prefix.typing import Array, Bool, Float
+from ntk_prefix.checks import UsageError
+from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["BACKENDS", "Backend", "Flash", "Gradients", "Statistics"]
+__all__ = ["BACKENDS", "Backend", "Flash", "Gradients", "Source", "Statistics"]
 
 
 class Statistics(NamedTuple):
@@ -29,6 +30,19 @@ class Statistics(NamedTuple):
         return self.maximum + self.log_sum
 
 
+class Source(NamedTuple):
+    """Keys that queries are compared with; a key and value without a batch axis are shared by the batch.
+
+    ``query_offset`` is a number known only at run time; one known before is static, see :class:`Flash`.
+    """
+
+    key: Float[Array, "*B S K H"]
+    value: Float[Array, "*B S K H"]
+    bias: Float[Array, "#B #N #T #S"] | None = None
+    mask: Bool[Array, "#B #N #T #S"] | None = None
+    query_offset: Int[Array, ""] | None = None
+
+
 class Gradients(NamedTuple):
     """What a flash backward returns."""
 
@@ -42,55 +56,68 @@ class Gradients(NamedTuple):
 class Flash:
     """One flash attention: what is static about it, and its two halves.
 
-    ``scores = scale * query . key + bias``, minus infinity where ``mask`` is False or, if causal, where s >
-    t.
+    ``scores = scale * query . key + bias``, minus infinity where ``mask`` is False or, if causal, where ``s > t +
+    query_offset``.
     """
 
     implementation: str
     scale: float
     is_causal: bool = False
+    query_offset: int = 0
 
-    def forward(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        bias: Float[Array, "#B #N #T #S"] | None = None,
-        mask: Bool[Array, "#B #N #T #S"] | None = None,
-    ) -> Statistics:
-        """Return ``softmax(scores) V`` and the statistics of its rows."""
-        return BACKENDS[self.implementation].forward(self, query, key, value, bias, mask)
+    def problem(self, query: Float[Array, "B T N H"], source: Source) -> str | None:
+        """Return why these arguments cannot be taken, wherever it is run; None if they can."""
+        return BACKENDS[self.implementation].problem(self, query, source)
+
+    def forward(self, query: Float[Array, "B T N H"], source: Source) -> Statistics:
+        """Return ``softmax(scores) V`` and the statistics of its rows.
+
+        Raises:
+            UsageError: the library cannot take these arguments.
+        """
+        self._check(query, source)
+        return BACKENDS[self.implementation].forward(self, query, source)
 
     def backward(
         self,
         query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        bias: Float[Array, "#B #N #T #S"] | None,
-        mask: Bool[Array, "#B #N #T #S"] | None,
+        source: Source,
         statistics: Statistics,
         d_output: Float[Array, "B T N H"],
+        d_lse: Float[Array, "B N T"] | None = None,
     ) -> Gradients:
         """Return the gradients, given the statistics that the rows were *finally* normalized with.
 
-        ``P = exp(scores - lse)``, ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O))``.
+        ``P = exp(scores - lse)``, ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O) + d_lse)``.
 
         Args:
-            query, key, value, bias, mask: as in :meth:`forward`.
+            query, source: as in :meth:`forward`.
             statistics: what the layer's output was made of. Handing in merged ones is the point: rows of P
                 then sum to less than 1, and the gradients are those of the merged attention. ``maximum =
                 +inf`` switches a row off.
             d_output: the cotangent of the layer's output.
+            d_lse: that of its log-sum-exp; None if nobody has looked at it.
         """
-        return BACKENDS[self.implementation].backward(self, query, key, value, bias, mask, statistics, d_output)
+        self._check(query, source)
+        return BACKENDS[self.implementation].backward(self, query, source, statistics, d_output, d_lse)
+
+    def _check(self, query: Array, source: Source) -> None:
+        if problem := self.problem(query, source):
+            raise UsageError(problem)
 
 
 class Backend(NamedTuple):
-    """The two halves of one library, called as :class:`Flash` calls them, with itself as the first argument."""
+    """One library: its two halves and what stands against it, called as :class:`Flash` calls them, with itself first.
+
+    ``problem`` looks at the arguments; ``unavailable``, at the machine and the versions, is asked only where nobody has
+    named an implementation. Both return a sentence, or None.
+    """
 
     forward: Callable[..., Statistics]
     backward: Callable[..., Gradients]
+    problem: Callable[[Flash, Array, Source], str | None]
+    unavailable: Callable[[Array], str | None]
 
 
 BACKENDS: dict[str, Backend] = {}
-"""By name."""
+"""By name, the one to be preferred first."""

@@ -8,33 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError
-from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Statistics
+from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics
 from ntk_prefix.typing import Array
 
-__all__ = ["cudnn_problem"]
 
-
-def cudnn_problem(query: Array, key: Array, bias: Array | None = None, mask: Array | None = None) -> str | None:
-    """Return why cuDNN flash attention cannot take these arguments on this machine, or None if it can."""
-    return _shape_problem(query, key, bias, mask) or _machine_problem(query.shape[-1])
-
-
-def _shape_problem(query: Array, key: Array, bias: Array | None, mask: Array | None) -> str | None:
+def _problem(flash: Flash, query: Array, source: Source) -> str | None:
+    key, _, bias, mask, offset = source
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 and float16, got {query.dtype}: cast, or use implementation='xla'"
     if query.shape[-1] % 8 or query.shape[-1] > 256:
         return f"cuDNN takes head dimensions that are multiples of 8 up to 256, got {query.shape[-1]}"
-    if (bias is not None or mask is not None) and (query.shape[1] % 2 or key.shape[1] % 2):
-        return f"cuDNN takes a bias or mask over even lengths only, got T={query.shape[1]}, S={key.shape[1]}"
-    if key.shape[1] == 0:
+    if (bias is not None or mask is not None) and (query.shape[1] % 2 or key.shape[-3] % 2):
+        return f"cuDNN takes a bias or mask over even lengths only, got T={query.shape[1]}, S={key.shape[-3]}"
+    if key.shape[-3] == 0:
         return "cuDNN needs at least one key, got S=0"
+    if offset is not None or flash.query_offset:
+        return "cuDNN counts causality from 0, got a query_offset"
     return None
 
 
-def _machine_problem(head_dim: int) -> str | None:
+def _unavailable(query: Array) -> str | None:
     if jax.default_backend() != "gpu":
         return f"cuDNN runs on CUDA, and the default backend is {jax.default_backend()!r}"
+    head_dim = query.shape[-1]
     capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "0.0")
     if not capability.replace(".", "").isdigit() or float(capability) < 8.0:  # ROCm says "gfx..."
         return f"cuDNN flash attention needs compute capability 8.0, got {capability}"
@@ -76,16 +72,14 @@ class _Call(NamedTuple):
     """[#B, #N, T], the large bias that a whole row shares; None if no bias was given."""
 
 
-def _call(flash: Flash, query: Array, key: Array, bias: Array | None, mask: Array | None) -> _Call:
+def _call(flash: Flash, query: Array, source: Source) -> _Call:
     """Return the call's operands: the unused ones as empty arrays, mask folded into the bias.
 
     cuDNN has one statistic, ``lse``, in float32. Probabilities do not change when all scores of a row do by the
     same number, so a row whose largest bias is large gets a bias without it; it goes into ``maximum``, and ``lse``
     keeps its digits.
     """
-    problem = _shape_problem(query, key, bias, mask)
-    if problem:
-        raise UsageError(problem)
+    key, _, bias, mask, _ = source
     unused = jnp.zeros(0, query.dtype)
     has_bias = bias is not None or mask is not None
     combined, shift = unused, None
@@ -117,14 +111,12 @@ def _call(flash: Flash, query: Array, key: Array, bias: Array | None, mask: Arra
     return _Call([combined, *[unused] * 6], parameters, shift)
 
 
-def _forward(
-    flash: Flash, query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
-) -> Statistics:
-    call = _call(flash, query, key, bias, mask)
+def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
+    call = _call(flash, query, source)
     output, lse = _cudnn()._dot_product_attention_fwd_p_wrapper.bind(
-        query, key, value, *call.operands, is_training=True, **call.parameters
+        query, source.key, source.value, *call.operands, is_training=True, **call.parameters
     )
-    if bias is None and mask is None:
+    if source.bias is None and source.mask is None:
         return Statistics(output, lse, jnp.zeros_like(lse))
     empty = lse < _MASKED[query.dtype.name] / 2
     output = jnp.where(empty.transpose(0, 2, 1)[..., None], 0, output)
@@ -137,26 +129,32 @@ def _forward(
 
 
 def _backward(
-    flash: Flash,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    mask: Array | None,
-    statistics: Statistics,
-    d_output: Array,
+    flash: Flash, query: Array, source: Source, statistics: Statistics, d_output: Array, d_lse: Array | None
 ) -> Gradients:
-    call = _call(flash, query, key, bias, mask)
+    call = _call(flash, query, source)
     maximum = statistics.maximum if call.shift is None else statistics.maximum - call.shift
     # masked scores stay far below 0
     lse = jnp.where(statistics.maximum == jnp.inf, 0, maximum + statistics.log_sum)
-    d_query, d_key, d_value, *d_bias = _cudnn()._dot_product_attention_bwd_p_wrapper.bind(
-        query, key, value, *call.operands, lse, statistics.output, d_output, **call.parameters
-    )
+
+    def run(value: Array, output: Array, d_output: Array) -> tuple[Array, ...]:
+        results = _cudnn()._dot_product_attention_bwd_p_wrapper.bind(
+            query, source.key, value, *call.operands, lse, output, d_output, **call.parameters
+        )
+        return tuple(results)
+
+    d_query, d_key, d_value, *d_bias = run(source.value, statistics.output, d_output)
+    if d_lse is not None:
+        # dS = P * d_lse is what the same kernel makes of V = 0, dO = 1 and O = -d_lse in one column
+        column = jnp.zeros_like(query).at[..., 0].set(1)
+        output = jnp.zeros_like(query).at[..., 0].set(-d_lse.transpose(0, 2, 1).astype(query.dtype))
+        more_query, more_key, _, *more_bias = run(jnp.zeros_like(source.value), output, column)
+        d_query, d_key = d_query + more_query, d_key + more_key
+        d_bias = [x + y for x, y in zip(d_bias, more_bias, strict=True)]
+    bias = source.bias
     if bias is None:
         return Gradients(d_query, d_key, d_value, None)
     repeated = tuple(axis for axis in range(4) if bias.shape[axis] != d_bias[0].shape[axis])
     return Gradients(d_query, d_key, d_value, jnp.sum(d_bias[0], repeated, keepdims=True).astype(bias.dtype))
 
 
-BACKENDS["cudnn"] = Backend(_forward, _backward)
+BACKENDS["cudnn"] = Backend(_forward, _backward, _problem, _unavailable)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Statistics
+from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
@@ -39,17 +39,20 @@ class _Blocks:
     key_heads: int
     groups: int
     is_causal: bool
+    query_offset: int | Array
     rows: int
     columns: int
 
     @classmethod
-    def of(cls, query: Array, key: Array, is_causal: bool) -> _Blocks:
+    def of(cls, flash: Flash, query: Array, source: Source) -> _Blocks:
+        key = source.key
         batch, query_length, heads, _ = query.shape
         key_length, key_heads = key.shape[1], key.shape[2]
         columns = _even_block(key_length, KEY_BLOCK)
         affordable = SCORES_PER_BLOCK // max(batch * heads * columns, 1)
         rows = _even_block(query_length, min(QUERY_BLOCK, max(affordable, QUERY_BLOCK // 8)))
-        return cls(query_length, key_length, key_heads, heads // key_heads, is_causal, rows, columns)
+        offset = flash.query_offset if source.query_offset is None else source.query_offset
+        return cls(query_length, key_length, key_heads, heads // key_heads, flash.is_causal, offset, rows, columns)
 
     @property
     def query_blocks(self) -> int:
@@ -60,14 +63,25 @@ class _Blocks:
         return -(-self.key_length // self.columns)
 
     def pairs(self) -> np.ndarray:
-        """Return the (query, key) block pairs to visit, [pairs, 2]; none above the diagonal if causal."""
-        visit = [
-            (i, j)
-            for i in range(self.query_blocks)
-            for j in range(self.key_blocks)
-            if not (self.is_causal and j * self.columns >= (i + 1) * self.rows)
-        ]
+        """Return the (query, key) block pairs to visit, [pairs, 2]; none above a diagonal that is known."""
+        all_pairs = [(i, j) for i in range(self.query_blocks) for j in range(self.key_blocks)]
+        visit = all_pairs if isinstance(self.query_offset, Array) else [pair for pair in all_pairs if self.meet(*pair)]
         return np.array(visit, np.int32).reshape(-1, 2)
+
+    def meet(self, i: Any, j: Any) -> Any:
+        """Whether any query of block i sees any key of block j, as far as causality goes."""
+        return not self.is_causal or j * self.columns < (i + 1) * self.rows + self.query_offset
+
+    def scan(self, visit: Callable[[Any, Array, Array], Any], start: Any) -> Any:
+        """Fold ``visit(carry, i, j)`` over all pairs; where the diagonal is known at run time only, skip pairs then."""
+        pairs = self.pairs()
+
+        def step(carry: Any, pair: Array) -> tuple[Any, None]:
+            if not self.is_causal or not isinstance(self.query_offset, Array):
+                return visit(carry, *pair), None
+            return jax.lax.cond(self.meet(*pair), visit, lambda carry, *_: carry, carry, *pair), None
+
+        return jax.lax.scan(step, start, jnp.asarray(pairs))[0] if len(pairs) else start
 
     def cut_queries(self, x: Float[Array, "B T N H"]) -> Float[Array, "blocks B K rows H"]:
         x = _pad(x, 1, self.query_blocks * self.rows)
@@ -137,7 +151,7 @@ class _Blocks:
         column = (j * self.columns + jnp.arange(self.columns, dtype=np.int32))[None, :]
         keep = column < self.key_length
         if self.is_causal:
-            keep = keep & (column <= row)
+            keep = keep & (column <= row + self.query_offset)
         keep = keep[None, None, None]
         if mask is not None:
             keep = keep & self.window(mask, i, j)
@@ -165,18 +179,15 @@ class _Blocks:
         return start, (*x.shape[:3], rows, columns)
 
 
-def _forward(
-    flash: Flash, query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None
-) -> Statistics:
+def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
     dtype = accumulation_dtype(query.dtype)
-    blocks = _Blocks.of(query, key, flash.is_causal)
-    queries, keys, values = blocks.cut_queries(query), blocks.cut_keys(key), blocks.cut_keys(value)
-    bias, mask = blocks.cut_scores(bias), blocks.cut_scores(mask)
+    blocks = _Blocks.of(flash, query, source)
+    queries, keys, values = blocks.cut_queries(query), blocks.cut_keys(source.key), blocks.cut_keys(source.value)
+    bias, mask = blocks.cut_scores(source.bias), blocks.cut_scores(source.mask)
 
-    def visit(carry: tuple[Array, Array, Array], pair: Array) -> tuple[tuple[Array, Array, Array], None]:
+    def visit(carry: tuple[Array, Array, Array], i: Array, j: Array) -> tuple[Array, Array, Array]:
         """Online softmax: rescale what was summed so far to the new row maximum, then add this block."""
         maxima, sums, outputs = carry
-        i, j = pair
         old_maximum = _at(maxima, i)
         block = blocks.scores(_at(queries, i).astype(dtype) * flash.scale, _at(keys, j).astype(dtype), bias, mask, i, j)
         maximum = jnp.maximum(old_maximum, jnp.max(block, axis=-1))
@@ -188,40 +199,35 @@ def _forward(
             _put(maxima, i, maximum),
             _put(sums, i, _at(sums, i) * decay + jnp.sum(weights, axis=-1)),
             _put(outputs, i, _at(outputs, i) * decay[..., None] + added),
-        ), None
+        )
 
     start = (
         jnp.full(queries.shape[:-1], -jnp.inf, dtype),
         jnp.zeros(queries.shape[:-1], dtype),
         jnp.zeros(queries.shape, dtype),
     )
-    maxima, sums, outputs = _scan(visit, start, blocks.pairs())
+    maxima, sums, outputs = blocks.scan(visit, start)
     sums = jnp.where(sums == 0, 1, sums)  # a row without keys, whose maximum is still -inf
     output = blocks.join_queries(outputs / sums[..., None])
     return Statistics(output, blocks.join_rows(maxima), blocks.join_rows(jnp.log(sums)))
 
 
 def _backward(
-    flash: Flash,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    mask: Array | None,
-    statistics: Statistics,
-    d_output: Array,
+    flash: Flash, query: Array, source: Source, statistics: Statistics, d_output: Array, d_lse: Array | None
 ) -> Gradients:
     dtype = accumulation_dtype(query.dtype)
-    blocks = _Blocks.of(query, key, flash.is_causal)
+    blocks = _Blocks.of(flash, query, source)
+    key, value, bias, mask = source[:4]
     queries, keys, values = blocks.cut_queries(query), blocks.cut_keys(key), blocks.cut_keys(value)
     d_outputs, outputs = blocks.cut_queries(d_output), blocks.cut_queries(statistics.output)
     maxima, log_sums = blocks.cut_rows(statistics.maximum, fill=jnp.inf), blocks.cut_rows(statistics.log_sum, fill=0)
     projection = jnp.sum(d_outputs.astype(dtype) * outputs.astype(dtype), axis=-1)
+    if d_lse is not None:
+        projection = projection - blocks.cut_rows(d_lse, fill=0)
     cut_bias, cut_mask = blocks.cut_scores(bias), blocks.cut_scores(mask)
 
-    def visit(carry: tuple[Array, Array, Array, Array | None], pair: Array) -> tuple[Any, None]:
+    def visit(carry: tuple[Array, Array, Array, Array | None], i: Array, j: Array) -> Any:
         d_queries, d_keys, d_values, d_bias = carry
-        i, j = pair
         block_query, block_key = _at(queries, i).astype(dtype) * flash.scale, _at(keys, j).astype(dtype)
         d_block_output = _at(d_outputs, i).astype(dtype)
         block = blocks.scores(block_query, block_key, cut_bias, cut_mask, i, j)
@@ -235,7 +241,7 @@ def _backward(
             _add(d_keys, j, jnp.einsum("bkrs,bkrh->bksh", d_scores, block_query)),
             _add(d_values, j, jnp.einsum("bkrs,bkrh->bksh", weights, d_block_output)),
             d_bias,
-        ), None
+        )
 
     start = (
         jnp.zeros(queries.shape, dtype),
@@ -243,17 +249,13 @@ def _backward(
         jnp.zeros(values.shape, dtype),
         None if cut_bias is None else jnp.zeros(cut_bias.shape, dtype),
     )
-    d_queries, d_keys, d_values, d_bias = _scan(visit, start, blocks.pairs())
+    d_queries, d_keys, d_values, d_bias = blocks.scan(visit, start)
     return Gradients(
         blocks.join_queries(d_queries).astype(query.dtype),
         blocks.join_keys(d_keys).astype(key.dtype),
         blocks.join_keys(d_values).astype(value.dtype),
         None if bias is None or d_bias is None else blocks.join_scores(d_bias, bias.shape).astype(bias.dtype),
     )
-
-
-def _scan(visit: Callable[[Any, Array], tuple[Any, None]], start: Any, pairs: np.ndarray) -> Any:
-    return jax.lax.scan(visit, start, jnp.asarray(pairs))[0] if len(pairs) else start
 
 
 def _even_block(length: int, target: int) -> int:
@@ -282,4 +284,4 @@ def _add(x: Array, index: Array, block: Array) -> Array:
     return _put(x, index, _at(x, index) + block)
 
 
-BACKENDS["xla"] = Backend(_forward, _backward)
+BACKENDS["xla"] = Backend(_forward, _backward, problem=lambda *_: None, unavailable=lambda _: None)

@@ -1,0 +1,185 @@
+r"""Attention over several sources and a linear part under one softmax: the one custom_vjp there is.
+
+Forward: each source's flash attention returns ``o_i`` and ``lse_i``; with ``L = log(sum_i e^{lse_i} + E)``,
+
+.. math::  T = \sum_i e^{lse_i - L} o_i + e^{-L} N .
+
+Backward: the derivatives that :mod:`ntk_prefix.attention` states are, for keys, what the *ordinary* flash backward
+computes when it is handed ``T`` and ``L`` as its output and log-sum-exp, for every source alike. A cotangent of ``L``
+itself enters as ``dS = P (dP - rowsum(dT T) + dL)`` and ``dE = e^{-L} (dL - rowsum(dT T))``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ntk_prefix.flash.base import Flash, Source, Statistics
+from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.typing import Array, Float
+
+__all__ = ["Linear", "attend", "linear_weight"]
+
+
+class Linear(NamedTuple):
+    """What stands beside the softmax sums: a numerator and its mass >= 0, in the layout of scores.
+
+    Both are in a head's ``unit``, 1 for all but states so large that their sums would overflow.
+    """
+
+    numerator: Float[Array, "B N T H"]
+    mass: Float[Array, "B N T"]
+    unit: Float[Array, "N"]
+
+    @property
+    def log_unit(self) -> Float[Array, "1 N 1"]:
+        """Of every row, exactly 0 for a unit of 1."""
+        return jnp.log(self.unit)[None, :, None]
+
+
+def attend(
+    flashes: tuple[Flash, ...], query: Array, sources: tuple[Source, ...], linear: Linear | None = None
+) -> Float[Array, "B T N H"]:
+    """Return attention over all sources, one for each flash, and the linear part at once, in the query's dtype."""
+    return _attend_jitted((flashes, False), query, sources, linear)[0]
+
+
+def attend_with_lse(
+    flashes: tuple[Flash, ...], query: Array, sources: tuple[Source, ...], linear: Linear | None = None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Return what :func:`attend` does, and the log of what it was divided by; both have all their derivatives."""
+    output, lse = _attend_jitted((flashes, True), query, sources, linear)
+    assert lse is not None
+    return output, lse
+
+
+_Plan = tuple[tuple[Flash, ...], bool]
+"""What is static: a flash for each source, and whether the log-sum-exp is wanted."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    plan: _Plan, query: Array, sources: tuple[Source, ...], linear: Linear | None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+    return _attend_forward(plan, query, sources, linear)[0]
+
+
+def _attend_forward(
+    plan: _Plan, query: Array, sources: tuple[Source, ...], linear: Linear | None
+) -> tuple[tuple[Array, Array | None], Any]:
+    flashes, with_lse = plan
+    parts = [_forward(flash, query, source) for flash, source in zip(flashes, sources, strict=True)]
+    statistics = _merge(parts, linear)
+    output = statistics.output
+    if linear is not None and query.dtype == jnp.float16:  # where a capped weight still goes beyond 65504
+        output = jnp.clip(output, jnp.finfo(jnp.float16).min, jnp.finfo(jnp.float16).max)
+    statistics = statistics._replace(output=output.astype(query.dtype))
+    unit = None if linear is None else linear.unit
+    lse = jnp.where(_empty(statistics), -jnp.inf, statistics.lse) if with_lse else None
+    return (statistics.output, lse), (query, sources, statistics, unit)
+
+
+def _attend_backward(plan: _Plan, residuals: Any, cotangents: tuple[Array, Array | None]) -> tuple[Any, ...]:
+    flashes, _ = plan
+    query, sources, statistics, unit = residuals
+    d_output, d_lse = cotangents
+    if d_lse is not None:  # a row that sees nothing has no derivative, whatever has been made of its -inf
+        d_lse = jnp.where(_empty(statistics), 0, d_lse)
+    d_queries, d_sources = [], []
+    for flash, source in zip(flashes, sources, strict=True):
+        d_query, d_source = _backward(flash, query, source, statistics, d_output, d_lse)
+        d_queries.append(d_query if len(sources) == 1 else d_query.astype(accumulation_dtype(query.dtype)))
+        d_sources.append(d_source)
+    d_query = functools.reduce(jnp.add, d_queries).astype(query.dtype)
+    return d_query, tuple(d_sources), None if unit is None else _d_linear(unit, statistics, d_output, d_lse)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+_attend_jitted = jax.jit(_attend, static_argnums=0)  # one program, also when called outside of jit
+
+
+def _d_linear(unit: Array, statistics: Statistics, d_output: Array, d_lse: Array | None) -> Linear:
+    weight = linear_weight((statistics.maximum - jnp.log(unit)[None, :, None]) + statistics.log_sum)
+    d_total = d_output.astype(weight.dtype)
+    projection = jnp.sum(d_total * statistics.output.astype(weight.dtype), axis=-1).transpose(0, 2, 1)
+    if d_lse is not None:
+        projection = projection - d_lse
+    largest = math.exp(_largest_log(weight.dtype))
+    d_numerator = jnp.clip(weight[..., None] * d_total.transpose(0, 2, 1, 3), -largest, largest)
+    return Linear(d_numerator, jnp.clip(-weight * projection, -largest, largest), jnp.zeros_like(unit))
+
+
+def _empty(statistics: Statistics) -> Array:
+    """Return which rows of merged statistics saw neither a key nor any mass."""
+    return statistics.maximum == jnp.inf
+
+
+def _merge(parts: list[Statistics], linear: Linear | None) -> Statistics:
+    """Return output and log-mass of all parts together; a part of mass 0 leaves the others' bits alone."""
+    dtype = parts[0].maximum.dtype
+    largest = functools.reduce(jnp.maximum, [part.maximum for part in parts])
+    if linear is not None:
+        log_mass = jnp.log(jnp.where(linear.mass > 0, linear.mass, 1)) + linear.log_unit
+        largest = jnp.maximum(largest, jnp.where(linear.mass > 0, log_mass, -jnp.inf))
+    empty = largest == -jnp.inf
+    largest = jnp.where(empty, jnp.inf, largest)  # every weight below becomes exp(-inf) = 0
+    weights = [jnp.exp((part.maximum - largest) + part.log_sum) for part in parts]
+    values = [part.output.astype(dtype) for part in parts]
+    total = functools.reduce(jnp.add, weights)
+    if linear is not None:
+        weights.append(linear_weight(largest - linear.log_unit))
+        values.append(linear.numerator.transpose(0, 2, 1, 3))
+        total = total + weights[-1] * linear.mass
+    total = jnp.where(empty, 1, total)
+    output = functools.reduce(
+        jnp.add, [(w / total).transpose(0, 2, 1)[..., None] * v for w, v in zip(weights, values, strict=True)]
+    )
+    return Statistics(output, largest, jnp.log(total))
+
+
+def linear_weight(log_mass: Array) -> Array:
+    """Return ``exp(-log_mass)``, capped with room for sums: the cap keeps 0 * infinity from happening."""
+    return jnp.exp(jnp.minimum(-log_mass, _largest_log(log_mass.dtype)))
+
+
+def _largest_log(dtype: jnp.dtype) -> float:
+    return math.log(jnp.finfo(dtype).max) - 20
+
+
+def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
+    if source.key.ndim == 4:
+        return flash.forward(query, source)
+    output, *rows = flash.forward(_fold(query), _one_row(source))
+    batch, length, heads, _ = query.shape
+    return Statistics(output.reshape(query.shape), *(x.reshape(heads, batch, length).transpose(1, 0, 2) for x in rows))
+
+
+def _backward(
+    flash: Flash, query: Array, source: Source, statistics: Statistics, d_output: Array, d_lse: Array | None
+) -> tuple[Array, Source]:
+    if source.key.ndim == 4:
+        grads = flash.backward(query, source, statistics, d_output, d_lse)
+        return grads.query, Source(grads.key, grads.value, grads.bias)
+    folded = Statistics(_fold(statistics.output), _fold_rows(statistics.maximum), _fold_rows(statistics.log_sum))
+    d_lse = None if d_lse is None else _fold_rows(d_lse)
+    grads = flash.backward(_fold(query), _one_row(source), folded, _fold(d_output), d_lse)
+    return grads.query.reshape(query.shape), Source(grads.key[0], grads.value[0], grads.bias)
+
+
+def _one_row(source: Source) -> Source:
+    """Make keys that a batch shares those of one long row of queries; their bias must not differ between queries."""
+    return source._replace(key=source.key[None], value=source.value[None])
+
+
+def _fold(x: Array) -> Array:
+    """Make one long row of queries of a batch that shares its keys: [B, T, N, H] -> [1, B T, N, H]."""
+    return x.reshape(1, -1, *x.shape[2:])
+
+
+def _fold_rows(x: Array) -> Array:
+    """[B, N, T] -> [1, N, B T]."""
+    return x.transpose(1, 0, 2).reshape(1, x.shape[1], -1)
