@@ -1,4 +1,9 @@
-"""``from_pretrained``: a checkpoint's tensors into our modules, every one of them accounted for."""
+"""``from_pretrained``: a checkpoint's tensors into our modules, every one of them accounted for.
+
+A tensor goes from the file to where it will lie a block of rows at a time: read, checked, converted, and put into the parts
+that this process' devices hold. Beside the model that takes one tensor's local parts, and no more than that again where a
+device wants them turned first.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,15 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ntk_prefix.checks import UsageError, expected
@@ -23,6 +29,7 @@ from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.formats import Checkpoint, StoredTensor, read_checkpoint
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.vit import Vit, VitConfig
+from ntk_prefix.sharding import check_divides, weight_sharding
 
 __all__ = ["from_pretrained", "module_aliases", "module_names"]
 
@@ -44,7 +51,10 @@ def from_pretrained(
     num_labels: int | None = None,
     pooling: Pooling | None = None,
     dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | Literal["file"] | None = None,
+    mesh: Mesh | None = None,
     rngs: nnx.Rngs | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Backbone | Classifier:
     """Load a pretrained model.
 
@@ -57,8 +67,14 @@ def from_pretrained(
             takes the checkpoint's.
         pooling: see :class:`Classifier`; None is the checkpoint's own where it brings a head, and "mean" for BERT, "cls"
             for images, "last" for Llama. With another, a head of the checkpoint is not taken.
-        dtype: of the computation, e.g. ``jnp.bfloat16``; parameters are float32 all the same.
+        dtype: of the computation, e.g. ``jnp.bfloat16``; float32 if None. It says nothing of what weights are kept in.
+        param_dtype: what the backbone's weights are kept in: float32 if None, or e.g. ``jnp.bfloat16``, or "file" for each
+            tensor's own (float32 for a quantized one, and for float64 without x64). A classifier's head is float32, and so
+            are the weights that :mod:`ntk_prefix.peft` trains, whatever they start from.
+        mesh: where each weight goes, by :func:`ntk_prefix.sharding.weight_sharding`: a device gets its slice, a process
+            reads what its devices hold. None is the default device.
         rngs: for a new head; ``nnx.Rngs(0)`` if None.
+        progress: called with the bytes of the model that are there, and with all of them.
 
     Returns:
         :class:`Bert`, :class:`Vit`, :class:`Llama`, or a :class:`Classifier` around one.
@@ -67,13 +83,14 @@ def from_pretrained(
         FileNotFoundError: nothing at ``path``, or a file of the folder is missing.
         UsageError: an unknown format or model_type, a broken file; a task that does not fit; a tensor that is missing,
             has the wrong shape, is not of floating point or is left over (all are named); no number of labels; a head
-            that :class:`Classifier` cannot take.
+            that :class:`Classifier` cannot take; a mesh that does not divide the model; a dtype that no weight has.
         NonFiniteError: a tensor that is not finite.
         MissingPackageError: the package that reads the format is not installed.
 
     Numerics: what the file holds goes before what its config says of it: an ``lm_head`` that differs from the embeddings
-        is used, tied or not.
+        is used, tied or not. Numbers are rounded once, from the file's dtype to ``param_dtype``, to nearest.
     """
+    into = _Target(_parameter_dtype(param_dtype), _auto(mesh), progress or (lambda done, total: None))
     checkpoint = read_checkpoint(path)
     config, model_class = _config(checkpoint)
     classify = task is not None and task.endswith("-classification")
@@ -82,11 +99,22 @@ def from_pretrained(
         raise expected("task", f"None or one of {model_class.tasks} for a {model_type}", repr(task))
     if not classify and (num_labels is not None or pooling is not None):
         raise expected("num_labels, pooling", "only with a classification task", f"task {task!r}")
+    if into.mesh is not None:
+        heads = config.num_attention_heads
+        check_divides(
+            fsdp=into.mesh.shape.get("fsdp", 1),
+            tensor=into.mesh.shape.get("tensor", 1),
+            heads=heads,
+            key_heads=getattr(config, "num_key_value_heads", heads),
+            mlp=config.intermediate_size,
+            hidden=config.hidden_size,
+            flag="mesh: ",
+        )
     options: dict[str, Any] = {"causal_lm": task == "causal-lm"} if model_class is Llama else {}
     config, checkpoint = _untied(config, checkpoint, logits=task == "causal-lm")
     model = _shapes(model_class, config, dtype, options)
     if not classify:
-        _fill(model, checkpoint, f"{path}")
+        _fill(model, checkpoint, f"{path}", into)
         return model
     pooling = pooling or model_class.pooling
     # a head's place is on the pooling it was trained on: on another it would be noise
@@ -101,15 +129,61 @@ def from_pretrained(
             f"num_labels: expected a number, since {path} brings no head that is a linear map on {pooling!r} pooled "
             "hidden states; a new one will be made"
         )
-    _fill(model, checkpoint, f"{path}")
+    _fill(model, checkpoint, f"{path}", into)
     classifier = Classifier(model, num_labels, pooling=pooling, rngs=rngs or nnx.Rngs(0))
-    if head is not None:
-        weight, bias = head
-        classifier.head.kernel.set_value(jnp.asarray(_kernel(weight.read())))
-        assert classifier.head.bias is not None
-        if bias is not None:
-            classifier.head.bias.set_value(jnp.asarray(bias.read()))
+    stored = dict(zip(("kernel", "bias"), head or (None, None), strict=True))
+    for name, tensor in stored.items():
+        variable = getattr(classifier.head, name)
+        slot = _Slot(f"head.{name}", variable, linear=name == "kernel")
+        if tensor is not None:
+            variable.set_value(_placed(slot, tensor, into._replace(dtype=np.dtype(np.float32))))
+        elif into.mesh is not None:
+            variable.set_value(jax.device_put(variable[...], weight_sharding(into.mesh, slot.path, variable.shape)))
     return classifier
+
+
+class _Target(NamedTuple):
+    """Where weights go, and as what; a dtype of None is the file's."""
+
+    dtype: np.dtype | None
+    mesh: Mesh | None
+    progress: Callable[[int, int], None]
+
+    def dtype_of(self, tensor: StoredTensor) -> np.dtype:
+        """Return what a tensor's numbers become; what holds no floating point numbers is refused when it is read."""
+        if self.dtype is not None:
+            return self.dtype
+        return jax.dtypes.canonicalize_dtype(np.float32 if tensor.numbers is None else tensor.numbers)
+
+
+def _parameter_dtype(param_dtype: DTypeLike | None) -> np.dtype | None:
+    """Return what weights are kept in, None for the file's dtypes.
+
+    Raises:
+        UsageError: neither "file" nor floating point numbers of a width that weights may have.
+    """
+    if isinstance(param_dtype, str) and param_dtype == "file":
+        return None
+    try:
+        dtype = jnp.dtype(np.float32 if param_dtype is None else param_dtype)
+    except TypeError:
+        dtype = None
+    widest = jax.dtypes.canonicalize_dtype(np.float64).itemsize
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or not 2 <= dtype.itemsize <= widest:
+        wanted = "'file', or floating point numbers of 16 or 32 bits (of 64 with jax_enable_x64)"
+        raise expected("param_dtype", wanted, repr(param_dtype) if dtype is None else dtype)
+    return dtype
+
+
+def _auto(mesh: Mesh | None) -> Mesh | None:
+    """Return a mesh whose arrays the compiler places (``jax.make_mesh`` makes another kind).
+
+    Raises:
+        UsageError: no mesh.
+    """
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise expected("mesh", "a jax.sharding.Mesh or None", type(mesh).__name__)
+    return None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
 
 def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone]]:
@@ -185,10 +259,18 @@ def _untied(config: BackboneConfig, checkpoint: Checkpoint, *, logits: bool) -> 
     if table is None:
         tensors = {**checkpoint.tensors, "model.embed_tokens.weight": head}
         return config, checkpoint._replace(tensors={k: v for k, v in tensors.items() if k != "lm_head.weight"})
-    if logits and (head.shape != table.shape or not np.array_equal(head.read(), table.read())):
+    if logits and not _equal(head, table):
         logger.info("%s: lm_head.weight differs from the embeddings: not tied, whatever the config says", head.file)
         return dataclasses.replace(config, tie_word_embeddings=False), checkpoint
     return config, checkpoint
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return whether two tensors are the same, block by block up to the first difference."""
+    if one.shape != other.shape:
+        return False
+    blocks = (tensor.blocks(np.dtype(np.float32)) for tensor in (one, other))
+    return all(np.array_equal(a, b) for (_, a), (_, b) in zip(*blocks, strict=True))
 
 
 class _AnyKey(nnx.Rngs):
@@ -251,8 +333,9 @@ def _resolve(model: Any, path: str) -> Any:
 
 
 class _Slot(NamedTuple):
-    """A parameter of ours, and how a tensor gets there."""
+    """A parameter of ours by its path, and how a tensor gets there."""
 
+    path: str
     variable: nnx.Variable
     linear: bool
 
@@ -263,32 +346,69 @@ class _Slot(NamedTuple):
         return (math.prod(stored[1:]), stored[0]) if len(stored) == 4 else stored[::-1]
 
 
-def _parameters(module: Any) -> Iterator[tuple[str, _Slot]]:
+def _parameters(path: str, module: Any) -> Iterator[tuple[str, _Slot]]:
     """Yield what a Hugging Face file calls a module's parameters, after the module's name, and their places here."""
     if isinstance(module, nnx.Variable):
-        yield "", _Slot(module, False)
+        yield "", _Slot(path, module, False)
     elif isinstance(module, nnx.Embed):
-        yield ".weight", _Slot(module.embedding, False)
+        yield ".weight", _Slot(f"{path}.embedding", module.embedding, False)
     elif isinstance(module, nnx.Linear):
-        yield ".weight", _Slot(module.kernel, True)
+        yield ".weight", _Slot(f"{path}.kernel", module.kernel, True)
     else:
-        yield ".weight", _Slot(module.scale, False)
+        yield ".weight", _Slot(f"{path}.scale", module.scale, False)
     if getattr(module, "bias", None) is not None:
-        yield ".bias", _Slot(module.bias, False)
+        yield ".bias", _Slot(f"{path}.bias", module.bias, False)
 
 
 _OLD_WORDS = {".weight": ".gamma", ".bias": ".beta"}
 """What BERT's first files, made by TensorFlow, call a norm's numbers."""
 
 
-def _kernel(weight: np.ndarray) -> np.ndarray:
-    """[out, in] -> [in, out]; a patch convolution [out, channels, height, width] is a map from flat patches."""
-    if weight.ndim == 4:
-        weight = weight.transpose(0, 2, 3, 1).reshape(weight.shape[0], -1)
-    return weight.T
+def _placed(
+    slot: _Slot, tensor: StoredTensor, into: _Target, read: Callable[[int], None] = lambda n: None
+) -> jax.Array:
+    """Return a weight where it will lie: every row of the file is read once, and by those only who hold a part of it.
+
+    A linear map is [out, in] in the file and [in, out] here; a patch convolution [out, channels, height, width] is a map
+    from flat patches. They are put together as the file has them, and turned on their way to the device.
+
+    Args:
+        slot: whose weight it is.
+        tensor: its numbers.
+        into: as what, and over which mesh.
+        read: told how many bytes are there, after each block.
+    """
+    dtype, shape = into.dtype_of(tensor), tuple(slot.variable.shape)
+    order = slice(None, None, -1 if slot.linear else 1)
+    sharding = None if into.mesh is None else weight_sharding(into.mesh, slot.path, shape)
+    whole = tuple(slice(None) for _ in shape)
+    lies: Mapping[Any, Any] = {None: whole} if sharding is None else sharding.addressable_devices_indices_map(shape)
+    # by the part that they hold, in the file's order of axes: (start, stop) of each
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in lies.items():
+        part = tuple(bounds.indices(size)[:2] for bounds, size in zip(index, shape, strict=True))[order]
+        devices.setdefault(part, []).append(device)
+    held = {part: np.empty([stop - start for start, stop in part], dtype) for part in devices}
+    for first, last in sorted({part[0] for part in held}):
+        sharers = [(part[1:], values) for part, values in held.items() if part[0] == (first, last)]
+        for rows, block in tensor.blocks(dtype, first, last):
+            if block.ndim == 4:
+                block = block.transpose(0, 2, 3, 1)
+            block = block.reshape(len(block), -1) if slot.linear else block
+            for columns, values in sharers:
+                values[rows.start - first : rows.stop - first] = block[
+                    (slice(None), *(slice(*bounds) for bounds in columns))
+                ]
+            read(block.nbytes)
+    arrays = []
+    for part, its_devices in devices.items():
+        values = held.pop(part)
+        arrays += [jax.device_put(values.T if slot.linear else values, device) for device in its_devices]
+        jax.block_until_ready(arrays)  # its numbers are read from `values` until then
+    return arrays[0] if sharding is None else jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _fill(model: Backbone, checkpoint: Checkpoint, path: str) -> None:
+def _fill(model: Backbone, checkpoint: Checkpoint, path: str, into: _Target) -> None:
     """Give every parameter its tensor.
 
     Raises:
@@ -301,7 +421,7 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str) -> None:
     known: dict[str, str] = {}  # what a file may call it -> what we call it
     for ours, name in module_names(model).items():
         module = _resolve(model, ours)
-        for end, slot in _parameters(module):
+        for end, slot in _parameters(ours, module):
             wanted[f"{name}{end}"] = slot
             ends = (end, _OLD_WORDS[end]) if isinstance(module, nnx.LayerNorm) else (end,)
             for other in {name, aliases.get(ours, name)}:
@@ -338,9 +458,17 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str) -> None:
         raise UsageError(
             f"{checkpoint.where}: expected tensors of the config's shapes (ours, [in, out]): {_listed(wrong)}"
         )
+    total = sum(math.prod(slot.variable.shape) * into.dtype_of(found[name]).itemsize for name, slot in wanted.items())
+    done = 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        into.progress(done, total)
+
     for name, slot in wanted.items():
-        values = found[name].read()
-        slot.variable.set_value(jnp.asarray(_kernel(values) if slot.linear else values))
+        slot.variable.set_value(_placed(slot, found[name], into, read))
+    into.progress(total, total)  # also where other processes hold a part
 
 
 def _head(model: Backbone, checkpoint: Checkpoint) -> tuple[StoredTensor, StoredTensor | None] | None:

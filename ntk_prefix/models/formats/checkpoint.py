@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ import numpy as np
 from ntk_prefix.checks import NonFiniteError, expected
 
 __all__ = ["Checkpoint", "StoredTensor"]
+
+BLOCK = 2**20
+"""Numbers that are read, checked and converted at a time: they stay in a processor's cache, and beside a model they are
+nothing."""
 
 
 class StoredTensor(NamedTuple):
@@ -21,40 +26,64 @@ class StoredTensor(NamedTuple):
         name: what it is called there.
         shape: by the file's header: nothing is read for it.
         dtype: the file's word for it.
-        floating: whether that means floating point numbers.
-        load: reads the numbers.
+        numbers: what its numbers are read as; None if they are not of floating point, such as a quantized model's integers.
+        load: reads rows, the tensor's own along its first axis, one slice of them after the other.
     """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
-    floating: bool
-    load: Callable[[], np.ndarray]
+    numbers: np.dtype | None
+    load: Callable[[Iterable[slice]], Iterator[np.ndarray]]
 
-    def read(self) -> np.ndarray:
-        """Return the numbers in float32.
+    def blocks(self, dtype: np.dtype, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield rows from ``start`` to ``stop`` and their numbers in ``dtype``, :data:`BLOCK` at a time.
 
         Raises:
-            UsageError: they are of another kind, such as integers of a quantized model.
-            NonFiniteError: one is NaN or infinite, in float32.
+            UsageError: they are of another kind, such as integers of a quantized model, or not as many as the header says.
+            NonFiniteError: one is NaN or infinite, in ``dtype``.
         """
-        if not self.floating:
+        if self.numbers is None:
             raise expected(
                 f"{self.file}: {self.name}",
                 "floating point numbers of 16, 32 or 64 bits",
                 self.dtype,
                 "Save the model unquantized, in one of them",
             )
-        with np.errstate(all="ignore"):
-            values = np.asarray(self.load(), np.float32)
-            # NaN goes through both; no array of the tensor's size is made for it
-            extremes = [values.min(), values.max()] if values.size else []
-        if not np.isfinite(extremes).all():
-            raise NonFiniteError(
-                f"{self.file}: {self.name}: expected finite numbers, got {extremes[0]} to {extremes[1]}."
-            )
+        if not self.shape:
+            raise expected(f"{self.file}: {self.name}", "rows of numbers", "a single one")
+        stop = self.shape[0] if stop is None else stop
+        if not math.prod(self.shape):
+            return
+        step = max(1, BLOCK // math.prod(self.shape[1:]))
+        bounds = [slice(row, min(row + step, stop)) for row in range(start, stop, step)]
+        for rows, stored in zip(bounds, self.load(bounds), strict=True):
+            with np.errstate(all="ignore"):
+                values = stored.astype(dtype, copy=False)
+            if values.shape != (wanted := (rows.stop - rows.start, *self.shape[1:])):
+                raise expected(f"{self.file}: {self.name}", f"rows of shape {wanted}", values.shape)
+            if not _finite(values):
+                extremes = f"{values.min()} to {values.max()} in {values.dtype.name}"
+                raise NonFiniteError(f"{self.file}: {self.name}: expected finite numbers, got {extremes}.")
+            yield rows, values
+
+    def read(self, dtype: np.dtype | type = np.float32) -> np.ndarray:
+        """Return all numbers; errors are those of :meth:`blocks`."""
+        values = np.empty(self.shape, dtype)
+        for rows, block in self.blocks(values.dtype):
+            values[rows] = block
         return values
+
+
+def _finite(values: np.ndarray) -> bool:
+    """Return whether floating point numbers of any width are finite.
+
+    By their bits: once the sign is shifted out, infinity's are the smallest of those that are not.
+    """
+    bits = np.dtype(f"u{values.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(bits)
+    return bool((values.view(bits) << 1).max() < infinity << 1)
 
 
 class Checkpoint(NamedTuple):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import msgspec
+import numpy as np
 
 from ntk_prefix.artifacts import read_json
 from ntk_prefix.checks import expected, extra
@@ -16,8 +19,12 @@ __all__ = ["read_folder"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-FLOATING = {"F64", "F32", "F16", "BF16"}
+FLOATING: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """safetensors' words for what a weight may be here."""
+
+MAPPED = 2**26
+"""Bytes of a file that are looked at before it is mapped anew: what was read of a mapped file is memory of this process
+until it is closed."""
 
 
 class _Index(msgspec.Struct):
@@ -77,18 +84,35 @@ def _missing(folder: Path) -> str:
 
 def _tensors(file: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file; its header is read, no more."""
+    opened = _opened(file)
+    found = {}
+    for name in opened.keys():  # noqa: SIM118
+        header = opened.get_slice(name)
+        kind = header.get_dtype()
+        numbers = np.dtype(FLOATING[kind]) if kind in FLOATING else None
+        load = functools.partial(_rows, file, name)
+        found[name] = StoredTensor(file, name, tuple(header.get_shape()), kind, numbers, load)
+    return found
+
+
+def _rows(file: Path, name: str, bounds: Iterable[slice]) -> Iterator[np.ndarray]:
+    """Yield rows of a tensor."""
+    opened, seen = None, 0
+    for rows in bounds:
+        opened = opened or _opened(file).get_slice(name)
+        values = opened[rows]
+        if (seen := seen + values.nbytes) >= MAPPED:
+            opened, seen = None, 0
+        yield values
+
+
+def _opened(file: Path) -> Any:
+    """Return a safetensors file, whose header the package has compared with its length."""
     with extra("models"):
         from safetensors import SafetensorError, safe_open
 
     try:
-        opened = safe_open(file, framework="np")
-        found = {}
-        for name in opened.keys():  # noqa: SIM118
-            header = opened.get_slice(name)
-            kind = header.get_dtype()
-            load = functools.partial(opened.get_tensor, name)
-            found[name] = StoredTensor(file, name, tuple(header.get_shape()), kind, kind in FLOATING, load)
-        return found
+        return safe_open(file, framework="np")
     except OSError as error:
         raise expected(file, "a file that can be read", f"this: {error}") from None
     except SafetensorError as error:

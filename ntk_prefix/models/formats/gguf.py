@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from ntk_prefix.artifacts import checked
@@ -153,19 +154,11 @@ def read_gguf(path: Path) -> Checkpoint:
 
 def _tensors(file: _File, heads: Any, config: dict[str, Any]) -> dict[str, StoredTensor]:
     """Return a GGUF's tensors by Hugging Face's names."""
-    from gguf import GGMLQuantizationType, dequantize
+    from gguf import GGMLQuantizationType
 
-    integers = {GGMLQuantizationType[f"I{bits}"] for bits in (8, 16, 32, 64)}
-
-    def load(tensor: Any, groups: Any) -> np.ndarray:
-        with _mapped(file.path):
-            values = dequantize(tensor.data, tensor.tensor_type)
-        if not groups:
-            return values
-        # llama.cpp turns neighbors (2 j, 2 j + 1) where Hugging Face turns (j, j + H/2), and has sorted the rows so
-        pairs = values.reshape(groups, -1, 2, *values.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(values.shape)
-
+    kinds = GGMLQuantizationType
+    integers = {kinds[f"I{bits}"] for bits in (8, 16, 32, 64)}
+    numbers = {kinds.F16: np.float16, kinds.BF16: ml_dtypes.bfloat16}
     found: dict[str, StoredTensor] = {}
     for name, tensor in file.tensors.items():
         module, _, parameter = name.rpartition(".")
@@ -182,10 +175,35 @@ def _tensors(file: _File, heads: Any, config: dict[str, Any]) -> dict[str, Store
             name,
             tuple(int(size) for size in reversed(tensor.shape)),
             kind.name,
-            kind not in integers,
-            functools.partial(load, tensor, groups),
+            None if kind in integers else np.dtype(numbers.get(kind, np.float32)),
+            functools.partial(_rows, file.path, tensor, groups),
         )
     return found
+
+
+def _rows(path: Path, tensor: Any, groups: int | None, bounds: Iterable[slice]) -> Iterator[np.ndarray]:
+    """Yield rows of a tensor, in float32.
+
+    Args:
+        path: of the file.
+        tensor: the package's.
+        groups: heads of a map onto queries or keys, whose rows are in another order; None of any other map.
+        bounds: of rows.
+    """
+    from gguf import dequantize
+
+    shape = [int(size) for size in reversed(tensor.shape)]
+    for rows in bounds:
+        with _mapped(path):
+            picked: Any = rows
+            if groups:
+                # llama.cpp turns neighbors (2 j, 2 j + 1) where Hugging Face turns (j, j + H/2), and has sorted the rows so
+                order = np.arange(shape[0]).reshape(groups, -1, 2).swapaxes(1, 2).ravel()
+                picked = order[rows]
+            stored = tensor.data.reshape(shape[0], -1)[picked]
+            # blocks of a quantized tensor are whole within a row, so all rows may be one: the package takes 16 at a time
+            values = dequantize(stored.reshape(1, -1), tensor.tensor_type).reshape(-1, *shape[1:])
+        yield values
 
 
 def gguf_chat_template(path: str | Path) -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from ntk_prefix.checks import expected, extra
@@ -31,6 +32,7 @@ def read_onnx(path: Path) -> Checkpoint:
         UsageError: a broken file, weights that are kept in another file, or another model.
     """
     graph = _graph(path)
+    held = {tensor.name: tensor for tensor in graph.initializer}
     weights = {tensor.name: _stored(path, tensor) for tensor in graph.initializer}
     nodes = {node.name: node for node in graph.node}
     patches = next((name for name in nodes if name.endswith(f"/{PATCHES}")), "")
@@ -55,8 +57,9 @@ def read_onnx(path: Path) -> Checkpoint:
         if node.op_type == "MatMul" and name.startswith(first):
             module = name.removeprefix(first).removesuffix("/MatMul").replace("/", ".")
             for weight in (weights[i] for i in node.input[1:2] if i in weights):
+                whole = functools.partial(_transposed, path, held[weight.name])
                 tensors[f"{module}.weight"] = weight._replace(
-                    shape=weight.shape[::-1], load=functools.partial(_transposed, weight.load)
+                    shape=weight.shape[::-1], load=functools.partial(_rows, whole)
                 )
     # and cuts the position embeddings into those of the class token and those of the grid
     here = [
@@ -76,8 +79,10 @@ def read_onnx(path: Path) -> Checkpoint:
     if len(widths) != 1:
         raise expected(f"{path}: {first}embeddings", "position embeddings of one width", sorted(widths))
     (batch, features), tokens = widths.pop(), sum(part.shape[1] for part in parts)
-    positions = functools.partial(_joined, [part.load for part in parts])
-    tensors["embeddings.position_embeddings"] = parts[0]._replace(shape=(batch, tokens, features), load=positions)
+    whole = functools.partial(_joined, path, [held[part.name] for part in parts])
+    tensors["embeddings.position_embeddings"] = parts[0]._replace(
+        shape=(batch, tokens, features), load=functools.partial(_rows, whole)
+    )
 
     def number(node: str, kind: type) -> Any:
         """Return the first constant that goes into a node."""
@@ -131,10 +136,23 @@ def _stored(path: Path, tensor: TensorProto) -> StoredTensor:
 
     kinds = TensorProto.DataType
     known = tensor.data_type in kinds.values()
-    floating = tensor.data_type in (kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE)
+    floating: dict[int, Any] = {
+        kinds.FLOAT: np.float32,
+        kinds.FLOAT16: np.float16,
+        kinds.BFLOAT16: ml_dtypes.bfloat16,
+        kinds.DOUBLE: np.float64,
+    }
+    numbers = np.dtype(floating[tensor.data_type]) if tensor.data_type in floating else None
     kind = kinds.Name(tensor.data_type) if known else f"type {tensor.data_type}"
-    load = functools.partial(_array, path, tensor)
-    return StoredTensor(path, tensor.name, tuple(tensor.dims), kind, floating, load)
+    load = functools.partial(_rows, functools.partial(_array, path, tensor))
+    return StoredTensor(path, tensor.name, tuple(tensor.dims), kind, numbers, load)
+
+
+def _rows(whole: Callable[[], np.ndarray], bounds: Iterable[slice]) -> Iterator[np.ndarray]:
+    """Yield rows of a tensor, which is in memory: protobuf reads a file whole."""
+    values = whole()
+    for rows in bounds:
+        yield values[rows]
 
 
 def _array(path: Path, tensor: TensorProto) -> np.ndarray:
@@ -166,9 +184,9 @@ def _number(path: Path, graph: GraphProto, node: NodeProto | None, kind: type) -
     raise expected(str(path), "a node with a constant", "none" if node is None else node.name)
 
 
-def _joined(loads: list[Callable[[], np.ndarray]]) -> np.ndarray:
-    return np.concatenate([load() for load in loads], axis=1)
+def _joined(path: Path, parts: list[TensorProto]) -> np.ndarray:
+    return np.concatenate([_array(path, part) for part in parts], axis=1)
 
 
-def _transposed(load: Callable[[], np.ndarray]) -> np.ndarray:
-    return load().T
+def _transposed(path: Path, tensor: TensorProto) -> np.ndarray:
+    return _array(path, tensor).T
