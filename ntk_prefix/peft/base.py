@@ -20,6 +20,7 @@ from flax import nnx
 
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.peft.patterns import matching
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float, Int
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "set_active",
     "stacked",
     "targets",
+    "widened",
     "without_hosts",
 ]
 
@@ -263,6 +265,14 @@ def set_active(adapter: nnx.Module, active: bool) -> None:
         for attribute, variable in list(vars(module).items()):
             if isinstance(variable, (AdapterParam, InactiveParam)) and type(variable) is not kind:
                 setattr(module, attribute, kind(variable[...], **variable.get_metadata()))
+
+
+def widened(weight: Array) -> Array:
+    """Return a weight as it is trained: in float32, or float64, whatever it was kept in before.
+
+    A narrow one loses what small steps add to it: in bfloat16 all that is below 1/256 of the weight.
+    """
+    return weight.astype(accumulation_dtype(weight.dtype))
 
 
 def gather_rows(arrays: list[Array], rows: Int[Array, "B"]) -> Float[Array, "B ..."]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows
+from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, widened
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["HeadConfig", "HeadHost"]
@@ -38,11 +38,11 @@ class _Head(Adapter):
     transposed: ClassVar = frozenset({"kernel"})
 
     def __init__(self, base: nnx.Linear):
-        self.kernel = AdapterParam(jnp.copy(base.kernel[...]))
+        self.kernel = AdapterParam(jnp.copy(widened(base.kernel[...])))
         bias = base.bias
         # a map that has none, such as Llama's score, gets one
         self.optional = ("bias",) if bias is None else ()
-        self.bias = AdapterParam(jnp.zeros(base.kernel.shape[1]) if bias is None else jnp.copy(bias[...]))
+        self.bias = AdapterParam(jnp.zeros(base.kernel.shape[1]) if bias is None else jnp.copy(widened(bias[...])))
 
 
 class HeadHost(Host):

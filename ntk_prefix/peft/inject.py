@@ -240,9 +240,10 @@ def merge(model: Any) -> Any:
 
 
 def narrow_frozen(model: Any) -> Any:
-    """Store what is frozen of linear maps in the dtype they compute in.
+    """Store what is frozen of linear maps in the dtype they compute in, where that is narrower than what they are in.
 
-    In bfloat16 that is half the memory and bit for bit the same outputs.
+    In bfloat16 that is half the memory and bit for bit the same outputs. What ``from_pretrained(param_dtype=)`` made
+    narrow stays so.
 
     Trained weights stay as they are, and so do norms and embeddings, which compute in float32. To be called once the
     adapter is on: what is narrow and trained later loses its small updates.
@@ -250,7 +251,7 @@ def narrow_frozen(model: Any) -> Any:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Linear) and module.dtype is not None:
             for parameter in (module.kernel, module.bias):
-                if type(parameter) is nnx.Param:
+                if type(parameter) is nnx.Param and parameter.dtype.itemsize > jnp.dtype(module.dtype).itemsize:
                     parameter.set_value(parameter[...].astype(module.dtype))
     return model
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from ntk_prefix.peft.base import AdapterConfig, AdapterParam
+from ntk_prefix.peft.base import AdapterConfig, AdapterParam, widened
 
 __all__ = ["BitFitConfig", "FullConfig"]
 
@@ -16,10 +16,10 @@ class _InPlaceConfig(AdapterConfig):
     in_place: ClassVar[bool] = True
 
     def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs, measured: Any = None) -> nnx.Module:
-        """Make the chosen weights trainable, where they stand."""
+        """Make the chosen weights trainable, where they stand; narrow ones become float32."""
         for attribute, variable in list(vars(module).items()):
             if isinstance(variable, nnx.Param) and self.takes(attribute):
-                setattr(module, attribute, AdapterParam(variable[...]))
+                setattr(module, attribute, AdapterParam(widened(variable[...])))
         return module
 
     def hosts(self, module: nnx.Module) -> bool:
