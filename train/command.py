@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import msgspec
+import rich.progress
 from rich.console import Console
 
 from ntk_prefix.checks import NonFiniteError, expected, explain
@@ -27,6 +28,7 @@ __all__ = [
     "Checked",
     "DivergedError",
     "Terminal",
+    "byte_progress",
     "ended",
     "parsed",
     "show_error",
@@ -88,6 +90,22 @@ class Terminal(Console):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.file.fileno())
         os.close(nowhere)
+
+
+@contextlib.contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of bytes on a terminal, from the first call of what is yielded: ``progress(done, total)``."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
 
 def show_error(console: Console, line: str) -> None:

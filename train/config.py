@@ -157,6 +157,9 @@ class DeviceConfig(Checked):
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of activations and frozen linear maps; what is trained, norms, embeddings and optimizer stay in float32."""
+    param_dtype: Literal["float32", "bfloat16", "file"] = "float32"
+    """What the pretrained weights are kept in; file is each tensor's own, so that a bfloat16 checkpoint is held once, in
+    bfloat16. What is trained is float32."""
     remat: bool = False
     """Recompute the activations of each layer in the backward pass."""
     parallel: Literal["jit", "pmap"] = "jit"

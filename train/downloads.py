@@ -14,10 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-import rich.progress
-from rich.console import Console
-
 from train.asset_table import Asset, AssetError
+from train.command import byte_progress
 
 __all__ = ["download"]
 
@@ -75,29 +73,21 @@ def _apt_download(wanted: Asset, staging: Path, archive: Path) -> None:
 
 def _run(command: list[str], wanted: Asset, staging: Path, archive: Path, hint: str = "") -> None:
     """Run a download with a progress bar: temporary files go to the staging folder, whose growth is what it shows."""
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
     output = staging / "output.txt"
     environment = os.environ | {"TMPDIR": str(staging), "TMP": str(staging), "TEMP": str(staging)}
-    with output.open("w") as stream, rich.progress.Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(wanted.package, total=wanted.size)
+    with output.open("w") as stream, byte_progress(wanted.package) as progress:
         process = subprocess.Popen(
             command, cwd=staging, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT
         )
         try:
             while process.poll() is None:
-                progress.update(task, completed=min(_largest_file(staging), wanted.size))
+                progress(min(_largest_file(staging), wanted.size), wanted.size)
                 time.sleep(0.1)
         finally:  # also when the user interrupts: nothing goes on in the background
             process.kill()
             process.wait()
         if process.returncode == 0 and archive.exists():
-            progress.update(task, completed=wanted.size)
+            progress(wanted.size, wanted.size)
             return
     said = " / ".join(line.strip() for line in output.read_text(errors="replace").strip().splitlines()[-8:])
     raise AssetError(

@@ -23,6 +23,7 @@ from ntk_prefix.models.loading import MODELS
 from ntk_prefix.training import Trainer
 from ntk_prefix.typing import Array, Float
 from train import assets, data, tasks
+from train.command import byte_progress
 from train.config import OptimConfig, TrainConfig, adapter_config
 from train.sources import Kind, check_source, spec_of
 
@@ -76,7 +77,7 @@ def build(config: TrainConfig) -> Setup:
     task = tasks.load(config.task, config.data, tokenizer=tokenizer, image_mean=mean, image_std=std, seed=config.seed)
     if kind != "image-classification" and tokenizer is None:
         raise expected("--model", f"one with a tokenizer, for {config.task} is text", f"{config.model}, which has none")
-    model = load_model(config, path, task.kind, task.num_labels)
+    model = load_model(config, path, task.kind, task.num_labels, placement.get("mesh"))
     _check_vocabulary(model, task, config.model)
     _check_image_size(model, task, config.data.image_size)
     set_context_length(model, config.data.max_length, config.window)
@@ -166,10 +167,14 @@ def normalization(path: Path | None) -> models.ImageNormalization:
     return found or models.ImageNormalization(tasks.IMAGENET_MEAN, tasks.IMAGENET_STD)
 
 
-def load_model(config: TrainConfig, path: Path | None, kind: Kind, num_labels: int) -> nnx.Module:
-    """Return the pretrained model with a head for a task of a kind."""
+def load_model(
+    config: TrainConfig, path: Path | None, kind: Kind, num_labels: int, mesh: Mesh | None = None
+) -> nnx.Module:
+    """Return the pretrained model with a head for a task of a kind, its weights laid out over the mesh if there is one."""
     rngs, dtype = nnx.Rngs(config.seed), jnp.dtype(config.device.precision)
     if path is None:
+        if config.device.param_dtype == "bfloat16":
+            raise expected("--param-dtype", f"float32 for {config.model}, which is no file", "bfloat16")
         sizes = models.VitConfig(
             model_type="vit",
             hidden_size=32,
@@ -181,12 +186,19 @@ def load_model(config: TrainConfig, path: Path | None, kind: Kind, num_labels: i
         )
         vit = models.Vit(sizes, dtype=dtype, rngs=rngs)
         return models.Classifier(vit, num_labels, pooling=config.pooling, rngs=rngs)
-    if kind == "causal-lm":
-        return models.from_pretrained(path, task=kind, dtype=dtype, rngs=rngs)
     # a head of the checkpoint is taken on the pooling that it was trained on only
-    return models.from_pretrained(
-        path, task=kind, num_labels=num_labels, pooling=config.pooling, dtype=dtype, rngs=rngs
-    )
+    head: dict[str, Any] = {} if kind == "causal-lm" else {"num_labels": num_labels, "pooling": config.pooling}
+    with byte_progress(f"loading {config.model}") as progress:
+        return models.from_pretrained(
+            path,
+            task=kind,
+            **head,
+            dtype=dtype,
+            param_dtype=config.device.param_dtype,
+            mesh=mesh,
+            rngs=rngs,
+            progress=progress,
+        )
 
 
 def set_context_length(model: nnx.Module, max_length: int, window: int | None) -> None:
