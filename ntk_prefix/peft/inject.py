@@ -25,7 +25,7 @@ from ntk_prefix.peft.base import (
     targets,
 )
 from ntk_prefix.peft.head import HeadConfig
-from ntk_prefix.peft.record import LayerRecord, record
+from ntk_prefix.peft.record import LayerRecord, record, stand_in
 from ntk_prefix.typing import Array, Int
 
 __all__ = [
@@ -61,7 +61,9 @@ def apply(
             wraps, in either order; the adapter as a whole then cannot be switched off.
         name: of the adapter; a model can host many.
         calibration: a small batch of real inputs (keyword arguments of the model) for methods that measure
-            something first, on the frozen model: an adapter that is active is switched off meanwhile.
+            something first, on the frozen model: an adapter that is active is switched off meanwhile. Of
+            ``jax.ShapeDtypeStruct``, where only shapes are wanted (in ``nnx.eval_shape``): nothing is run, and what
+            would be measured is made up.
         rngs: for random starts; ``nnx.Rngs(0)`` if None.
 
     Returns:
@@ -101,7 +103,17 @@ def _measure(model: Any, chosen: Sequence[AdapterConfig], calibration: Mapping[s
     wanted = {i: set(targets(model, each)) for i, each in enumerate(chosen) if each.needs_calibration}
     if not wanted:
         return {}
-    measured = {}
+    measured: dict[Any, Any] = {}
+    if all(isinstance(value, jax.ShapeDtypeStruct) for value in calibration.values()):
+        with jax.ensure_compile_time_eval():
+            alike: dict[Any, Any] = {}  # layers of the same heads
+            for i, path in ((i, path) for i, paths in wanted.items() for path in paths):
+                layer = module_at(model, path)
+                key = (i, layer.num_heads, layer.num_key_heads, layer.head_dim)
+                if key not in alike:
+                    alike[key] = chosen[i].measure(stand_in(layer))
+                measured[i, path] = alike[key]
+        return measured
 
     def measure(path: str, seen: LayerRecord) -> None:
         for i, paths in wanted.items():

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ntk_prefix.checks import UsageError
@@ -14,7 +15,7 @@ from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.models.window import seen_in_windows, windowed
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["LayerRecord", "record"]
+__all__ = ["LayerRecord", "record", "stand_in"]
 
 
 class LayerRecord(NamedTuple):
@@ -73,6 +74,20 @@ class _Recorder(AttentionCore):
             whole = whole & seen_in_windows(shape[2], window, leading)[None, None]
         self.remember(LayerRecord(query, key, value, whole, output))
         return output
+
+
+def stand_in(layer: AttentionLayer) -> LayerRecord:
+    """Return a record of made-up numbers with a layer's heads: of what is measured on it, the shapes are right.
+
+    The numbers are there even while a program is traced, for a method measures with NumPy.
+    """
+    with jax.ensure_compile_time_eval():
+        rows, tokens, dim = 2, 8, layer.head_dim
+        heads = {"query": layer.num_heads, "key": layer.num_key_heads, "value": layer.num_key_heads}
+        draw = np.random.default_rng(0)
+        made = {name: jnp.asarray(draw.normal(size=(rows, tokens, n, dim)), jnp.float32) for name, n in heads.items()}
+        mask = jnp.ones((rows, layer.num_heads, tokens, tokens), bool)
+        return LayerRecord(**made, mask=mask, output=made["query"])
 
 
 def record(
