@@ -39,7 +39,7 @@ __all__ = [
 
 Batch = dict[str, np.ndarray]
 
-BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Lengths that text is padded to, if not told otherwise."""
 
 IGNORED = -100
