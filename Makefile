@@ -3,10 +3,13 @@ PYTHON ?= python3
 ENVIRONMENT := .venv
 READY := $(ENVIRONMENT)/ready
 
-.PHONY: setup verify verify-full test test-slow test-gpu lint bench lock clean
+.PHONY: setup tpu verify verify-full test test-slow test-gpu lint bench lock clean
 
 verify: $(READY)  ## check the theory claim by claim, minutes on two cores; report in runs/theory
 	$(ENVIRONMENT)/bin/python -m theory --profile quick
+
+tpu: $(READY)  ## add the compiler for TPU, for `python -m train.plan`; JAX_PLATFORMS=cpu keeps JAX from looking for a TPU
+	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-tpu.lock
 
 setup: $(READY)  ## only set up; then `source .venv/bin/activate`
 
@@ -30,10 +33,12 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## time the prefix kernel against neural-tangents
 	$(ENVIRONMENT)/bin/python -m tests.bench.bench_prefix_ntk
 
-lock:  ## write requirements.lock anew (needs uv)
+lock:  ## write requirements.lock and requirements-tpu.lock anew (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url \
 		--fork-strategy fewest --python-version 3.11 \
 		--custom-compile-command "make lock" --output-file requirements.lock
+	echo libtpu | uv pip compile - --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+		--custom-compile-command "make lock" --output-file requirements-tpu.lock
 
 clean:
 	rm -rf $(ENVIRONMENT) runs
