@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -64,6 +65,8 @@ def without_sections(arguments: list[str]) -> list[str]:
     return [plain(argument) for argument in arguments]
 
 
+Parsed = TypeVar("Parsed")
+
 MEANINGLESS: dict[Kind, tuple[str, ...]] = {
     "sequence-classification": ("image_size", "max_new_tokens"),
     "image-classification": ("max_length", "window", "grouped", "max_new_tokens"),
@@ -85,6 +88,46 @@ def refuse_meaningless(arguments: list[str], config: TrainConfig) -> None:
             raise expected(flag, f"it left alone, since it means nothing to the task {config.task}", "a value")
 
 
+def parse_command(kind: type[Parsed], arguments: list[str], prog: str, about: str) -> Parsed:
+    """Return what a command line asks for, of a program that begins with a configuration's name or ``--config FILE``.
+
+    Args:
+        kind: a dataclass whose field ``config`` is a :class:`~train.config.TrainConfig`, the others with defaults.
+        arguments: of the command line.
+        prog, about: what --help calls the program, and says of it.
+
+    Raises:
+        UsageError: a value that cannot be meant.
+        SystemExit: tyro's, for flags that it does not know and for --help.
+    """
+    arguments = without_sections(arguments)
+    make: Any = kind
+    no_subcommands: Any = tyro.conf.AvoidSubcommands
+    if arguments and arguments[0].partition("=")[0] == "--config":
+        option, equals, file = arguments.pop(0).partition("=")
+        if not equals:
+            if not arguments:
+                raise expected(option, "a config.json", "nothing")
+            file = arguments.pop(0)
+        base = make(TrainConfig.from_file(Path(file)))
+        command: Any = parsed(
+            lambda: tyro.cli(
+                no_subcommands[kind],
+                default=base,
+                args=arguments,
+                prog=f"{prog} --config FILE",
+            )
+        )
+    else:
+        choices = {name: (text, make(config)) for name, (text, config) in CONFIGS.items()}
+        command = parsed(
+            lambda: tyro.extras.overridable_config_cli(choices, prog=prog, args=arguments, description=about)
+        )
+    command.config.check()
+    refuse_meaningless(arguments, command.config)
+    return command
+
+
 def parse(arguments: list[str]) -> Command:
     """Return what a command line asks for.
 
@@ -92,28 +135,10 @@ def parse(arguments: list[str]) -> Command:
         UsageError: a value that cannot be meant.
         SystemExit: tyro's, for flags that it does not know and for --help.
     """
-    arguments = without_sections(arguments)
-    prog = "python -m train"
-    if arguments and arguments[0].partition("=")[0] == "--config":
-        option, equals, file = arguments.pop(0).partition("=")
-        if not equals:
-            if not arguments:
-                raise expected(option, "a config.json", "nothing")
-            file = arguments.pop(0)
-        base = Command(TrainConfig.from_file(Path(file)))
-        command = parsed(
-            lambda: tyro.cli(
-                tyro.conf.AvoidSubcommands[Command], default=base, args=arguments, prog=f"{prog} --config FILE"
-            )
-        )
-    else:
-        choices = {name: (text, Command(config)) for name, (text, config) in CONFIGS.items()}
-        about = "Fine-tune a pretrained transformer; the same command goes on. --config FILE in place of a name: a config.json."
-        command = parsed(
-            lambda: tyro.extras.overridable_config_cli(choices, prog=prog, args=arguments, description=about)
-        )
-    command.config.check()
-    refuse_meaningless(arguments, command.config)
+    about = (
+        "Fine-tune a pretrained transformer; the same command goes on. --config FILE in place of a name: a config.json."
+    )
+    command = parse_command(Command, arguments, "python -m train", about)
     for name in ("coordinator", "processes", "process"):
         if not command.job.distributed and (value := getattr(command.job, name)) is not None:
             raise expected(f"--{name}", "--distributed beside it", value)

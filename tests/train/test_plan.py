@@ -1,14 +1,32 @@
 """The plan: compiled programs are read rightly, and what it says of a step is what the step does."""
 
+import dataclasses
+import functools
+import importlib.util
+import json
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix import peft
+from ntk_prefix.checks import MissingPackageError, UsageError
+from train import data, setup
+from train.config import CONFIGS, TrainConfig
+from train.plan import __main__ as program
 from train.plan import collectives as found_in
 from train.plan.collectives import Collective, collectives, gathers, summary
+from train.plan.estimate import model_flops
+from train.plan.figure import draw
 from train.plan.hlo import arrays, parse
+from train.plan.plan import largest_batch, plan
+from train.plan.shapes import abstract_batch, abstract_model
+from train.plan.step import Compiled, DoesNotFitError, abstract_arguments, check_mesh
+from train.plan.topology import CHIPS, Topology
 
 TOY = (Path(__file__).parent / "plan_toy.hlo.txt").read_text()
 """What the TPU compiler made for v5e:2x2 of a step over fsdp = 4: an embedding, three layers in a scan, a layer of its own,
@@ -99,3 +117,183 @@ def test_types_are_read_with_their_bytes() -> None:
 def test_a_text_that_is_no_program_is_refused() -> None:
     with pytest.raises(UsageError, match="ENTRY"):
         found_in.collectives("HloModule nothing")
+
+
+# ------------------------------------------------------------------------------ the step is the real one
+
+
+class Here(Topology):
+    """Eight devices of this machine in the place of chips: the plan's whole path, with another compiler."""
+
+    def devices(self) -> Sequence[jax.Device]:
+        return jax.devices()[:8]
+
+
+@functools.cache
+def planned(**fields: Any) -> dict[str, Any]:
+    config = CONFIGS["tiny"][1].changed(method="ntk_attention", fsdp=2, batch_size=16, **fields)
+    return plan(config, Here("v5e:2x4"), num_labels=10, search=0)
+
+
+def test_the_planned_step_is_the_step_that_training_takes() -> None:
+    config = CONFIGS["tiny"][1].changed(method="ntk_attention", fsdp=2, batch_size=16)
+    real = setup.build(config)
+    trainer = real.trainer
+    _, batch = next(data.train_batches(real.task.train, 16, 0))
+    state, placed = trainer.init(real.model), trainer.place(batch)
+    taken = trainer.stepper(real.model).lower(state, placed)
+
+    model = abstract_model(config, None, 10)
+    placement = check_mesh(config, model, jax.devices())
+    same = setup.trainer_of(config, "image-classification", placement)
+    arguments = abstract_arguments(same, model, abstract_batch(config, "image-classification", 16))
+    assert same.program(model).lower(*arguments).as_text() == taken.as_text()
+
+
+def test_bytes_of_arguments_are_those_of_the_compiled_program() -> None:
+    memory = planned()["step"]["memory"]
+    # this machine's compiler pads nothing; the step does not take the frozen head, 32 x 10 and 10 in float32, halved by fsdp
+    assert memory["padding of arguments"] == -(32 // 2 * 10 + 10) * 4
+    parts = {kind: count for kind, count in memory.items() if kind != "total"}
+    assert sum(parts.values()) == memory["total"]
+    assert memory["adapters"] > 0
+    # AdamW's two moments of everything that is trained, and a few counters
+    assert 2 * memory["adapters"] <= memory["optimizer"] <= 2 * memory["adapters"] + 256
+
+
+def test_a_plan_is_written_with_its_configuration_and_its_figure(tmp_path: Path) -> None:
+    result = json.loads(json.dumps(planned()))
+    assert result["fits"] is True
+    assert result["mesh"]["fsdp"] == 2
+    assert TrainConfig.from_dict(result["config"]).method == "ntk_attention"
+    assert {"versions", "git"} <= result.keys()
+    assert result["step"]["seconds"]["least"] <= result["step"]["seconds"]["most"]
+    draw(result).savefig(tmp_path / "plan.png")
+    draw({**result, "step": None, "fits": False}).savefig(tmp_path / "no.png")
+
+
+# --------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "parameters"),
+    [
+        # the makers' own counts; of ViT and BERT without pooler and head
+        ("Llama-3.2-1B", "instruct", 1_235_814_400),
+        ("Llama-3.1-8B", "instruct", 8_030_261_248),
+        ("ViT-L/16", "image", 303_301_632),
+        ("BERT-large", "text", 334_092_288),
+    ],
+)
+def test_shapes_have_as_many_parameters_as_their_models(name: str, preset: str, parameters: int) -> None:
+    config = CONFIGS[preset][1].changed(method="full", image_size=224, precision="bfloat16")
+    model = abstract_model(config, name, 2)
+    trained, _ = peft.trainable_parameters(model)
+    assert trained - (0 if preset == "instruct" else 2 * 1024 + 2) == parameters
+
+
+def test_the_model_s_own_count_is_two_four_or_six_operations_a_weight_and_token() -> None:
+    def count(method: str, *, remat: bool = False) -> float:
+        config = CONFIGS["instruct"][1].changed(method=method)
+        return model_flops(abstract_model(config, "Llama-3.2-1B", 2), 1, 1, remat=remat)
+
+    # the embeddings make the logits as well; norms are no products
+    weights = 1_235_814_400 - 33 * 2048
+    attention = 4 * 0.5 * 16 * 2048
+    assert count("full") == 6 * weights + 3 * attention
+    assert count("prefix_tuning") == 4 * weights + 3 * attention
+    assert count("prefix_tuning", remat=True) == 6 * weights + 4 * attention
+
+
+# ------------------------------------------------------------------------------------- the largest batch
+
+
+def fake(total: int) -> Compiled:
+    memory = {"argument": 100, "output": 0, "alias": 0, "temp": total - 100, "code": 0}
+    arguments = {"batch": 0}
+    return Compiled(text="", arguments=arguments, memory=memory, flops=0, bytes_accessed=0, seconds={})
+
+
+@pytest.mark.parametrize("limit", [1100, 2100, 8100, 8099, 250, 150, 60])
+def test_the_largest_batch_is_found_in_a_few_compilations(limit: int) -> None:
+    def compiled(rows: int) -> Compiled | DoesNotFitError:
+        total = 100 + rows * 10
+        return fake(total) if total <= limit else DoesNotFitError(total, limit)
+
+    config = CONFIGS["tiny"][1].changed(batch_size=64, fsdp=2)
+    tried = {64: compiled(64)}
+    found = largest_batch(config, {"data": 1, "fsdp": 2}, tried[64], compiled, tried, 4, limit)
+    powers = [2 << k for k in range(12) if 100 + (2 << k) * 10 <= limit]
+    assert found["rows"] == max(powers, default=None)
+    assert len(tried) <= 5
+    if found["certain"]:
+        assert isinstance(compiled(2 * found["rows"]), DoesNotFitError)
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    assert program.main() == 2
+    said = capsys.readouterr().out
+    assert len(said.strip().splitlines()) == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--topology", "v5e:3x3"), "--topology: expected one of v4:"),
+        (("--topology", "h100"), "v6e:{1x1,2x2"),
+        (("--search", "-1"), "--search: expected at least 0"),
+        (("--num-labels", "0"), "--num-labels: expected at least 1"),
+        (("--model-shape", "GPT-5"), "expected one of Llama-3.2-1B, Llama-3.1-8B, ViT-L/16, BERT-large"),
+        (("--model-shape", "BERT-large"), "a model for image-classification, which digits is"),
+        (("--batch-size", "0"), "--batch-size: expected at least 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(
+    arguments: tuple[str, ...], what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert what in refused(capsys, monkeypatch, "tiny", *arguments)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"model_type": "mamba"}', '{"model_type": "vit", "hidden_size": "wide"}', '{"model_type": "vit"}'],
+)
+def test_a_file_that_is_no_shape_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    assert str(file) in refused(capsys, monkeypatch, "tiny", "--model-shape", str(file)).replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"fsdp": 3}, "--fsdp"),
+        ({"batch_size": 12}, "--batch-size"),
+        ({"parallel": "pmap"}, "--parallel: expected jit"),
+        ({"devices": 9}, "--devices"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_refused(fields: dict[str, Any], what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        plan(CONFIGS["tiny"][1].changed(method="lora", **fields), Here("v5e:2x4"))
+
+
+def test_without_libtpu_the_plan_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r'pip install "ntk-prefix\[tpu\]"'):
+        Topology("v5e:4x4").devices()
+
+
+def test_every_chip_says_where_its_figures_come_from() -> None:
+    for chip in CHIPS.values():
+        assert chip.source.startswith("https://cloud.google.com/tpu/docs/")
+        # a chip computes many operations for each byte that it reads, and reads faster than it sends
+        assert chip.flops > 100 * chip.memory_bandwidth > 100 * chip.link_bandwidth
+        assert dataclasses.asdict(chip)["memory"] % 2**30 == 0
