@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError, check_count, check_positive, expected
+from ntk_prefix.checks import check_count, check_positive, expected
 from ntk_prefix.typing import Array, Float
 
 __all__ = [
@@ -327,10 +327,10 @@ def feature_map(name: str | FeatureMap, **options: Any) -> FeatureMap:
     """
     if isinstance(name, FeatureMap):
         if options:
-            raise UsageError(f"expected no options beside a feature map, got {options}: use dataclasses.replace")
+            raise expected("options", "none beside a feature map", options, "Use dataclasses.replace")
         return name
     if not isinstance(name, str) or name not in _MAPS:
-        raise UsageError(f"expected a feature map among {sorted(_MAPS)}, got {name!r}")
+        raise expected("feature_map", f"one of {sorted(_MAPS)}, or a FeatureMap", repr(name))
     kind = _MAPS[name]
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
     known = [field.name for field in fields if field.init]

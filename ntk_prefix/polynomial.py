@@ -23,7 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ntk_prefix.checks import UsageError, check_count, check_floating, check_non_negative, check_positive, expected
+from ntk_prefix.checks import check_count, check_floating, check_non_negative, check_positive, expected
 from ntk_prefix.feature_maps import Taylor
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
@@ -132,21 +132,23 @@ def polynomial_attention(
     Source: Alman & Song 2023 (the algorithm); merged monomials and the causal form derived here.
     """
     if not query.ndim == key.ndim == value.ndim == 4:
-        raise UsageError(f"expected [B, T, heads, H] each, got {query.shape}, {key.shape} and {value.shape}")
+        raise expected("query, key, value", "[B, T, heads, H] each", f"{query.shape}, {key.shape} and {value.shape}")
     heads, width = query.shape[2], query.shape[3]
     if (
         key.shape != value.shape
         or (key.shape[0], key.shape[3]) != (query.shape[0], width)
         or heads % max(key.shape[2], 1)
     ):
-        raise UsageError(
-            f"expected key and value [{query.shape[0]}, S, K, {width}] with K a divisor of {heads}, got {key.shape} and "
-            f"{value.shape}: they share batch and head dimension with the query {query.shape}"
+        raise expected(
+            "key, value",
+            f"[{query.shape[0]}, S, K, {width}] with K a divisor of {heads}",
+            f"{key.shape} and {value.shape}",
+            f"They share batch and head dimension with the query {query.shape}",
         )
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_floating(name, x)
     if 0 in (*query.shape, *key.shape):
-        raise UsageError(f"expected at least one token, got query {query.shape} and key {key.shape}")
+        raise expected("query, key", "at least one token", f"query {query.shape} and key {key.shape}")
     if is_causal and query.shape[1] != key.shape[1]:
         raise expected("is_causal", "as many queries as keys", f"{query.shape[1]} and {key.shape[1]}")
     scale = 1 / math.sqrt(width) if scale is None else scale

@@ -26,7 +26,7 @@ import scipy.linalg
 import scipy.optimize
 from threadpoolctl import threadpool_limits
 
-from ntk_prefix.checks import UsageError, check_count, expected
+from ntk_prefix.checks import check_count, expected
 from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.flash import Flash, Source
 from ntk_prefix.precision import accumulation_dtype
@@ -159,9 +159,11 @@ class Samples(NamedTuple):
         if (
             widest := max(np.abs(unit).max(), np.abs(np.maximum(own_log, prefix_log) - unit).max())
         ) > LARGEST_LOG_RATIO:
-            raise UsageError(
-                f"expected masses e^lse between e^-{LARGEST_LOG_RATIO} and e^{LARGEST_LOG_RATIO}, also relative to their "
-                f"median, got e^{widest:.0f}: no sums of so different ones are exact; scale down queries or keys"
+            raise expected(
+                "query, prefix_key",
+                f"masses e^lse between e^-{LARGEST_LOG_RATIO} and e^{LARGEST_LOG_RATIO}, also relative to their median",
+                f"e^{widest:.0f}",
+                "No sums of so different ones are exact: scale down queries or keys",
             )
         own_mass, prefix_mass = np.exp(own_log - unit), np.exp(prefix_log - unit)
         share = (prefix_mass / (own_mass + prefix_mass))[..., None]
@@ -199,9 +201,11 @@ def fit_prefix(
     heads, count, features = samples.features.shape
     held = _held_out(samples.sequences, count // samples.sequences, options.held_out, options.seed)
     if count - held.sum() < features:
-        raise UsageError(
-            f"expected at least {features} samples to fit {features} features, got {count - held.sum()}: "
-            "give more queries, or a smaller feature map"
+        raise expected(
+            "query",
+            f"at least {features} samples to fit {features} features",
+            count - held.sum(),
+            "Give more queries, or a smaller feature map",
         )
     zs, ks, rows = [], [], []
     for head in range(heads):

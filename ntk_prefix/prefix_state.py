@@ -27,7 +27,6 @@ import numpy as np
 
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
 from ntk_prefix.checks import (
-    UsageError,
     check_array,
     check_attention,
     check_count,
@@ -140,7 +139,7 @@ class PrefixState:
             check_array("prefix_value of a block", value, *key.shape)
             sums = add(phi, _root(scale, key.shape[-1]), sums, key, value)
         if sums is None:
-            raise UsageError("expected at least one block, got none: for M = 0 use from_prefix")
+            raise expected("blocks", "at least one block", "none", "For M = 0 use from_prefix")
         return cls._of_sums(sums, phi, num_heads, scale)
 
     @classmethod
@@ -227,7 +226,7 @@ class PrefixState:
         phi = resolve_feature_map(feature_map)
         options = FitOptions(held_out=held_out, iterations=iterations, starts=starts, seed=seed)
         if (key is None) != (value is None):
-            raise UsageError("expected key and value, or neither")
+            raise expected("key, value", "both, or neither", "one of them")
         check_array("query", query, "B", "T", "N", "H")
         heads, head_dim = query.shape[2:]
         if query.shape[0] * query.shape[1] < 2:
@@ -259,9 +258,11 @@ class PrefixState:
         dtype = accumulation_dtype(prefix_key.dtype)
         largest = np.maximum(np.abs(z).max((1, 2)), np.abs(k).max(1))
         if beyond := [head for head, size in enumerate(largest) if not size <= jnp.finfo(dtype).max]:
-            raise UsageError(
-                f"expected a state that fits into {jnp.dtype(dtype).name}, got one of size e^{np.log(largest.max()):.0f} in "
-                f"heads {beyond}: it is as large as the keys' mass e^lse; leave these heads without a prefix, or fit in float64"
+            raise expected(
+                "prefix_key, prefix_value",
+                f"a prefix whose state fits into {jnp.dtype(dtype).name}",
+                f"one of size e^{np.log(largest.max()):.0f} in heads {beyond}",
+                "It is as large as the keys' mass e^lse: leave these heads without a prefix, or fit in float64",
             )
         return cls(jnp.asarray(z, dtype), jnp.asarray(k, dtype), phi, scale), report
 
@@ -328,7 +329,7 @@ def _check_heads(key_heads: int, num_heads: int | None) -> None:
         return
     check_count("num_heads", num_heads)
     if num_heads % key_heads:
-        raise UsageError(f"expected num_heads, a multiple of the {key_heads} key heads, got {num_heads}")
+        raise expected("num_heads", f"a multiple of the {key_heads} key heads", num_heads)
 
 
 def _check_prefix(key: Array, value: Array, head_dim: int | str = "H") -> int:

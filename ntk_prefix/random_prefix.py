@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
-from ntk_prefix.checks import UsageError, check_count, check_positive, expected
+from ntk_prefix.checks import check_count, check_positive, expected
 from ntk_prefix.typing import Array, Float, KeyArray, Signs, Weights
 
 __all__ = ["FIXED", "TIED", "TILE", "ModelName", "RandomPrefix", "Variant", "variant_named"]
@@ -43,7 +43,7 @@ class Variant:
             return d
         check_count("outputs", outputs)
         if self.has_value_part and outputs != d:
-            raise UsageError(f"outputs: the tied model has d = {d} outputs, got {outputs}. Leave it out.")
+            raise expected("outputs", f"None or d = {d} for the tied model", outputs, "Leave it out")
         return outputs
 
     def sign_columns(self, outputs: int) -> int:

@@ -427,7 +427,7 @@ class TestWrongUseIsTold:
         key = jax.random.key(0)
         with pytest.raises(ValueError, match='expected "tied" or "fixed", got \'both\''):
             RandomPrefix(key=key, d=D, m=M, model="both")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="the tied model has d = 2 outputs, got 3"):
+        with pytest.raises(ValueError, match="outputs: expected None or d = 2 for the tied model, got 3"):
             RandomPrefix(key=key, d=D, m=M, outputs=3)
         with pytest.raises(ValueError, match="outputs: expected a whole number >= 1, got 0"):
             RandomPrefix(key=key, d=D, m=M, model="fixed", outputs=0)

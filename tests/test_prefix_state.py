@@ -217,7 +217,7 @@ class TestFit:
         key, value = prefix(20)
         with pytest.raises(ValueError, match="samples to fit 4 features"):
             PrefixState.fit(layer(batch=1, length=4)[0], key, value)
-        with pytest.raises(ValueError, match="key and value, or neither"):
+        with pytest.raises(ValueError, match="key, value: expected both, or neither"):
             PrefixState.fit(layer()[0], key, value, layer()[1])
 
 

@@ -14,7 +14,7 @@ from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.result import Certificate
 from ntk_prefix.certificate.rounding import OUTWARD, eigen_enclosure
 from ntk_prefix.certificate.tokens import Claimed, Prefix, Tokens
-from ntk_prefix.checks import UsageError, check_count, check_finite, check_inputs, check_positive, expected
+from ntk_prefix.checks import check_count, check_finite, check_inputs, check_positive, expected
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.limit import limit_ntk
 from ntk_prefix.one_layer import check_signs
@@ -126,9 +126,11 @@ def _before_drawing(
     if isinstance(delta, bool) or not 0 < delta < 1:
         raise expected("delta", "a probability in (0, 1)", delta)
     if not symmetric:
-        raise UsageError(
-            "symmetric: the a-priori certificate needs pairs of tokens, which make F(0) = 0. Use symmetric=True, or "
-            "delta=None for the certificate of a given draw."
+        raise expected(
+            "symmetric",
+            "True: the a-priori certificate needs pairs of tokens, which make F(0) = 0",
+            False,
+            "Use symmetric=True, or delta=None for the certificate of a given draw",
         )
     if m is not None:
         check_count("m", m, 2)

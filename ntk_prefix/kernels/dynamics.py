@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import UsageError, check_array, check_finite, check_floating, check_positive, expected
+from ntk_prefix.checks import check_array, check_finite, check_floating, check_positive, expected
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Prediction", "predict"]
@@ -123,7 +123,7 @@ def predict(
         f_test_0 = jnp.zeros(test_shape, y_train.dtype) if f_test_0 is None else f_test_0
         check_array("f_test_0", f_test_0, *test_shape)
     elif f_test_0 is not None:
-        raise UsageError("f_test_0 was given without ntk_test_train, the kernel between test and training inputs.")
+        raise expected("f_test_0", "it beside ntk_test_train, the kernel between test and training inputs", "it alone")
     for name, array in (("y_train", y_train), ("f_train_0", f_train_0), ("f_test_0", f_test_0)):
         check_finite(name, array)
 

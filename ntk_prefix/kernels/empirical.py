@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from ntk_prefix.checks import UsageError, check_count, check_finite, expected
+from ntk_prefix.checks import check_count, check_finite, expected
 from ntk_prefix.kernels import neural_tangents
 from ntk_prefix.typing import Array, Float
 
@@ -102,7 +102,7 @@ def empirical_ntk(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     if batch_size is not None and vmap_axes is None:
-        raise UsageError("batch_size: rows that interact cannot be cut into blocks. Leave it out, or use vmap_axes=0.")
+        raise expected("batch_size", "None for rows that interact", batch_size, "Leave it out, or use vmap_axes=0")
     x1 = jnp.asarray(x1)
     x2 = None if x2 is None else jnp.asarray(x2)
     function, parameters, constants = _split(model, wrt)

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from flax import nnx
 
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from ntk_prefix.peft.patterns import matching
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float, Int
@@ -240,7 +240,7 @@ class Host(nnx.Module):
             ValueError: there is one of that name.
         """
         if name in self.adapters:
-            raise UsageError(f"expected a new adapter name, got {name!r}, which is there already: delete it first")
+            raise expected("name", "a new adapter name", f"{name!r}, which is there already", "Delete it first")
         self.adapters[name] = adapter
         self.names = (*self.names, name)
         return self
@@ -283,14 +283,14 @@ def gather_rows(arrays: list[Array], rows: Int[Array, "B"]) -> Float[Array, "B .
     """
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
-        raise UsageError(f"expected adapters of one shape in a mixed batch, got {sorted(shapes)}: train them alike")
+        raise expected("names", "adapters of one shape in a mixed batch", sorted(shapes), "Train them alike")
     return jnp.stack([*arrays, jnp.zeros_like(arrays[0])])[rows]
 
 
 def stacked(factors: list[Any], rows: Int[Array, "B"]) -> Any:
     """As :func:`gather_rows`, for arrays and for low-rank pairs."""
     if len({jax.tree.structure(factor) for factor in factors}) > 1:
-        raise UsageError("expected adapters of one shape in a mixed batch, got full and low rank: train them alike")
+        raise expected("names", "adapters of one shape in a mixed batch", "full and low rank", "Train them alike")
     return jax.tree.map(lambda *leaves: gather_rows(list(leaves), rows), *factors)
 
 
@@ -320,9 +320,10 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
     matched = matching(config.target, [known for _, known in candidates], "target", how="search")
     found = [place for place, known in candidates if known in matched]
     if not found:
-        raise UsageError(
-            f"expected a target that matches modules, got {config.target!r} ({config.method}), which matches none of "
-            f"{[known for _, known in candidates][:8]} ..."
+        raise expected(
+            "target",
+            f"an expression that matches modules for {config.method}",
+            f"{config.target!r}, which matches none of {[known for _, known in candidates][:8]} ...",
         )
     return found
 

@@ -91,7 +91,7 @@ def save_pretrained(
     if name is None:
         name = active_adapter(model)
     if name not in known:
-        raise UsageError(f"expected an adapter among {sorted(known)}, got {name!r}: activate one, or name it")
+        raise expected("name", f"an adapter among {sorted(known)}", repr(name), "Activate one, or name it")
     names = Names(model)
     slots = list(_slots(model, name, names))
     for slot in slots:

@@ -148,12 +148,14 @@ def activate(model: Any, name: str | None) -> None:
     """
     known = configs(model)
     if name is not None and name not in known:
-        raise UsageError(f"expected an adapter among {sorted(known)}, got {name!r}")
+        raise expected("name", f"an adapter among {sorted(known)}", repr(name))
     in_place = [n for n, cs in known.items() if any(c.in_place for c in cs)]
     if in_place and name not in in_place:
-        raise UsageError(
-            f"expected adapters beside frozen weights, got {in_place}, which changed the weights themselves: "
-            "there is nothing to switch back to, so load the model anew"
+        raise expected(
+            "name",
+            "an adapter beside frozen weights",
+            f"{name!r} beside {in_place}, which changed the weights themselves",
+            "There is nothing to switch back to: load the model anew",
         )
     for host in _hosts(model):
         host.active = name
@@ -190,17 +192,15 @@ def mixed(model: Any, rows: Int[Array, "B"], names: Sequence[str]) -> Iterator[N
     """
     known = configs(model)
     if unknown := set(names) - set(known):
-        raise UsageError(f"expected adapters among {sorted(known)}, got {sorted(unknown)}")
+        raise expected("names", f"adapters among {sorted(known)}", sorted(unknown))
     for each in (each for name in names for each in known[name] if each.unmixable):
-        raise UsageError(
-            f"expected adapters that {each.unmixable} in a mixed batch, got {each.method.replace('_', ' ')}"
-        )
+        raise expected("names", f"adapters that {each.unmixable} in a mixed batch", each.method.replace("_", " "))
     rows = _checked_rows(rows, len(names))
     hosts = _hosts(model)
     before = [host.names for host in hosts]
     active = active_adapter(model)
     if missing := [name for host in hosts for name in names if name not in host.adapters]:
-        raise UsageError(f"expected adapters on the same modules in a mixed batch, got {set(missing)} on some only")
+        raise expected("names", "adapters on the same modules in a mixed batch", f"{sorted(set(missing))} on some only")
     try:
         _shift_positions(model, ())
         for host in hosts:
@@ -219,7 +219,7 @@ def delete_adapter(model: Any, name: str) -> None:
         ValueError: as :func:`activate`.
     """
     if name not in configs(model):
-        raise UsageError(f"expected an adapter among {sorted(configs(model))}, got {name!r}")
+        raise expected("name", f"an adapter among {sorted(configs(model))}", repr(name))
     activate(model, None)
     _remove(model, name)
     model.adapter_configs = tuple(pair for pair in configs(model).items() if pair[0] != name)
@@ -237,10 +237,11 @@ def merge(model: Any) -> Any:
         )
     foreign = {type(host).__name__: host.unmergeable for host in _hosts(model) if host.current() and host.unmergeable}
     if foreign:
-        raise UsageError(
-            f"expected an adapter that is an addition to weights, got {sorted(foreign)}: "
-            f"{'; '.join(sorted(set(map(str, foreign.values()))))}, so no matrix of the model computes it; keep the adapter "
-            "beside the model"
+        raise expected(
+            "model",
+            "an adapter that is an addition to weights",
+            f"{sorted(foreign)}: {'; '.join(sorted(set(map(str, foreign.values()))))}",
+            "No matrix of the model computes it: keep the adapter beside the model",
         )
     for path, module in list(nnx.iter_modules(model)):
         if isinstance(module, Host):
@@ -325,16 +326,18 @@ def print_trainable_parameters(model: Any) -> None:
 
 def _check(model: Any, chosen: list[AdapterConfig], name: str) -> None:
     if not chosen:
-        raise UsageError("expected at least one configuration, got none")
+        raise expected("configs", "at least one configuration", "none")
     if not name or "." in name:
-        raise UsageError(f"expected an adapter name without dots, got {name!r}")
+        raise expected("name", "an adapter name without dots", repr(name))
     known = configs(model)
     if name in known:
-        raise UsageError(f"expected a new adapter name, got {name!r}, which is there already: delete it first")
+        raise expected("name", "a new adapter name", f"{name!r}, which is there already", "Delete it first")
     if known and any(c.in_place for cs in (*known.values(), chosen) for c in cs):
-        raise UsageError(
-            "expected adapters beside frozen weights, got one that changes the weights themselves beside another: "
-            "full fine-tuning and bitfit stand alone"
+        raise expected(
+            "configs",
+            "adapters beside frozen weights",
+            "one that changes the weights themselves beside another",
+            "Full fine-tuning and bitfit stand alone",
         )
 
 

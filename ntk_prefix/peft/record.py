@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import expected
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.models.window import seen_in_windows, windowed
 from ntk_prefix.typing import Array, Bool, Float
@@ -108,7 +108,7 @@ def record(
         ".".join(map(str, path)): layer for path, layer in nnx.iter_modules(model) if isinstance(layer, AttentionLayer)
     }
     if not layers:
-        raise UsageError(f"expected a model with attention layers, got {type(model).__name__} without any")
+        raise expected("model", "one with attention layers", f"{type(model).__name__} without any")
     records: dict[str, Any] = {}
 
     def remember(path: str) -> Callable[[LayerRecord], None]:

@@ -279,7 +279,7 @@ def test_float32_stays_float32(flow: bool, x64: bool) -> None:
         ({"y_train": lambda y: y.at[0, 0].set(jnp.inf)}, "y_train: expected finite numbers, got inf"),
         ({"f_train_0": lambda f: f[:, :2]}, r"f_train_0: expected \[5, 3\], got \(5, 2\)"),
         ({"f_test_0": lambda f: f[:1]}, r"f_test_0: expected \[4, 3\], got \(1, 3\)"),
-        ({"ntk_test_train": lambda k: None}, "f_test_0 was given without ntk_test_train"),
+        ({"ntk_test_train": lambda k: None}, "f_test_0: expected it beside ntk_test_train"),
         ({"learning_rate": lambda r: -r}, "learning_rate: expected a finite number > 0"),
         ({"loss": lambda _: "l1"}, "loss: expected"),
         ({"y_train": lambda y: y[:, 0]}, r"y_train: expected \[n, d\], got \(5,\)"),

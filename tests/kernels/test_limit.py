@@ -248,7 +248,7 @@ class TestWrongUseIsTold:
             limit_ntk(inputs(), model="real")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r'part: expected "full" or "key", got \'value\''):
             limit_ntk(inputs(), part="value")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"outputs: the tied model has d = 2 outputs, got 3"):
+        with pytest.raises(ValueError, match=r"outputs: expected None or d = 2 for the tied model, got 3"):
             limit_ntk(inputs(), outputs=3)
         with pytest.raises(ValueError, match=r"outputs: expected a whole number >= 1, got 0"):
             limit_ntk(inputs(), model="fixed", outputs=0)

@@ -210,7 +210,7 @@ def test_each_row_of_a_mixed_batch_goes_through_its_own_adapter_in_one_program(m
 def test_a_mixed_batch_of_adapters_trained_in_other_ways_is_refused():
     model = put(trained("lora"), "lora", name="second")
     rows = jnp.zeros(8, int)
-    with pytest.raises(ValueError, match=r"expected adapters among \['default', 'second'\], got \['third'\]"):
+    with pytest.raises(ValueError, match=r"names: expected adapters among \['default', 'second'\], got \['third'\]"):
         peft.mixed(model, rows, ["default", "third"]).__enter__()
     peft.apply(model, peft.LoraConfig(r=5, target=r"(query|value)$"), name="wide")
     with pytest.raises(ValueError, match="adapters of one shape"), peft.mixed(model, rows, ["default", "wide"]):
@@ -427,7 +427,7 @@ def test_any_update_leaves_k_at_or_above_zero_and_others_free(k, update):
 
 
 def test_a_target_that_matches_nothing_says_what_there_is():
-    with pytest.raises(ValueError, match=r"got 'q_proj' \(lora\), which matches none of .*layers.0.attention.query"):
+    with pytest.raises(ValueError, match=r"for lora, got 'q_proj', which matches none of .*layers.0.attention.query"):
         peft.apply(Tiny(), peft.LoraConfig(target="q_proj"))
     with pytest.raises(ValueError, match=r"matches none of \['layers.0.attention', 'layers.1.attention'\]"):
         peft.apply(Tiny(), peft.NTKAttentionConfig(target="query"))
@@ -437,15 +437,15 @@ def test_a_target_that_matches_nothing_says_what_there_is():
     ("make", "message"),
     [
         (lambda: peft.LoraConfig(target="("), "expected a regular expression"),
-        (lambda: peft.LoraConfig(r=0), "expected r >= 1, got 0"),
-        (lambda: peft.PrefixTuningConfig(num_tokens=0), "expected num_tokens >= 1, got 0"),
-        (lambda: peft.NTKAttentionConfig(rank=0), "expected rank >= 1 or None, got 0"),
-        (lambda: peft.NTKAttentionConfig(feature_map="gelu"), "expected a positive feature map"),
-        (lambda: peft.NTKAttentionConfig(init="from_prefix", whiten=True), "with init=.from_prefix"),
+        (lambda: peft.LoraConfig(r=0), "r: expected a rank of at least 1, got 0"),
+        (lambda: peft.PrefixTuningConfig(num_tokens=0), "num_tokens: expected at least 1, got 0"),
+        (lambda: peft.NTKAttentionConfig(rank=0), "rank: expected at least 1, or None for a full Z, got 0"),
+        (lambda: peft.NTKAttentionConfig(feature_map="gelu"), "feature_map: expected a positive map"),
+        (lambda: peft.NTKAttentionConfig(init="from_prefix", whiten=True), "init: expected mass=.absolute"),
         (lambda: peft.apply(Tiny(), []), "at least one configuration"),
         (lambda: peft.apply(Tiny(), peft.LoraConfig(), name="a.b"), "name without dots"),
-        (lambda: put(trained("lora"), "ntk"), "is there already: delete it first"),
-        (lambda: peft.apply(Tiny(), peft.NTKAttentionConfig(whiten=True)), "expected a calibration batch"),
+        (lambda: put(trained("lora"), "ntk"), "is there already. Delete it first"),
+        (lambda: peft.apply(Tiny(), peft.NTKAttentionConfig(whiten=True)), "calibration: expected a batch"),
         (lambda: peft.activate(trained("lora"), "x"), r"expected an adapter among \['default'\], got 'x'"),
         (lambda: peft.delete_adapter(trained("lora"), "x"), r"expected an adapter among \['default'\], got 'x'"),
         (lambda: peft.record(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {}), "attention layers"),

@@ -389,7 +389,7 @@ def test_the_active_adapter_is_saved_or_the_named_one(tmp_path):
     assert read(tmp_path / "active")[0]["peft_type"] == "LORA"
     assert read(tmp_path / "named")[0]["peft_type"] == "NTK_ATTENTION"
     peft.activate(model, None)
-    with pytest.raises(ValueError, match=r"expected an adapter among \['default', 'second'\], got None: activate one"):
+    with pytest.raises(ValueError, match=r"expected an adapter among \['default', 'second'\], got None\. Activate one"):
         peft.save_pretrained(model, tmp_path)
 
 

@@ -428,7 +428,7 @@ class TestConfigurations:
             ({"warmup": 1.0}, "--warmup"),
             ({"adapter": ("r",)}, "expected field=value"),
             ({"adapter": ("rank=2",)}, "expected one of .* for lora, got 'rank'"),
-            ({"adapter": ("r=0",)}, "expected r >= 1"),
+            ({"adapter": ("r=0",)}, "r: expected a rank of at least 1"),
         ],
     )
     def test_nonsense_is_refused_before_anything_is_loaded(self, change: dict, message: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from msgspec import Meta
 
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, module_at, targets
 from ntk_prefix.peft.head import HeadConfig
 from ntk_prefix.peft.names import LARGEST, Fields, Names, exactly
@@ -70,7 +70,7 @@ class LoraConfig(AdapterConfig):
         """Refuse an empty rank."""
         super().__post_init__()
         if self.r < 1:
-            raise UsageError(f"expected r >= 1, got {self.r}")
+            raise expected("r", "a rank of at least 1", self.r)
 
     @property
     def numerator(self) -> float:

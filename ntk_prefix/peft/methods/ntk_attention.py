@@ -89,13 +89,15 @@ class NTKAttentionConfig(AdapterConfig):
         super().__post_init__()
         phi = self.phi
         if self.rank is not None and self.rank < 1:
-            raise UsageError(f"expected rank >= 1 or None, got {self.rank}")
+            raise expected("rank", "at least 1, or None for a full Z", self.rank)
         if self.train_k and not phi.positive:
-            raise UsageError(f"expected a positive feature map with train_k=True, got {phi}: set train_k=False")
+            raise expected("feature_map", "a positive map with train_k=True", phi, "Set train_k=False")
         if self.init == "from_prefix" and (self.mass != "absolute" or self.whiten or self.rank is not None):
-            raise UsageError(
-                'expected mass="absolute", whiten=False and rank=None with init="from_prefix": '
-                "a prefix of real tokens has an absolute mass and a full Z"
+            raise expected(
+                "init",
+                'mass="absolute", whiten=False and rank=None with "from_prefix"',
+                f"mass={self.mass!r}, whiten={self.whiten}, rank={self.rank}",
+                "A prefix of real tokens has an absolute mass and a full Z",
             )
 
     @property
@@ -199,8 +201,11 @@ class State(Adapter):
         self.phi, self.mass = config.phi, config.mass
         features = self.phi.affordable_dim(head_dim)
         if config.needs_calibration and measured is None:
-            raise UsageError(
-                "expected a calibration batch for whiten=True or init='from_prefix': give apply(..., calibration=...)"
+            raise expected(
+                "calibration",
+                "a batch for whiten=True or init='from_prefix'",
+                "none",
+                "Give apply(..., calibration=...)",
             )
         basis, unit, z, k = measured or Measured(None, None, None, None)
         self.basis: Any = None if basis is None else Calibration(basis)
@@ -273,7 +278,9 @@ class StateCore(Host, AttentionCore):
         hosted: list[Any] = [self.adapters[name] for name in self.names]
         kinds = {(state.phi, state.mass) for state in hosted}
         if len(kinds) > 1:
-            raise UsageError(f"expected one feature map and one mass in a mixed batch, got {kinds}: train them alike")
+            raise expected(
+                "names", "adapters of one feature map and one mass in a mixed batch", kinds, "Train them alike"
+            )
         z, k = (stacked(list(part), rows) for part in zip(*(state.state() for state in hosted), strict=True))
 
         def one(query: Array, key: Array, value: Array, mask: Array | None, z: Any, k: Array) -> Array:

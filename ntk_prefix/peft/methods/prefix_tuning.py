@@ -14,7 +14,7 @@ from flax import nnx
 from msgspec import Meta
 
 from ntk_prefix.attention import prefix_attention, softmax_attention
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, targets
 from ntk_prefix.peft.names import LARGEST, Fields, Names, attention_layers
@@ -69,7 +69,7 @@ class PrefixTuningConfig(AdapterConfig):
         """Refuse an empty prefix."""
         super().__post_init__()
         if self.num_tokens < 1:
-            raise UsageError(f"expected num_tokens >= 1, got {self.num_tokens}")
+            raise expected("num_tokens", "at least 1", self.num_tokens)
 
     @property
     def position_shift(self) -> int:
@@ -158,9 +158,11 @@ def host_core(layer: AttentionLayer, kind: type[Core]) -> Core:
     if type(layer.core) is AttentionCore:
         layer.core = kind()  # type: ignore[assignment]
     if not isinstance(layer.core, kind):
-        raise UsageError(
-            f"expected an attention core that is free or a {kind.__name__}, got {type(layer.core).__name__}: "
-            "two methods that replace attention cannot share a layer"
+        raise expected(
+            "configs",
+            f"an attention core that is free or a {kind.__name__}",
+            type(layer.core).__name__,
+            "Two methods that replace attention cannot share a layer: give one a target without it",
         )
     return layer.core
 
