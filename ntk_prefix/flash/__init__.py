@@ -14,6 +14,7 @@ none is named, the first that can run is taken:
 
 =========  ==================================================================================================
 ``cudnn``  cuDNN flash attention through JAX's own primitives; CUDA, bfloat16 and float16
+``splash`` JAX's splash attention, a Pallas kernel for TPU; bfloat16 and float32, no bias, masks of keys only
 ``xla``    jax.numpy, blockwise over queries and keys; any platform and float dtype, memory linear in T and S
 =========  ==================================================================================================
 
@@ -22,7 +23,7 @@ Layouts are those of ``jax.nn.dot_product_attention``; row statistics are [B, N,
 
 from __future__ import annotations
 
-from ntk_prefix.flash import cudnn, xla  # isort: skip
+from ntk_prefix.flash import cudnn, splash, xla  # isort: skip
 from ntk_prefix.flash.base import BACKENDS, Flash, Gradients, Source, Statistics
 
-__all__ = ["BACKENDS", "Flash", "Gradients", "Source", "Statistics", "cudnn", "xla"]
+__all__ = ["BACKENDS", "Flash", "Gradients", "Source", "Statistics", "cudnn", "splash", "xla"]

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
 from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["BACKENDS", "Backend", "Flash", "Gradients", "Source", "Statistics"]
+__all__ = ["BACKENDS", "Backend", "Flash", "Gradients", "Source", "Statistics", "target_platform"]
 
 
 class Statistics(NamedTuple):
@@ -121,3 +123,9 @@ class Backend(NamedTuple):
 
 BACKENDS: dict[str, Backend] = {}
 """By name, the one to be preferred first."""
+
+
+def target_platform() -> str:
+    """Return what is compiled for, "cpu", "gpu" or "tpu": that of the mesh that is traced for, else the default backend."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
