@@ -5,8 +5,9 @@ import functools
 import importlib.util
 import json
 import re
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import pytest
 
 from ntk_prefix import peft
+from ntk_prefix.artifacts import CHECKOUT
 from ntk_prefix.checks import MissingPackageError, UsageError
 from train import data, setup
 from train.config import CONFIGS, TrainConfig
@@ -297,3 +299,84 @@ def test_every_chip_says_where_its_figures_come_from() -> None:
         # a chip computes many operations for each byte that it reads, and reads faster than it sends
         assert chip.flops > 100 * chip.memory_bandwidth > 100 * chip.link_bandwidth
         assert dataclasses.asdict(chip)["memory"] % 2**30 == 0
+
+
+# -------------------------------------------------------------------------------- compiled for a real chip
+
+
+@pytest.fixture(scope="module")
+def for_tpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Run the program in a process of its own, whose JAX is told to compile for TPU; each plan once."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip('the compiler for TPU is not installed: pip install "ntk-prefix[tpu]"')
+
+    @functools.cache
+    def run(*arguments: str) -> dict[str, Any]:
+        file = tmp_path_factory.mktemp("plan") / "plan.json"
+        flags = [
+            "--max-length",
+            "2048",
+            "--batch-size",
+            "16",
+            "--precision",
+            "bfloat16",
+            "--param-dtype",
+            "file",
+            "--search",
+            "0",
+        ]
+        command = [sys.executable, "-m", "train.plan", "instruct", *flags, *arguments, "--out", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(file.read_text())
+
+    return run
+
+
+NARROW = ("--precision", "bfloat16", "--param-dtype", "file")
+LLAMA_1B = ("--model-shape", "Llama-3.2-1B", "--topology", "v5e:4x4", "--fsdp", "16")
+
+
+@pytest.mark.slow
+def test_ntk_attention_on_a_model_of_1b_moves_weights_and_little_else(for_tpu: Callable[..., dict[str, Any]]) -> None:
+    step = for_tpu(*LLAMA_1B, "--method", "ntk_attention")["step"]
+    sent = step["collectives"]
+    assert sum(row["bytes"] for row in sent.get("activations", {}).values()) <= 32 * 2**20
+    assert step["weights_gathered_at_most"] <= 2
+    rows = 2048 * 2048
+    assert not [
+        each
+        for each in step["largest_collectives"]
+        if each["contents"] == "activations" and each["kind"] == "all-reduce" and each["bytes"] >= 2 * rows
+    ]
+
+
+@pytest.mark.slow
+def test_attention_of_a_model_of_1b_is_a_kernel(for_tpu: Callable[..., dict[str, Any]]) -> None:
+    step = for_tpu(*LLAMA_1B, "--method", "ntk_attention")["step"]
+    assert step["kernels"] >= 2 * 16  # each layer's forward and backward pass
+    assert step["largest_square_bytes"] == 0
+
+
+@pytest.mark.slow
+def test_a_rematerialised_step_gathers_each_weight_three_times_at_most(for_tpu: Callable[..., dict[str, Any]]) -> None:
+    assert for_tpu(*LLAMA_1B, "--method", "ntk_attention", "--remat")["step"]["weights_gathered_at_most"] <= 3
+
+
+@pytest.mark.slow
+def test_ntk_attention_takes_no_more_room_than_the_step_without_it(for_tpu: Callable[..., dict[str, Any]]) -> None:
+    with_it = for_tpu(*LLAMA_1B, "--method", "ntk_attention")["step"]["memory"]
+    # one small matrix at the bottom: gradients run through all layers, and nothing is added to them
+    nothing = ("--method", "lora", "--adapter", "r=1", "target=layers.0.attention.query")
+    without = for_tpu(*LLAMA_1B, *nothing)["step"]["memory"]
+
+    def temporaries(memory: dict[str, int]) -> int:
+        return memory["activations"] + memory["other temporaries"]
+
+    assert temporaries(with_it) <= 1.05 * temporaries(without)
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_is_said_with_what_it_needs(for_tpu: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(AssertionError, match=r"does not fit: .* GiB of 1"):
+        for_tpu("--model-shape", "Llama-3.2-1B", "--topology", "v5e:1x1", "--method", "full", "--batch-size", "64")
