@@ -52,6 +52,41 @@ def test_what_a_loop_sends_counts_as_often_as_it_runs() -> None:
     assert by_source("frozen['last']['up']").times == 1
 
 
+BESIDE_A_LOOP = """HloModule m, num_partitions=4
+
+%more (p: (s32[])) -> pred[] {
+  %p = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(7)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (q: (s32[], bf16[2], bf16[8])) -> (s32[], bf16[2], bf16[8]) {
+  %q = (s32[], bf16[2], bf16[8]) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %w = bf16[2] get-tuple-element(%q), index=1
+  %on = bf16[8] all-gather(%w), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %own = bf16[8] all-gather(%w), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %r = (s32[], bf16[2], bf16[8]) tuple(%j, %w, %own)
+}
+
+ENTRY %main (a: bf16[2], b: s32[]) -> bf16[8] {
+  %a = bf16[2] parameter(0), metadata={op_name="frozen"}
+  %b = s32[] parameter(1), metadata={op_name="batch"}
+  %start = bf16[8] all-gather(%a), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %t = (s32[], bf16[2], bf16[8]) tuple(%b, %a, %start)
+  %loop = (s32[], bf16[2], bf16[8]) while(%t), condition=%more, body=%body
+  ROOT %out = bf16[8] get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_what_begins_before_a_loop_and_goes_on_beside_it_runs_once() -> None:
+    found = {each.channel: each for each in collectives(BESIDE_A_LOOP)}
+    assert (found[1].times, found[2].times) == (1, 7)
+    assert {each.contents for each in found.values()} == {"weights"}
+
+
 def test_contents_are_told_by_where_values_come_from_and_by_shape() -> None:
     table = summary(collectives(TOY))
     weights = (2048 * 256 + 4 * 2 * 256 * 1024 + 256 * 256) * 2

@@ -109,7 +109,7 @@ def collectives(program: str | Program) -> list[Collective]:
     arguments = [each.op_name for each in program.parameters()]
     # channel, or the place where there is none -> each line of the text that it stands in -> what its operand is made of
     seen: dict[Any, dict[tuple[str, str], int]] = {}
-    times: dict[Any, int] = {}
+    times: dict[tuple[str, str], int] = {}
     gathered = 1 << len(arguments)
 
     def look(each: Instruction, computation: Computation, operands: Sequence[Any], runs: int) -> None:
@@ -119,7 +119,7 @@ def collectives(program: str | Program) -> list[Collective]:
         key = line if channel is None else int(channel)
         lines = seen.setdefault(key, {})
         lines[line] = lines.get(line, 0) | union(tuple(operands))
-        times[key] = max(times.get(key, 0), runs)
+        times[line] = max(times.get(line, 0), runs)
 
     trace(program, look, mark=lambda each: gathered if _kind(each) == "all-gather" else 0)
     roles = [role(name) for name in arguments]
@@ -138,7 +138,8 @@ def collectives(program: str | Program) -> list[Collective]:
             Collective(
                 kind=kind,
                 channel=key if isinstance(key, int) else None,
-                times=times[key],
+                # one that begins before a loop and goes on beside it stands in the loop as well
+                times=min(times[line] for line in lines),
                 arrays=larger,
                 group=_group(each, program.partitions),
                 contents=_contents({roles[i] for i in sources}, larger, trained, program.partitions, each.op_name),

@@ -47,7 +47,7 @@ class Estimate:
     kernels: int
     """Calls of Mosaic kernels in the program's text."""
     largest_square: int
-    """Bytes of the largest buffer that has the length of the text, or more, along two of its axes; 0 if there is none."""
+    """Bytes of the largest buffer of T x T, such as attention's scores; 0 if there is none."""
     seconds: dict[str, float]
     """``compute``, ``memory``, ``links``; ``least`` if all overlap, ``most`` if nothing does."""
 
@@ -68,7 +68,9 @@ class Estimate:
         }
 
 
-def estimate(compiled: Compiled, chip: Chip, *, parts: int, chips: int, model_count: float, length: int) -> Estimate:
+def estimate(
+    compiled: Compiled, chip: Chip, *, parts: int, chips: int, model_count: float, length: int, hidden: int
+) -> Estimate:
     """Return what a step costs.
 
     Args:
@@ -78,6 +80,7 @@ def estimate(compiled: Compiled, chip: Chip, *, parts: int, chips: int, model_co
         chips: among which the model's own count is shared.
         model_count: :func:`model_flops` of one part.
         length: tokens of a row.
+        hidden: entries of the hidden states that a device has.
     """
     program = parse(compiled.text)
     found = collectives(program)
@@ -105,7 +108,7 @@ def estimate(compiled: Compiled, chip: Chip, *, parts: int, chips: int, model_co
         collectives=found,
         gathers=gathers(found, program),
         kernels=len(re.findall(r'custom_call_target="tpu_custom_call"', compiled.text)),
-        largest_square=largest_square(program, length),
+        largest_square=largest_square(program, length, hidden),
         seconds={**seconds, "least": max(seconds.values()), "most": sum(seconds.values())},
     )
 
@@ -176,10 +179,15 @@ def _backward(each: Instruction) -> bool:
     return "transpose(" in each.op_name
 
 
-def largest_square(program: Program, length: int) -> int:
-    """Return the bytes of the largest buffer with at least ``length`` entries along two axes and no weight's shape.
+def largest_square(program: Program, length: int, hidden: int) -> int:
+    """Return the bytes of the largest buffer with ``length`` entries along two axes, such as attention's scores; 0 for none.
 
-    Scores of attention, T x S, are such buffers; a weight whose sides are both longer than the text is none.
+    Not meant are weights and hidden states, which are of that form where a text is as long as the model is wide.
+
+    Args:
+        program: a step.
+        length: tokens of a row.
+        hidden: entries of the hidden states that a device has, rows x length x features; as many of queries and keys.
     """
     weights = {tuple(sorted(each.arrays[0].shape)) for each in program.parameters()}
     largest, loops = 0, _loops(program)
@@ -188,7 +196,8 @@ def largest_square(program: Program, length: int) -> int:
             continue  # inside of a fusion nothing is a buffer
         for each in computation.instructions.values():
             for array in each.arrays:
-                if sum(side == length for side in array.shape) >= 2 and tuple(sorted(array.shape)) not in weights:
+                square = sum(side == length for side in array.shape) >= 2
+                if square and array.size != hidden and tuple(sorted(array.shape)) not in weights:
                     largest = max(largest, array.bytes)
     return largest
 

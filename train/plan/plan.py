@@ -80,6 +80,7 @@ def plan(
                 chips=topology.chips,
                 model_count=count,
                 length=length,
+                hidden=len_rows(batch) * mesh.shape.get("tensor", 1) // mesh.size * length * model.config.hidden_size,
             )
             progress.update(bar, completed=1)
         tried = {config.optim.batch_size: own}
