@@ -77,7 +77,7 @@ class _Blocks:
         pairs = self.pairs()
 
         def step(carry: Any, pair: Array) -> tuple[Any, None]:
-            if not self.is_causal or not isinstance(self.query_offset, Array):
+            if not self.is_causal or not isinstance(self.query_offset, Array) or self.key_blocks == 1:
                 return visit(carry, *pair), None
             return jax.lax.cond(self.meet(*pair), visit, lambda carry, *_: carry, carry, *pair), None
 

@@ -56,9 +56,14 @@ class AttentionCore(nnx.Module):
         *,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
+        query_offset: Int[Array, ""] | int = 0,
     ) -> Float[Array, "B T N H"]:
-        """Return attention, [B, T, N, H] in the query's dtype; ``mask`` is True where a query may see a key."""
-        return softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
+        """Return attention, [B, T, N, H] in the query's dtype.
+
+        ``mask`` is True where a query may see a key. With a cache a causal query counts from ``query_offset``; where there
+        is none, nobody gives it.
+        """
+        return softmax_attention(query, key, value, mask=mask, is_causal=is_causal, query_offset=query_offset)
 
 
 class AttentionLayer(nnx.Module):
@@ -110,8 +115,9 @@ class AttentionLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         """Return the layer's output and the cache with this call's keys written at ``start``.
 
-        With a cache, S is the buffer's length and ``mask`` has to hide what is not yet written. With a window, tokens
-        see ``window`` neighbors to each side and the first ``leading`` rows (:func:`~ntk_prefix.models.window.windowed`).
+        With a cache, S is the buffer's length, and ``is_causal``, counted from ``start``, hides what is not yet written.
+        With a window, tokens see ``window`` neighbors to each side and the first ``leading`` rows
+        (:func:`~ntk_prefix.models.window.windowed`).
 
         Raises:
             ValueError: a window beside a cache, a causal mask, or adapters that differ from row to row.
@@ -126,7 +132,8 @@ class AttentionLayer(nnx.Module):
             value = jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), start, axis=1)
             cache = KeyValueCache(key, value)
         if window is None:
-            output = self.core(query, key, value, mask=mask, is_causal=is_causal)
+            place = {} if cache is None else {"query_offset": start}
+            output = self.core(query, key, value, mask=mask, is_causal=is_causal, **place)
         elif cache is not None or is_causal or getattr(self.core, "rows", None) is not None:
             raise expected(
                 "window",

@@ -276,17 +276,12 @@ class Llama(Backbone):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
             positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
             mask = mask[:, None, None, :]
-        if cache is not None:
-            # the buffer is longer than what is written: causality has to count from `start`
-            slots = jnp.arange(seen)[None, :]
-            written = (slots <= start + jnp.arange(length)[:, None])[None, None]
-            mask = written if mask is None else mask & written
         x = self.embeddings(input_ids).astype(self.dtype)
         x, cache = self.run_layers(
             x,
             cache,
             mask=mask,
-            is_causal=cache is None,
+            is_causal=True,
             rotary=self._rotary(self.positions(positions, position_offset)),
             start=start,
         )

@@ -13,7 +13,7 @@ from flax import nnx
 from ntk_prefix.checks import expected
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.models.window import seen_in_windows, windowed
-from ntk_prefix.typing import Array, Bool, Float
+from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["LayerRecord", "record", "stand_in"]
 
@@ -59,17 +59,20 @@ class _Recorder(AttentionCore):
         *,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
+        query_offset: Int[Array, ""] | int = 0,
         window: int | None = None,
         leading: int = 0,
     ) -> Float[Array, "B T N H"]:
         if window is None:
-            output = self.core(query, key, value, mask=mask, is_causal=is_causal)
+            place = {} if isinstance(query_offset, int) and query_offset == 0 else {"query_offset": query_offset}
+            output = self.core(query, key, value, mask=mask, is_causal=is_causal, **place)
         else:
             output = windowed(self.core, query, key, value, mask=mask, window=window, leading=leading)
         shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         whole = jnp.broadcast_to(True if mask is None else mask, shape)
         if is_causal:
-            whole = whole & jnp.tri(*shape[2:], dtype=bool)[None, None]
+            seen = jnp.arange(shape[3])[None] <= query_offset + jnp.arange(shape[2])[:, None]
+            whole = whole & seen[None, None]
         if window is not None:
             whole = whole & seen_in_windows(shape[2], window, leading)[None, None]
         self.remember(LayerRecord(query, key, value, whole, output))

@@ -17,13 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-"""What libtpu has to find before JAX is imported, on a machine without a TPU."""
+from train.plan.topology import ENVIRONMENT, Topology
 
 
 def mesh_of(topology: str, **axes: int) -> Any:
@@ -31,10 +25,9 @@ def mesh_of(topology: str, **axes: int) -> Any:
     import math
 
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = Topology(topology).devices()
     axes = axes or {"data": 1}
     return Mesh(np.array(devices[: math.prod(axes.values())]).reshape(tuple(axes.values())), tuple(axes))
 

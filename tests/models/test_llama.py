@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_prefix import models
+from ntk_prefix import flash, models
 from ntk_prefix.models import llama
 from tests.models import formulas
 from tests.models.calling import call
@@ -94,6 +94,20 @@ def test_the_cache_gives_the_full_passs_logits(model: models.Llama, masked: bool
     np.testing.assert_allclose(np.concatenate(pieces, axis=1)[real], np.asarray(whole)[real], atol=1e-5)
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, model.empty_cache(3, 10))
     assert not np.asarray(cache[0].key)[:, 6:].any()
+
+
+def test_the_cache_is_looked_at_without_a_mask_of_queries_and_slots(monkeypatch: Any, model: models.Llama) -> None:
+    """Six tokens into forty slots, beside padding: [B, 1, 1, S] stays that, and a block of scores is the largest there is."""
+    monkeypatch.setattr(flash.xla, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(flash.xla, "KEY_BLOCK", 8)
+    mask = jnp.ones((3, 40), bool).at[0, 0].set(False)
+
+    def hidden(ids: Any, mask: Any, cache: Any, start: Any) -> Any:
+        return model.hidden(ids, mask, cache, start)[0]
+
+    program = jax.jit(hidden).lower(jnp.asarray(IDS), mask, model.empty_cache(3, 40), jnp.int32(20)).as_text()
+    assert "6x40x" not in program
+    assert "x3x8xi1>" in program  # the control: of a block there is one
 
 
 def test_padding_changes_nothing(model: models.Llama) -> None:

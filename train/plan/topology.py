@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no chip that two processes could fight for
 }
 """With these libtpu compiles where there is no TPU, and does not ask the network what machine this is. The accelerator's
 type is looked at, and that is all: the topology that is asked for is what is compiled for."""

@@ -32,7 +32,7 @@ from ntk_prefix.peft.methods.lora import LoraConfig
 from ntk_prefix.peft.methods.prefix_tuning import host_core
 from ntk_prefix.peft.record import LayerRecord
 from ntk_prefix.prefix_state import PrefixState
-from ntk_prefix.typing import Array, Bool, Float
+from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["NTKAttentionConfig", "PrefixTuningPlusConfig", "StateCore"]
 
@@ -259,19 +259,29 @@ class StateCore(Host, AttentionCore):
         *,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
+        query_offset: Int[Array, ""] | int = 0,
     ) -> Float[Array, "B T N H"]:
         """Return :func:`~ntk_prefix.attention.ntk_attention`."""
         if self.rows is not None:
-            return self._mixed(query, key, value, mask, is_causal)
+            return self._mixed(query, key, value, mask, is_causal=is_causal, query_offset=query_offset)
         state = self.current()
         if state is None:
-            return softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
+            return softmax_attention(query, key, value, mask=mask, is_causal=is_causal, query_offset=query_offset)
         z, k = state.state()
         return ntk_attention(
-            query, key, value, z, k, feature_map=state.phi, mask=mask, is_causal=is_causal, mass=state.mass
+            query,
+            key,
+            value,
+            z,
+            k,
+            feature_map=state.phi,
+            mask=mask,
+            is_causal=is_causal,
+            query_offset=query_offset,
+            mass=state.mass,
         )
 
-    def _mixed(self, query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool) -> Array:
+    def _mixed(self, query: Array, key: Array, value: Array, mask: Array | None, **causal: Any) -> Array:
         """Return a state for each row; a row of -1 has the zero state, which is no prefix."""
         assert self.rows is not None
         rows = self.rows
@@ -292,7 +302,7 @@ class StateCore(Host, AttentionCore):
                 k,
                 feature_map=hosted[0].phi,
                 mask=None if mask is None else mask[None],
-                is_causal=is_causal,
+                **causal,
                 mass=hosted[0].mass,
             )[0]
 

@@ -36,7 +36,7 @@ from ntk_prefix.models.backbone import LeadingRows
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host
 from ntk_prefix.peft.methods.prefix_tuning import PrefixCore, PrefixTuningConfig, Tokens, host_core
 from ntk_prefix.precision import accumulation_dtype
-from ntk_prefix.typing import Array, Bool, Float
+from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["PrefixPropagationConfig", "kernel_attention"]
 
@@ -194,6 +194,7 @@ class KernelCore(Host, AttentionCore):
         *,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
+        query_offset: Int[Array, ""] | int = 0,
     ) -> Float[Array, "B T N H"]:
         """Return :func:`kernel_attention`; plain attention where no adapter is active.
 
@@ -202,7 +203,7 @@ class KernelCore(Host, AttentionCore):
         """
         own = self.current()
         if own is None:
-            return softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
+            return softmax_attention(query, key, value, mask=mask, is_causal=is_causal, query_offset=query_offset)
         if is_causal:
             raise expected("is_causal", "False beside prefix propagation", "True: its prefix sees the text")
         j = own.count

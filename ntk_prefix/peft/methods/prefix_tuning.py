@@ -18,7 +18,7 @@ from ntk_prefix.checks import expected
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, targets
 from ntk_prefix.peft.names import LARGEST, Fields, Names, attention_layers
-from ntk_prefix.typing import Array, Bool, Float
+from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["PrefixCore", "PrefixTuningConfig", "Tokens", "host_core"]
 
@@ -195,18 +195,20 @@ class PrefixCore(Host, AttentionCore):
         *,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
+        query_offset: Int[Array, ""] | int = 0,
     ) -> Float[Array, "B T N H"]:
         """Return :func:`~ntk_prefix.attention.prefix_attention`; every query sees the whole prefix."""
         tokens = self.current()
+        options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "query_offset": query_offset}
         if self.rows is not None:
             hosted = [self.adapters[name] for name in self.names]
             prefix_key = gather_rows([t.key[...] for t in hosted], self.rows).astype(key.dtype)
             prefix_value = gather_rows([t.value[...] for t in hosted], self.rows).astype(value.dtype)
-            output = prefix_attention(query, key, value, prefix_key, prefix_value, mask=mask, is_causal=is_causal)
+            output = prefix_attention(query, key, value, prefix_key, prefix_value, **options)
             # keys of zeros are still seen, so rows without an adapter need attention without a prefix
-            plain = softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
+            plain = softmax_attention(query, key, value, **options)
             return jnp.where((self.rows < 0)[:, None, None, None], plain, output)
         if tokens is None:
-            return softmax_attention(query, key, value, mask=mask, is_causal=is_causal)
+            return softmax_attention(query, key, value, **options)
         prefix_key, prefix_value = tokens.key[...].astype(key.dtype), tokens.value[...].astype(value.dtype)
-        return prefix_attention(query, key, value, prefix_key, prefix_value, mask=mask, is_causal=is_causal)
+        return prefix_attention(query, key, value, prefix_key, prefix_value, **options)
