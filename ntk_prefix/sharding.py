@@ -27,6 +27,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ntk_prefix.checks import expected
+from ntk_prefix.typing import Array
 
 __all__ = [
     "AXES",
@@ -36,7 +37,9 @@ __all__ = [
     "check_divides",
     "constrain",
     "current_mesh",
+    "gathered",
     "on",
+    "row_axes",
     "row_shares",
     "spec",
     "tree_shardings",
@@ -145,11 +148,15 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """Return where each array of a state lies: a model's, an optimizer's or both, by the paths in the tree."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
-        # the last is a Variable's array
-        return weight_sharding(mesh, ".".join(keys[:-1] if keys and keys[-1] == "value" else keys), leaf.shape)
+        return weight_sharding(mesh, _dotted(path), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    """Return the path of an array in a tree, without the last step from a Variable to its array."""
+    keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+    return ".".join(keys[:-1] if keys and keys[-1] == "value" else keys)
 
 
 # --------------------------------------------------------------------------------------- activations
@@ -221,27 +228,48 @@ def constrain(x: Value, *names: Name) -> Value:
     return jax.lax.with_sharding_constraint(x, placed)
 
 
+def gathered(path: str, weights: Any) -> Any:
+    """Say that weights lie whole, but for what "tensor" divides; for those that are used many times in a row.
+
+    Args:
+        path: where they stand in the model, such as ``lm_head``.
+        weights: a state of the module there.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return weights
+
+    def whole(keys: tuple[Any, ...], leaf: Array) -> Array:
+        names = axis_names(f"{path}.{_dotted(keys)}", leaf.ndim) or (None,) * leaf.ndim
+        return constrain(leaf, *(None if name == "embed" else name for name in names))
+
+    return jax.tree_util.tree_map_with_path(whole, weights)
+
+
 # ----------------------------------------------------------------------------------------- arguments
 
 
-def check_divides(
-    *, fsdp: int = 1, tensor: int = 1, heads: int, key_heads: int, mlp: int, hidden: int, flag: str = "--"
-) -> None:
+def check_divides(sizes: Any, *, fsdp: int = 1, tensor: int = 1, flag: str = "--") -> None:
     """Refuse a mesh that does not divide a model, by its sizes alone: nothing needs to be loaded.
 
     Heads are never cut: of grouped queries each device of "tensor" has whole groups, so it has to divide the key heads.
     A vocabulary that does not divide stays whole, which costs memory and is not refused.
 
     Args:
+        sizes: a :class:`~ntk_prefix.models.backbone.BackboneConfig`.
         fsdp, tensor: sizes of the mesh's axes.
-        heads, key_heads, mlp, hidden: query heads, key-value heads, width of the MLP and features of the model.
         flag: what stands before the axis' name in the message.
 
     Raises:
         UsageError: naming the axis and the size.
     """
-    for what, size in (("query heads", heads), ("key-value heads", key_heads), ("MLP features", mlp)):
-        if size % tensor:
-            raise expected(f"{flag}tensor", f"a divisor of the model's {size} {what}", tensor)
-    if hidden % fsdp:
-        raise expected(f"{flag}fsdp", f"a divisor of the model's {hidden} features", fsdp)
+    heads = sizes.num_attention_heads
+    wanted = [
+        ("tensor", tensor, "query heads", heads),
+        ("tensor", tensor, "key-value heads", getattr(sizes, "num_key_value_heads", heads)),
+        ("tensor", tensor, "MLP features", sizes.intermediate_size),
+        ("fsdp", fsdp, "features", sizes.hidden_size),
+    ]
+    for axis, shares, what, size in wanted:
+        if size % shares:
+            raise expected(f"{flag}{axis}", f"a divisor of the model's {size} {what}", shares)

@@ -109,13 +109,21 @@ def test_no_constraint_inside_shard_map() -> None:
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused_by_its_sizes() -> None:
-    sizes = {"heads": 8, "key_heads": 2, "mlp": 24, "hidden": 16}
-    check_divides(fsdp=4, tensor=2, **sizes)
+    sizes = {
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+    }
+    llama = models.LlamaConfig(**sizes)
+    check_divides(llama, fsdp=4, tensor=2)  # a vocabulary stays whole
     with pytest.raises(ValueError, match="--tensor: expected a divisor of the model's 8 query heads, got 3"):
-        check_divides(tensor=3, **sizes)
+        check_divides(llama, tensor=3)
     with pytest.raises(ValueError, match="--tensor: expected a divisor of the model's 2 key-value heads, got 4"):
-        check_divides(tensor=4, **sizes)
+        check_divides(llama, tensor=4)
     with pytest.raises(ValueError, match="--tensor: expected a divisor of the model's 9 MLP features, got 2"):
-        check_divides(tensor=2, **{**sizes, "mlp": 9})
+        check_divides(models.LlamaConfig(**{**sizes, "intermediate_size": 9}), tensor=2)
     with pytest.raises(ValueError, match="--fsdp: expected a divisor of the model's 16 features, got 3"):
-        check_divides(fsdp=3, **sizes)
+        check_divides(llama, fsdp=3)

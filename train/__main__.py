@@ -67,6 +67,16 @@ def without_sections(arguments: list[str]) -> list[str]:
 
 Parsed = TypeVar("Parsed")
 
+
+def with_policy(arguments: list[str]) -> list[str]:
+    """Return a command line in which ``--remat`` and ``--no-remat`` have a value: ``--remat dots`` has its own."""
+    words = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        alone = argument in ("--remat", "--no-remat") and following.startswith("-")
+        words.append(f"--remat={argument == '--remat'}" if alone else argument)
+    return words
+
+
 MEANINGLESS: dict[Kind, tuple[str, ...]] = {
     "sequence-classification": ("image_size", "max_new_tokens"),
     "image-classification": ("max_length", "window", "grouped", "max_new_tokens"),
@@ -100,7 +110,7 @@ def parse_command(kind: type[Parsed], arguments: list[str], prog: str, about: st
         UsageError: a value that cannot be meant.
         SystemExit: tyro's, for flags that it does not know and for --help.
     """
-    arguments = without_sections(arguments)
+    arguments = with_policy(without_sections(arguments))
     make: Any = kind
     no_subcommands: Any = tyro.conf.AvoidSubcommands
     if arguments and arguments[0].partition("=")[0] == "--config":

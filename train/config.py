@@ -21,9 +21,13 @@ __all__ = [
     "DeviceConfig",
     "EvalConfig",
     "OptimConfig",
+    "RematPolicy",
     "TrainConfig",
     "adapter_config",
 ]
+
+RematPolicy = Literal["full", "dots", "dots_saveable"]
+"""The names of models.backbone.REMAT_POLICIES, for the command line."""
 
 METHODS = peft.PRESETS
 """The methods by the names that the command line and the tables use; ``adapter`` changes their fields."""
@@ -160,21 +164,26 @@ class DeviceConfig(Checked):
     param_dtype: Literal["float32", "bfloat16", "file"] = "float32"
     """What the pretrained weights are kept in; file is each tensor's own, so that a bfloat16 checkpoint is held once, in
     bfloat16. What is trained is float32."""
-    remat: bool = False
-    """Recompute the activations of each layer in the backward pass."""
+    remat: bool | RematPolicy = False
+    """Recompute the activations of each layer in the backward pass: all of them (alone, or "full"), or all but products with
+    weights ("dots"), or all but any matrix product ("dots_saveable")."""
     parallel: Literal["jit", "pmap"] = "jit"
     """One program over a mesh, or one per device."""
     fsdp: int = 1
-    """Devices among which weights are shared (jit only)."""
+    """Devices among which rows are divided and weights are shared, each gathered where it is used (jit only)."""
+    tensor: int = 1
+    """Devices among which heads, the MLP's width and the vocabulary are divided; a divisor of the key-value heads (jit
+    only). What is left of the devices divides rows alone."""
     devices: int | None = None
     """How many devices to use; None is all."""
 
     def check(self) -> None:
         """Refuse counts that no machine has; whether this one has them is found out when they are taken."""
-        at_least("fsdp", self.fsdp, 1)
         at_least("devices", self.devices, 1)
-        if self.fsdp > 1 and self.parallel == "pmap":
-            raise expected("--fsdp", "1 with --parallel pmap, which has a replica on every device", self.fsdp)
+        for name in ("fsdp", "tensor"):
+            at_least(name, size := getattr(self, name), 1)
+            if size > 1 and self.parallel == "pmap":
+                raise expected(f"--{name}", "1 with --parallel pmap, which has a replica on every device", size)
 
 
 SECTIONS: dict[str, type[Checked]] = {

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ntk_prefix import models
+from ntk_prefix import models, sharding
+from ntk_prefix.models.cross_entropy import cross_entropy, in_parts
 from ntk_prefix.training import Trainer, TrainState
 from train import data, tasks
 from train.setup import Setup, model_inputs
@@ -57,12 +58,30 @@ class Evaluator:
         graph, *states = nnx.split(setup.model, setup.trainer.wrt, ...)
         self._frozen: Any = states[1]
 
+        # of several processes each has weights of its own, on one device
+        mesh = setup.trainer.mesh if jax.process_count() == 1 else None
+
         @jax.jit
         def logits(trained: Any, frozen: Any, batch: data.Batch) -> jax.Array:
-            model: Any = nnx.merge(graph, trained, frozen)
-            return model(**model_inputs(model, batch)).logits.astype(jnp.float32)
+            with sharding.on(mesh):
+                model: Any = nnx.merge(graph, trained, frozen)
+                return model(**model_inputs(model, batch)).logits.astype(jnp.float32)
+
+        @jax.jit
+        def tokens(trained: Any, frozen: Any, batch: data.Batch, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Return for each token its cross entropy, and whether it is the most likely one: [B, T - 1] each."""
+
+            def of_part(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+                scores = model.logits(hidden)
+                return cross_entropy(scores, labels), scores.argmax(axis=-1) == labels
+
+            with sharding.on(mesh):
+                model: Any = nnx.merge(graph, trained, frozen)
+                hidden, _ = model.hidden(**model_inputs(model, batch))
+                return in_parts(of_part, model.config.vocab_size, hidden[:, :-1], labels)
 
         self._logits: Callable[..., jax.Array] = logits
+        self._tokens: Callable[..., tuple[jax.Array, jax.Array]] = tokens
 
     def __call__(self, state: TrainState, split: data.Dataset, *, generate: bool = True) -> Predictions:
         """Return what the state's model predicts on a split.
@@ -92,15 +111,12 @@ class Evaluator:
         trained, frozen = self._local(state)
         losses, correct = [], []
         for batch in data.evaluation_batches(split, self.batch_size):
-            scores = jax.nn.log_softmax(self._logits(trained, frozen, batch)[:, :-1])
             labels = batch["labels"][:, 1:]
             answer = labels >= 0
-            picked = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+            entropies, right = map(np.asarray, self._tokens(trained, frozen, batch, np.maximum(labels, 0)))
             kept = np.flatnonzero(batch["weight"])
-            each = np.asarray((picked * answer).sum(axis=1) / np.maximum(answer.sum(axis=1), 1))
-            losses.append(-each[kept])
-            right = np.asarray(scores.argmax(axis=-1) == labels)
-            correct.append(np.asarray(np.all(right | ~answer, axis=1))[kept])
+            losses.append(((entropies * answer).sum(axis=1) / np.maximum(answer.sum(axis=1), 1))[kept])
+            correct.append(np.all(right | ~answer, axis=1)[kept])
         loss = float(np.concatenate(losses).mean())
         if not generate:
             return Predictions(np.concatenate(correct), loss, None)

@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 
 from ntk_prefix import models, peft
 from ntk_prefix.checks import expected
+from ntk_prefix.models.backbone import BackboneConfig
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
+from ntk_prefix.sharding import AXES, check_divides
 from ntk_prefix.training import Trainer
 from ntk_prefix.typing import Array, Float
 from train import assets, data, tasks
@@ -41,6 +43,16 @@ __all__ = [
     "set_context_length",
     "trainer_of",
 ]
+
+TINY_VIT = models.VitConfig(
+    model_type="vit",
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    patch_size=2,
+)
+"""The random model called tiny-vit; its images are as large as the run's."""
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 32, 4096
 """Training examples that an adapter is calibrated on: at most so many, of at most so many tokens together, for their
@@ -70,8 +82,7 @@ def build(config: TrainConfig) -> Setup:
         raise expected("--window", f"none for {config.task}: only encoders of text see through windows", config.window)
     check_source(config.task, config.data.data_dir)  # before a model is fetched for it
     path = model_path(config.model)
-    if config.window is not None and path is not None:
-        _check_window(path, config.window)
+    _check_model(path, config)
     tokenizer = None if path is None else load_tokenizer(path)
     mean, std = normalization(path)
     task = tasks.load(config.task, config.data, tokenizer=tokenizer, image_mean=mean, image_std=std, seed=config.seed)
@@ -175,16 +186,7 @@ def load_model(
     if path is None:
         if config.device.param_dtype == "bfloat16":
             raise expected("--param-dtype", f"float32 for {config.model}, which is no file", "bfloat16")
-        sizes = models.VitConfig(
-            model_type="vit",
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            image_size=config.data.image_size,
-            patch_size=2,
-        )
-        vit = models.Vit(sizes, dtype=dtype, rngs=rngs)
+        vit = models.Vit(dataclasses.replace(TINY_VIT, image_size=config.data.image_size), dtype=dtype, rngs=rngs)
         return models.Classifier(vit, num_labels, pooling=config.pooling, rngs=rngs)
     # a head of the checkpoint is taken on the pooling that it was trained on only
     head: dict[str, Any] = {} if kind == "causal-lm" else {"num_labels": num_labels, "pooling": config.pooling}
@@ -233,10 +235,12 @@ def loss_of(kind: str) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]
         return jnp.sum(each * batch["weight"])
 
     def language(model: Any, batch: Mapping[str, Array]) -> Float[Array, ""]:
-        logits = model(**model_inputs(model, batch)).logits.astype(jnp.float32)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.maximum(batch["labels"][:, 1:], 0))
-        answer = batch["labels"][:, 1:] >= 0
-        return jnp.sum(jnp.sum(each * answer, axis=1) / jnp.maximum(answer.sum(axis=1), 1) * batch["weight"])
+        hidden, _ = model.hidden(**model_inputs(model, batch))
+        # each position is to say the next token; the last has nothing to say
+        labels = jnp.pad(batch["labels"][:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        answer = labels >= 0
+        share = batch["weight"] / jnp.maximum(answer.sum(axis=1), 1)
+        return model.loss(hidden, labels, answer * share[:, None])
 
     return language if kind == "causal-lm" else classification
 
@@ -282,38 +286,58 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(every.init, every.update)
 
 
-def _check_window(path: Path, window: int) -> None:
-    """Refuse a window for a decoder, by what the files say of the model: before its weights are read.
+def _check_model(path: Path | None, config: TrainConfig) -> None:
+    """Refuse what a model cannot do, by what its files say of it: before its weights are read.
 
     Raises:
-        UsageError: it is a decoder, or the files cannot be read.
+        UsageError: a window for a decoder, a mesh that does not divide the model, or files that cannot be read.
     """
-    model_type = read_checkpoint(path).config.get("model_type")
-    if model_type in MODELS and not MODELS[model_type][1].encoder:
-        raise expected("--window", f"none for a decoder such as {model_type}", window)
+    device = config.device
+    if config.window is None and device.fsdp == device.tensor == 1:
+        return
+    sizes: BackboneConfig = TINY_VIT
+    if path is not None:
+        described = read_checkpoint(path).config
+        model_type = described.get("model_type")
+        if not isinstance(model_type, str) or model_type not in MODELS:
+            return  # loading says so
+        config_class, model_class = MODELS[model_type]
+        if config.window is not None and not model_class.encoder:
+            raise expected("--window", f"none for a decoder such as {model_type}", config.window)
+        sizes = config_class.from_hugging_face(described)
+    check_divides(sizes, fsdp=device.fsdp, tensor=device.tensor)
 
 
 def placement_of(config: TrainConfig, there: Sequence[jax.Device]) -> dict[str, Any]:
-    """Return the trainer's devices, of those that are there: a mesh (data, fsdp), a list for pmap, or nothing for one.
+    """Return the trainer's devices, of those that are there: a mesh (data, fsdp, tensor), a list for pmap, nothing for one.
 
     Raises:
-        UsageError: more devices than there are, or rows of a step that do not divide among them.
+        UsageError: more devices than there are, a mesh that they do not make, or rows of a step that do not divide among
+            them.
     """
     wanted = config.device
     if wanted.devices is not None and jax.process_count() > 1:
         raise expected("--devices", "all of them with several processes", wanted.devices)
     if wanted.devices is not None and wanted.devices > len(there):
         raise expected("--devices", f"at most the {len(there)} that are here", wanted.devices)
-    devices = there[: wanted.devices]
-    rows = config.optim.batch_size // config.optim.accumulate
-    if rows % len(devices):
+    there = there[: wanted.devices]
+    for name, size in (("fsdp", wanted.fsdp), ("tensor", wanted.tensor)):
+        if len(there) % size:
+            raise expected(f"--{name}", f"a divisor of the {len(there)} devices", size)
+    if len(there) % (wanted.fsdp * wanted.tensor):
+        sizes = f"{wanted.fsdp} x {wanted.tensor}"
+        raise expected("--fsdp times --tensor", f"a divisor of the {len(there)} devices", sizes)
+    here = len(there) // jax.process_count()
+    if here % wanted.tensor:
+        raise expected("--tensor", f"a divisor of the {here} devices of a process, which share rows", wanted.tensor)
+    rows, shares = config.optim.batch_size // config.optim.accumulate, len(there) // wanted.tensor
+    if rows % shares:
         raise expected(
-            "--batch-size", f"rows divisible by the {len(devices)} devices in each part of a step", f"{rows} per part"
+            "--batch-size", f"rows divisible by the {shares} devices in each part of a step", f"{rows} per part"
         )
     if wanted.parallel == "pmap":
-        return {} if wanted.devices is None else {"devices": tuple(devices)}
-    if len(devices) % wanted.fsdp:
-        raise expected("--fsdp", f"a divisor of the {len(devices)} devices", wanted.fsdp)
-    if len(devices) == 1:
+        return {} if wanted.devices is None else {"devices": tuple(there)}
+    if len(there) == 1:
         return {}
-    return {"mesh": Mesh(np.array(devices).reshape(-1, wanted.fsdp), ("data", "fsdp"))}
+    # tensor innermost: it talks most, over the shortest links
+    return {"mesh": Mesh(np.array(there).reshape(-1, wanted.fsdp, wanted.tensor), AXES)}

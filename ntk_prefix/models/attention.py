@@ -19,6 +19,7 @@ from flax import nnx
 from ntk_prefix.attention import softmax_attention
 from ntk_prefix.checks import expected
 from ntk_prefix.models.window import windowed
+from ntk_prefix.sharding import constrain
 from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["AttentionCore", "AttentionLayer", "KeyValueCache", "Rotary", "rotate"]
@@ -122,9 +123,9 @@ class AttentionLayer(nnx.Module):
         Raises:
             ValueError: a window beside a cache, a causal mask, or adapters that differ from row to row.
         """
-        query = self._heads(self.query(x), self.num_heads)
-        key = self._heads(self.key(x), self.num_key_heads)
-        value = self._heads(self.value(x), self.num_key_heads)
+        query = constrain(self._heads(self.query(x), self.num_heads), "batch", None, "heads")
+        key = constrain(self._heads(self.key(x), self.num_key_heads), "batch", None, "key_heads")
+        value = constrain(self._heads(self.value(x), self.num_key_heads), "batch", None, "key_heads")
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
@@ -147,7 +148,7 @@ class AttentionLayer(nnx.Module):
                 if self.core.whole
                 else windowed(self.core, query, key, value, **windows)
             )
-        return self.out(output.reshape(*x.shape[:2], -1)), cache
+        return self.out(constrain(output, "batch", None, "heads").reshape(*x.shape[:2], -1)), cache
 
     def _heads(self, x: Array, heads: int) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], heads, self.head_dim)

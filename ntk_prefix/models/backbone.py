@@ -18,12 +18,15 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
 from ntk_prefix.models.elementwise import ACTIVATIONS
+from ntk_prefix.models.run import REMAT_POLICIES, Runnable, RunOptions
 from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.sharding import constrain, current_mesh, row_axes, row_shares, spec
 from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "Size",
     "TransformerLayer",
     "check_tokens",
+    "embedded",
 ]
 
 Pooling = Literal["mean", "cls", "last"]
@@ -164,9 +168,8 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the layer's update."""
         activation = ACTIVATIONS[self.hidden_act]
-        if self.gate is None:
-            return self.down(activation(self.up(x)))
-        return self.down(activation(self.gate(x)) * self.up(x))
+        wide = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
+        return self.down(constrain(wide, "batch", None, "mlp"))
 
 
 class TransformerLayer(nnx.Module):
@@ -235,6 +238,35 @@ class LeadingRows(nnx.Module):
         return None
 
 
+def embedded(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Return the table's rows of these ids.
+
+    On a mesh each device of "fsdp" looks up its share of the features, for the rows of all of them; then features are
+    exchanged for rows. That moves ``B T D`` numbers once, where gathering the table would be ``V D``. Where "tensor" divides
+    the vocabulary, features are exchanged for it before, and gathered after.
+    """
+    mesh = current_mesh()
+    shares = 1 if mesh is None else mesh.shape.get("fsdp", 1)
+    if mesh is None or shares == 1 or table.shape[1] % (shares * mesh.shape.get("tensor", 1)):
+        return jnp.take(table, ids, axis=0)
+    if ids.shape[0] % row_shares(mesh):
+        return jnp.take(table, ids, axis=0)
+    place = spec(mesh, ("vocab", "embed"), table.shape)
+    others = tuple(axis for axis in row_axes(mesh) if axis != "fsdp")
+
+    def own(table: Array, ids: Array) -> Array:
+        if place[0] is not None:
+            table = jax.lax.all_to_all(table, "tensor", 1, 0, tiled=True)
+        found = jnp.take(table, ids, axis=0)
+        if place[0] is not None:
+            found = jax.lax.all_gather(found, "tensor", axis=2, tiled=True)
+        return jax.lax.all_to_all(found, "fsdp", 0, 2, tiled=True)
+
+    # what is gathered over "tensor" is the same there, which cannot be seen from the types
+    exchange = jax.shard_map(own, in_specs=(place, P(others)), out_specs=P((*others, "fsdp")), check_vma=False)
+    return exchange(table, ids)
+
+
 def check_tokens(input_ids: Any, attention_mask: Any, vocab_size: int, seen: int | None = None) -> None:
     """Refuse token ids that a model has not, and masks that would be read as something else.
 
@@ -275,48 +307,6 @@ def check_tokens(input_ids: Any, attention_mask: Any, vocab_size: int, seen: int
     if not (jnp.issubdtype(attention_mask.dtype, jnp.integer) or attention_mask.dtype == bool):
         hint = "A mask of zeros and ones: mask.astype(bool); one that is added to scores: mask > -1"
         raise expected("attention_mask", "integers or booleans, nonzero at tokens", attention_mask.dtype, hint)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How a model is run; none of it is a weight, and each may be changed at any time.
-
-    Args:
-        remat: recompute each layer in the backward pass instead of keeping its activations; same numbers.
-        window: tokens that a token of an encoder sees to each side; all if None.
-        position_offset: added to all positions. Hugging Face's prefix tuning numbers the first token M.
-
-    Raises:
-        UsageError: a window below 1 or an offset below 0.
-    """
-
-    remat: bool = False
-    window: int | None = None
-    position_offset: int = 0
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise expected("window", "at least 1 token to each side, or None", self.window)
-        if self.position_offset < 0:
-            raise expected("position_offset", "0 or more: there is no position before the first", self.position_offset)
-
-
-def _option(name: str) -> Any:
-    """Return an attribute that reads and writes one of the run options."""
-
-    def write(model: Any, value: Any) -> None:
-        model.run = dataclasses.replace(model.run, **{name: value})
-
-    return property(lambda model: getattr(model.run, name), write, doc=f"``run.{name}``, see :class:`RunOptions`.")
-
-
-class Runnable:
-    """What has run options, as one record ``run`` and as an attribute each: ``model.remat = True``."""
-
-    run: RunOptions
-    remat: bool = _option("remat")
-    window: int | None = _option("window")
-    position_offset: int = _option("position_offset")
 
 
 class Backbone(Runnable, nnx.Module):
@@ -391,10 +381,14 @@ class Backbone(Runnable, nnx.Module):
             return x, tuple(new_cache)
 
         def run(layer: Any, x: Array) -> Array:
-            return layer(x, **options)[0]
+            # rows are divided where a layer begins and ends, or the compiler gathers the batch to spare weights
+            return constrain(layer(constrain(x, "batch"), **options)[0], "batch")
 
-        # nnx's, not jax's: an adapter in the layer may hold state of any type
-        run_layer = nnx.remat(run, graph_updates=False) if self.remat else run
+        run_layer: Callable[[Any, Array], Array] = run
+        if self.remat:
+            policy = REMAT_POLICIES["full" if self.remat is True else str(self.remat)]
+            # nnx's, not jax's: an adapter in the layer may hold state of any type
+            run_layer = nnx.remat(run, graph_updates=False, policy=policy)
         for index, layer in enumerate(self.layers):
             if rows is not None:
                 x = x.at[:, : rows.shape[1]].add(rows[None, index].astype(x.dtype))

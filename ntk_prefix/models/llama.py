@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ntk_prefix import sharding
 from ntk_prefix.artifacts import checked
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache, Rotary
@@ -31,8 +32,10 @@ from ntk_prefix.models.backbone import (
     Size,
     TransformerLayer,
     check_tokens,
+    embedded,
     known_fields,
 )
+from ntk_prefix.models.cross_entropy import weighted_cross_entropy
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -276,7 +279,7 @@ class Llama(Backbone):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
             positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
             mask = mask[:, None, None, :]
-        x = self.embeddings(input_ids).astype(self.dtype)
+        x = embedded(self.embeddings.embedding[...], input_ids).astype(self.dtype)
         x, cache = self.run_layers(
             x,
             cache,
@@ -293,13 +296,38 @@ class Llama(Backbone):
         Raises:
             ValueError: the model was made without ``causal_lm``.
         """
+        return _logits(self._output_map(), hidden)
+
+    def loss(
+        self, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], coefficients: Float[Array, "B T"]
+    ) -> Float[Array, ""]:
+        """Return ``sum coefficient * cross entropy`` of next tokens, of which the logits are never there all at once.
+
+        Args:
+            hidden: [B, T, D], of :meth:`hidden`.
+            labels: [B, T], what each position is to say; below 0 is nothing, for its coefficient is 0.
+            coefficients: [B, T].
+
+        Raises:
+            ValueError: the model was made without ``causal_lm``.
+        """
+        graph, weights = nnx.split(self._output_map())
+        # gathered once, and not for each part of the tokens
+        weights = sharding.gathered("lm_head" if self.lm_head is not None else "embeddings", weights)
+        return weighted_cross_entropy(
+            lambda weights, hidden: _logits(nnx.merge(graph, weights), hidden),
+            weights,
+            hidden,
+            jnp.maximum(labels, 0),
+            coefficients,
+            vocab_size=self.config.vocab_size,
+        )
+
+    def _output_map(self) -> Any:
+        """Return what makes logits: a linear map, or the embeddings' table."""
         if not self.causal_lm:
             raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
-        accumulate = accumulation_dtype(hidden.dtype)
-        if self.lm_head is not None:
-            return self.lm_head(hidden).astype(accumulate)
-        table = self.embeddings.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=accumulate)
+        return self.embeddings if self.lm_head is None else self.lm_head
 
     def empty_cache(self, batch: int, length: int) -> tuple[KeyValueCache, ...]:
         """Make a cache of ``length`` tokens for ``batch`` rows."""
@@ -313,6 +341,14 @@ class Llama(Backbone):
         angles = positions[:, :, None].astype(dtype) * frequencies[None, None]
         angles = jnp.concatenate([angles, angles], axis=-1)
         return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+def _logits(output_map: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    accumulate = accumulation_dtype(hidden.dtype)
+    if not isinstance(output_map, nnx.Embed):
+        return output_map(hidden).astype(accumulate)
+    table = output_map.embedding[...].astype(hidden.dtype)
+    return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=accumulate)
 
 
 def generate(

@@ -100,16 +100,8 @@ def from_pretrained(
     if not classify and (num_labels is not None or pooling is not None):
         raise expected("num_labels, pooling", "only with a classification task", f"task {task!r}")
     if into.mesh is not None:
-        heads = config.num_attention_heads
-        check_divides(
-            fsdp=into.mesh.shape.get("fsdp", 1),
-            tensor=into.mesh.shape.get("tensor", 1),
-            heads=heads,
-            key_heads=getattr(config, "num_key_value_heads", heads),
-            mlp=config.intermediate_size,
-            hidden=config.hidden_size,
-            flag="mesh: ",
-        )
+        shares = {axis: into.mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor")}
+        check_divides(config, **shares, flag="mesh: ")
     options: dict[str, Any] = {"causal_lm": task == "causal-lm"} if model_class is Llama else {}
     config, checkpoint = _untied(config, checkpoint, logits=task == "causal-lm")
     model = _shapes(model_class, config, dtype, options)

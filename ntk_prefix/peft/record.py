@@ -119,9 +119,11 @@ def record(
 
     cores = {path: layer.core for path, layer in layers.items()}
     # what a recomputed layer sees cannot be kept beyond it; without gradients there is nothing to recompute
-    recomputing: list[Any] = [module for _, module in nnx.iter_modules(model) if getattr(module, "remat", False)]
+    recomputing: list[tuple[Any, Any]] = [
+        (module, policy) for _, module in nnx.iter_modules(model) if (policy := getattr(module, "remat", False))
+    ]
     try:
-        for module in recomputing:
+        for module, _ in recomputing:
             module.remat = False
         for path, layer in layers.items():
             layer.core = _Recorder(cores[path], remember(path))
@@ -129,6 +131,6 @@ def record(
     finally:
         for path, layer in layers.items():
             layer.core = cores[path]
-        for module in recomputing:
-            module.remat = True
+        for module, policy in recomputing:
+            module.remat = policy
     return records

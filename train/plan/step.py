@@ -73,17 +73,8 @@ def check_mesh(config: TrainConfig, model: Any, devices: Sequence[jax.Device]) -
     if "mesh" not in placement:
         # also of one device: what is traced for a mesh knows what it is compiled for
         placement = {"mesh": jax.sharding.Mesh([devices[0]], ("data",))}
-    sizes = model.config
     shape = placement["mesh"].shape
-    heads = sizes.num_attention_heads
-    sharding.check_divides(
-        fsdp=shape.get("fsdp", 1),
-        tensor=shape.get("tensor", 1),
-        heads=heads,
-        key_heads=getattr(sizes, "num_key_value_heads", heads),
-        mlp=sizes.intermediate_size,
-        hidden=sizes.hidden_size,
-    )
+    sharding.check_divides(model.config, fsdp=shape.get("fsdp", 1), tensor=shape.get("tensor", 1))
     return placement
 
 

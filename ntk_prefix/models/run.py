@@ -1,0 +1,65 @@
+"""How a model is run: what is recomputed, what a token sees, where positions begin. None of it is a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from ntk_prefix.checks import expected
+
+__all__ = ["REMAT_POLICIES", "RunOptions", "Runnable"]
+
+REMAT_POLICIES: Mapping[str, Callable[..., bool]] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+}
+"""What of a layer is kept where the rest is recomputed: nothing; products with weights; all matrix products, scores too."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a model is run; none of it is a weight, and each may be changed at any time.
+
+    Args:
+        remat: recompute each layer in the backward pass instead of keeping its activations; same numbers. True is "full",
+            other policies (:data:`REMAT_POLICIES`) keep a part of them.
+        window: tokens that a token of an encoder sees to each side; all if None.
+        position_offset: added to all positions. Hugging Face's prefix tuning numbers the first token M.
+
+    Raises:
+        UsageError: an unknown policy, a window below 1 or an offset below 0.
+    """
+
+    remat: bool | str = False
+    window: int | None = None
+    position_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.remat, bool) and self.remat not in REMAT_POLICIES:
+            raise expected("remat", f"False, True or one of {sorted(REMAT_POLICIES)}", repr(self.remat))
+        if self.window is not None and self.window < 1:
+            raise expected("window", "at least 1 token to each side, or None", self.window)
+        if self.position_offset < 0:
+            raise expected("position_offset", "0 or more: there is no position before the first", self.position_offset)
+
+
+def _option(name: str) -> Any:
+    """Return an attribute that reads and writes one of the run options."""
+
+    def write(model: Any, value: Any) -> None:
+        model.run = dataclasses.replace(model.run, **{name: value})
+
+    return property(lambda model: getattr(model.run, name), write, doc=f"``run.{name}``, see :class:`RunOptions`.")
+
+
+class Runnable:
+    """What has run options, as one record ``run`` and as an attribute each: ``model.remat = True``."""
+
+    run: RunOptions
+    remat: bool | str = _option("remat")
+    window: int | None = _option("window")
+    position_offset: int = _option("position_offset")
