@@ -13,7 +13,7 @@ from ntk_prefix.checks import NonFiniteError, expected
 
 __all__ = ["Checkpoint", "StoredTensor"]
 
-BLOCK = 2**20
+BLOCK = 2**18
 """Numbers that are read, checked and converted at a time: they stay in a processor's cache, and beside a model they are
 nothing."""
 
