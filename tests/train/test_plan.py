@@ -167,8 +167,8 @@ class Here(Topology):
 
 
 @functools.cache
-def planned(**fields: Any) -> dict[str, Any]:
-    config = CONFIGS["tiny"][1].changed(method="ntk_attention", fsdp=2, batch_size=16, **fields)
+def planned() -> dict[str, Any]:
+    config = CONFIGS["tiny"][1].changed(method="lora", fsdp=2, batch_size=16)
     return plan(config, Here("v5e:2x4"), num_labels=10, search=0)
 
 
@@ -202,7 +202,7 @@ def test_a_plan_is_written_with_its_configuration_and_its_figure(tmp_path: Path)
     result = json.loads(json.dumps(planned()))
     assert result["fits"] is True
     assert result["mesh"]["fsdp"] == 2
-    assert TrainConfig.from_dict(result["config"]).method == "ntk_attention"
+    assert TrainConfig.from_dict(result["config"]).method == "lora"
     assert {"versions", "git"} <= result.keys()
     assert result["step"]["seconds"]["least"] <= result["step"]["seconds"]["most"]
     draw(result).savefig(tmp_path / "plan.png")
