@@ -27,7 +27,7 @@ from train.plan.figure import draw
 from train.plan.hlo import arrays, parse
 from train.plan.plan import largest_batch, plan
 from train.plan.shapes import abstract_batch, abstract_model
-from train.plan.step import Compiled, DoesNotFitError, abstract_arguments, check_mesh
+from train.plan.step import Compiled, DoesNotFitError, abstract_arguments, check_mesh, out_of_memory
 from train.plan.topology import CHIPS, Topology
 
 TOY = (Path(__file__).parent / "plan_toy.hlo.txt").read_text()
@@ -267,6 +267,19 @@ def test_the_largest_batch_is_found_in_a_few_compilations(limit: int) -> None:
         assert isinstance(compiled(2 * found["rows"]), DoesNotFitError)
 
 
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        # libtpu 0.0.52, and versions before
+        ("required for HLO temporaries (64.00G) exceeds available HBM (15.75G). HLO", (64 * 2**30, 63 * 2**28)),
+        ("in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded", (47 * 2**29, 63 * 2**28)),
+        ("another", (None, None)),
+    ],
+)
+def test_what_the_compiler_lacks_is_read_off_its_words(message: str, told: tuple[int | None, int | None]) -> None:
+    assert out_of_memory(message) == told
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 
@@ -413,5 +426,5 @@ def test_ntk_attention_takes_no_more_room_than_the_step_without_it(for_tpu: Call
 
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_said_with_what_it_needs(for_tpu: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(AssertionError, match=r"does not fit: .* GiB of 1"):
+    with pytest.raises(AssertionError, match=r"does not fit: at least .* GiB of 15\.75 GiB"):
         for_tpu("--model-shape", "Llama-3.2-1B", "--topology", "v5e:1x1", "--method", "full", "--batch-size", "64")

@@ -109,7 +109,7 @@ def plan(
         },
         "fits": fits,
         "needed": own.total if isinstance(own, Compiled) else own.needed,
-        "available": own.available if isinstance(own, DoesNotFitError) else topology.chip.memory,
+        "available": (own.available if isinstance(own, DoesNotFitError) else None) or topology.chip.memory,
         "compile_seconds": own.seconds if isinstance(own, Compiled) else None,
         "step": None if found is None else found.as_dict(),
         "largest_batch": largest,

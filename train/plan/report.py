@@ -31,7 +31,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{result['tokens_a_row']} tokens a step; {result['topology']} ({mesh})"
     )
     if step is None:
-        say(f"does not fit: {size(result['needed'])} of {size(result['available'])} a chip", style="red")
+        least = f"at least {size(result['needed'])}" if result["needed"] else "more"
+        say(f"does not fit: {least} of {size(result['available'])} a chip", style="red")
     else:
         memory, costs = _tables(step, result)
         console.print(memory)

@@ -129,7 +129,7 @@ def compile_step(config: TrainConfig, model: Any, placement: Mapping[str, Any]) 
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFitError(*_told(str(error))) from None
+        raise DoesNotFitError(*out_of_memory(str(error))) from None
     done = time.perf_counter()
     stats, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     parts = {"argument": "argument", "output": "output", "alias": "alias", "temp": "temp", "code": "generated_code"}
@@ -155,9 +155,16 @@ def compile_step(config: TrainConfig, model: Any, placement: Mapping[str, Any]) 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _told(message: str) -> tuple[int | None, int | None]:
-    """Return what a compiler that ran out of memory says it would need, and what there is: ``Used 23.2G of 15.75G hbm``."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+_OUT_OF_MEMORY = (
+    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+)
+"""How versions of libtpu say it."""
+
+
+def out_of_memory(message: str) -> tuple[int | None, int | None]:
+    """Return what a compiler that ran out of memory says it would need at least, and what there is."""
+    found = next((m for pattern in _OUT_OF_MEMORY if (m := re.search(pattern, message))), None)
     if found is None:
         return None, None
     return int(float(found[1]) * _UNITS[found[2]]), int(float(found[3]) * _UNITS[found[4]])
