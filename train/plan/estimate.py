@@ -227,7 +227,7 @@ def model_flops(model: Any, rows: int, length: int, *, remat: bool) -> float:
     Args:
         model: of shapes.
         rows, length: of the batch; length counts tokens, of images patches and the class token.
-        remat: ``--remat``.
+        remat: ``--remat`` in full; with a policy that keeps products none is computed twice.
     """
     trained = {id(each) for _, each in nnx.iter_graph(model) if isinstance(each, peft.AdapterParam)}
     tokens, per_token, heads = rows * length, 0.0, 0.0

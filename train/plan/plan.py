@@ -72,7 +72,7 @@ def plan(
         found: Estimate | None = None
         if isinstance(own, Compiled):
             bar = progress.add_task("reading the program", total=1)
-            count = model_flops(model, len_rows(batch), length, remat=bool(config.device.remat))
+            count = model_flops(model, len_rows(batch), length, remat=config.device.remat in (True, "full"))
             found = estimate(
                 own,
                 topology.chip,
