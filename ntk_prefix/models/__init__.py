@@ -16,7 +16,8 @@ from ntk_prefix.models.attention import AttentionCore, AttentionLayer, KeyValueC
 from ntk_prefix.models.backbone import Backbone, Classifier, LeadingRows, Output, RunOptions
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer
-from ntk_prefix.models.llama import Llama, LlamaConfig, generate
+from ntk_prefix.models.generation import generate
+from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.loading import from_pretrained, module_aliases, module_names
 from ntk_prefix.models.preprocessing import ImageNormalization, image_normalization, load_tokenizer
 from ntk_prefix.models.vit import Vit, VitConfig

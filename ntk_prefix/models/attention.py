@@ -116,9 +116,9 @@ class AttentionLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         """Return the layer's output and the cache with this call's keys written at ``start``.
 
-        With a cache, S is the buffer's length, and ``is_causal``, counted from ``start``, hides what is not yet written.
-        With a window, tokens see ``window`` neighbors to each side and the first ``leading`` rows
-        (:func:`~ntk_prefix.models.window.windowed`).
+        With a cache, S is the buffer's length and causality counts from ``start``, which hides what is not yet written;
+        where ``start`` is the number 0, S is T: the tokens of this call are all there is to see. With a window, tokens
+        see ``window`` neighbors to each side and the first ``leading`` rows (:func:`~ntk_prefix.models.window.windowed`).
 
         Raises:
             ValueError: a window beside a cache, a causal mask, or adapters that differ from row to row.
@@ -129,11 +129,14 @@ class AttentionLayer(nnx.Module):
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache.key, key.astype(cache.key.dtype), start, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), start, axis=1)
-            cache = KeyValueCache(key, value)
+            cache = KeyValueCache(
+                jax.lax.dynamic_update_slice_in_dim(cache.key, key.astype(cache.key.dtype), start, axis=1),
+                jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), start, axis=1),
+            )
         if window is None:
-            place = {} if cache is None else {"query_offset": start}
+            place = {}
+            if cache is not None and not (isinstance(start, int) and start == 0):
+                (key, value), place = cache, {"query_offset": start}
             output = self.core(query, key, value, mask=mask, is_causal=is_causal, **place)
         elif cache is not None or is_causal or getattr(self.core, "rows", None) is not None:
             raise expected(

@@ -1,4 +1,4 @@
-"""Llama: grouped-query attention with rotary positions, RMSNorm, gated SiLU; greedy generation with a cache.
+"""Llama: grouped-query attention with rotary positions, RMSNorm, gated SiLU; a cache for generation.
 
 Source: arXiv 2302.13971 and 2307.09288 (grouped queries); the layout and the names are those of Hugging Face's
 ``llama``.
@@ -39,7 +39,7 @@ from ntk_prefix.models.cross_entropy import weighted_cross_entropy
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["Llama", "LlamaConfig", "generate"]
+__all__ = ["Llama", "LlamaConfig"]
 
 
 _Factor = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
@@ -279,6 +279,8 @@ class Llama(Backbone):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
             positions = jax.lax.dynamic_slice_in_dim(positions, start, length, axis=1)
             mask = mask[:, None, None, :]
+            if isinstance(start, int) and start == 0:
+                mask = mask[..., :length]  # what is written now is all there is to see
         x = embedded(self.embeddings.embedding[...], input_ids).astype(self.dtype)
         x, cache = self.run_layers(
             x,
@@ -349,84 +351,3 @@ def _logits(output_map: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T
         return output_map(hidden).astype(accumulate)
     table = output_map.embedding[...].astype(hidden.dtype)
     return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=accumulate)
-
-
-def generate(
-    model: Llama,
-    input_ids: Int[Array, "B T"],
-    attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | None = None,
-    max_new_tokens: int = 32,
-    *,
-    eos_token_id: int | tuple[int, ...] | None = None,
-    pad_token_id: int | None = None,
-) -> Int[Array, "B new"]:
-    """Continue prompts greedily, with a key-value cache, in one compiled program per shape.
-
-    Args:
-        model: made with ``causal_lm``.
-        input_ids: [B, T] prompts, padded on the left.
-        attention_mask: [B, T], zero at padding; no padding if None.
-        max_new_tokens: length of the result.
-        eos_token_id: a row ends with this token, or one of these; the loop ends when all rows have.
-        pad_token_id: what follows the end of a row; the (first) end token if None.
-
-    Returns:
-        [B, max_new_tokens], the new tokens only, of the dtype of ``input_ids``.
-
-    Raises:
-        UsageError: ids that the model has not, prompts padded on the right, an empty prompt, no token to be made, or a
-            model without logits.
-    """
-    if not model.causal_lm:
-        raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
-    if max_new_tokens < 1:
-        raise expected("max_new_tokens", "at least 1", max_new_tokens)
-    if not input_ids.shape[1]:
-        raise expected("input_ids", "at least one token a row", "none")
-    check_tokens(input_ids, attention_mask, model.config.vocab_size)
-    if attention_mask is None:
-        attention_mask = jnp.ones(input_ids.shape, bool)
-    elif not np.asarray(attention_mask)[:, -1].all():
-        raise expected("attention_mask", "padding on the left", "a prompt whose last token is padding")
-    ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
-    padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
-    graph, state = nnx.split(model)
-    special = (jnp.asarray(ends, input_ids.dtype), jnp.asarray(padding, input_ids.dtype))
-    return _generate(graph, max_new_tokens, state, input_ids, attention_mask.astype(bool), *special)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(
-    graph: nnx.GraphDef[Llama],
-    new: int,
-    state: nnx.State,
-    prompts: Array,
-    mask: Array,
-    ends: Array,
-    padding: Array,
-) -> Array:
-    model = nnx.merge(graph, state)
-    batch, length = prompts.shape
-    mask = jnp.concatenate([mask, jnp.ones((batch, new), bool)], axis=1)
-
-    def best(ids: Array, cache: tuple[KeyValueCache, ...], start: Array | int) -> tuple[Array, Any]:
-        hidden, cache_after = model.hidden(ids, mask, cache, start)
-        return jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(prompts.dtype), cache_after
-
-    def ended(token: Array) -> Array:
-        return jnp.isin(token, ends)
-
-    def unfinished(carry: tuple[Any, ...]) -> Array:
-        step, _, _, finished, _ = carry
-        return (step < new) & ~finished.all()
-
-    def extend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, tokens, last, finished, cache = carry
-        token, cache = best(last[:, None], cache, length + step - 1)
-        token = jnp.where(finished, padding, token)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
-        return step + 1, tokens, token, finished | ended(token), cache
-
-    first, cache = best(prompts, model.empty_cache(batch, length + new), 0)
-    tokens = jnp.full((batch, new), padding, prompts.dtype).at[:, 0].set(first)
-    return jax.lax.while_loop(unfinished, extend, (jnp.int32(1), tokens, first, ended(first), cache))[1]

@@ -203,6 +203,12 @@ class Adapter(nnx.Module):
             key: value[...] for key, value in vars(self).items() if isinstance(value, (AdapterParam, InactiveParam))
         }
 
+    def settle(self) -> None:
+        """Compute once what every call computes of the weights alone; they are not trained any more, nor saved.
+
+        Most methods have nothing of the kind.
+        """
+
 
 class Host(nnx.Module):
     """A module that stands beside frozen weights and hosts adapters by name.

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from ntk_prefix import flash, models
-from ntk_prefix.models import llama
+from ntk_prefix import flash, models, peft
+from ntk_prefix.models import generation
+from ntk_prefix.peft.methods.ntk_attention import State
 from tests.models import formulas
 from tests.models.calling import call
 
@@ -57,11 +59,54 @@ def test_generation_is_the_full_pass_token_by_token(model: models.Llama, greedy:
     assert len({tuple(row) for row in greedy.tolist()}) == 3
 
 
+def test_a_single_row_and_a_state_change_no_token(model: models.Llama) -> None:
+    """One row takes its weights as they lie, several do not; an adapter's coordinates are multiplied in before the loop."""
+    ids, mask = jnp.asarray(IDS), jnp.asarray(MASK)
+    adapted = peft.apply(nnx.clone(model), peft.PRESETS["ntk_attention"], calibration={"input_ids": ids})
+    for _, state in nnx.iter_modules(adapted):
+        if isinstance(state, State):
+            state.z[...] = 3 * jax.random.normal(jax.random.key(0), state.z.shape)
+            state.k[...] = jnp.full(state.k.shape, 0.1)
+    before = jax.tree.map(np.asarray, nnx.state(adapted, ...))
+    together = np.asarray(models.generate(adapted, ids, mask, NEW))
+    alone = models.generate(adapted, ids[1:2], mask[1:2], NEW)
+    assert alone[0].tolist() == together[1].tolist()
+    text = jnp.append(jnp.asarray(PROMPTS[1]), alone[0])[None]
+    assert call(adapted, text, None).logits[0, -NEW - 1 : -1].argmax(axis=-1).tolist() == alone[0].tolist()
+    assert (together != generate(model)).any()
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(adapted, ...))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("rows", [1, generation.FEW_ROWS + 1])
+def test_rows_give_the_linear_maps_numbers(dtype: Any, rows: int) -> None:
+    linear = nnx.Linear(8, 5, dtype=dtype, rngs=nnx.Rngs(0))
+    linear.bias[...] = jnp.arange(5, dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (1, rows, 8)).astype(dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    matrix = linear.kernel[...].astype(dtype).astype(wide).T
+    got = generation._Rows(matrix, linear.bias[...], dtype, dtype)(x)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got.astype(wide), linear(x).astype(wide), atol=8 * float(jnp.finfo(dtype).eps))
+
+
+def test_tied_embeddings_are_the_table_of_logits_in_a_batch_too(tmp_path: Path) -> None:
+    config = formulas.CONFIGS["llama_tied"]
+    tied = models.from_pretrained(formulas.write(tmp_path, config, formulas.draw(config)), "causal-lm")
+    assert isinstance(tied, models.Llama)
+    tokens = models.generate(tied, jnp.asarray(IDS), jnp.asarray(MASK), 2)
+    assert tied.lm_head is None
+    for prompt, row in zip(PROMPTS, tokens, strict=True):
+        text = np.append(prompt, row[0])[None]
+        _, logits = formulas.llama(config, formulas.draw(config), text, np.ones_like(text, bool))
+        assert logits[0, -2:].argmax(axis=-1).tolist() == row.tolist()
+
+
 def test_generation_compiles_once(model: models.Llama) -> None:
     generate(model)
-    before = llama._generate._cache_size()
+    before = generation._generate._cache_size()
     models.generate(model, jnp.asarray(IDS[::-1].copy()), jnp.asarray(MASK[::-1].copy()), NEW)
-    assert llama._generate._cache_size() == before
+    assert generation._generate._cache_size() == before
 
 
 def test_generation_ends(model: models.Llama, greedy: np.ndarray) -> None:

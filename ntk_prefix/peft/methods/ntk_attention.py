@@ -228,6 +228,16 @@ class State(Adapter):
         effective = {"z_left": z.left, "z_right": z.right} if isinstance(z, LowRank) else {"z": z}
         return effective if self.k is None else {**effective, "k": k}
 
+    def settle(self) -> None:
+        """Multiply the coordinates in."""
+        z, k = self.state()
+        if isinstance(z, LowRank):
+            self.z_left, self.z_right = AdapterParam(z.left), AdapterParam(z.right)
+        else:
+            self.z = AdapterParam(z)
+        self.k = AdapterParam(k)
+        self.basis = self.unit = None
+
     def state(self) -> tuple[Array | LowRank, Array]:
         """Return z [N, R, H] (or a low-rank pair) and k [N, R], as attention takes them."""
         z = LowRank(self.z_left[...], self.z_right[...]) if hasattr(self, "z_left") else self.z[...]
