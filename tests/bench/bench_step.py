@@ -40,9 +40,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_prefix import models, ntk_attention, peft, softmax_attention
+from ntk_prefix.checks import expected
 from ntk_prefix.models.elementwise import LayerNorm, gelu
 from ntk_prefix.training import Trainer
+from tests.bench.bench_attention import processor
 from train import assets
+from train.command import ended
 from train.config import adapter_config
 from train.setup import loss_of, model_inputs
 
@@ -70,28 +73,42 @@ def model():
     return transformers.AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-made = {
-    "lora r=8": peft.get_peft_model(model(), peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])),
-    "prefix 50": peft.get_peft_model(model(), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=50)),
-    "full": model(),
+def head():
+    m = model()
+    for name, parameter in m.named_parameters():
+        parameter.requires_grad = "classifier" in name or "pooler" in name
+    return m
+lora = lambda: peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
+makers = {
+    "lora r=8": lambda: peft.get_peft_model(model(), lora()),
+    "prefix 50": lambda: peft.get_peft_model(
+        model(), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=50)
+    ),
+    "full": model,
+    "head": head,
 }
-head = model()
-for name, parameter in head.named_parameters():
-    parameter.requires_grad = "classifier" in name or "pooler" in name
-made["head"] = head
-steps = {}
-for name, m in made.items():
-    m.train()
-    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4)
-    def step(m=m, optimizer=optimizer):
-        optimizer.zero_grad(); m(input_ids=ids, attention_mask=mask, labels=labels).loss.backward(); optimizer.step()
-    steps[name] = step
-    step()
+steps, problems = {}, {}
+for name, make in makers.items():
+    try:
+        m = make()
+        m.train()
+        optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4)
+        def step(m=m, optimizer=optimizer):
+            optimizer.zero_grad(); m(input_ids=ids, attention_mask=mask, labels=labels).loss.backward(); optimizer.step()
+        step()
+    except Exception as error:  # a method that these versions cannot run: the others are timed
+        problems[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    else:
+        steps[name] = step
+square = torch.ones(1536, 1536)
+steps["product"] = lambda: square @ square
+steps["product"]()
 times = {name: [] for name in steps}
 for _ in range(repeats):
     for name, step in steps.items():
         begun = time.perf_counter(); step(); times[name].append(time.perf_counter() - begun)
-print(json.dumps(times))
+versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+print(json.dumps({"times": times, "problems": problems, "versions": versions}))
 """
 
 
@@ -107,6 +124,19 @@ class Options:
     """Some of the methods; all for none."""
     huge_pages: bool = True
     """Large blocks in huge pages, as in training."""
+
+    def check(self) -> None:
+        """Refuse what cannot be run.
+
+        Raises:
+            UsageError: naming the flag.
+        """
+        if self.repeats < 2:
+            raise expected("--repeats", "at least 2", self.repeats)
+        if unknown := [row for row in self.rows if row not in ROWS]:
+            raise expected("--rows", f"some of {', '.join(map(repr, ROWS))}", unknown[0])
+        if self.torch_python is not None and not self.torch_python.is_file():
+            raise expected("--torch-python", "a Python", f"{self.torch_python}, which is no file")
 
 
 def batch() -> dict[str, np.ndarray]:
@@ -189,69 +219,105 @@ def parts() -> dict[str, float]:
     return found
 
 
-def floors() -> tuple[float, float]:
-    """Seconds of the matrix products of a forward, and of a forward and a frozen backward, at the measured rate."""
-    size = 1536
-    a = jnp.ones((size, size))
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(a))
-    times = []
-    for _ in range(9):
-        begun = time.perf_counter()
-        jax.block_until_ready(product(a))
-        times.append(time.perf_counter() - begun)
-    rate = 2 * size**3 / statistics.median(times)
+SIDE = 1536
+"""Of the square matrices whose product gives the machine's rate, ours and theirs."""
+
+
+def product() -> Callable[[], None]:
+    """A large product of ours."""
+    a = jnp.ones((SIDE, SIDE))
+    multiply = jax.jit(lambda x: x @ x)
+    return lambda: jax.block_until_ready(multiply(a))
+
+
+def floors(seconds: float) -> tuple[float, float]:
+    """Seconds of the matrix products of a forward, and of a forward and a frozen backward, at the rate of a large one."""
+    rate = 2 * SIDE**3 / seconds
     # a layer: four maps of d x d, two of d x 4 d
     flops = 6 * 2 * BATCH * LENGTH * (4 * 384**2 + 2 * 384 * 1536)
     return flops / rate, 2 * flops / rate
 
 
-def torch_and_peft(python: Path, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step of each method, in the setting of malloc where its median is lower."""
+@dataclasses.dataclass
+class Peers:
+    """Seconds of each step of each method and of a large product, and why the others cannot run."""
+
+    times: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    problems: dict[str, str] = dataclasses.field(default_factory=dict)
+    versions: str = ""
+
+
+def torch_and_peft(python: Path, repeats: int) -> Peers:
+    """Return the peers' figures, in the setting of malloc where a method's median is lower."""
     settings = []
     for tunables in ({"GLIBC_TUNABLES": ""}, TUNABLES):
         command = [python, "-c", PEERS, assets.asset("minilm"), str(repeats)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | tunables)
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | tunables)
+        if done.returncode:
+            return Peers(problems=dict.fromkeys(ROWS, (done.stderr.strip().splitlines() or ["it ended"])[-1][:120]))
         settings.append(json.loads(done.stdout.splitlines()[-1]))
-    return {name: min((times[name] for times in settings), key=statistics.median) for name in settings[0]}
+    faster = {
+        name: min((found["times"][name] for found in settings), key=statistics.median) for name in settings[0]["times"]
+    }
+    return Peers(faster, settings[0]["problems"], settings[0]["versions"])
 
 
-def main(options: Options) -> None:
-    console = Console(width=120)
+def run(options: Options, console: Console) -> int:
+    """Print the tables; return the exit status."""
+    options.check()
     chosen = {name: ROWS[name] for name in (options.rows or ROWS)}
     made = {name: stepper(*row) for name, row in chosen.items()}
-    peers: dict[str, list[float]] = {}
-    times: dict[str, list[float]] = {name: [] for name in made}
+    steps = {name: step for name, (step, _) in made.items()} | {"product": product()}
+    steps["product"]()
+    peers = Peers()
+    times: dict[str, list[float]] = {name: [] for name in steps}
     # half of ours before the peers and half after: a machine that changes its pace does it to both
     for half in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for name, values in interleaved({n: s for n, (s, _) in made.items()}, -(-options.repeats // 2)).items():
+        for name, values in interleaved(steps, -(-options.repeats // 2)).items():
             times[name] += values
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         if half == 0 and options.torch_python is not None:
             peers = torch_and_peft(options.torch_python, options.repeats)
-    forward, both = floors()
+    forward, both = floors(statistics.median(times["product"]))
     table = Table(
         "method", "trained", "ours: median (quartiles), s", "over the floor", "torch + peft, s", "ours / theirs"
     )
-    for name, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
+    for name in made:
+        low, middle, high = statistics.quantiles(times[name], n=4)
         floor = forward if name == "head" else both
-        theirs = statistics.median(peers[name]) if name in peers else None
-        ratio = ("-", "-") if theirs is None else (f"{theirs:.3f}", f"{middle / theirs:.2f}")
         row = (name, f"{made[name][1]:,}", f"{middle:.3f} ({low:.3f}..{high:.3f})", f"{middle / floor:.2f}")
+        ratio = ("-", "-")
+        if name in peers.times:
+            theirs = statistics.median(peers.times[name])
+            ratio = (f"{theirs:.3f}", f"{middle / theirs:.2f}")
+        elif name in peers.problems:
+            ratio = (f"cannot run: {peers.problems[name]}", "-")
         table.add_row(*row, *ratio)
     console.print(table)
+    if peers.times:
+        ours, theirs = (statistics.median(each["product"]) for each in (times, peers.times))
+        console.print(
+            f"{peers.versions}; a product of {SIDE}^3: ours {2e-9 * SIDE**3 / ours:.0f}, theirs "
+            f"{2e-9 * SIDE**3 / theirs:.0f} Gflop/s: JAX multiplies at {theirs / ours:.2f}x of torch's rate here."
+        )
     shares = Table("part alone, forward and backward", "s a step")
     for name, seconds in parts().items():
         shares.add_row(name, f"{seconds:.3f}")
     console.print(shares)
     each = faults / len(made) / -(-options.repeats // 2)
     console.print(
-        f"floor: forward {forward:.3f} s, forward and frozen backward {both:.3f} s; {sys.platform}, {jax.devices()[0]}; "
+        f"floor: forward {forward:.3f} s, forward and frozen backward {both:.3f} s; {processor()}, {jax.devices()[0]}; "
         f"{each:,.0f} page faults a step"
     )
+    return 0
+
+
+def main() -> int:
+    """Run it; a user's error is one line."""
+    console = Console(width=140)
+    return ended(lambda: run(tyro.cli(Options, prog="python -m tests.bench.bench_step"), console), console)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m tests.bench.bench_step"))
+    sys.exit(main())
