@@ -3,7 +3,7 @@ PYTHON ?= python3
 ENVIRONMENT := .venv
 READY := $(ENVIRONMENT)/ready
 
-.PHONY: setup tpu verify verify-full test test-slow test-gpu lint bench lock clean
+.PHONY: setup tpu verify verify-full test test-slow test-gpu lint bench accelerator lock clean
 
 verify: $(READY)  ## check the theory claim by claim, minutes on two cores; report in runs/theory
 	$(ENVIRONMENT)/bin/python -m theory --profile quick
@@ -32,6 +32,15 @@ lint: $(READY)  ## ruff and mypy
 
 bench: $(READY)  ## time the prefix kernel against neural-tangents
 	$(ENVIRONMENT)/bin/python -m tests.bench.bench_prefix_ntk
+
+# the Python that has the accelerator's JAX: the one that is named, else the environment's, else python3
+ACCELERATED = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(ENVIRONMENT)/bin/python),$(PYTHON)),$(PYTHON))
+UNPACKED := runs/accelerator/packages
+
+accelerator:  ## all that a GPU or TPU has to show, 9 minutes; goes on where it was. PYTHON=, WHEELS=FOLDER, TINY=1
+	$(if $(WHEELS),$(ACCELERATED) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --upgrade \
+		--target $(UNPACKED) $(or $(wildcard $(WHEELS)/*.whl),$(error WHEELS: expected a folder of wheels, got $(WHEELS))))
+	PYTHONPATH=$(UNPACKED):$$PYTHONPATH $(ACCELERATED) -m tests.bench.accelerator $(if $(TINY),--tiny)
 
 lock:  ## write requirements.lock and requirements-tpu.lock anew (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url \

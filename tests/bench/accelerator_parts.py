@@ -1,0 +1,394 @@
+"""What ``make accelerator`` measures: parts of rows, each row a function that returns its figures.
+
+A part is a function of the sizes; it yields names and functions, and a row that is in the results already is not called.
+Names of figures end in their unit. Packages beside the library's own are optional here: who is missing says so in a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import ntk_prefix as npx
+from ntk_prefix import models, peft
+from ntk_prefix.attention import IMPLEMENTATIONS
+from ntk_prefix.training import Trainer
+from tests.bench import bench_attention, bench_prefix_ntk
+from tests.bench.bench_attention import Programs, Timing, arrays, measure, said, with_gradient
+
+Figures = dict[str, Any]
+Rows = Iterator[tuple[str, Callable[[], Figures]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is run: as the issue names it, or all of it small."""
+
+    attention: tuple[int, int, int, int] = (8, 4096, 16, 128)
+    accuracy: tuple[int, int, int, int] = (2, 512, 4, 128)
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    causal: tuple[bool, ...] = (False, True)
+    product: int = 8192
+    kernel: tuple[int, int, int] = (64, 32, 65_536)
+    models: tuple[tuple[str, models.LlamaConfig], ...] = ()
+    tokens: tuple[int, int] = (4, 2048)
+    decode: tuple[tuple[int, ...], int, int] = ((1, 8, 64), 128, 64)
+    rounds: int = 20
+    within: float = 10.0
+    """Seconds of one comparison's rounds, beyond the first three."""
+
+
+LLAMA_1B = models.LlamaConfig(
+    vocab_size=128_256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+    intermediate_size=8192, head_dim=64, max_position_embeddings=131_072, rope_theta=500_000.0, tie_word_embeddings=True,
+)  # fmt: skip
+LLAMA_8B = models.LlamaConfig(
+    vocab_size=128_256, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    intermediate_size=14_336, max_position_embeddings=131_072, rope_theta=500_000.0,
+)  # fmt: skip
+TINY_MODEL = models.LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=32,
+)
+FULL = Sizes(models=(("1B", LLAMA_1B), ("8B", LLAMA_8B)))
+TINY = Sizes(
+    attention=(1, 16, 2, 8), accuracy=(1, 16, 2, 8), dtypes=("bfloat16",), causal=(True,), product=64,
+    kernel=(2, 2, 64), models=(("tiny", TINY_MODEL),), tokens=(2, 8), decode=((2,), 4, 3), rounds=2,
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- correctness
+
+TOLERANCE = {"bfloat16": 8 * 2.0**-8, "float32": 2e-2}
+"""Of |error| / |exact|. bfloat16: outputs and probabilities are each rounded to 2^-9, gradients sum a few such; float32:
+an accelerator multiplies float32 in one bfloat16 or TF32 pass unless it is asked for more, so a tenth of that is usual."""
+
+
+CONTROL = "control: merged outside"
+"""What has to be found wrong: attention merged with the prefix by a log-sum-exp without a gradient."""
+
+
+def correctness(sizes: Sizes) -> Rows:
+    """Outputs and gradients of every implementation beside the reference in float64 on the CPU; a control that fails."""
+    for dtype in sizes.dtypes:
+        for name in (*IMPLEMENTATIONS, CONTROL):
+            for is_causal in sizes.causal:
+                title = f"{name}, {dtype}{', causal' if is_causal else ''}"
+                yield title, functools.partial(_errors, name, dtype, is_causal, sizes.accuracy)
+    yield "prefix_ntk, float32, highest precision", functools.partial(_kernel_error, sizes.kernel[:2])
+
+
+def _errors(name: str, dtype: str, is_causal: bool, shape: tuple[int, int, int, int]) -> Figures:
+    arguments, cotangent = arrays(*shape, jnp.dtype(dtype))
+    if name == CONTROL:
+        attend = functools.partial(merged_outside, is_causal=is_causal)
+    else:
+        attend = functools.partial(npx.ntk_attention, implementation=name, is_causal=is_causal)
+    try:
+        got = jax.block_until_ready(jax.jit(with_gradient(attend))(cotangent, *arguments))
+    except Exception as error:  # a backend that is not this machine's
+        return {"cannot run": said(error)}
+    wanted = _exact(dtype, is_causal, shape)
+    errors = {
+        name: float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
+        for name, a, b in zip(
+            ("output", "d query", "d key", "d value", "d z", "d k"),
+            jax.tree.leaves(got),
+            wanted,
+            strict=True,
+        )
+    }
+    worst = max(errors.values())
+    holds = bool(worst <= TOLERANCE[dtype])
+    return {**errors, "bound": TOLERANCE[dtype], "holds": not holds if name == CONTROL else holds}
+
+
+@functools.cache
+def _exact(dtype: str, is_causal: bool, shape: tuple[int, int, int, int]) -> list[np.ndarray]:
+    """Return output and gradients of the definition, in float64 on the CPU, for the very numbers that ``dtype`` has."""
+    arguments, cotangent = arrays(*shape, jnp.dtype(dtype))
+    exact = functools.partial(npx.ntk_attention, implementation="reference", is_causal=is_causal)
+    host = jax.devices("cpu")[0]
+    with jax.enable_x64(True), jax.default_device(host):
+        wide = [jax.device_put(np.asarray(x, np.float64), host) for x in (cotangent, *arguments)]
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(with_gradient(exact))(*wide))]
+
+
+def merged_outside(query: Any, key: Any, value: Any, z: Any, k: Any, *, is_causal: bool) -> jax.Array:
+    """Attention with a prefix merged by a log-sum-exp that has no gradient, as jax.nn's residual: the wrong gradients."""
+    wide = jnp.float32
+    root = query.shape[-1] ** -0.25
+    scores = jnp.einsum("btnh,bsnh->bnts", query.astype(wide) * root**2, key.astype(wide))
+    if is_causal:
+        scores = jnp.where(np.tri(*scores.shape[2:], dtype=bool)[None, None], scores, -jnp.inf)
+    own = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value.astype(wide))
+    lse = jax.lax.stop_gradient(jax.nn.logsumexp(scores, axis=-1)).transpose(0, 2, 1)[..., None]
+    features = npx.feature_map("elu1")(query.astype(wide) * root)
+    numerator = own + jnp.exp(-lse) * jnp.einsum("btnr,nrh->btnh", features, z)
+    return (numerator / (1 + jnp.exp(-lse) * jnp.einsum("btnr,nr->btn", features, k)[..., None])).astype(query.dtype)
+
+
+def _kernel_error(shape: tuple[int, int]) -> Figures:
+    n, d = shape
+    x = np.asarray(bench_prefix_ntk.inputs(n, d))
+    weights = np.asarray(npx.TiedPrefixModel(d, 256, rngs=nnx.Rngs(0)).weights[...])
+    host = jax.devices("cpu")[0]
+    with jax.default_matmul_precision("highest"):
+        got = np.asarray(npx.kernels.prefix_ntk(_tied(weights), jnp.asarray(x)), np.float64)
+    with jax.enable_x64(True), jax.default_device(host):
+        exact = np.asarray(npx.kernels.prefix_ntk(_tied(weights.astype(np.float64)), jnp.asarray(x, jnp.float64)))
+    error = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+    return {"output": error, "bound": 1e-5, "holds": error <= 1e-5}
+
+
+def _tied(weights: np.ndarray) -> npx.TiedPrefixModel:
+    model = npx.TiedPrefixModel(weights.shape[1], weights.shape[0], rngs=nnx.Rngs(0))
+    model.weights.set_value(jnp.asarray(weights))
+    return model
+
+
+# ----------------------------------------------------------------------------------------- attention
+
+
+def attention(sizes: Sizes) -> Rows:
+    """``bench_attention`` in bfloat16: each implementation, jax.nn's, and torch's where this Python has it."""
+    yield "matrix product", functools.partial(_product, sizes)
+    batch, length, heads, size = sizes.attention
+    for title, programs, flops in bench_attention.accelerator_cases(batch, length, heads, size, sizes.causal):
+        yield title, functools.partial(_compared, programs, flops, sizes)
+    yield "torch SDPA", functools.partial(_torch, sizes)
+
+
+def _compared(programs: Programs, flops: float, sizes: Sizes) -> Figures:
+    return {"programs": {name: _figures(t, flops) for name, t in measure(programs, sizes.rounds, sizes.within).items()}}
+
+
+def _figures(timing: Timing, flops: float | None = None) -> Figures:
+    if timing.problem:
+        return {"cannot run": timing.problem}
+    low, middle, high = timing.quartiles()
+    found = {
+        "median ms": 1e3 * middle, "quartiles ms": [1e3 * low, 1e3 * high], "rounds": len(timing.seconds),
+        "temporaries MiB": (timing.temporary or 0) / 2**20,
+    }  # fmt: skip
+    return found if flops is None else {**found, "TFLOP/s": flops / middle / 1e12}
+
+
+def _product(sizes: Sizes) -> Figures:
+    side = sizes.product
+    square = jnp.ones((side, side), jnp.bfloat16)
+    return _compared({f"{side}^3, bfloat16": (jnp.matmul, (square, square))}, 2.0 * side**3, sizes)
+
+
+def _torch(sizes: Sizes) -> Figures:
+    if importlib.util.find_spec("torch") is None:
+        return {"cannot run": "this Python has no torch"}
+    shape, found = sizes.attention, {}
+    cases = [(*shape, "bfloat16", causal, backward) for causal in sizes.causal for backward in (False, True)]
+    try:
+        theirs = bench_attention.torch_attention(sys.executable, cases, sizes.rounds)
+    except RuntimeError as error:
+        return {"cannot run": str(error)}
+    batch, length, heads, size = shape
+    for (*_, causal, backward), seconds in zip(cases, theirs["seconds"], strict=False):
+        flops = 4 * batch * heads * length**2 * size * (3.5 if backward else 1) / (2 if causal else 1)
+        name = f"{'forward and backward' if backward else 'forward'}{', causal' if causal else ''}"
+        found[name] = _figures(Timing(seconds), flops)
+        del found[name]["temporaries MiB"]
+    return {"version": theirs["version"], "device": theirs["device"], "programs": found}
+
+
+# ---------------------------------------------------------------------------------------- prefix NTK
+
+
+def prefix_ntk(sizes: Sizes) -> Rows:
+    """``bench_prefix_ntk``: the closed form, drawn on the fly too, beside neural-tangents where it is installed."""
+    yield "fixed model", functools.partial(_kernels, sizes)
+
+
+def _kernels(sizes: Sizes) -> Figures:
+    n, d, m = sizes.kernel
+    names = [bench_prefix_ntk.OURS, bench_prefix_ntk.DRAWN, bench_prefix_ntk.PRODUCT]
+    found: Figures = {}
+    if importlib.util.find_spec("neural_tangents") is None:
+        found[bench_prefix_ntk.THEIRS] = {"cannot run": "this Python has no neural-tangents"}
+    else:
+        names.append(bench_prefix_ntk.THEIRS)
+    with jax.default_matmul_precision("highest"):
+        seconds = bench_prefix_ntk.interleaved(names, "fixed", n, d, m, max(sizes.rounds // 4, 2))
+    flops = {bench_prefix_ntk.PRODUCT: 2.0 * bench_prefix_ntk.SIDE**3}
+    for name in names:
+        found[name] = _figures(Timing(seconds[name]), flops.get(name, bench_prefix_ntk.flops(n, d, m)))
+        del found[name]["temporaries MiB"]
+    return {"n, d, m": [n, d, m], "programs": found}
+
+
+# ----------------------------------------------------------------------------------------- one step
+
+METHODS: dict[str, peft.AdapterConfig] = {
+    "NTK-Attention": peft.NTKAttentionConfig(mass="relative"),
+    "LoRA r=8": peft.LoraConfig(r=8),
+    "full": peft.FullConfig(),
+}
+
+
+def step(sizes: Sizes, which: str) -> Rows:
+    """One training step of a Llama with random weights in bfloat16: every method."""
+    config = dict(sizes.models)[which]
+    for method in METHODS:
+        yield f"{which}, {method}", functools.partial(_step, config, method, sizes)
+
+
+def random_llama(config: models.LlamaConfig) -> models.Llama:
+    """Return a Llama of random weights in bfloat16, drawn on the device; norms are ones, in float32."""
+    abstract = nnx.eval_shape(lambda: models.Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    leaves, structure = jax.tree.flatten(state)
+    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    drawn = [
+        draw(jax.random.key(i), leaf.shape) if len(leaf.shape) > 1 else jnp.ones(leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    return nnx.merge(graph, jax.tree.unflatten(structure, drawn))
+
+
+def next_token_loss(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """Return the cross entropy of the next token, a row's mean, summed over rows."""
+    logits = model(batch["input_ids"]).logits[:, :-1]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["input_ids"][:, 1:]).mean(axis=1).sum()
+
+
+def _step(config: models.LlamaConfig, method: str, sizes: Sizes) -> Figures:
+    """Return the figures of the largest batch of those that fit: halved until it does."""
+    weights = linear_weights(config) + config.vocab_size * config.hidden_size
+    room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if method == "full" and room is not None and 16 * weights > room:
+        return {"cannot run": f"weights, gradients and two moments in float32 take {16 * weights / 2**30:.0f} GiB"}
+    rows, length = sizes.tokens
+    while True:
+        try:
+            return _step_of(config, method, rows, length, sizes)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            if rows == 1:
+                return {"cannot run": said(error)}
+        rows //= 2
+
+
+def _step_of(config: models.LlamaConfig, method: str, rows: int, length: int, sizes: Sizes) -> Figures:
+    model = random_llama(config)
+    peft.apply(model, METHODS[method])
+    model.remat = config.num_hidden_layers > 16
+    optimizer = peft.non_negative(optax.adamw(1e-4))
+    trainer = Trainer(loss=next_token_loss, optimizer=optimizer, wrt=peft.AdapterParam)
+    state, run = trainer.init(model), trainer.stepper(model)
+    del model
+    ids = jax.random.randint(jax.random.key(0), (rows, length), 0, config.vocab_size)
+    begun, seconds = time.perf_counter(), []
+    state, metrics = jax.block_until_ready(run(state, {"input_ids": ids}))
+    compiled = time.perf_counter() - begun
+    begun = time.perf_counter()
+    while len(seconds) < sizes.rounds and (len(seconds) < 3 or time.perf_counter() - begun < sizes.within):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(run(state, {"input_ids": ids}))
+        seconds.append(time.perf_counter() - start)
+    flops = step_flops(config, rows, length, full=method == "full")
+    figures = _figures(Timing(seconds), flops)
+    del figures["temporaries MiB"]
+    side = sizes.product
+    square = jnp.ones((side, side), jnp.bfloat16)
+    product = measure({"product": (jnp.matmul, (square, square))}, sizes.rounds, 2)["product"]
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        **figures,
+        "tokens": [rows, length],
+        "layers recomputed": config.num_hidden_layers > 16,
+        "tokens/s": rows * length / statistics.median(seconds),
+        "share of the matrix rate": flops / statistics.median(seconds) / (2.0 * side**3 / product.median),
+        "compiled in s": compiled,
+        "peak GiB": None if peak is None else peak / 2**30,
+        "finite": bool(metrics["finite"]),
+    }
+
+
+def linear_weights(config: models.LlamaConfig) -> int:
+    """Return the weights that a token is multiplied with: all linear maps, and the logits' table."""
+    wide, narrow = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    layer = config.hidden_size * (2 * wide + 2 * narrow + 3 * config.intermediate_size)
+    return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+
+
+def step_flops(config: models.LlamaConfig, rows: int, length: int, *, full: bool) -> float:
+    """Return the flops that a step cannot do without: no recomputation, half of causal attention's scores.
+
+    Forward 2 per weight and token; backward as much for the activations' gradients, and again for the weights' own where
+    they are trained. Attention's products: 2 forward, 4 backward, 2 T^2 N H flops each, halved.
+    """
+    maps = 2.0 * linear_weights(config) * rows * length * (3 if full else 2)
+    scores = 2.0 * length**2 * config.num_attention_heads * config.head_dim / 2
+    return maps + rows * config.num_hidden_layers * 6 * scores
+
+
+# ------------------------------------------------------------------------------------------ decoding
+
+
+def decoding(sizes: Sizes) -> Rows:
+    """Greedy generation by the smallest of the models in bfloat16, without an adapter and with a state of any prefix."""
+    which, config = sizes.models[0]
+    batches, prompt, new = sizes.decode
+    for batch in batches:
+        yield f"{which}, batch {batch}", functools.partial(_decode, config, batch, prompt, new, sizes)
+
+
+def _decode(config: models.LlamaConfig, batch: int, prompt: int, new: int, sizes: Sizes) -> Figures:
+    ids = jax.random.randint(jax.random.key(0), (batch, prompt), 0, config.vocab_size)
+    bare, adapted = random_llama(config), random_llama(config)
+    peft.apply(adapted, METHODS["NTK-Attention"])
+    seconds: dict[str, list[float]] = {}
+    compared = {"without an adapter": bare, "with a state of any prefix": adapted}
+    for model in compared.values():
+        for length in (1, new + 1):
+            jax.block_until_ready(models.generate(model, ids, max_new_tokens=length))
+    for _ in range(max(sizes.rounds // 4, 2)):
+        for name, model in compared.items():
+            taken = []
+            for length in (1, new + 1):
+                start = time.perf_counter()
+                jax.block_until_ready(models.generate(model, ids, max_new_tokens=length))
+                taken.append(time.perf_counter() - start)
+            seconds.setdefault(name, []).append((taken[1] - taken[0]) / new)
+    found = {}
+    for name, each in seconds.items():
+        found[name] = _figures(Timing(each))
+        del found[name]["temporaries MiB"]
+        found[name]["tokens/s"] = batch / statistics.median(each)
+        found[name]["weights read, GB/s"] = 2 * linear_weights(config) / statistics.median(each) / 1e9
+    return {"prompt": prompt, "new": new, "programs": found}
+
+
+PARTS: dict[str, tuple[Callable[[Sizes], Rows], float]] = {
+    "correctness": (correctness, 90),
+    "attention": (attention, 110),
+    "prefix_ntk": (prefix_ntk, 50),
+    "step": (lambda sizes: step(sizes, sizes.models[0][0]), 110),
+    "decoding": (decoding, 80),
+    "large step": (lambda sizes: step(sizes, sizes.models[-1][0]), 150),
+}
+"""By name, in order: the rows, and the seconds after which it is stopped; what it has by then is kept."""
