@@ -270,8 +270,10 @@ def random_llama(config: models.LlamaConfig) -> models.Llama:
 
 def next_token_loss(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
     """Return the cross entropy of the next token, a row's mean, summed over rows."""
-    logits = model(batch["input_ids"]).logits[:, :-1]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["input_ids"][:, 1:]).mean(axis=1).sum()
+    ids = batch["input_ids"]
+    hidden, _ = model.hidden(ids)
+    labels = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    return model.loss(hidden, labels, (labels >= 0) / jnp.float32(ids.shape[1] - 1))
 
 
 def _step(config: models.LlamaConfig, method: str, sizes: Sizes) -> Figures:
