@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -52,10 +52,10 @@ class BertConfig(BackboneConfig):
             UsageError: a value is missing or of a wrong type, positions are not absolute, or the model is a decoder.
         """
         if config.get("position_embedding_type") not in (None, "absolute") or config.get("is_decoder"):
-            raise UsageError(
-                "expected a BERT encoder with absolute positions, got "
-                f"position_embedding_type {config.get('position_embedding_type')!r}, "
-                f"is_decoder {config.get('is_decoder')!r}"
+            raise expected(
+                "position_embedding_type, is_decoder",
+                "a BERT encoder with absolute positions",
+                f"{config.get('position_embedding_type')!r}, {config.get('is_decoder')!r}",
             )
         return cls(**known_fields(cls, config))
 

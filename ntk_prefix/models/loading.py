@@ -117,9 +117,11 @@ def from_pretrained(
         head = None
         logger.info("%s: a new head of %d labels on %r pooled hidden states", path, num_labels, pooling)
     else:
-        raise UsageError(
-            f"num_labels: expected a number, since {path} brings no head that is a linear map on {pooling!r} pooled "
-            "hidden states; a new one will be made"
+        raise expected(
+            "num_labels",
+            "a number",
+            None,
+            f"{path} brings no head that is a linear map on {pooling!r} pooled hidden states; a new one will be made",
         )
     _fill(model, checkpoint, f"{path}", into)
     classifier = Classifier(model, num_labels, pooling=pooling, rngs=rngs or nnx.Rngs(0))

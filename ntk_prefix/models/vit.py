@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix.artifacts import checked
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -85,7 +85,7 @@ class VitConfig(BackboneConfig):
                 not square.
         """
         if config.get("use_swiglu_ffn"):
-            raise UsageError("expected use_swiglu_ffn false, got true: DINOv2 giant is not built here")
+            raise expected("use_swiglu_ffn", "false", "true", "DINOv2 giant is not built here")
         if config.get("model_type") == "dinov2":
             config = {"layer_norm_eps": 1e-6, "patch_size": 14, **config}
             if config.get("mlp_ratio") is not None and config.get("hidden_size") is not None:

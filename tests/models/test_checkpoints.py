@@ -347,7 +347,7 @@ def test_what_is_no_folder_of_ours_is_told_the_way_on(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=said):
             models.from_pretrained(folder)
     folder = write(tmp_path / "file", CONFIGS["bert"], draw(CONFIGS["bert"]))
-    with pytest.raises(UsageError, match="give the folder that it is in"):
+    with pytest.raises(UsageError, match="Give the folder that it is in"):
         models.from_pretrained(folder / "model.safetensors")
     folder = write(tmp_path / "pointer", CONFIGS["bert"], draw(CONFIGS["bert"]))
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import expected
 from ntk_prefix.models.formats.checkpoint import Checkpoint, StoredTensor
 from ntk_prefix.models.formats.folder import read_folder
 from ntk_prefix.models.formats.gguf import gguf_chat_template, gguf_tokenizer, read_gguf
@@ -49,5 +49,5 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return read_gguf(path)
     if path.suffix == ".onnx":
         return read_onnx(path)
-    hint = ": give the folder that it is in" if path.suffix in (".safetensors", ".json") else ""
-    raise UsageError(f"expected a Hugging Face folder, a .gguf or an .onnx file, got {path}{hint}")
+    hint = "Give the folder that it is in" if path.suffix in (".safetensors", ".json") else ""
+    raise expected("path", "a Hugging Face folder, a .gguf or an .onnx file", path, hint)
