@@ -279,7 +279,8 @@ def _lengths(query: Array, key: Array) -> tuple[int, int]:
 
 def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
     def run(query: Array, key: Array, value: Array, seen: Array | None) -> tuple[Array, Array]:
-        return _by_rows(functools.partial(_forward_row, flash, _lengths(query, key)), query, key, value, seen)
+        with jax.enable_x64(False):  # the kernel counts in 32 bits
+            return _by_rows(functools.partial(_forward_row, flash, _lengths(query, key)), query, key, value, seen)
 
     arguments = (query, source.key, source.value, _seen(source))
     output, lse = _Layout(query, source.key).apply(run, "qkkm", "qs", *arguments)
@@ -299,7 +300,8 @@ def _backward(
         query: Array, key: Array, value: Array, seen: Array | None, lse: Array, projection: Array, d_output: Array
     ) -> tuple[Array, ...]:
         row = functools.partial(_backward_row, flash, _lengths(query, key))
-        d_query, d_key, d_value = _by_rows(row, query, key, value, seen, lse, projection, d_output)
+        with jax.enable_x64(False):
+            d_query, d_key, d_value = _by_rows(row, query, key, value, seen, lse, projection, d_output)
         if layout.queries is not None:
             d_key, d_value = (jax.lax.psum(x, layout.queries) for x in (d_key, d_value))
         return d_query, d_key, d_value
