@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -204,6 +205,15 @@ def _rows(path: Path, tensor: Any, groups: int | None, bounds: Iterable[slice]) 
             # blocks of a quantized tensor are whole within a row, so all rows may be one: the package takes 16 at a time
             values = dequantize(stored.reshape(1, -1), tensor.tensor_type).reshape(-1, *shape[1:])
         yield values
+    _forget(tensor.data)
+
+
+def _forget(values: Any) -> None:
+    """Give back the pages of a mapped file that were looked at, where the system can: they count as this process' memory."""
+    while isinstance(values, np.ndarray):
+        values = values.base
+    if isinstance(values, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        values.madvise(mmap.MADV_DONTNEED)
 
 
 def gguf_chat_template(path: str | Path) -> str | None:
