@@ -87,6 +87,15 @@ def test_what_begins_before_a_loop_and_goes_on_beside_it_runs_once() -> None:
     assert {each.contents for each in found.values()} == {"weights"}
 
 
+def test_what_stands_behind_a_kernel_s_own_words_is_read_too() -> None:
+    words = 'kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata={op_name="kernel"}'
+    kernel = f'  %k = bf16[2] custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={{{words}\n'
+    before = "  %start = bf16[8] all-gather(%a)"
+    text = BESIDE_A_LOOP.replace(before, kernel + before)
+    assert text != BESIDE_A_LOOP
+    assert [each.channel for each in collectives(text)] == [each.channel for each in collectives(BESIDE_A_LOOP)]
+
+
 def test_contents_are_told_by_where_values_come_from_and_by_shape() -> None:
     table = summary(collectives(TOY))
     weights = (2048 * 256 + 4 * 2 * 256 * 1024 + 256 * 256) * 2

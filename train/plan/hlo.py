@@ -192,7 +192,7 @@ def parse(text: str) -> Program:
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
     current: Computation | None = None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         header = _HEADER.match(line)
         if header:
             current = computations[header[2]] = Computation(header[2], {})
@@ -207,6 +207,18 @@ def parse(text: str) -> Program:
     replicas = re.search(r"replica_count=(\d+)", text)
     devices = int(partitions[1] if partitions else 1) * int(replicas[1] if replicas else 1)
     return Program(computations, entry, devices)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Yield the lines of a program, with what a kernel says of itself, which is several, on the line of its call."""
+    whole = ""
+    for line in text.splitlines():
+        if line.startswith(('"', "}}")):
+            whole += line
+            continue
+        yield whole
+        whole = line
+    yield whole
 
 
 # ------------------------------------------------------------------------------------ where from
