@@ -76,7 +76,7 @@ _LINEAR: Mapping[str, tuple[Name, Name]] = {
 
 _OTHERS: Mapping[str, tuple[Name, ...]] = {
     r"embeddings(\.tokens)?\.embedding": ("vocab", "embed"),
-    r"embeddings\.\w+\.embedding": (None, "embed"),
+    r"embeddings\.\w+\.embedding": (None, None),
     r"\w*norm\.(scale|bias)": (None,),
     r"\w+_scale": (None,),
     r"adapters\.\w+\.(z|z_left|z_right|basis)": ("heads", None, None),
@@ -122,8 +122,8 @@ def weight_sharding(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedShardin
     """Return where a weight lies, and what an optimizer keeps of it.
 
     Adapters lie whole on every device, but for their heads and the widths that "tensor" divides; so do the vectors of norms
-    and biases. Of other weights each device of "fsdp" has a share: of the axis called embed, else of the longest that it
-    divides.
+    and biases, and tables of positions. Of other weights each device of "fsdp" has a share: of the axis called embed, else
+    of the longest that it divides.
 
     Args:
         mesh: with any of the three axes; others, and none of these, are a mesh of one share.
@@ -134,7 +134,7 @@ def weight_sharding(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedShardin
     placed = list(spec(mesh, names or (None,) * len(shape), shape))
     placed += [None] * (len(shape) - len(placed))
     shares = mesh.shape.get("fsdp", 1)
-    whole = "adapters" in path.split(".") or (names is not None and len(names) == 1)
+    whole = "adapters" in path.split(".") or (names is not None and "embed" not in names)
     if shares > 1 and "fsdp" not in placed and not whole:
         free = [axis for axis, size in enumerate(shape) if placed[axis] is None and size and size % shares == 0]
         if free:

@@ -21,7 +21,7 @@ def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     [
         ("embeddings.embedding", (32, 16), P("tensor", "fsdp")),
         ("backbone.embeddings.tokens.embedding", (32, 16), P("tensor", "fsdp")),
-        ("embeddings.positions.embedding", (32, 16), P(None, "fsdp")),
+        ("embeddings.positions.embedding", (32, 16), P()),
         ("layers.3.attention.query.kernel", (16, 16), P("fsdp", "tensor")),
         ("layers.3.attention.query.base.kernel", (16, 16), P("fsdp", "tensor")),
         ("layers.3.attention.value.bias", (16,), P("tensor")),

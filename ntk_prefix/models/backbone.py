@@ -239,7 +239,7 @@ class LeadingRows(nnx.Module):
 
 
 def embedded(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Return the table's rows of these ids.
+    """Return the rows of a vocabulary's table.
 
     On a mesh each device of "fsdp" looks up its share of the features, for the rows of all of them; then features are
     exchanged for rows. That moves ``B T D`` numbers once, where gathering the table would be ``V D``. Where "tensor" divides
@@ -249,9 +249,9 @@ def embedded(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array,
     shares = 1 if mesh is None else mesh.shape.get("fsdp", 1)
     if mesh is None or shares == 1 or table.shape[1] % (shares * mesh.shape.get("tensor", 1)):
         return jnp.take(table, ids, axis=0)
-    if ids.shape[0] % row_shares(mesh):
-        return jnp.take(table, ids, axis=0)
     place = spec(mesh, ("vocab", "embed"), table.shape)
+    if place[1] is None or ids.shape[0] % row_shares(mesh):
+        return jnp.take(table, ids, axis=0)
     others = tuple(axis for axis in row_axes(mesh) if axis != "fsdp")
 
     def own(table: Array, ids: Array) -> Array:

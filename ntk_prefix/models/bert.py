@@ -26,6 +26,7 @@ from ntk_prefix.models.backbone import (
     Size,
     TransformerLayer,
     check_tokens,
+    embedded,
     known_fields,
 )
 from ntk_prefix.models.elementwise import layer_norm
@@ -78,11 +79,11 @@ class BertEmbeddings(nnx.Module):
         """Return the layers' input."""
         first = jnp.zeros((1, 1), jnp.int32)
         tokens, types, places = (
-            table(ids).astype(self.sum_dtype)
-            for table, ids in (
-                (self.tokens, input_ids),
-                (self.token_types, first if token_type_ids is None else token_type_ids),
-                (self.positions, positions),
+            rows.astype(self.sum_dtype)
+            for rows in (
+                embedded(self.tokens.embedding[...], input_ids),
+                self.token_types(first if token_type_ids is None else token_type_ids),
+                self.positions(positions),
             )
         )
         return self.norm(tokens + types + places)
