@@ -21,7 +21,8 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no chip that two processes could fight for
 }
 """With these libtpu compiles where there is no TPU, and does not ask the network what machine this is. The accelerator's
-type is looked at, and that is all: the topology that is asked for is what is compiled for."""
+type is looked at, and that is all: the topology that is asked for is what is compiled for. Several processes may compile at
+once: there is no chip that one of them could hold."""
 
 _2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
