@@ -38,13 +38,16 @@ class Sizes:
 
     attention: tuple[int, int, int, int] = (8, 4096, 16, 128)
     accuracy: tuple[int, int, int, int] = (2, 512, 4, 128)
+    implementations: tuple[str, ...] = IMPLEMENTATIONS
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     causal: tuple[bool, ...] = (False, True)
     product: int = 8192
     kernel: tuple[int, int, int] = (64, 32, 65_536)
     models: tuple[tuple[str, models.LlamaConfig], ...] = ()
+    methods: tuple[str, ...] = ("NTK-Attention", "LoRA r=8", "full")
     tokens: tuple[int, int] = (4, 2048)
     decode: tuple[tuple[int, ...], int, int] = ((1, 8, 64), 128, 64)
+    decoders: tuple[str, ...] = ("without an adapter", "with a state of any prefix")
     rounds: int = 20
     within: float = 10.0
     """Seconds of one comparison's rounds, beyond the first three."""
@@ -68,8 +71,9 @@ TINY_MODEL = models.LlamaConfig(
 )
 FULL = Sizes(models=(("1B", LLAMA_1B), ("8B", LLAMA_8B)))
 TINY = Sizes(
-    attention=(1, 16, 2, 8), accuracy=(1, 16, 2, 8), dtypes=("bfloat16",), causal=(True,), product=64,
-    kernel=(2, 2, 64), models=(("tiny", TINY_MODEL),), tokens=(2, 8), decode=((2,), 4, 3), rounds=2,
+    attention=(1, 16, 2, 8), accuracy=(1, 16, 2, 8), implementations=IMPLEMENTATIONS[1:], dtypes=("bfloat16",),
+    causal=(True,), product=64, kernel=(2, 2, 64), models=(("tiny", TINY_MODEL),), methods=("LoRA r=8",), tokens=(2, 8),
+    decode=((2,), 4, 3), decoders=("with a state of any prefix",), rounds=2,
 )  # fmt: skip
 
 
@@ -87,7 +91,7 @@ CONTROL = "control: merged outside"
 def correctness(sizes: Sizes) -> Rows:
     """Outputs and gradients of every implementation beside the reference in float64 on the CPU; a control that fails."""
     for dtype in sizes.dtypes:
-        for name in (*IMPLEMENTATIONS, CONTROL):
+        for name in (*sizes.implementations, CONTROL):
             for is_causal in sizes.causal:
                 title = f"{name}, {dtype}{', causal' if is_causal else ''}"
                 yield title, functools.partial(_errors, name, dtype, is_causal, sizes.accuracy)
@@ -251,7 +255,7 @@ METHODS: dict[str, peft.AdapterConfig] = {
 def step(sizes: Sizes, which: str) -> Rows:
     """One training step of a Llama with random weights in bfloat16: every method."""
     config = dict(sizes.models)[which]
-    for method in METHODS:
+    for method in sizes.methods:
         yield f"{which}, {method}", functools.partial(_step, config, method, sizes)
 
 
@@ -361,10 +365,11 @@ def decoding(sizes: Sizes) -> Rows:
 
 def _decode(config: models.LlamaConfig, batch: int, prompt: int, new: int, sizes: Sizes) -> Figures:
     ids = jax.random.randint(jax.random.key(0), (batch, prompt), 0, config.vocab_size)
-    bare, adapted = random_llama(config), random_llama(config)
-    peft.apply(adapted, METHODS["NTK-Attention"])
     seconds: dict[str, list[float]] = {}
-    compared = {"without an adapter": bare, "with a state of any prefix": adapted}
+    compared = {name: random_llama(config) for name in sizes.decoders}
+    for name, model in compared.items():
+        if name == "with a state of any prefix":
+            peft.apply(model, METHODS["NTK-Attention"])
     for model in compared.values():
         for length in (1, new + 1):
             jax.block_until_ready(models.generate(model, ids, max_new_tokens=length))
