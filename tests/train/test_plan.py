@@ -22,7 +22,7 @@ from train.config import CONFIGS, TrainConfig
 from train.plan import __main__ as program
 from train.plan import collectives as found_in
 from train.plan.collectives import Collective, collectives, gathers, summary
-from train.plan.estimate import model_flops
+from train.plan.estimate import largest_square, model_flops
 from train.plan.figure import draw
 from train.plan.hlo import arrays, parse
 from train.plan.plan import largest_batch, plan
@@ -158,6 +158,16 @@ def test_types_are_read_with_their_bytes() -> None:
         ("pred[3]", 3, False),
         ("f8e4m3fn[2]", 2, False),
     ]
+
+
+def test_scores_are_found_and_hidden_states_are_not_taken_for_them() -> None:
+    program = parse(
+        "HloModule m\n\nENTRY %main (a: bf16[8,8]) -> bf16[2,8,8] {\n  %a = bf16[8,8] parameter(0)\n"
+        "  %h = f32[1,8,8] broadcast(%a)\n  ROOT %s = bf16[2,8,8] broadcast(%a)\n}\n"
+    )
+    assert largest_square(program, 8, frozenset({64})) == 2 * 8 * 8 * 2
+    assert largest_square(program, 8, frozenset({64, 128})) == 0
+    assert largest_square(program, 4, frozenset()) == 0
 
 
 def test_a_text_that_is_no_program_is_refused() -> None:

@@ -69,7 +69,7 @@ class Estimate:
 
 
 def estimate(
-    compiled: Compiled, chip: Chip, *, parts: int, chips: int, model_count: float, length: int, hidden: int
+    compiled: Compiled, chip: Chip, *, parts: int, chips: int, model_count: float, length: int, states: frozenset[int]
 ) -> Estimate:
     """Return what a step costs.
 
@@ -80,7 +80,7 @@ def estimate(
         chips: among which the model's own count is shared.
         model_count: :func:`model_flops` of one part.
         length: tokens of a row.
-        hidden: entries of the hidden states that a device has.
+        states: see :func:`largest_square`.
     """
     program = parse(compiled.text)
     found = collectives(program)
@@ -108,7 +108,7 @@ def estimate(
         collectives=found,
         gathers=gathers(found, program),
         kernels=len(re.findall(r'custom_call_target="tpu_custom_call"', compiled.text)),
-        largest_square=largest_square(program, length, hidden),
+        largest_square=largest_square(program, length, states),
         seconds={**seconds, "least": max(seconds.values()), "most": sum(seconds.values())},
     )
 
@@ -179,7 +179,7 @@ def _backward(each: Instruction) -> bool:
     return "transpose(" in each.op_name
 
 
-def largest_square(program: Program, length: int, hidden: int) -> int:
+def largest_square(program: Program, length: int, states: frozenset[int]) -> int:
     """Return the bytes of the largest buffer with ``length`` entries along two axes, such as attention's scores; 0 for none.
 
     Not meant are weights and hidden states, which are of that form where a text is as long as the model is wide.
@@ -187,7 +187,7 @@ def largest_square(program: Program, length: int, hidden: int) -> int:
     Args:
         program: a step.
         length: tokens of a row.
-        hidden: entries of the hidden states that a device has, rows x length x features; as many of queries and keys.
+        states: entries of what a device has of hidden states, rows x length x features, of the model and of its MLP.
     """
     weights = {tuple(sorted(each.arrays[0].shape)) for each in program.parameters()}
     largest, loops = 0, _loops(program)
@@ -197,7 +197,7 @@ def largest_square(program: Program, length: int, hidden: int) -> int:
         for each in computation.instructions.values():
             for array in each.arrays:
                 square = sum(side == length for side in array.shape) >= 2
-                if square and array.size != hidden and tuple(sorted(array.shape)) not in weights:
+                if square and array.size not in states and tuple(sorted(array.shape)) not in weights:
                     largest = max(largest, array.bytes)
     return largest
 

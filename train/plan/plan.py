@@ -80,7 +80,7 @@ def plan(
                 chips=topology.chips,
                 model_count=count,
                 length=length,
-                hidden=len_rows(batch) * mesh.shape.get("tensor", 1) // mesh.size * length * model.config.hidden_size,
+                states=_states(len_rows(batch) * length, model.config, mesh.shape),
             )
             progress.update(bar, completed=1)
         tried = {config.optim.batch_size: own}
@@ -123,6 +123,14 @@ def plan(
 def _compiler() -> tuple[str, ...]:
     """Return the package that compiles for TPU; none where a plan is for devices of this machine."""
     return ("libtpu",) if importlib.util.find_spec("libtpu") else ()
+
+
+def _states(tokens: int, sizes: Any, mesh: Mapping[str, int]) -> frozenset[int]:
+    """Return how many entries a device has of hidden states, of the model and of its MLP, whole and divided by "tensor"."""
+    tensor = mesh.get("tensor", 1)
+    here = tokens * tensor // math.prod(mesh.values())
+    widths = (sizes.hidden_size, sizes.intermediate_size)
+    return frozenset(here * width // shares for width in widths for shares in (1, tensor))
 
 
 def len_rows(batch: Mapping[str, Any]) -> int:
