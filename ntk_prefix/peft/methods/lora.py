@@ -192,7 +192,10 @@ class LoraLinear(Host):
         return output + addition.astype(output.dtype)
 
     def merge(self) -> nnx.Linear:
-        """Return one linear map that computes what this one does now: ``W + scale A B``, summed in float32."""
+        """Return one linear map that computes what this one does now: ``W + scale A B``, summed in float32.
+
+        It is rounded to what W is kept in.
+        """
         factors = self.current()
         if factors is not None:
             addition = factors.scale * (factors.a[...] @ factors.b[...])
