@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ntk_prefix import models, sharding
 from ntk_prefix.checks import UsageError
+from ntk_prefix.models import cross_entropy
 from train import setup
 from train.checkpoint import Checkpoints
 from train.config import METHODS, TrainConfig
@@ -204,3 +206,25 @@ def test_a_flag_that_changes_a_number_is_named(trained: Callable[..., Result]) -
     """The other control: one flag of several does something else."""
     flags = {"window": {"window": 3}, "a lower rate": {"learning_rate": 1e-4}, "two devices": {"devices": 2}}
     assert failing(trained, "lora", flags, EXACT) == "a lower rate"
+
+
+@pytest.mark.parametrize("method", ["full", pytest.param("lora_ntk", marks=pytest.mark.slow)])
+def test_a_decoder_on_a_mesh_trains_as_on_one_device(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss is taken in parts of two tokens, and its table is looked up and multiplied where it lies."""
+    ids = np.random.default_rng(0).integers(1, 32, (8, 12)).astype(np.int32)
+    labels = np.where(np.arange(12)[None] < 5, -1, ids)
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": labels, "weight": np.ones(8, np.float32)}
+    found = []
+    for shape in (None, (2, 2, 2)):
+        monkeypatch.setattr(cross_entropy, "PART_BYTES", 2 * 8 * 32 * 4 // (8 if shape else 1))
+        mesh = None if shape is None else jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), sharding.AXES)
+        config = TrainConfig(model="", task="gsm8k", method=method, schedule="constant", warmup=0.0)
+        model = models.from_pretrained(KEPT / "llama", task="causal-lm", mesh=mesh)
+        setup.adapt(model, config, setup.model_inputs(model, batch))
+        trainer = setup.trainer_of(config, "causal-lm", {} if mesh is None else {"mesh": mesh})
+        step, state = trainer.stepper(model), trainer.init(model)
+        for _ in range(2):
+            state, metrics = step(state, trainer.place(batch))
+        weights = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state.trained)}
+        found.append(Result(float(metrics["loss"]), float(metrics["gradient_norm"]), 1.0, weights))
+    assert difference(found[1], found[0]) < EXACT
