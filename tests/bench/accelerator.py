@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("jax", "flax", "optax", "jaxtyping", "msgspec", "numpy", "scipy", "threadpoolctl")
-"""What the library imports. No more than that, and no package beside Python's own before it is known to be there."""
+NEEDED = ("jax", "flax", "optax", "jaxtyping", "msgspec", "numpy", "scipy", "threadpoolctl", "rich")
+"""What the library and flax import. Nothing here but Python's own is imported before they are known to be there."""
 PART_NAMES = ("correctness", "attention", "prefix_ntk", "step", "decoding", "large step")
 USAGE, LATER = 2, 4
 
