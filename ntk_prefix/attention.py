@@ -112,8 +112,9 @@ def ntk_attention(
             keys are older than this call's, and slots beyond its queries are not looked at.
         scale: > 0, of scores and of feature maps alike; 1/sqrt(H) if None.
         mass: "absolute" (the paper's) or "relative"; what the numbers in z and k are units of.
-        implementation: "reference" (T x S arrays, plain autodiff), "xla" (blockwise), "cudnn" (CUDA), or None: the first
-            of :data:`~ntk_prefix.flash.BACKENDS` that can run; the reason for the choice is logged at level INFO.
+        implementation: "reference" (T x S arrays, plain autodiff), "xla" (blockwise), "cudnn" (CUDA), "splash" (TPU), or
+            None: the first of :data:`~ntk_prefix.flash.BACKENDS` that can run, xla if no other; the reason is logged at
+            level INFO.
 
     Returns:
         [B, T, N, H] in the dtype of ``query``.
