@@ -421,7 +421,8 @@ def test_ntk_attention_on_a_model_of_1b_moves_weights_and_little_else(for_tpu: C
 @pytest.mark.slow
 def test_attention_of_a_model_of_1b_is_a_kernel(for_tpu: Callable[..., dict[str, Any]]) -> None:
     step = for_tpu(*LLAMA_1B, "--method", "ntk_attention")["step"]
-    assert step["kernels"] >= 2 * 16  # each layer's forward and backward pass
+    # forward, and backward for queries and for keys; of a loop over layers the text has each once
+    assert step["kernels"] >= 3
     assert step["largest_square_bytes"] == 0
 
 
