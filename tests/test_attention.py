@@ -704,7 +704,7 @@ class TestArguments:
             (dict(z=jnp.ones((4, 4, 4), int)), "z: expected floating point numbers, got int"),
             (dict(mask=jnp.ones((1, 1, 7, 5))), "mask: expected booleans"),
             (dict(mass="both"), "mass: expected"),
-            (dict(feature_map="relu"), "expected a feature map among"),
+            (dict(feature_map="relu"), "feature_map: expected one of"),
             (dict(value=jnp.ones((2, 6, 2, 4))), "value: expected the key's shape"),
             (dict(key=jnp.ones((2, 5, 3, 4)), value=jnp.ones((2, 5, 3, 4))), "a divisor of 4"),
             (dict(bias=jnp.ones((1, 2, 7, 5))), "bias: expected"),
