@@ -70,8 +70,10 @@ def generate(
     padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
     graph, state = nnx.split(model)
     special = (jnp.asarray(ends, input_ids.dtype), jnp.asarray(padding, input_ids.dtype))
-    on_cpu = all(device.platform == "cpu" for device in model.embeddings.embedding[...].devices())
-    by_rows = on_cpu and (input_ids.shape[0] > 1 or model.dtype.itemsize < 4)
+    table = model.embeddings.embedding[...]
+    traced = isinstance(table, jax.core.Tracer)  # under jit an array lies nowhere yet
+    platforms = {jax.default_backend()} if traced else {device.platform for device in table.devices()}
+    by_rows = platforms == {"cpu"} and (input_ids.shape[0] > 1 or model.dtype.itemsize < 4)
     return _generate(graph, max_new_tokens, by_rows, state, input_ids, attention_mask.astype(bool), *special)
 
 
