@@ -43,14 +43,6 @@ def x64() -> Iterator[bool]:
 
 
 @pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Most of the time would be LLVM's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 

@@ -4,10 +4,8 @@ import csv
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -59,14 +57,6 @@ def write_rows(file: Path, some: list[dict]) -> Path:
         case ".parquet":
             pa.parquet.write_table(pa.Table.from_pylist(some), file)
     return file
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Most of the time would be LLVM's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 NAMED = ("--text-column", "review", "--label-column", "stars")
