@@ -108,23 +108,22 @@ class TestAMethodFromOutside:
 
 
 @pytest.mark.parametrize("preset", peft.PRESETS)
-def test_recomputed_layers_have_the_same_gradients(preset: str) -> None:
-    """With every method of the registry, through the train step, with frozen weights in both precisions."""
-    for dtype, tolerance in ((None, 1e-6), (jnp.dtype(jnp.bfloat16), 0.02)):
-        weights = []
-        for remat in (False, True):
-            model = peft.narrow_frozen(fitted(preset, Tiny(dtype=dtype)))
-            model.remat = remat
-            trainer = Trainer(loss=loss, optimizer=optax.sgd(1.0), wrt=peft.AdapterParam)
-            state = trainer.init(model)
-            start = state.trained
-            # not compiled as a whole: the same operations for all methods
-            state, _ = trainer.update(model)(state, trainer.frozen(model), inputs())
-            weights.append(jax.tree.map(jnp.subtract, state.trained, start))
-        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(weights[0]))
-        for plain, again in zip(*map(jax.tree.leaves, weights), strict=True):
-            np.testing.assert_allclose(again, plain, atol=tolerance * largest, rtol=0)
-        assert largest > 1e-3
+def test_recomputed_layers_have_the_same_gradients_beside_narrow_weights(preset: str) -> None:
+    """With every method of the registry, through the train step; in float32 it is a line of tests/train/test_grid.py."""
+    weights = []
+    for remat in (False, True):
+        model = peft.narrow_frozen(fitted(preset, Tiny(dtype=jnp.dtype(jnp.bfloat16))))
+        model.remat = remat
+        trainer = Trainer(loss=loss, optimizer=optax.sgd(1.0), wrt=peft.AdapterParam)
+        state = trainer.init(model)
+        start = state.trained
+        # not compiled as a whole: the same operations for all methods
+        state, _ = trainer.update(model)(state, trainer.frozen(model), inputs())
+        weights.append(jax.tree.map(jnp.subtract, state.trained, start))
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(weights[0]))
+    for plain, again in zip(*map(jax.tree.leaves, weights), strict=True):
+        np.testing.assert_allclose(again, plain, atol=0.02 * largest, rtol=0)  # of bfloat16
+    assert largest > 1e-3
 
 
 def loss(model: Any, batch: Any) -> jax.Array:
