@@ -4,17 +4,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-# for the kernels of notebooks and the programs that tests start, which inherit it; for this process it is set below
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
 import hypothesis
 import jax
 import jaxtyping
 import pytest
 
 # Most of a test's time is the compilation of a program that runs once. What LLVM makes of it when it takes its time, users
-# see, and `make verify` and the benchmarks: XLA's own passes are the same.
-jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+# see, and notebooks, `make verify` and the benchmarks: XLA's own passes are the same.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,7 +1,7 @@
 """The certificate: what it certifies happens, what it computes bounds what it says, and it refuses what it must."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import jax
@@ -21,6 +21,14 @@ from ntk_prefix.one_layer import fixed_jacobian, tied_jacobian
 from theory.claims.certificate import _advance
 
 N, D = 3, 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimized() -> Iterator[None]:
+    """Runs here are long: what the suite saves in compilation they would lose."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def data(seed: int = 0, n: int = N, d: int = D) -> tuple[jax.Array, jax.Array]:

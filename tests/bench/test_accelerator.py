@@ -37,6 +37,7 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_every_part_runs_tiny_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert accelerator.main(["--tiny", "--out", str(tmp_path)]) == 0
     found = results(tmp_path)

@@ -62,13 +62,14 @@ def test_each_device_holds_its_slice_and_nothing_else(
     whole = weights(models.from_pretrained(folder))
     placed = weights(models.from_pretrained(folder, mesh=(devices := mesh(**shares))))
     assert placed.keys() == whole.keys()
-    held = 0
+    held: dict[str, int] = dict.fromkeys(map(str, devices.devices.flat), 0)
     for path, value in placed.items():
         assert value.sharding == weight_sharding(devices, path, value.shape), path
         for shard in value.addressable_shards:
             assert same_bits(shard.data, np.asarray(whole[path])[shard.index]), path
-            held = max(held, shard.data.size)
-    assert held < max(value.size for value in whole.values())
+            held[str(shard.device)] += shard.data.size
+    # tables of positions and norms are whole everywhere, by the rules
+    assert max(held.values()) < sum(value.size for value in whole.values()) / 2
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])

@@ -142,7 +142,7 @@ def test_different_methods_take_turns_on_one_model():
     peft.activate(model, "default")
     np.testing.assert_array_equal(model(*inputs()), ntk)
     # a prefix needs the core that NTK-Attention has
-    with pytest.raises(ValueError, match="two methods that replace attention"):
+    with pytest.raises(ValueError, match="Two methods that replace attention"):
         put(model, "prefix", name="third")
     np.testing.assert_array_equal(model(*inputs()), ntk)
     peft.delete_adapter(model, "default")
@@ -151,7 +151,7 @@ def test_different_methods_take_turns_on_one_model():
 
 def test_a_failed_apply_changes_nothing():
     model = Tiny()
-    with pytest.raises(ValueError, match="two methods that replace attention"):
+    with pytest.raises(ValueError, match="Two methods that replace attention"):
         peft.apply(model, [peft.LoraConfig(), peft.NTKAttentionConfig(), peft.PrefixTuningConfig()])
     assert peft.configs(model) == {}
     assert structure(model) == structure(Tiny())
