@@ -7,6 +7,8 @@
 >>> npx.ntk_attention(query, key, value, z, k)      # attention with a prefix of any length, in two small arrays
 """
 
+__version__ = "0.1.0"
+
 from ntk_prefix import bounds, certificate, kernels, models, peft, prompting, training
 from ntk_prefix.attention import (
     LowRank,

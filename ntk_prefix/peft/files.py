@@ -25,7 +25,6 @@ but not to resume a run bit for bit: that is what checkpoints are for.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import re
@@ -38,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ntk_prefix import __version__
 from ntk_prefix.artifacts import read_json, write_whole
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, dotted, without_hosts
@@ -290,7 +290,7 @@ def _write(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.
     from safetensors.numpy import save
 
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "ntk_prefix_version": importlib.metadata.version("ntk-prefix")}
+    metadata = {"format": "pt", "ntk_prefix_version": __version__}
     write_whole(directory / WEIGHTS, save(dict(tensors), metadata=metadata))
     write_whole(directory / CONFIG, (json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
