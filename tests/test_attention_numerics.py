@@ -5,6 +5,7 @@ digits of a float32 score with it. Tolerances, relative to the largest entry of 
 of a score of 1e4 (1e-3 in float32), of one of 1e9 in float64 (1.2e-7), and a few of an output in bfloat16 (2^-8).
 """
 
+import dataclasses
 import functools
 import math
 from types import SimpleNamespace
@@ -312,3 +313,46 @@ class TestCudnn:
         call = flash.cudnn._call(flash.Flash("cudnn", 1.0), a["query"], flash.Source(a["key"], a["value"], bias))
         np.testing.assert_array_equal(call.operands[0], bias)
         assert not np.any(call.shift)
+
+
+class TestAcceleratorsSchedule:
+    """Large blocks, long ones for few queries, and products of bfloat16 factors: computed here, on a CPU."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(("length", "blocks"), [(2, 2), (5, 6)])
+    @pytest.mark.parametrize("x64", [False], indirect=True)
+    def test_computes_the_same(self, monkeypatch, dtype, length, blocks):
+        called = []
+
+        def platform():
+            called.append(True)
+            return "gpu"
+
+        draw = np.random.default_rng(3)
+        normal = lambda *shape: jnp.asarray(draw.standard_normal(shape), dtype)  # noqa: E731
+        a = dict(query=normal(1, length, 4, SIZE), key=normal(1, 7, 2, SIZE), value=normal(1, 7, 2, SIZE))
+        a["bias"] = normal(1, 1, length, 7)
+        mask = jnp.asarray(draw.random((1, 1, length, 7)) < 0.8)
+        cotangent = normal(1, length, 4, SIZE)
+
+        def run(a, implementation):
+            attend = lambda a: softmax_attention(**a, mask=mask, implementation=implementation)  # noqa: E731
+            output, pull = jax.vjp(attend, a)
+            return output, pull(cotangent)[0]
+
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), a)
+        exact = jax.tree.map(lambda x: np.asarray(x, np.float64), run(wide, "reference"))
+        monkeypatch.setattr(flash.xla, "target_platform", platform)
+        # as many scores as 4 heads of 2 queries and 4 keys have: two such queries take 4 keys at once, five take 3 and 4
+        monkeypatch.setattr(flash.xla, "ACCELERATOR", dataclasses.replace(flash.xla.ACCELERATOR, scores=32))
+        schedule = flash.xla._Blocks.of(
+            flash.base.Flash("xla", 1.0), a["query"], flash.base.Source(a["key"], a["value"])
+        )
+        assert schedule.factors == dtype
+        assert len(schedule.pairs()) == blocks
+        got = run(a, "xla")
+        assert len(called) >= 3  # for the schedule above, and a forward and a backward pass
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+            error = np.linalg.norm(np.asarray(one, np.float64) - other) / np.linalg.norm(other)
+            # bfloat16: inputs are exact, probabilities, gradients of scores and results rounded to 2^-9 each
+            assert error < {"float32": 1e-6, "bfloat16": 1e-2}[dtype]

@@ -1,4 +1,7 @@
-"""Flash attention in jax.numpy, blockwise over queries and keys: any platform and float dtype, memory linear in T and S."""
+"""Flash attention in jax.numpy, blockwise over queries and keys: any platform and float dtype, memory linear in T and S.
+
+What suits a CPU and an accelerator differs: see :class:`_Tuning`.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics
+from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics, target_platform
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
 QUERY_BLOCK = 512
 KEY_BLOCK = 512
-SCORES_PER_BLOCK = 2**21
-"""Target shape of one block of scores, and the number of scores above which fewer queries go into it.
+"""Shape of one block of scores, at most; see :class:`_Tuning`."""
 
-Measured on a CPU (2 cores, float32, H = 64; see tests/bench): large enough that XLA's matrix products run at
-their rate, small enough (8 MiB) that scores, probabilities and their gradients stay in the last-level cache.
-"""
+
+@dataclasses.dataclass(frozen=True)
+class _Tuning:
+    """What differs between platforms.
+
+    Attributes:
+        scores: in one block over all rows and heads of the batch; above it fewer queries go into it, down to an eighth.
+        long: whether a block of few queries takes as many keys as fit, so that a token is decoded in one step.
+        narrow: whether products take bfloat16 factors as they are, and probabilities rounded to it, as a flash kernel
+            does. Sums are float32 all the same. Float16 factors are always widened: gradients of scores may not fit.
+    """
+
+    scores: int
+    long: bool
+    narrow: bool
+
+
+CPU = _Tuning(scores=2**21, long=False, narrow=False)
+"""Measured on 2 cores, float32, H = 64 (tests/bench): large enough that XLA's matrix products run at their rate, small
+enough (8 MiB) that scores, probabilities and their gradients stay in the last-level cache."""
+
+ACCELERATOR = _Tuning(scores=2**25, long=True, narrow=True)
+"""Measured on an H200, bfloat16, B=8 T=4096 N=16 H=128."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +64,38 @@ class _Blocks:
     query_offset: int | Array
     rows: int
     columns: int
+    scale: float
+    sums: np.dtype
+    factors: np.dtype
 
     @classmethod
     def of(cls, flash: Flash, query: Array, source: Source) -> _Blocks:
         key = source.key
         batch, query_length, heads, _ = query.shape
         key_length, key_heads = key.shape[1], key.shape[2]
-        columns = _even_block(key_length, KEY_BLOCK)
-        affordable = SCORES_PER_BLOCK // max(batch * heads * columns, 1)
+        tuning = CPU if target_platform() == "cpu" else ACCELERATOR
+        widest = KEY_BLOCK
+        if tuning.long and query_length <= QUERY_BLOCK:
+            widest = max(KEY_BLOCK, tuning.scores // max(batch * heads * query_length, 1))
+        columns = _even_block(key_length, widest)
+        affordable = tuning.scores // max(batch * heads * columns, 1)
         rows = _even_block(query_length, min(QUERY_BLOCK, max(affordable, QUERY_BLOCK // 8)))
         offset = flash.query_offset if source.query_offset is None else source.query_offset
-        return cls(query_length, key_length, key_heads, heads // key_heads, flash.is_causal, offset, rows, columns)
+        sums = accumulation_dtype(query.dtype)
+        same = query.dtype == key.dtype == source.value.dtype
+        return cls(
+            query_length,
+            key_length,
+            key_heads,
+            heads // key_heads,
+            flash.is_causal,
+            offset,
+            rows,
+            columns,
+            flash.scale,
+            sums,
+            query.dtype if tuning.narrow and same and query.dtype == jnp.bfloat16 else sums,
+        )
 
     @property
     def query_blocks(self) -> int:
@@ -139,11 +182,24 @@ class _Blocks:
         block = jnp.sum(block, axis=repeated, keepdims=True) + jax.lax.dynamic_slice(x, start, size)
         return jax.lax.dynamic_update_slice(x, block, start)
 
+    def product(self, subscripts: str, x: Array, y: Array) -> Array:
+        """Return a product of two blocks, summed in the accumulation dtype."""
+        x, y = x.astype(self.factors), y.astype(self.factors)
+        return jnp.einsum(subscripts, x, y, preferred_element_type=self.sums)
+
+    def scaled(self, query: Array) -> Array:
+        """Return queries times the scale, unless that would round them: then :meth:`rescaled` takes over."""
+        return query.astype(self.sums) * self.scale if self.factors == self.sums else query
+
+    def rescaled(self, x: Array) -> Array:
+        """Return a product of what :meth:`scaled` returned, times the scale if that has left it out."""
+        return x if self.factors == self.sums else x * self.scale
+
     def scores(
         self, query: Array, key: Array, bias: Array | None, mask: Array | None, i: Array, j: Array
     ) -> Float[Array, "B K grouped columns"]:
-        """Return one block of scores, of a query that carries the scale."""
-        result = jnp.einsum("bkrh,bksh->bkrs", query, key)
+        """Return one block of scores, of queries as :meth:`scaled` returns them."""
+        result = self.rescaled(self.product("bkrh,bksh->bkrs", query, key))
         if bias is None and mask is None and not self.is_causal and self.key_length % self.columns == 0:
             return result
         grouped = self.ungroup(result)
@@ -189,12 +245,12 @@ def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
         """Online softmax: rescale what was summed so far to the new row maximum, then add this block."""
         maxima, sums, outputs = carry
         old_maximum = _at(maxima, i)
-        block = blocks.scores(_at(queries, i).astype(dtype) * flash.scale, _at(keys, j).astype(dtype), bias, mask, i, j)
+        block = blocks.scores(blocks.scaled(_at(queries, i)), _at(keys, j), bias, mask, i, j)
         maximum = jnp.maximum(old_maximum, jnp.max(block, axis=-1))
         shift = jnp.where(maximum == -jnp.inf, 0, maximum)  # a row without keys so far: exp(-inf - 0) = 0
         weights = jnp.exp(block - shift[..., None])
         decay = jnp.exp(old_maximum - shift)
-        added = jnp.einsum("bkrs,bksh->bkrh", weights, _at(values, j).astype(dtype))
+        added = blocks.product("bkrs,bksh->bkrh", weights, _at(values, j))
         return (
             _put(maxima, i, maximum),
             _put(sums, i, _at(sums, i) * decay + jnp.sum(weights, axis=-1)),
@@ -228,18 +284,17 @@ def _backward(
 
     def visit(carry: tuple[Array, Array, Array, Array | None], i: Array, j: Array) -> Any:
         d_queries, d_keys, d_values, d_bias = carry
-        block_query, block_key = _at(queries, i).astype(dtype) * flash.scale, _at(keys, j).astype(dtype)
-        d_block_output = _at(d_outputs, i).astype(dtype)
+        block_query, block_key, d_block_output = blocks.scaled(_at(queries, i)), _at(keys, j), _at(d_outputs, i)
         block = blocks.scores(block_query, block_key, cut_bias, cut_mask, i, j)
         weights = jnp.exp((block - _at(maxima, i)[..., None]) - _at(log_sums, i)[..., None])
-        d_weights = jnp.einsum("bkrh,bksh->bkrs", d_block_output, _at(values, j).astype(dtype))
+        d_weights = blocks.product("bkrh,bksh->bkrs", d_block_output, _at(values, j))
         d_scores = weights * (d_weights - _at(projection, i)[..., None])
         if d_bias is not None:
             d_bias = blocks.add_to_window(d_bias, i, j, blocks.ungroup(d_scores))
         return (
-            _add(d_queries, i, flash.scale * jnp.einsum("bkrs,bksh->bkrh", d_scores, block_key)),
-            _add(d_keys, j, jnp.einsum("bkrs,bkrh->bksh", d_scores, block_query)),
-            _add(d_values, j, jnp.einsum("bkrs,bkrh->bksh", weights, d_block_output)),
+            _add(d_queries, i, flash.scale * blocks.product("bkrs,bksh->bkrh", d_scores, block_key)),
+            _add(d_keys, j, blocks.rescaled(blocks.product("bkrs,bkrh->bksh", d_scores, block_query))),
+            _add(d_values, j, blocks.product("bkrs,bkrh->bksh", weights, d_block_output)),
             d_bias,
         )
 

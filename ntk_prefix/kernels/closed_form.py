@@ -48,7 +48,10 @@ __all__ = ["KernelPart", "prefix_ntk"]
 KernelPart = Literal["full", "key"]
 
 BLOCK_BYTES = 2**23
-"""Bytes of the two factors held at once when ``block`` is left open: larger ones leave the caches."""
+"""Bytes of the two factors held at once when ``block`` is left open: on a CPU larger ones leave the caches."""
+
+ACCELERATOR_BLOCK_BYTES = 2**27
+"""The same on a GPU or TPU, whose products are at their rate from thousands of tokens on."""
 
 SMALLEST_BLOCK = 256
 """Tokens under which a matrix product no longer reaches the machine's rate."""
@@ -78,8 +81,8 @@ def prefix_ntk(
             block and never stored, so m = 10^9 is a matter of time only.
         x1: [n1, d] inputs, finite. Nothing is assumed of their norms.
         x2: [n2, d] inputs; None means x1, and only pairs i <= j are computed.
-        block: prefix tokens multiplied at once; None chooses it so that the factors take 8 MiB. For a ``RandomPrefix``,
-            whose counter draws 8192 rows at a time, it is rounded down to a power of two.
+        block: prefix tokens multiplied at once; None chooses it so that the factors take 8 MiB, on an accelerator 128.
+            For a ``RandomPrefix``, whose counter draws 8192 rows at a time, it is rounded down to a power of two.
         mesh: devices to share the tokens among, over all axes of the mesh; None is one device.
         part: "full" is the kernel that governs gradient descent. "key" keeps only the derivative through the key (the x
             x^T part), which is the form recalled from Liang et al. for the tied model; the two agree for the fixed one.
@@ -132,7 +135,8 @@ def prefix_ntk(
     pairs = len(x1) * (len(x1) + 1) // 2 if x2 is None else len(x1) * len(x2)
     if block is None:
         factor_rows = pairs + outputs * (outputs + 5) // 2 + 2
-        block = max(SMALLEST_BLOCK, BLOCK_BYTES // (factor_rows * dtype.itemsize))
+        room = BLOCK_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK_BYTES
+        block = max(SMALLEST_BLOCK, room // (factor_rows * dtype.itemsize))
     if isinstance(prefix, RandomPrefix):
         tile_rows = TILE
         block = 1 << (min(block, TILE).bit_length() - 1)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.attention import IMPLEMENTATIONS, ntk_attention, prefix_attention, softmax_attention
+from ntk_prefix.flash.base import BACKENDS
 from ntk_prefix.prefix_state import PrefixState
 
 Programs = dict[str, tuple[Callable, tuple]]
@@ -283,7 +284,8 @@ def accelerator_cases(
             for name in ("cudnn", "xla")
         }
         for name in IMPLEMENTATIONS:
-            if name != "reference":  # T x S arrays
+            # not the reference, whose arrays are T x S, nor what is another platform's
+            if name in BACKENDS and BACKENDS[name].unavailable(arguments[0]) is None:
                 ours = functools.partial(ntk_attention, implementation=name, is_causal=is_causal)
                 programs[f"ntk_attention, {name}"] = (ours, arguments)
         title = f"bfloat16, B={batch} T={length} N={heads} H={size}{', causal' if is_causal else ''}"
