@@ -338,7 +338,7 @@ class TestAcceleratorsSchedule:
         def run(a, implementation):
             attend = lambda a: softmax_attention(**a, mask=mask, implementation=implementation)  # noqa: E731
             output, pull = jax.vjp(attend, a)
-            return output, pull(cotangent)[0]
+            return output, pull(cotangent.astype(output.dtype))[0]
 
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), a)
         exact = jax.tree.map(lambda x: np.asarray(x, np.float64), run(wide, "reference"))
