@@ -115,8 +115,8 @@ def run(case: Case, implementation: str, dtype=jnp.float64):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that small arrays are cut in several, unevenly."""
-    monkeypatch.setattr(flash.xla, "QUERY_BLOCK", 3)
-    monkeypatch.setattr(flash.xla, "KEY_BLOCK", 4)
+    cpu = dataclasses.replace(flash.xla.TUNINGS["cpu"], queries=3, keys=4)
+    monkeypatch.setitem(flash.xla.TUNINGS, "cpu", cpu)
 
 
 axes = st.none() | st.tuples(*[st.booleans()] * 4)
@@ -625,8 +625,8 @@ class TestMemory:
         return compiled.memory_analysis().temp_size_in_bytes
 
     def test_is_linear_in_length_forward_and_backward(self, monkeypatch):
-        monkeypatch.setattr(flash.xla, "QUERY_BLOCK", 64)
-        monkeypatch.setattr(flash.xla, "KEY_BLOCK", 64)
+        cpu = dataclasses.replace(flash.xla.TUNINGS["cpu"], queries=64, keys=64)
+        monkeypatch.setitem(flash.xla.TUNINGS, "cpu", cpu)
         growth = {i: self.temporary_bytes(i, 1024) / self.temporary_bytes(i, 512) for i in CPU_IMPLEMENTATIONS}
         assert growth["xla"] < 2.2
         assert growth["reference"] > 3.5  # the control: T x S arrays

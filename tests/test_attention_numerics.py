@@ -28,8 +28,8 @@ FILLS = [0.0, -1e4, -1e9, "min", -math.inf]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows and columns, so that several meet."""
-    monkeypatch.setattr(flash.xla, "QUERY_BLOCK", 3)
-    monkeypatch.setattr(flash.xla, "KEY_BLOCK", 4)
+    cpu = dataclasses.replace(flash.xla.TUNINGS["cpu"], queries=3, keys=4)
+    monkeypatch.setitem(flash.xla.TUNINGS, "cpu", cpu)
 
 
 def arrays(dtype, seed=0):
@@ -319,7 +319,7 @@ class TestAcceleratorsSchedule:
     """Large blocks, long ones for few queries, and products of bfloat16 factors: computed here, on a CPU."""
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize(("length", "blocks"), [(2, 2), (5, 6)])
+    @pytest.mark.parametrize(("length", "blocks"), [(1, 1), (2, 2), (5, 6)])
     @pytest.mark.parametrize("x64", [False], indirect=True)
     def test_computes_the_same(self, monkeypatch, dtype, length, blocks):
         called = []
@@ -343,8 +343,9 @@ class TestAcceleratorsSchedule:
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), a)
         exact = jax.tree.map(lambda x: np.asarray(x, np.float64), run(wide, "reference"))
         monkeypatch.setattr(flash.xla, "target_platform", platform)
-        # as many scores as 4 heads of 2 queries and 4 keys have: two such queries take 4 keys at once, five take 3 and 4
-        monkeypatch.setattr(flash.xla, "ACCELERATOR", dataclasses.replace(flash.xla.ACCELERATOR, scores=32))
+        # as many scores as 4 heads of 2 queries and 4 keys have
+        gpu = dataclasses.replace(flash.xla.TUNINGS["gpu"], queries=3, keys=4, scores=32)
+        monkeypatch.setitem(flash.xla.TUNINGS, "gpu", gpu)
         schedule = flash.xla._Blocks.of(
             flash.base.Flash("xla", 1.0), a["query"], flash.base.Source(a["key"], a["value"])
         )

@@ -4,6 +4,7 @@ Tolerances, in float64 throughout: 1e-8 for gradients through two layers, 1e-12 
 roundings.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -22,8 +23,8 @@ BATCH, QUERIES, KEYS, HEADS, KEY_HEADS, SIZE, PREFIX = 2, 7, 9, 4, 2, 4, 5
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows and columns, so that several meet."""
-    monkeypatch.setattr(flash.xla, "QUERY_BLOCK", 3)
-    monkeypatch.setattr(flash.xla, "KEY_BLOCK", 4)
+    cpu = dataclasses.replace(flash.xla.TUNINGS["cpu"], queries=3, keys=4)
+    monkeypatch.setitem(flash.xla.TUNINGS, "cpu", cpu)
 
 
 def normal(seed, *shape):

@@ -17,33 +17,35 @@ from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, S
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
-QUERY_BLOCK = 512
-KEY_BLOCK = 512
-"""Shape of one block of scores, at most; see :class:`_Tuning`."""
-
 
 @dataclasses.dataclass(frozen=True)
 class _Tuning:
-    """What differs between platforms.
+    """What suits a platform.
 
     Attributes:
+        queries, keys: shape of one block of scores, at most.
         scores: in one block over all rows and heads of the batch; above it fewer queries go into it, down to an eighth.
         long: whether a block of few queries takes as many keys as fit, so that a token is decoded in one step.
         narrow: whether products take bfloat16 factors as they are, and probabilities rounded to it, as a flash kernel
             does. Sums are float32 all the same. Float16 factors are always widened: gradients of scores may not fit.
     """
 
+    queries: int
+    keys: int
     scores: int
     long: bool
     narrow: bool
 
 
-CPU = _Tuning(scores=2**21, long=False, narrow=False)
-"""Measured on 2 cores, float32, H = 64 (tests/bench): large enough that XLA's matrix products run at their rate, small
-enough (8 MiB) that scores, probabilities and their gradients stay in the last-level cache."""
-
-ACCELERATOR = _Tuning(scores=2**25, long=True, narrow=True)
-"""Measured on an H200, bfloat16, B=8 T=4096 N=16 H=128."""
+TUNINGS = {
+    # 2 cores, float32, H = 64 (tests/bench): large enough that XLA's matrix products run at their rate, small enough
+    # (8 MiB) that scores, probabilities and their gradients stay in the last-level cache
+    "cpu": _Tuning(queries=512, keys=512, scores=2**21, long=False, narrow=False),
+    # an H200, bfloat16, B=8 T=4096 N=16 H=128 (tests/bench/results): 3 and 4 times the rate of the CPU's blocks
+    "gpu": _Tuning(queries=1024, keys=1024, scores=2**27, long=True, narrow=True),
+    # not measured; a block of float32 scores is 128 MiB, of the 16 GiB of the smallest chips
+    "tpu": _Tuning(queries=512, keys=512, scores=2**25, long=True, narrow=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +75,13 @@ class _Blocks:
         key = source.key
         batch, query_length, heads, _ = query.shape
         key_length, key_heads = key.shape[1], key.shape[2]
-        tuning = CPU if target_platform() == "cpu" else ACCELERATOR
-        widest = KEY_BLOCK
-        if tuning.long and query_length <= QUERY_BLOCK:
-            widest = max(KEY_BLOCK, tuning.scores // max(batch * heads * query_length, 1))
+        tuning = TUNINGS.get(target_platform(), TUNINGS["gpu"])
+        widest = tuning.keys
+        if tuning.long and query_length <= tuning.queries:
+            widest = max(widest, tuning.scores // max(batch * heads * query_length, 1))
         columns = _even_block(key_length, widest)
         affordable = tuning.scores // max(batch * heads * columns, 1)
-        rows = _even_block(query_length, min(QUERY_BLOCK, max(affordable, QUERY_BLOCK // 8)))
+        rows = _even_block(query_length, min(tuning.queries, max(affordable, tuning.queries // 8)))
         offset = flash.query_offset if source.query_offset is None else source.query_offset
         sums = accumulation_dtype(query.dtype)
         same = query.dtype == key.dtype == source.value.dtype

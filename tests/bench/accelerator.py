@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("jax", "flax", "optax", "jaxtyping", "msgspec", "numpy", "scipy", "threadpoolctl", "rich")
 """What the library and flax import. Nothing here but Python's own is imported before they are known to be there."""
-PART_NAMES = ("correctness", "attention", "prefix_ntk", "step", "decoding", "large step")
+PART_NAMES = ("correctness", "attention", "step", "decoding", "large step", "prefix_ntk")
 USAGE, LATER = 2, 4
 
 

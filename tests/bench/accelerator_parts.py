@@ -457,9 +457,9 @@ def _decode(config: models.LlamaConfig, batch: int, prompt: int, new: int, sizes
 PARTS: dict[str, tuple[Callable[[Sizes], Rows], float]] = {
     "correctness": (correctness, 130),
     "attention": (attention, 90),
-    "prefix_ntk": (prefix_ntk, 50),
     "step": (lambda sizes: step(sizes, sizes.models[0][0]), 110),
     "decoding": (decoding, 120),
     "large step": (lambda sizes: step(sizes, sizes.models[-1][0]), 150),
+    "prefix_ntk": (prefix_ntk, 90),
 }
 """By name, in order: the rows, and the seconds after which it is stopped; what it has by then is kept."""

@@ -1,5 +1,6 @@
 """The cache and greedy generation: padding, ends, and agreement with a full pass over the whole text."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,24 @@ def test_tied_embeddings_are_the_table_of_logits_in_a_batch_too(tmp_path: Path) 
         assert logits[0, -2:].argmax(axis=-1).tolist() == row.tolist()
 
 
+def test_a_single_prompt_is_one_row_on_any_platform(
+    model: models.Llama, greedy: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it is decoded as two rows, of which one is returned."""
+    shapes, program = [], generation._generate
+
+    def seen(graph: Any, new: int, by_rows: bool, state: Any, prompts: Any, *rest: Any) -> Any:
+        shapes.append((by_rows, prompts.shape[0]))
+        return program(graph, new, by_rows, state, prompts, *rest)
+
+    monkeypatch.setattr(generation, "_generate", seen)
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(generation, "_platform", lambda _, platform=platform: platform)
+        tokens = models.generate(model, jnp.asarray(IDS[1:2]), jnp.asarray(MASK[1:2]), NEW)
+        np.testing.assert_array_equal(tokens, greedy[1:2])
+    assert shapes == [(False, 1), (False, 2)]
+
+
 def test_generation_compiles_once(model: models.Llama) -> None:
     generate(model)
     before = generation._generate._cache_size()
@@ -143,8 +162,8 @@ def test_the_cache_gives_the_full_passs_logits(model: models.Llama, masked: bool
 
 def test_the_cache_is_looked_at_without_a_mask_of_queries_and_slots(monkeypatch: Any, model: models.Llama) -> None:
     """Six tokens into forty slots, beside padding: [B, 1, 1, S] stays that, and a block of scores is the largest there is."""
-    monkeypatch.setattr(flash.xla, "QUERY_BLOCK", 3)
-    monkeypatch.setattr(flash.xla, "KEY_BLOCK", 8)
+    cpu = dataclasses.replace(flash.xla.TUNINGS["cpu"], queries=3, keys=8)
+    monkeypatch.setitem(flash.xla.TUNINGS, "cpu", cpu)
     mask = jnp.ones((3, 40), bool).at[0, 0].set(False)
 
     def hidden(ids: Any, mask: Any, cache: Any, start: Any) -> Any:
