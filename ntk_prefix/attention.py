@@ -36,10 +36,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import check_array, check_attention, check_floating, check_prefix, expected
+from ntk_prefix.checks import UsageError, check_array, check_attention, check_floating, check_prefix, expected
 from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.flash import BACKENDS, Flash, Source
+from ntk_prefix.flash.base import problem
 from ntk_prefix.flash.merging import Linear, attend, attend_with_lse, linear_weight
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
@@ -122,22 +123,20 @@ def ntk_attention(
     Raises:
         ValueError: shapes do not fit together, or the named implementation cannot take them.
 
-    Numerics: scores, softmax, features and sums are in float32 (float64 for float64 inputs). The two parts
-    are weighed in log space, so scores of any finite size are safe, those of rows masked by a large negative
-    bias included; and a state of any finite size, since one beyond the root of the largest float is summed in
-    units of it. ``phi(q) . k`` below zero, which k >= 0 rules out for a positive map, counts as zero (and then
-    has no gradient). A row that sees neither a key nor prefix mass is 0, with gradient 0. The weight
-    ``e^{-L}`` of ``phi(q) Z`` is capped at the largest float over ``e^20``, which matters only where own keys
-    and prefix together have a mass below ``e^-68`` in float32 (``e^-689`` in float64); there gradients of
-    ``phi(q) Z`` and ``phi(q) . k``, up to ``e^{-2 L}``, are capped at the same number ("reference" is plain
-    autodiff, and overflows).
+    Numerics: scores, softmax, features and sums are in float32 (float64 for float64 inputs); as factors of a product
+    with bfloat16 values, a GPU's and a TPU's probabilities are rounded to bfloat16. The two parts are weighed in log
+    space, so scores of any finite size are safe, those of rows masked by a large negative bias included; and a state
+    of any finite size, since one beyond the root of the largest float is summed in units of it. ``phi(q) . k`` below
+    zero, which k >= 0 rules out for a positive map, counts as zero (and then has no gradient). A row that sees
+    neither a key nor prefix mass is 0, with gradient 0. The weight ``e^{-L}`` of ``phi(q) Z`` is capped at the
+    largest float over ``e^20``, which matters only where own keys and prefix together have a mass below ``e^-68`` in
+    float32 (``e^-689`` in float64); there gradients of ``phi(q) Z`` and ``phi(q) . k``, up to ``e^{-2 L}``, are
+    capped at the same number ("reference" is plain autodiff, and overflows).
 
-    Differentiation: reverse mode everywhere; forward mode on top of it (``jax.jvp`` of ``jax.grad``) for
-    "reference" and "xla".  Forward mode alone is for "reference"; elsewhere JAX raises its TypeError about
-    ``custom_vjp``.
+    Differentiation: reverse mode everywhere; forward mode on top of it (``jax.jvp`` of ``jax.grad``) for "reference" and
+    "xla".  Forward mode alone is for "reference"; elsewhere JAX raises its TypeError about ``custom_vjp``.
 
-    Source: the operator and elu1 are arXiv 2406.14036 (its public code); the stable form and the backward are
-    derived.
+    Source: the operator and elu1 are arXiv 2406.14036 (its public code); the stable form and the backward are derived.
     """
     scale = check_attention(query, key, value, bias, mask, scale)
     phi = resolve_feature_map(feature_map)
@@ -464,13 +463,17 @@ def _choose(
         return own, *[Flash(name, scale) for _ in sources[1:]]
 
     if implementation is not None:
-        return of(implementation)
+        flashes = of(implementation)
+        # what is traced may be for another platform
+        elsewhere = None if isinstance(query, jax.core.Tracer) else BACKENDS[implementation].elsewhere()
+        if why := problem(flashes, query, sources) or elsewhere:
+            raise UsageError(f"implementation={implementation!r}: {why}. Take another, or None for the best that can.")
+        return flashes
     problems: list[str] = []
     for name, backend in BACKENDS.items():
         flashes = of(name)
-        found = [flash.problem(query, source) for flash, source in zip(flashes, sources, strict=True)]
-        if problem := next(filter(None, [*found, backend.unavailable(query)]), None):
-            problems.append(problem)
+        if why := problem(flashes, query, sources) or backend.not_here(query):
+            problems.append(f"{name}: {why}")
             continue
         logger.info("attention runs on %s", ": ".join([name, "; ".join(problems)]) if problems else name)
         return flashes

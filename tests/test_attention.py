@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntk_prefix import flash
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
+from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import feature_map
 
 CPU_IMPLEMENTATIONS = ["reference", "xla"]
@@ -682,8 +683,15 @@ class TestArguments:
         with caplog.at_level(logging.INFO, logger="ntk_prefix.attention"):
             for head_dim in (4, 8):
                 jax.eval_shape(ntk_attention, **Case(head_dim=head_dim).arrays(jnp.bfloat16))
-        assert "xla: cuDNN takes head dimensions" in caplog.messages[0]
-        assert "default backend is 'cpu'" in caplog.messages[1]
+        assert "xla: cudnn: cuDNN takes head dimensions" in caplog.messages[0]
+        assert "cudnn: it runs on a GPU, and this is a CPU" in caplog.messages[1]
+
+    @pytest.mark.parametrize(("name", "where"), [("cudnn", "GPU"), ("splash", "TPU")])
+    def test_another_platforms_implementation_is_refused_where_it_would_run(self, name, where):
+        arrays = Case(head_dim=8).arrays(jnp.bfloat16)
+        with pytest.raises(UsageError, match=f"implementation='{name}': it runs on a {where}, and this is a CPU. Take"):
+            ntk_attention(**arrays, implementation=name)
+        jax.eval_shape(functools.partial(ntk_attention, implementation=name), **arrays)  # to be compiled for one
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -249,6 +249,7 @@ def cudnn(monkeypatch):
         AttentionLayout=SimpleNamespace(BTNH=SimpleNamespace(value=0)),
     )
     monkeypatch.setattr(flash.cudnn, "_cudnn", lambda: stand_in)
+    monkeypatch.setitem(flash.BACKENDS, "cudnn", flash.BACKENDS["cudnn"]._replace(platform=None))
 
 
 class TestCudnn:

@@ -28,6 +28,7 @@ HEADS, KEY_HEADS, SIZE = 4, 2, 64
 def small_and_interpreted(monkeypatch):
     """Two blocks of the least size, and rows of a batch one after the other."""
     monkeypatch.setattr(flash.splash, "INTERPRET", True)
+    monkeypatch.setitem(flash.BACKENDS, "splash", flash.BACKENDS["splash"]._replace(platform=None))
     monkeypatch.setattr(flash.splash, "BLOCK", 128)
     monkeypatch.setattr(flash.splash, "ROWS_BYTES", 1)
     flash.splash._kernel.cache_clear()
@@ -147,7 +148,7 @@ class TestArguments:
             softmax_attention(**{**ones, **change}, implementation="splash")
 
     def test_on_a_tpu_it_is_what_runs_where_it_can(self, monkeypatch, caplog):
-        monkeypatch.setattr(flash.splash, "target_platform", lambda: "tpu")
+        monkeypatch.setattr(flash.base, "target_platform", lambda: "tpu")
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         shape = jax.ShapeDtypeStruct((1, 5, 2, 8), jnp.float32)
         with caplog.at_level(logging.INFO, logger="ntk_prefix.attention"):
@@ -158,7 +159,7 @@ class TestArguments:
         assert "splash takes no bias" in caplog.messages[1]
 
     def test_several_tpus_without_a_mesh_are_left_to_the_compiler(self, monkeypatch):
-        monkeypatch.setattr(flash.splash, "target_platform", lambda: "tpu")
+        monkeypatch.setattr(flash.base, "target_platform", lambda: "tpu")
         assert "none is set" in flash.splash._unavailable(jnp.ones((1, 5, 2, 8)))
 
     def test_a_jax_without_its_halves_is_named(self, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import jax
 from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["BACKENDS", "Backend", "Flash", "Gradients", "Source", "Statistics", "target_platform"]
+__all__ = ["BACKENDS", "Backend", "Flash", "Gradients", "Source", "Statistics", "problem", "target_platform"]
 
 
 class Statistics(NamedTuple):
@@ -112,17 +112,34 @@ class Backend(NamedTuple):
     """One library: its two halves and what stands against it, called as :class:`Flash` calls them, with itself first.
 
     ``problem`` looks at the arguments; ``unavailable``, at the machine and the versions, is asked only where nobody has
-    named an implementation. Both return a sentence, or None.
+    named an implementation. Both return a sentence, or None. ``platform`` is the only one it runs on, None any.
     """
 
     forward: Callable[..., Statistics]
     backward: Callable[..., Gradients]
     problem: Callable[[Flash, Array, Source], str | None]
     unavailable: Callable[[Array], str | None]
+    platform: str | None = None
+
+    def elsewhere(self) -> str | None:
+        """Return that this is not its platform, in one sentence; None if it is."""
+        if self.platform is None or self.platform == (here := target_platform()):
+            return None
+        return f"it runs on a {self.platform.upper()}, and this is a {here.upper()}"
+
+    def not_here(self, query: Array) -> str | None:
+        """Return why nobody gets it on this machine unless they name it."""
+        return self.elsewhere() or self.unavailable(query)
 
 
 BACKENDS: dict[str, Backend] = {}
 """By name, the one to be preferred first."""
+
+
+def problem(flashes: Sequence[Flash], query: Array, sources: Sequence[Source]) -> str | None:
+    """Return why one of these cannot take its source, wherever it is run; None if all can."""
+    found = [flash.problem(query, source) for flash, source in zip(flashes, sources, strict=True)]
+    return next(filter(None, found), None)
 
 
 def target_platform() -> str:

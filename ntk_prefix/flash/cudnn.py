@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics, target_platform
+from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics
 from ntk_prefix.typing import Array
 
 
@@ -28,8 +28,6 @@ def _problem(flash: Flash, query: Array, source: Source) -> str | None:
 
 
 def _unavailable(query: Array) -> str | None:
-    if target_platform() != "gpu":
-        return f"cuDNN runs on CUDA, and the default backend is {target_platform()!r}"
     head_dim = query.shape[-1]
     capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", "0.0")
     if not capability.replace(".", "").isdigit() or float(capability) < 8.0:  # ROCm says "gfx..."
@@ -157,4 +155,4 @@ def _backward(
     return Gradients(d_query, d_key, d_value, jnp.sum(d_bias[0], repeated, keepdims=True).astype(bias.dtype))
 
 
-BACKENDS["cudnn"] = Backend(_forward, _backward, _problem, _unavailable)
+BACKENDS["cudnn"] = Backend(_forward, _backward, _problem, _unavailable, platform="gpu")

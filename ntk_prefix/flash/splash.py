@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from ntk_prefix import sharding
 from ntk_prefix.checks import UsageError
-from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics, target_platform
+from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics
 from ntk_prefix.typing import Array
 
 LANES = 128
@@ -53,8 +53,6 @@ def _problem(flash: Flash, query: Array, source: Source) -> str | None:
 
 
 def _unavailable(query: Array) -> str | None:
-    if target_platform() != "tpu":
-        return f"splash runs on a TPU, and the default backend is {target_platform()!r}"
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         return "splash has to know the mesh of several devices, and none is set: use ntk_prefix.sharding.on, or jax.set_mesh"
     try:
@@ -313,4 +311,4 @@ def _backward(
     return Gradients(d_query, d_key, d_value, None)
 
 
-BACKENDS["splash"] = Backend(_forward, _backward, _problem, _unavailable)
+BACKENDS["splash"] = Backend(_forward, _backward, _problem, _unavailable, platform="tpu")

@@ -115,7 +115,7 @@ def correctness(sizes: Sizes) -> Rows:
     here = []
     for name in sizes.implementations:
         query = jnp.zeros(sizes.accuracy, jnp.bfloat16)
-        if name in BACKENDS and (why := BACKENDS[name].unavailable(query)):
+        if name in BACKENDS and (why := BACKENDS[name].not_here(query)):
             yield name, functools.partial(dict, {"cannot run": why})
         else:
             here.append(name)

@@ -285,7 +285,7 @@ def accelerator_cases(
         }
         for name in IMPLEMENTATIONS:
             # not the reference, whose arrays are T x S, nor what is another platform's
-            if name in BACKENDS and BACKENDS[name].unavailable(arguments[0]) is None:
+            if name in BACKENDS and BACKENDS[name].not_here(arguments[0]) is None:
                 ours = functools.partial(ntk_attention, implementation=name, is_causal=is_causal)
                 programs[f"ntk_attention, {name}"] = (ours, arguments)
         title = f"bfloat16, B={batch} T={length} N={heads} H={size}{', causal' if is_causal else ''}"
