@@ -14,17 +14,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ntk_prefix.checks import UsageError, expected, explain
-from theory.claim import Claim, examine
+from theory.claim import Claim
 from theory.claims import claims, table
+from theory.jobs import cores, measure
 from theory.problem import Problem, Profile, load
-from theory.report import Folder, Outcome, configuration, controls_in_words, number, verdict
+from theory.report import Folder, Outcome, Record, configuration, controls_in_words, number, verdict
 
 COLORS = {"holds": "green", "undecided": "yellow"}
 """Of a verdict; all others are red."""
 
 
-def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console) -> Outcome:
+def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console, jobs: int = 1) -> Outcome:
     """Test every claim and write the report; take over what an interrupted run of the same configuration finished.
+
+    Args:
+        problem: what they are measured on.
+        chosen: the claims, in the order of the report.
+        out: folder of the report.
+        console: shows progress.
+        jobs: how many claims are measured at once; it changes no number.
 
     Raises:
         UsageError: no claim can be decided on this problem; nothing is measured or written then.
@@ -33,7 +41,6 @@ def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console) -
     if reasons and all(reasons):
         raise UsageError("; ".join(f"{claim.name}: {why}" for claim, why in zip(chosen, reasons, strict=True)))
     folder = Folder(out, configuration(problem, chosen))
-    records = []
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,22 +49,32 @@ def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console) -
     )
     with folder.held(), Progress(*columns, console=console) as progress:
         task = progress.add_task("claims", total=len(chosen))
-        for claim in chosen:
-            progress.update(task, description=escape(f"{claim.name}: {claim.title}"))
-            record = folder.finished(claim)
-            resumed = record is not None
-            if record is None:
-                record = folder.keep(examine(claim, problem))
-            records.append(record)
+
+        def begun(running: list[Claim]) -> None:
+            names = (
+                f"{running[0].name}: {running[0].title}" if len(running) == 1 else ", ".join(c.name for c in running)
+            )
+            progress.update(task, description=escape(names))
+
+        def ended(record: Record, resumed: bool) -> None:
             shown = verdict(record)
-            line = f"[{COLORS.get(shown, 'red')}]{shown:<9}[/]  {claim.name:<16} {record['seconds']:6.1f} s"
+            line = f"[{COLORS.get(shown, 'red')}]{shown:<9}[/]  {record['name']:<16} {record['seconds']:6.1f} s"
             details = [record["undecided"], "(from the interrupted run)" if resumed else None]
             details += [controls_in_words(record)] if shown.startswith("not tested") else []
             text = "  ".join([line, *(escape(detail) for detail in details if detail)])
             progress.console.print(text, highlight=False, soft_wrap=True)
             progress.advance(task)
-        page = folder.publish(chosen, records)
-    return Outcome(page, records)
+
+        records = {claim.name: record for claim in chosen if (record := folder.finished(claim)) is not None}
+        for record in records.values():
+            ended(record, resumed=True)
+        left = [claim for claim in chosen if claim.name not in records]
+        for claim, found in measure(left, problem, jobs, begun):
+            records[claim.name] = folder.keep(claim, found)
+            ended(records[claim.name], resumed=False)
+        in_order = [records[claim.name] for claim in chosen]
+        page = folder.publish(chosen, in_order)
+    return Outcome(page, in_order)
 
 
 def summary(outcome: Outcome) -> Table:
@@ -89,6 +106,7 @@ def main(
     inputs: int | None = None,
     width: int | None = None,
     sigma: float = 1.0,
+    jobs: int | None = None,
     list_claims: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False,
     markdown: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
@@ -107,6 +125,7 @@ def main(
         inputs: rows to take; the default is 16 of the digits, all of a file.
         width: principal components of the digits, 8 if not given; a file has its own columns.
         sigma: standard deviation of a prefix token's coordinates.
+        jobs: claims to measure at once, each in a process of its own; the default is one for each core.
         list_claims: list the claims and stop.
         markdown: with --list, print the table of theory/README.md.
     """
@@ -117,6 +136,8 @@ def main(
             raise expected("--markdown", "it beside --list", "it alone")
         if width is not None and data != "digits":
             raise expected("--width", "it left out beside a file, which has its own columns", width)
+        if jobs is not None and jobs < 1:
+            raise expected("--jobs", "at least 1 claim at once", jobs)
         if list_claims and markdown:
             console.out(table(chosen), highlight=False)
             return 0
@@ -131,7 +152,7 @@ def main(
             problem = load(
                 data, inputs=inputs, width=8 if width is None else width, sigma=sigma, seed=seed, profile=profile
             )
-        outcome = verify(problem, chosen, out, console)
+        outcome = verify(problem, chosen, out, console, cores() if jobs is None else jobs)
     except Exception as error:
         line = explain(error)
         if line is None:

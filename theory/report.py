@@ -10,6 +10,7 @@ import base64
 import contextlib
 import dataclasses
 import html
+import io
 import json
 import re
 import shutil
@@ -100,6 +101,29 @@ def record_of(result: Result) -> Record:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What the report takes from a claim that was tested: bytes, which any process may have made.
+
+    Args:
+        record: its :class:`Record`, as JSON.
+        picture: its figure, as PNG; None if it is undecided.
+    """
+
+    record: bytes
+    picture: bytes | None
+
+
+def finish(result: Result) -> Finished:
+    """Draw a claim that was tested and write it down."""
+    record = json_text(record_of(result)).encode()
+    if result.undecided is not None:
+        return Finished(record, None)
+    picture = io.BytesIO()
+    result.claim.draw(result.evidence, result.drawn_from).savefig(picture, format="png")
+    return Finished(record, picture.getvalue())
+
+
 def _row(check: Check) -> Row:
     return {
         "what": check.what,
@@ -165,16 +189,13 @@ class Folder:
             return None
         return record if record["undecided"] or (self.unfinished / f"{claim.name}.png").is_file() else None
 
-    def keep(self, result: Result) -> Record:
+    def keep(self, claim: Claim, found: Finished) -> Record:
         """Store a finished claim, figure first: a record without its figure does not exist."""
-        name = result.claim.name
-        content = json_text(record_of(result)).encode()
-        if result.undecided is None:
-            picture = self.unfinished / f"{name}.png.new"
-            result.claim.draw(result.evidence, result.drawn_from).savefig(picture, format="png")
-            picture.replace(picture.with_suffix(""))
-        write_whole(self.unfinished / f"{name}.json", content)
-        return decode_json(content, Record, name)
+        record = decode_json(found.record, Record, claim.name)
+        if found.picture is not None:
+            write_whole(self.unfinished / f"{claim.name}.png", found.picture)
+        write_whole(self.unfinished / f"{claim.name}.json", found.record)
+        return record
 
     def publish(self, claims: list[Claim], records: list[Record]) -> Path:
         """Move the whole report into place, the page last, and forget the unfinished run."""

@@ -26,7 +26,7 @@ from theory import figures, fits
 from theory.claim import Check, Claim, Control, Evidence, Undecidable, examine
 from theory.claims import NAMES, certificate, claims, convergence
 from theory.problem import Problem, load
-from theory.report import Folder, configuration, markdown
+from theory.report import Folder, configuration, finish, markdown
 
 
 def npy(array: object, **options: bool) -> bytes:
@@ -36,7 +36,8 @@ def npy(array: object, **options: bool) -> bytes:
     return file.getvalue()
 
 
-CHEAP = ("gradients", "positivity")
+CHEAP = ("gradients", "perturbation")
+SMALL = (*CHEAP, "--inputs", "4", "--width", "3", "--jobs", "2")
 
 
 def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -70,14 +71,21 @@ def invented(holds: bool = True, control_holds: bool = False, name: str = "posit
     )
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a report of two claims, measured side by side."""
+    out = tmp_path_factory.mktemp("report")
+    done = run(*SMALL, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
 class TestReport:
-    def test_everything_a_reader_needs_is_written(self, tmp_path: Path) -> None:
-        done = run(*CHEAP, "--out", tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert {path.name for path in tmp_path.iterdir()} == {
+    def test_everything_a_reader_needs_is_written(self, report: Path) -> None:
+        assert {path.name for path in report.iterdir()} == {
             "index.html", "report.md", "claims.json", "configuration.json", "figures", ".lock",
         }  # fmt: skip
-        records = json.loads((tmp_path / "claims.json").read_text())
+        records = json.loads((report / "claims.json").read_text())
         assert [record["name"] for record in records] == list(CHEAP)
         for record in records:
             assert set(record) >= {
@@ -86,17 +94,17 @@ class TestReport:
             }  # fmt: skip
             assert record["holds"]
             assert record["control_failed"]
-        page = (tmp_path / "index.html").read_text()
+        page = (report / "index.html").read_text()
         html.parser.HTMLParser().feed(page)
         assert page.count("data:image/png;base64,") == len(CHEAP)
         assert not re.search(r'(src|href)="(?!#|data:)', page), "the page must not need any other file"
-        config = json.loads((tmp_path / "configuration.json").read_text())
+        config = json.loads((report / "configuration.json").read_text())
         assert config["versions"]["jax"]
         assert re.match(r"[0-9a-f]{40}|unknown", config["git"])
-        markdown = (tmp_path / "report.md").read_text()
+        markdown = (report / "report.md").read_text()
         for name in CHEAP:
             assert f"figures/{name}.png" in markdown
-            assert (tmp_path / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+            assert (report / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
     def test_a_bar_in_a_cell_does_not_end_it(self, problem: Problem, tmp_path: Path) -> None:
         command.verify(problem, [invented()], tmp_path, Console(quiet=True))
@@ -299,16 +307,21 @@ class TestErrors:
 
 
 class TestInterruption:
-    def test_a_killed_run_leaves_no_report_and_is_taken_up(self, tmp_path: Path) -> None:
-        claims = ("gradients", "perturbation")
-        arguments = [sys.executable, "-m", "theory", *claims, "--inputs", "4", "--width", "3", "--out", str(tmp_path)]
+    def test_a_killed_run_leaves_no_report_and_is_taken_up(self, report: Path, tmp_path: Path) -> None:
+        """What is left is measured alone, to the numbers that it has beside the other."""
+        arguments = [sys.executable, "-m", "theory", *SMALL, "--out", str(tmp_path)]
         with subprocess.Popen(arguments, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             until = time.monotonic() + 300
             while not (tmp_path / ".unfinished" / "gradients.json").exists():
                 assert process.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.05)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            measuring = children.read_text().split() if children.exists() else []
             os.kill(process.pid, signal.SIGKILL)
+        while any(Path("/proc", child).exists() for child in measuring):
+            assert time.monotonic() < until, "a claim is measured for nobody"
+            time.sleep(0.05)
         assert not {path.name for path in tmp_path.iterdir()} & {"index.html", "report.md", "claims.json", "figures"}
         before = (tmp_path / ".unfinished" / "gradients.json").read_bytes()
         done = run(*arguments[3:])
@@ -316,6 +329,8 @@ class TestInterruption:
         assert "from the interrupted run" in done.stdout
         records = json.loads((tmp_path / "claims.json").read_text())
         assert records[0] == json.loads(before)
+        beside = json.loads((report / "claims.json").read_text())
+        assert [record | {"seconds": 0} for record in records] == [record | {"seconds": 0} for record in beside]
         assert not (tmp_path / ".unfinished").exists()
 
     def test_another_configuration_starts_afresh(self, problem: Problem, tmp_path: Path) -> None:
@@ -347,7 +362,7 @@ class TestInterruption:
         kept = tmp_path / ".unfinished" / f"{claim.name}.json"
         if not kept.exists():
             with folder.held():
-                folder.keep(examine(claim, problem))
+                folder.keep(claim, finish(examine(claim, problem)))
         whole = kept.with_suffix(".whole")
         if not whole.exists():
             whole.write_bytes(kept.read_bytes())
@@ -445,6 +460,7 @@ class TestBadInput:
             ({"width": 3, "data": "mine.npy"}, "--width: expected it left out beside a file"),
             ({"markdown": True}, "--markdown: expected it beside --list"),
             ({"sigma": -1.0}, "sigma: expected a finite number > 0, got -1.0"),
+            ({"jobs": 0}, "--jobs: expected at least 1 claim at once, got 0"),
         ],
         ids=[
             "claim",
@@ -459,6 +475,7 @@ class TestBadInput:
             "of a file",
             "table",
             "sigma",
+            "jobs",
         ],
     )
     def test_arguments(self, arguments: dict, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

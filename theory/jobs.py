@@ -1,0 +1,119 @@
+"""Claims measured side by side, a process for each: most of a claim is compilation and arithmetic of one thread.
+
+Only what stands in the report comes back, and only the process that holds the output folder writes there. A process ends
+with the one that started it, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntk_prefix.checks import expected
+from theory.claim import Claim, examine
+from theory.claims import claims
+from theory.problem import Problem
+from theory.report import Finished, finish
+
+LONGEST = ("approximation", "limit", "lazy", "dynamics", "certificate", "depth", "convergence", "real_layer")
+"""What is begun first, so that no process is still at a long claim when the others have nothing left."""
+
+
+def cores() -> int:
+    """Return how many claims to measure at once: one for each core, one on an accelerator, whose memory is not shared."""
+    if jax.default_backend() != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure(
+    chosen: list[Claim], problem: Problem, jobs: int, begun: Callable[[list[Claim]], None] = lambda running: None
+) -> Iterator[tuple[Claim, Finished]]:
+    """Yield every claim with what was found, as they end.
+
+    Args:
+        chosen: the claims; with one of them, or one job, in this process and in their order.
+        problem: what they are measured on.
+        jobs: how many at once, at least 1.
+        begun: is told of those that are being measured whenever that changes.
+    """
+    if min(jobs, len(chosen)) <= 1:
+        for claim in chosen:
+            begun([claim])
+            yield claim, finish(examine(claim, problem))
+        return
+    left = sorted(chosen, key=lambda claim: LONGEST.index(claim.name) if claim.name in LONGEST else len(LONGEST))
+    running: dict[Future[Finished], Claim] = {}
+    with _processes(min(jobs, len(chosen)), problem) as pool:
+        while left or running:
+            # no more are handed out than are measured: the pool would start what it was given before it ends
+            while left and len(running) < jobs:
+                claim = left.pop(0)
+                running[pool.submit(_measured, claim.name)] = claim
+            begun(list(running.values()))
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                claim = running.pop(done)
+                try:
+                    yield claim, done.result()
+                except BrokenProcessPool:
+                    raise expected(
+                        "--jobs",
+                        f"memory for {jobs} claims at once",
+                        f"a process that was ended at {claim.name} or beside it",
+                        "--jobs 1 takes the least",
+                    ) from None
+
+
+@contextlib.contextmanager
+def _processes(count: int, problem: Problem) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes are gone after it, also in the middle of a claim."""
+    # JAX has threads, which a fork does not survive; its arrays come out of a pickle in the precision of the day
+    plain = {name: np.asarray(x) if isinstance(x, jax.Array) else x for name, x in vars(problem).items()}
+    started = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, started, initializer=_begin, initargs=(plain,))
+    try:
+        yield pool
+    finally:
+        children = list(pool._processes.values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join()
+
+
+_problem: Problem | None = None
+
+
+def _begin(plain: dict[str, Any]) -> None:
+    global _problem
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the process that was started at the terminal
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with jax.enable_x64(True):
+        fields: dict[str, Any] = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in plain.items()}
+        _problem = Problem(**fields)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _measured(name: str) -> Finished:
+    (claim,) = claims((name,))
+    assert _problem is not None
+    return finish(examine(claim, _problem))
