@@ -2,10 +2,14 @@
 
 On a CPU the maps of a token are bound by how fast weights come from memory, if they are used as they lie. XLA's products
 there copy a matrix ``[in, out]`` into another layout before a few rows are multiplied with it, each time, and widen
-bfloat16 on the way: with 8 rows that is 3 times the time of reading the matrix. So for the length of a call the linear
-maps hold their matrices as ``[out, in]``, in float32, and those are the *left* factor of a product, whose copies are
-small (:class:`_Rows`). That is memory for one more copy of the linear maps' weights, in float32; a single row in float32
-gains nothing and takes none. Numbers are the same: bfloat16 factors, float32 sums, rounded to bfloat16.
+bfloat16 on the way: with 8 rows that is 3 times the time of reading the matrix. So for the length of a call
+
+    with several rows, linear maps hold their matrices as ``[out, in]``, and those are the *left* factor of a product, whose
+    copies are small (:class:`_Rows`);
+    a model that computes in bfloat16 or float16, which CPUs widen at every step, computes in float32, with its weights
+    rounded to that dtype once: the same model, fewer roundings.
+
+Either is memory for one more copy of the linear maps' weights, in float32.
 
 On a GPU it is the single row that is slow: XLA's product of a vector and a matrix is not that of its libraries. So a
 prompt of its own is decoded as two (an H200, 1.2 B weights in bfloat16: 1.02 ms a token and not 1.46).
@@ -20,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import KeyValueCache
@@ -74,10 +77,11 @@ def generate(
     graph, state = nnx.split(model)
     special = (jnp.asarray(ends, input_ids.dtype), jnp.asarray(padding, input_ids.dtype))
     platform, rows = _platform(model), input_ids.shape[0]
-    by_rows = platform == "cpu" and (rows > 1 or model.dtype.itemsize < 4)
     if platform == "gpu" and rows == 1:
         input_ids, attention_mask = (jnp.repeat(jnp.asarray(x), 2, axis=0) for x in (input_ids, attention_mask))
-    return _generate(graph, max_new_tokens, by_rows, state, input_ids, attention_mask.astype(bool), *special)[:rows]
+    return _generate(graph, max_new_tokens, platform == "cpu", state, input_ids, attention_mask.astype(bool), *special)[
+        :rows
+    ]
 
 
 def _platform(model: Llama) -> str:
@@ -90,7 +94,7 @@ def _platform(model: Llama) -> str:
 def _generate(
     graph: nnx.GraphDef[Llama],
     new: int,
-    by_rows: bool,
+    on_cpu: bool,
     state: nnx.State,
     prompts: Array,
     mask: Array,
@@ -102,9 +106,11 @@ def _generate(
         settle = getattr(module, "settle", None)  # adapters have it
         if settle is not None:
             settle()
-    if by_rows:
-        _use_rows(model)
     batch, length = prompts.shape
+    if on_cpu and model.dtype.itemsize < 4:
+        _widen(model)
+    if on_cpu and batch > 1:
+        _use_rows(model)
     mask = jnp.concatenate([mask, jnp.ones((batch, new), bool)], axis=1)
 
     def best(ids: Array, cache: tuple[KeyValueCache, ...], start: Array | int) -> tuple[Array, Any]:
@@ -134,34 +140,29 @@ def _generate(
 
 
 class _Rows(nnx.Module):
-    """A linear map whose matrix lies as ``[out, in]`` in the dtype that products are summed in.
+    """A linear map whose matrix lies as ``[out, in]``.
 
     Args:
-        matrix: [out, in], of numbers that ``dtype`` has.
+        matrix: [out, in], in the dtype of the inputs, which is that of the outputs.
         bias: [out] or None.
-        dtype: of the inputs.
-        result: of the outputs.
     """
 
-    def __init__(self, matrix: Array, bias: Array | None, dtype: DTypeLike, result: DTypeLike):
-        # the barrier keeps the copy out of the loop over tokens: it is made once, and not folded into the products
-        self.matrix = nnx.Param(jax.lax.optimization_barrier(matrix))
+    def __init__(self, matrix: Array, bias: Array | None):
+        self.matrix = nnx.Param(_once(matrix))
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
-        self.dtype, self.result = dtype, result
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         """Return ``x W^T + b``."""
         matrix = self.matrix[...]
-        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype).astype(matrix.dtype)
+        rows = x.reshape(-1, x.shape[-1]).astype(matrix.dtype)
         contract = (((1,), (1,)), ((), ()))
         if rows.shape[0] <= FEW_ROWS:
             # the barrier: else XLA turns the transposed product back into one with the matrix on the right
             product = jax.lax.optimization_barrier(jax.lax.dot_general(matrix, rows, contract)).T
         else:
             product = jax.lax.dot_general(rows, matrix, contract)
-        product = product.astype(self.result)
         if self.bias is not None:
-            product = product + self.bias[...].astype(self.result)[None]
+            product = product + self.bias[...].astype(product.dtype)[None]
         return product.reshape(*x.shape[:-1], -1)
 
 
@@ -171,15 +172,30 @@ FEW_ROWS = 32
 
 def _use_rows(model: Any) -> None:
     """Put :class:`_Rows` in the place of the model's linear maps, and of its logits' table."""
-
-    def rounded(x: Array) -> Array:
-        return x.astype(model.dtype).astype(accumulation_dtype(model.dtype))
-
     for _, module in nnx.iter_modules(model):
         for name, linear in list(vars(module).items()):
             if type(linear) is nnx.Linear:
                 bias = None if linear.bias is None else linear.bias[...]
-                setattr(module, name, _Rows(rounded(linear.kernel[...]).T, bias, model.dtype, model.dtype))
+                setattr(module, name, _Rows(linear.kernel[...].astype(model.dtype).T, bias))
     if model.lm_head is None:
-        table = rounded(model.embeddings.embedding[...])
-        model.lm_head = nnx.data(_Rows(table, None, model.dtype, accumulation_dtype(model.dtype)))
+        model.lm_head = nnx.data(_Rows(model.embeddings.embedding[...].astype(model.dtype), None))
+
+
+def _widen(model: Any) -> None:
+    """Let a model compute in float32, with its linear maps' and tables' weights rounded to what it computed in."""
+    narrow, wide = model.dtype, accumulation_dtype(model.dtype)
+    module: Any
+    for _, module in nnx.iter_modules(model):
+        computes_narrow = getattr(module, "dtype", None) == narrow
+        if computes_narrow:
+            module.dtype = wide
+        # a table has no dtype of its own: what is looked up is rounded to the model's
+        if isinstance(module, nnx.Embed) or (isinstance(module, nnx.Linear) and computes_narrow):
+            for parameter in vars(module).values():
+                if isinstance(parameter, nnx.Param):
+                    parameter.set_value(_once(parameter[...].astype(narrow).astype(wide)))
+
+
+def _once(x: Array) -> Array:
+    """Keep a copy out of the loop over tokens: it is made once, and not folded into the products."""
+    return jax.lax.optimization_barrier(x)

@@ -78,17 +78,38 @@ def test_a_single_row_and_a_state_change_no_token(model: models.Llama) -> None:
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(adapted, ...))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("rows", [1, generation.FEW_ROWS + 1])
 def test_rows_give_the_linear_maps_numbers(dtype: Any, rows: int) -> None:
     linear = nnx.Linear(8, 5, dtype=dtype, rngs=nnx.Rngs(0))
     linear.bias[...] = jnp.arange(5, dtype=jnp.float32)
     x = jax.random.normal(jax.random.key(0), (1, rows, 8)).astype(dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    matrix = linear.kernel[...].astype(dtype).astype(wide).T
-    got = generation._Rows(matrix, linear.bias[...], dtype, dtype)(x)
+    got = generation._Rows(linear.kernel[...].astype(dtype).T, linear.bias[...])(x)
     assert got.dtype == dtype
-    np.testing.assert_allclose(got.astype(wide), linear(x).astype(wide), atol=8 * float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(got, linear(x), atol=8 * float(jnp.finfo(dtype).eps))
+
+
+def test_half_precision_is_computed_in_single_on_a_cpu_with_rounded_weights(
+    model: models.Llama, tmp_path: Path
+) -> None:
+    """What is decoded is what a float32 model of weights rounded to bfloat16 says; the model itself is left alone."""
+    config, tensors = formulas.CONFIGS["llama"], formulas.draw(formulas.CONFIGS["llama"])
+    rounded = {k: v if "norm" in k else np.asarray(jnp.asarray(v, jnp.bfloat16), v.dtype) for k, v in tensors.items()}
+    wide = models.from_pretrained(formulas.write(tmp_path / "rounded", config, rounded), "causal-lm")
+    folder = formulas.write(tmp_path / "exact", config, tensors)
+    narrow = models.from_pretrained(folder, "causal-lm", dtype=jnp.bfloat16)
+    assert isinstance(wide, models.Llama)
+    assert isinstance(narrow, models.Llama)
+    ids, mask = jnp.asarray(IDS), jnp.asarray(MASK)
+    widened = nnx.clone(narrow)
+    generation._widen(widened)
+    expected = call(wide, ids, mask).logits
+    np.testing.assert_allclose(call(widened, ids, mask).logits, expected, rtol=0, atol=1e-6)
+    assert np.abs(call(model, ids, mask).logits - expected).max() > 1e-4  # the control: weights that are not rounded
+    np.testing.assert_array_equal(generate(narrow), generate(wide))
+    one = (ids[1:2], mask[1:2], NEW)
+    np.testing.assert_array_equal(models.generate(narrow, *one), models.generate(wide, *one))
+    assert narrow.dtype == narrow.layers[0].mlp.up.dtype == jnp.bfloat16
 
 
 def test_tied_embeddings_are_the_table_of_logits_in_a_batch_too(tmp_path: Path) -> None:
@@ -109,16 +130,16 @@ def test_a_single_prompt_is_one_row_on_any_platform(
     """On a GPU it is decoded as two rows, of which one is returned."""
     shapes, program = [], generation._generate
 
-    def seen(graph: Any, new: int, by_rows: bool, state: Any, prompts: Any, *rest: Any) -> Any:
-        shapes.append((by_rows, prompts.shape[0]))
-        return program(graph, new, by_rows, state, prompts, *rest)
+    def seen(graph: Any, new: int, on_cpu: bool, state: Any, prompts: Any, *rest: Any) -> Any:
+        shapes.append((on_cpu, prompts.shape[0]))
+        return program(graph, new, on_cpu, state, prompts, *rest)
 
     monkeypatch.setattr(generation, "_generate", seen)
     for platform in ("cpu", "gpu"):
         monkeypatch.setattr(generation, "_platform", lambda _, platform=platform: platform)
         tokens = models.generate(model, jnp.asarray(IDS[1:2]), jnp.asarray(MASK[1:2]), NEW)
         np.testing.assert_array_equal(tokens, greedy[1:2])
-    assert shapes == [(False, 1), (False, 2)]
+    assert shapes == [(True, 1), (False, 2)]
 
 
 def test_generation_compiles_once(model: models.Llama) -> None:
