@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -69,9 +70,10 @@ def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console, j
         for record in records.values():
             ended(record, resumed=True)
         left = [claim for claim in chosen if claim.name not in records]
-        for claim, found in measure(left, problem, jobs, begun):
-            records[claim.name] = folder.keep(claim, found)
-            ended(records[claim.name], resumed=False)
+        with contextlib.closing(measure(left, problem, jobs, begun)) as measured:  # ends its processes, come what may
+            for claim, found in measured:
+                records[claim.name] = folder.keep(claim, found)
+                ended(records[claim.name], resumed=False)
         in_order = [records[claim.name] for claim in chosen]
         page = folder.publish(chosen, in_order)
     return Outcome(page, in_order)

@@ -133,6 +133,7 @@ class Claim:
         caption: of the figure.
         drawn: whether it draws its own inputs from the seed, so that the problem's rows and sigma do not enter.
         undecidable: why a problem cannot be decided, None if it can; asked before any work.
+        timed: whether it measures seconds, so that no other claim may be measured beside it.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Claim:
     caption: str
     drawn: bool = False
     undecidable: Callable[[Problem], str | None] = _decidable
+    timed: bool = False
 
     def refused(self, problem: Problem) -> str | None:
         """Return why the claim cannot be decided on a problem, None if it may be; in float64."""

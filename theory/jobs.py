@@ -12,7 +12,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -40,7 +40,7 @@ def cores() -> int:
 
 def measure(
     chosen: list[Claim], problem: Problem, jobs: int, begun: Callable[[list[Claim]], None] = lambda running: None
-) -> Iterator[tuple[Claim, Finished]]:
+) -> Generator[tuple[Claim, Finished]]:
     """Yield every claim with what was found, as they end.
 
     Args:
@@ -54,12 +54,13 @@ def measure(
             begun([claim])
             yield claim, finish(examine(claim, problem))
         return
-    left = sorted(chosen, key=lambda claim: LONGEST.index(claim.name) if claim.name in LONGEST else len(LONGEST))
+    order = {name: place for place, name in enumerate(LONGEST)}
+    left = sorted(chosen, key=lambda claim: (claim.timed, order.get(claim.name, len(order))))
     running: dict[Future[Finished], Claim] = {}
     with _processes(min(jobs, len(chosen)), problem) as pool:
         while left or running:
-            # no more are handed out than are measured: the pool would start what it was given before it ends
-            while left and len(running) < jobs:
+            # no more are handed out than are measured, and what measures seconds is alone
+            while left and len(running) < jobs and not (running and left[0].timed):
                 claim = left.pop(0)
                 running[pool.submit(_measured, claim.name)] = claim
             begun(list(running.values()))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from rich.console import Console
 import theory.__main__ as command
 from ntk_prefix.artifacts import CHECKOUT
 from tests.fuzz import damaged_bytes, damaged_json, fuzzed, read_whole, survives
-from theory import figures, fits
+from theory import figures, fits, jobs
 from theory.claim import Check, Claim, Control, Evidence, Undecidable, examine
 from theory.claims import NAMES, certificate, claims, convergence
 from theory.problem import Problem, load
@@ -177,6 +178,28 @@ class TestVerdict:
         result = examine(dataclasses.replace(invented(), controls=parts), problem)
         assert len(calls) == 1
         assert [found.failed for found in result.controls] == [True, False, False]
+
+    def test_what_measures_seconds_says_so_and_is_measured_alone(
+        self, problem: Problem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for claim in claims():
+            source = Path(importlib.import_module(f"theory.claims.{claim.name}").__file__).read_text()
+            assert claim.timed == ("perf_counter" in source), claim.name
+        running, beside = set(), {}
+
+        def measured(name: str) -> str:
+            running.add(name)
+            time.sleep(0.01)
+            beside[name] = frozenset(running - {name})
+            running.remove(name)
+            return name
+
+        monkeypatch.setattr(jobs, "_measured", measured)
+        monkeypatch.setattr(jobs, "_processes", lambda count, problem: ThreadPoolExecutor(count))
+        found = [(claim.name, name) for claim, name in jobs.measure(claims(), problem, 3)]
+        assert sorted(found) == sorted((name, name) for name in NAMES)
+        assert any(beside.values())
+        assert all(not beside[claim.name] for claim in claims() if claim.timed)
 
     def test_every_claim_has_controls_with_names_of_their_own(self) -> None:
         for claim in claims():

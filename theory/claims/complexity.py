@@ -139,6 +139,7 @@ CLAIM = Claim(
         Control("time of exact attention", "the time of exact prefix attention grows with m", _exact_cost, "time"),
         Control("memory of exact attention", "so does what must be kept for it", _exact_cost, "memory"),
     ),
+    timed=True,
     draw=_figure,
     caption="Median and range of the time of one call, bytes kept for the prefix, and trained parameters of each method: "
     "NTK-Attention trains more numbers than a 10-token prefix or LoRA of rank 8, which every comparison must say.",

@@ -465,6 +465,7 @@ CLAIM = Claim(
         for name in CRITICAL
         if name != "beta = 1/4"
     ),
+    timed=True,
     draw=_draw,
     caption="Sequences of random signs +-B, which reach the largest score of their norm. From the left: degree from which on "
     "the output error for the worst values in [-1, 1] stays below 1 %; multiplications of features and sums; the exponent "
