@@ -36,7 +36,9 @@ __all__ = [
     "batch_sharding",
     "check_divides",
     "constrain",
+    "constrain_weights",
     "current_mesh",
+    "dotted",
     "gathered",
     "on",
     "row_axes",
@@ -130,6 +132,10 @@ def weight_sharding(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedShardin
         path: dotted, see :func:`axis_names`; a path that is none of a model here is a weight without names.
         shape: of the weight.
     """
+    return NamedSharding(mesh, _weight_spec(mesh, path, shape))
+
+
+def _weight_spec(mesh: Mesh | AbstractMesh, path: str, shape: Sequence[int]) -> PartitionSpec:
     names = axis_names(path, len(shape))
     placed = list(spec(mesh, names or (None,) * len(shape), shape))
     placed += [None] * (len(shape) - len(placed))
@@ -141,19 +147,19 @@ def weight_sharding(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedShardin
             placed[max(free, key=lambda axis: shape[axis])] = "fsdp"
     while placed and placed[-1] is None:
         placed.pop()
-    return NamedSharding(mesh, PartitionSpec(*placed))
+    return PartitionSpec(*placed)
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """Return where each array of a state lies: a model's, an optimizer's or both, by the paths in the tree."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return weight_sharding(mesh, _dotted(path), leaf.shape)
+        return weight_sharding(mesh, dotted(path), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _dotted(path: tuple[Any, ...]) -> str:
+def dotted(path: tuple[Any, ...]) -> str:
     """Return the path of an array in a tree, without the last step from a Variable to its array."""
     keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
     return ".".join(keys[:-1] if keys and keys[-1] == "value" else keys)
@@ -240,10 +246,28 @@ def gathered(path: str, weights: Any) -> Any:
         return weights
 
     def whole(keys: tuple[Any, ...], leaf: Array) -> Array:
-        names = axis_names(f"{path}.{_dotted(keys)}", leaf.ndim) or (None,) * leaf.ndim
+        names = axis_names(f"{path}.{dotted(keys)}", leaf.ndim) or (None,) * leaf.ndim
         return constrain(leaf, *(None if name == "embed" else name for name in names))
 
     return jax.tree_util.tree_map_with_path(whole, weights)
+
+
+def constrain_weights(weights: Any, leading: int = 0) -> Any:
+    """Say that weights lie as :func:`weight_sharding` lays them; nothing without a mesh.
+
+    Args:
+        weights: a state, by whose paths they are known.
+        leading: axes before a weight's own, such as one of layers, which are whole.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return weights
+
+    def where_they_lie(keys: tuple[Any, ...], leaf: Array) -> Array:
+        own = _weight_spec(mesh, dotted(keys), leaf.shape[leading:])
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*(None,) * leading, *own))
+
+    return jax.tree_util.tree_map_with_path(where_they_lie, weights)
 
 
 # ----------------------------------------------------------------------------------------- arguments

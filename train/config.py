@@ -167,6 +167,9 @@ class DeviceConfig(Checked):
     remat: bool | RematPolicy = False
     """Recompute the activations of each layer in the backward pass: all of them (alone, or "full"), or all but products with
     weights ("dots"), or all but any matrix product ("dots_saveable")."""
+    scan_layers: bool = False
+    """Run layers as a loop over one: same numbers; a deep model compiles in the time of one layer, and a CPU widens bfloat16
+    weights one layer at a time. Layers have to be alike."""
     parallel: Literal["jit", "pmap"] = "jit"
     """One program over a mesh, or one per device."""
     fsdp: int = 1

@@ -21,6 +21,7 @@ from ntk_prefix.checks import expected
 from ntk_prefix.models.backbone import BackboneConfig
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
+from ntk_prefix.models.scan import check_alike
 from ntk_prefix.sharding import AXES, check_divides
 from ntk_prefix.training import Trainer
 from ntk_prefix.typing import Array, Float
@@ -107,6 +108,9 @@ def adapt(model: Any, config: TrainConfig, calibration: Mapping[str, Any]) -> No
         model: changed in place.
         config: of the run.
         calibration: see :func:`ntk_prefix.peft.apply`.
+
+    Raises:
+        UsageError: ``--scan-layers`` with layers that differ.
     """
     peft.apply(
         model,
@@ -115,7 +119,9 @@ def adapt(model: Any, config: TrainConfig, calibration: Mapping[str, Any]) -> No
         rngs=nnx.Rngs(config.seed + 1),
     )
     peft.narrow_frozen(model)
-    model.remat = config.device.remat
+    model.remat, model.scan_layers = config.device.remat, config.device.scan_layers
+    if model.scan_layers:
+        check_alike(getattr(model, "backbone", model).layers)
 
 
 def trainer_of(config: TrainConfig, kind: str, placement: Mapping[str, Any]) -> Trainer:

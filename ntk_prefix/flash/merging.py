@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ntk_prefix.flash.base import Flash, Source, Statistics
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["Linear", "attend", "linear_weight"]
+__all__ = ["RESULT", "Linear", "attend", "linear_weight"]
+
+RESULT = "attention"
+"""The name of what the backward pass needs of the forward pass beside its inputs, for policies of ``jax.checkpoint``."""
 
 
 class Linear(NamedTuple):
@@ -77,7 +81,7 @@ def _attend_forward(
     output = statistics.output
     if linear is not None and query.dtype == jnp.float16:  # where a capped weight still goes beyond 65504
         output = jnp.clip(output, jnp.finfo(jnp.float16).min, jnp.finfo(jnp.float16).max)
-    statistics = statistics._replace(output=output.astype(query.dtype))
+    statistics = checkpoint_name(statistics._replace(output=output.astype(query.dtype)), RESULT)
     unit = None if linear is None else linear.unit
     lse = jnp.where(_empty(statistics), -jnp.inf, statistics.lse) if with_lse else None
     return (statistics.output, lse), (query, sources, statistics, unit)

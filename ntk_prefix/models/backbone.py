@@ -25,6 +25,7 @@ from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
 from ntk_prefix.models.elementwise import ACTIVATIONS
 from ntk_prefix.models.run import REMAT_POLICIES, Runnable, RunOptions
+from ntk_prefix.models.scan import scan
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.sharding import constrain, current_mesh, row_axes, row_shares, spec
 from ntk_prefix.typing import Array, Bool, Float, Int
@@ -380,19 +381,19 @@ class Backbone(Runnable, nnx.Module):
                 new_cache.append(written)
             return x, tuple(new_cache)
 
-        def run(layer: Any, x: Array) -> Array:
+        def run(layer: Any, x: Array, own: Array | None) -> Array:
+            if own is not None:
+                x = x.at[:, : own.shape[0]].add(own[None].astype(x.dtype))
             # rows are divided where a layer begins and ends, or the compiler gathers the batch to spare weights
             return constrain(layer(constrain(x, "batch"), **options)[0], "batch")
 
-        run_layer: Callable[[Any, Array], Array] = run
-        if self.remat:
-            policy = REMAT_POLICIES["full" if self.remat is True else str(self.remat)]
-            # nnx's, not jax's: an adapter in the layer may hold state of any type
-            run_layer = nnx.remat(run, graph_updates=False, policy=policy)
+        policy = REMAT_POLICIES["full" if self.remat is True else str(self.remat)] if self.remat else None
+        if self.scan_layers:
+            return scan(list(self.layers), run, x, rows, policy), None
+        # nnx's, not jax's: an adapter in the layer may hold state of any type
+        run_layer = run if policy is None else nnx.remat(run, graph_updates=False, policy=policy)
         for index, layer in enumerate(self.layers):
-            if rows is not None:
-                x = x.at[:, : rows.shape[1]].add(rows[None, index].astype(x.dtype))
-            x = run_layer(layer, x)
+            x = run_layer(layer, x, None if rows is None else rows[index])
         return x, None
 
     def positions(

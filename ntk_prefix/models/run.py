@@ -27,20 +27,25 @@ class RunOptions:
     Args:
         remat: recompute each layer in the backward pass instead of keeping its activations; same numbers. True is "full",
             other policies (:data:`REMAT_POLICIES`) keep a part of them.
+        scan_layers: run layers, which have to be alike, as a loop over one (:mod:`ntk_prefix.models.scan`): same numbers, and
+            a deep model compiles in the time of one layer. With a cache they stand one after another in any case.
         window: tokens that a token of an encoder sees to each side; all if None.
         position_offset: added to all positions. Hugging Face's prefix tuning numbers the first token M.
 
     Raises:
-        UsageError: an unknown policy, a window below 1 or an offset below 0.
+        UsageError: an unknown policy, ``scan_layers`` that is neither True nor False, a window below 1 or an offset below 0.
     """
 
     remat: bool | str = False
+    scan_layers: bool = False
     window: int | None = None
     position_offset: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.remat, bool) and self.remat not in REMAT_POLICIES:
             raise expected("remat", f"False, True or one of {sorted(REMAT_POLICIES)}", repr(self.remat))
+        if not isinstance(self.scan_layers, bool):
+            raise expected("scan_layers", "True or False", repr(self.scan_layers))
         if self.window is not None and self.window < 1:
             raise expected("window", "at least 1 token to each side, or None", self.window)
         if self.position_offset < 0:
@@ -61,5 +66,6 @@ class Runnable:
 
     run: RunOptions
     remat: bool | str = _option("remat")
+    scan_layers: bool = _option("scan_layers")
     window: int | None = _option("window")
     position_offset: int = _option("position_offset")

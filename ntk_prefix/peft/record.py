@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +13,7 @@ from flax import nnx
 
 from ntk_prefix.checks import expected
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.models.run import Runnable
 from ntk_prefix.models.window import seen_in_windows, windowed
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -118,19 +120,17 @@ def record(
         return lambda seen: records.__setitem__(path, keep(path, seen))
 
     cores = {path: layer.core for path, layer in layers.items()}
-    # what a recomputed layer sees cannot be kept beyond it; without gradients there is nothing to recompute
-    recomputing: list[tuple[Any, Any]] = [
-        (module, policy) for _, module in nnx.iter_modules(model) if (policy := getattr(module, "remat", False))
-    ]
+    # what a recomputed layer sees, or one in a loop, cannot be kept beyond it
+    options = [(module, module.run) for _, module in nnx.iter_modules(model) if isinstance(module, Runnable)]
     try:
-        for module, _ in recomputing:
-            module.remat = False
+        for module, run in options:
+            module.run = dataclasses.replace(run, remat=False, scan_layers=False)
         for path, layer in layers.items():
             layer.core = _Recorder(cores[path], remember(path))
         model(**inputs)
     finally:
         for path, layer in layers.items():
             layer.core = cores[path]
-        for module, policy in recomputing:
-            module.remat = policy
+        for module, run in options:
+            module.run = run
     return records

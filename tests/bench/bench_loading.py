@@ -135,6 +135,8 @@ class Options:
     """Of a training step; the fastest counts."""
     remat: bool = False
     """Recompute activations in our steps."""
+    scan_layers: bool = False
+    """Run layers as a loop in our steps."""
 
 
 def make(folder: Path, shape: str) -> None:
@@ -182,14 +184,14 @@ def make(folder: Path, shape: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def ours(what: str, folder: str, steps: int, remat: bool, watched: Any) -> dict[str, float]:
+def ours(what: str, folder: str, steps: int, device: dict[str, bool], watched: Any) -> dict[str, float]:
     """Measure a row in this process.
 
     Args:
         what: load, or a method.
         folder: of the checkpoint.
         steps: of training.
-        remat: recompute activations.
+        device: flags of a step, remat and scan_layers.
         watched: the class of :data:`MEASURE`.
     """
     jnp.zeros(3).block_until_ready()
@@ -209,8 +211,8 @@ def ours(what: str, folder: str, steps: int, remat: bool, watched: Any) -> dict[
         max_length=512,
         batch_size=4,
         precision="bfloat16",
-        remat=remat,
         data_dir="-",
+        **device,
     )
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 512), dtype=np.int32)
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids, "weight": np.ones(4, np.float32)}
@@ -238,7 +240,7 @@ def ours(what: str, folder: str, steps: int, remat: bool, watched: Any) -> dict[
 
 
 OURS = f"{MEASURE}\nimport json, sys\nfrom tests.bench.bench_loading import ours\n" + (
-    "print(json.dumps(ours(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == 'True', Watched)))"
+    "print(json.dumps(ours(sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]), Watched)))"
 )
 
 
@@ -269,9 +271,10 @@ def main(options: Options) -> None:
         if not (folder / "config.json").exists():
             make(folder, options.shape)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        device = json.dumps({"remat": options.remat, "scan_layers": options.scan_layers})
         table = Table("what", "who", "s", "peak, MiB", "of the file, or in all", "MiB")
         for what in options.rows:
-            found = measured([sys.executable, "-c", OURS, what, folder, options.steps, options.remat])
+            found = measured([sys.executable, "-c", OURS, what, folder, options.steps, device])
             table.add_row(*row(what, "ours", found, size))
             if options.torch_python is not None:
                 found = measured([options.torch_python, "-c", PEERS, what, folder, options.steps])

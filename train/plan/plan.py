@@ -126,11 +126,15 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _states(tokens: int, sizes: Any, mesh: Mapping[str, int]) -> frozenset[int]:
-    """Return how many entries a device has of hidden states, of the model and of its MLP, whole and divided by "tensor"."""
+    """Return how many entries a device has of hidden states, of the model and of its MLP, whole and divided by "tensor".
+
+    Of one layer, and of all that a loop over layers keeps.
+    """
     tensor = mesh.get("tensor", 1)
     here = tokens * tensor // math.prod(mesh.values())
     widths = (sizes.hidden_size, sizes.intermediate_size)
-    return frozenset(here * width // shares for width in widths for shares in (1, tensor))
+    layers = (1, sizes.num_hidden_layers)
+    return frozenset(n * here * width // shares for n in layers for width in widths for shares in (1, tensor))
 
 
 def len_rows(batch: Mapping[str, Any]) -> int:
