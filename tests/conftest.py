@@ -56,6 +56,21 @@ def without_annotations() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+LONGEST = (
+    "notebooks",
+    "grid",
+    "certificate",
+    "loop",
+    "report",
+    "files",
+    "prefix_state",
+    "lazy",
+    "attention",
+    "damaged_files",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the longest file: two workers that share the files then end together."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """Start with the longest files: two workers that share the files then end together."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
