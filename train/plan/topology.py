@@ -59,7 +59,7 @@ CHIPS: dict[str, Chip] = {
         memory_bandwidth=1200e9,
         link_bandwidth=300e9,
         slices=_3D,
-        source="https://cloud.google.com/tpu/docs/v4",
+        source="https://cloud.google.com/tpu/docs/v4; links: arXiv 2304.01433",
         # one device a chip, as JAX has it on the machine itself
         options=(("chip_config_name", "megacore"),),
     ),
