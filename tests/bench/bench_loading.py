@@ -14,7 +14,8 @@ looked at every 5 ms. Of a load both are given beyond what the process had befor
 operation done; of a step the peak is the whole process, compilation included.
 
 On a CPU, XLA makes float32 copies of bfloat16 weights for its products and keeps them from the forward pass to the backward
-one. ``--remat`` takes less memory there only with XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false.
+one. ``--remat`` takes less memory there only with XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false;
+``--scan-layers`` has the copies of one layer at a time.
 """
 
 import dataclasses
