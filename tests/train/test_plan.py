@@ -402,11 +402,15 @@ def for_tpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
 
 NARROW = ("--precision", "bfloat16", "--param-dtype", "file")
 LLAMA_1B = ("--model-shape", "Llama-3.2-1B", "--topology", "v5e:4x4", "--fsdp", "16")
+in_both_ways = pytest.mark.parametrize("way", [(), ("--scan-layers",)], ids=["unrolled", "loop"])
 
 
 @pytest.mark.slow
-def test_ntk_attention_on_a_model_of_1b_moves_weights_and_little_else(for_tpu: Callable[..., dict[str, Any]]) -> None:
-    step = for_tpu(*LLAMA_1B, "--method", "ntk_attention")["step"]
+@in_both_ways
+def test_ntk_attention_on_a_model_of_1b_moves_weights_and_little_else(
+    for_tpu: Callable[..., dict[str, Any]], way: tuple[str, ...]
+) -> None:
+    step = for_tpu(*LLAMA_1B, *way, "--method", "ntk_attention")["step"]
     sent = step["collectives"]
     assert sum(row["bytes"] for row in sent.get("activations", {}).values()) <= 32 * 2**20
     assert step["weights_gathered_at_most"] <= 2
@@ -419,8 +423,9 @@ def test_ntk_attention_on_a_model_of_1b_moves_weights_and_little_else(for_tpu: C
 
 
 @pytest.mark.slow
-def test_attention_of_a_model_of_1b_is_a_kernel(for_tpu: Callable[..., dict[str, Any]]) -> None:
-    step = for_tpu(*LLAMA_1B, "--method", "ntk_attention")["step"]
+@in_both_ways
+def test_attention_of_a_model_of_1b_is_a_kernel(for_tpu: Callable[..., dict[str, Any]], way: tuple[str, ...]) -> None:
+    step = for_tpu(*LLAMA_1B, *way, "--method", "ntk_attention")["step"]
     # forward, and backward for queries and for keys; of a loop over layers the text has each once
     assert step["kernels"] >= 3
     assert step["largest_square_bytes"] == 0
