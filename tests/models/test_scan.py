@@ -35,6 +35,7 @@ METHODS: dict[str, tuple[str, Any]] = {
     "bitfit": ("bert", peft.BitFitConfig()),
     "prefix_propagation": ("bert", peft.PrefixPropagationConfig(num_prefix_tokens=2, dropout=0.5)),
 }
+QUICK = ("lora_ntk", "full")
 
 
 def shapes_of(kind: str, config: Any = None, layers: int = 2, **run: Any) -> Any:
@@ -113,14 +114,16 @@ def one_after_another(method: str) -> tuple[Any, TrainState, tuple[TrainState, f
     return nnx.state(model, peft.AdapterParam), kept, stepped(way, model, first, steps=1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_a_loop_goes_on_from_the_state_of_layers_one_after_another_as_they_do(method: str) -> None:
     start, first, wanted = one_after_another(method)
     way, model = trainer(), model_of(*METHODS[method], scan_layers=True)
     check_same(stepped(way, model, jax.tree.map(jnp.copy, first), steps=1), wanted, start)
 
 
-@pytest.mark.parametrize("method", ["lora_ntk", "full"])
+@pytest.mark.parametrize("method", QUICK)
 def test_a_loop_that_recomputes_over_a_mesh_trains_as_one_device(method: str) -> None:
     start, _, wanted = one_after_another(method)
     model = model_of(*METHODS[method], scan_layers=True, remat=True)
