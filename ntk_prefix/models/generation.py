@@ -79,9 +79,10 @@ def generate(
     platform, rows = _platform(model), input_ids.shape[0]
     if platform == "gpu" and rows == 1:
         input_ids, attention_mask = (jnp.repeat(jnp.asarray(x), 2, axis=0) for x in (input_ids, attention_mask))
-    return _generate(graph, max_new_tokens, platform == "cpu", state, input_ids, attention_mask.astype(bool), *special)[
-        :rows
-    ]
+    tokens = _generate(
+        graph, max_new_tokens, platform == "cpu", state, input_ids, attention_mask.astype(bool), *special
+    )
+    return tokens[:rows]
 
 
 def _platform(model: Llama) -> str:
