@@ -287,23 +287,25 @@ def _torch(sizes: Sizes) -> Figures:
 
 def prefix_ntk(sizes: Sizes) -> Rows:
     """``bench_prefix_ntk``: the closed form, drawn on the fly too, beside neural-tangents where it is installed."""
-    # two rows: compiling neural-tangents' is what may not end in time
     ours = [bench_prefix_ntk.OURS, bench_prefix_ntk.DRAWN, bench_prefix_ntk.PRODUCT]
-    yield "fixed model", functools.partial(_kernels, ours, sizes)
+    yield "fixed model", functools.partial(_kernels, ours, sizes.kernel, sizes)
+    # what XLA takes to choose neural-tangents' GPU kernels grows with m: at 1,024 tokens 10 s, at 8,192 not done in 14
     beside = [bench_prefix_ntk.OURS, bench_prefix_ntk.THEIRS]
-    yield "fixed model, beside neural-tangents", functools.partial(_kernels, beside, sizes)
+    few = (*sizes.kernel[:2], min(1024, sizes.kernel[2]))
+    yield "fixed model, beside neural-tangents", functools.partial(_kernels, beside, few, sizes)
 
 
-def _kernels(names: list[str], sizes: Sizes) -> Figures:
-    n, d, m = sizes.kernel
+def _kernels(names: list[str], shape: tuple[int, int, int], sizes: Sizes) -> Figures:
+    n, d, m = shape
     if bench_prefix_ntk.THEIRS in names and importlib.util.find_spec("neural_tangents") is None:
         return {"cannot run": "this Python has no neural-tangents"}
     with jax.default_matmul_precision("highest"):
-        seconds = bench_prefix_ntk.interleaved(names, "fixed", n, d, m, max(sizes.rounds // 4, 2))
+        seconds, first = bench_prefix_ntk.interleaved(names, "fixed", n, d, m, max(sizes.rounds // 2, 2))
     flops = {bench_prefix_ntk.PRODUCT: 2.0 * bench_prefix_ntk.SIDE**3}
     found = {name: _figures(Timing(seconds[name]), flops.get(name, bench_prefix_ntk.flops(n, d, m))) for name in names}
-    for figures in found.values():
+    for name, figures in found.items():
         del figures["temporaries MiB"]
+        figures["compiled in s"] = first[name]
     return {"n, d, m": [n, d, m], "programs": found}
 
 
@@ -317,10 +319,13 @@ METHODS: dict[str, peft.AdapterConfig] = {
 
 
 def step(sizes: Sizes, which: str) -> Rows:
-    """One training step of a Llama with random weights in bfloat16: every method."""
+    """One training step of a Llama with random weights in bfloat16: every method, and one in a loop over the layers."""
     config = dict(sizes.models)[which]
     for method in sizes.methods:
         yield f"{which}, {method}", functools.partial(_step, config, method, sizes)
+    if which == sizes.models[0][0]:
+        looped = functools.partial(_step, config, sizes.methods[0], sizes, scan_layers=True)
+        yield f"{which}, {sizes.methods[0]}, layers in a loop", looped
 
 
 def random_llama(config: models.LlamaConfig) -> models.Llama:
@@ -344,7 +349,7 @@ def next_token_loss(model: Any, batch: dict[str, jax.Array]) -> jax.Array:
     return model.loss(hidden, labels, (labels >= 0) / jnp.float32(ids.shape[1] - 1))
 
 
-def _step(config: models.LlamaConfig, method: str, sizes: Sizes) -> Figures:
+def _step(config: models.LlamaConfig, method: str, sizes: Sizes, *, scan_layers: bool = False) -> Figures:
     """Return the figures of the largest batch of those that fit: halved until it does."""
     weights = linear_weights(config) + config.vocab_size * config.hidden_size
     room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -353,7 +358,7 @@ def _step(config: models.LlamaConfig, method: str, sizes: Sizes) -> Figures:
     rows, length = sizes.tokens
     while True:
         try:
-            return _step_of(config, method, rows, length, sizes)
+            return _step_of(config, method, rows, length, sizes, scan_layers)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -362,10 +367,13 @@ def _step(config: models.LlamaConfig, method: str, sizes: Sizes) -> Figures:
         rows //= 2
 
 
-def _step_of(config: models.LlamaConfig, method: str, rows: int, length: int, sizes: Sizes) -> Figures:
+def _step_of(
+    config: models.LlamaConfig, method: str, rows: int, length: int, sizes: Sizes, scan_layers: bool
+) -> Figures:
     model = random_llama(config)
     peft.apply(model, METHODS[method])
     model.remat = config.num_hidden_layers > 16
+    model.scan_layers = scan_layers
     optimizer = peft.non_negative(optax.adamw(1e-4))
     trainer = Trainer(loss=next_token_loss, optimizer=optimizer, wrt=peft.AdapterParam)
     state, run = trainer.init(model), trainer.stepper(model)
