@@ -26,6 +26,7 @@ Nothing is added to the keys: no virtual tokens, no cache entries, no shift of p
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -34,14 +35,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ntk_prefix.checks import UsageError, check_array, check_attention, check_floating, check_prefix, expected
+from ntk_prefix.checks import (
+    UsageError,
+    check_array,
+    check_attention,
+    check_floating,
+    check_offset,
+    check_prefix,
+    check_soft_cap,
+    check_window,
+    expected,
+)
 from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
-from ntk_prefix.flash import BACKENDS, Flash, Source
+from ntk_prefix.flash import BACKENDS, Flash, Source, reference
 from ntk_prefix.flash.base import problem
-from ntk_prefix.flash.merging import Linear, attend, attend_with_lse, linear_weight
+from ntk_prefix.flash.merging import Linear, attend, attend_with_lse
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -83,13 +93,16 @@ def ntk_attention(
     is_causal: bool = False,
     query_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
     mass: str = "absolute",
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     r"""Softmax attention in which a prefix of any length is summed up in ``z`` and ``k``.
 
-    ``T = (A V + phi(q) Z) / (A 1 + phi(q) . k)`` with ``A = exp(scale q . k' + bias)``, masked; ``phi`` is
-    applied to ``q * sqrt(scale)``, which is ``q / H**0.25`` by default.
+    ``T = (A V + phi(q) Z) / (A 1 + phi(q) . k)`` with ``A = exp(cap(scale q . k') + bias)``, masked, where
+    ``cap(x) = logits_soft_cap * tanh(x / logits_soft_cap)``, or x; ``phi`` is applied to ``q * sqrt(scale)``, which is
+    ``q / H**0.25`` by default.
 
     With ``mass="relative"``, z and k are in units of each query's own mass ``A 1``, so that with ``o`` the
     attention without a prefix ``T = (o + phi(q) Z) / (1 + phi(q) . k)``. A prefix made of real tokens is
@@ -109,9 +122,13 @@ def ntk_attention(
         bias: added to the scaled scores, as in ``jax.nn``; every axis may be 1.
         mask: True where a query may see a key; it concerns the keys only, the prefix is always seen.
         is_causal: query t sees keys s <= t + ``query_offset``, both counted from 0, as in ``jax.nn``.
-        query_offset: where in the keys the first query stands, a whole number or an array of one; with a cache, so many
-            keys are older than this call's, and slots beyond its queries are not looked at.
+        query_offset: where in the keys the first query stands, a whole number or an array of one, beside ``is_causal`` or a
+            window; with a cache, so many keys are older than this call's, and slots out of sight are not looked at.
         scale: > 0, of scores and of feature maps alike; 1/sqrt(H) if None.
+        logits_soft_cap: > 0, what scores stay below, in front of bias and mask, so that an additive mask stays one
+            (Gemma 2, flash-attn; tokamax caps the sum with the bias). What ``phi(q) . k`` makes is not a score.
+        local_window_size: (left, right), or one number for both: query t sees keys ``t - left <= s <= t + right``, t
+            counted from ``query_offset``, as in ``jax.nn``; with ``is_causal`` right is 0. The prefix is always seen.
         mass: "absolute" (the paper's) or "relative"; what the numbers in z and k are units of.
         implementation: "reference" (T x S arrays, plain autodiff), "xla" (blockwise), "cudnn" (CUDA), "splash" (TPU), or
             None: the first of :data:`~ntk_prefix.flash.BACKENDS` that can run, xla if no other; the reason is logged at
@@ -138,21 +155,13 @@ def ntk_attention(
 
     Source: the operator and elu1 are arXiv 2406.14036 (its public code); the stable form and the backward are derived.
     """
-    scale = check_attention(query, key, value, bias, mask, scale)
-    phi = resolve_feature_map(feature_map)
-    linear = _linear(query, z, k, phi, scale)
+    definition, own = _described(
+        query, key, value, bias, mask, is_causal, query_offset, scale, logits_soft_cap, local_window_size
+    )
+    linear = _linear(query, z, k, resolve_feature_map(feature_map), definition.scale)
+    flashes = _choose(implementation, definition, query, own)
     if mass == "relative":
-        own_output = softmax_attention(
-            query,
-            key,
-            value,
-            bias=bias,
-            mask=mask,
-            is_causal=is_causal,
-            query_offset=query_offset,
-            scale=scale,
-            implementation=implementation,
-        )
+        own_output = _softmax(definition, flashes, query, own)
         # in the layout of scores, where both parts are computed: one copy at the end instead of one for each
         one = 1 / linear.unit[None, :, None]
         own_part = own_output.transpose(0, 2, 1, 3).astype(one.dtype) * one[..., None]
@@ -160,11 +169,8 @@ def ntk_attention(
         return total.transpose(0, 2, 1, 3).astype(query.dtype)
     if mass != "absolute":
         raise expected("mass", '"absolute" or "relative"', repr(mass))
-    causal = _Causal.of(is_causal, query_offset)
-    own = Source(key, value, bias, mask, causal.dynamic)
-    flashes = _choose(implementation, scale, causal, query, own)
     if flashes is None:
-        return _reference(_scores(query, own, causal, scale), value, linear)[0].astype(query.dtype)
+        return reference.attend(reference.scores(definition, query, own), value, linear)[0].astype(query.dtype)
     return attend(flashes, query, (own,), linear)
 
 
@@ -181,11 +187,14 @@ def prefix_attention(
     is_causal: bool = False,
     query_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     r"""Exact attention over a prefix and the keys: ``softmax(scale q [P; K']^T + [prefix_bias; bias]) [P_V; V]``.
 
-    Every query sees the whole prefix, whatever ``mask`` and ``is_causal`` say about the keys.
+    Every query sees the whole prefix, whatever ``mask``, ``is_causal`` and ``local_window_size`` say about the keys; a soft
+    cap is for the prefix's scores too, in front of ``prefix_bias``.
     Prefix and keys are two flash passes, merged as in :func:`ntk_attention`; a prefix [M, K, H] shared by the
     batch is never repeated.
 
@@ -196,7 +205,8 @@ def prefix_attention(
             for bit.
         prefix_bias: added to the scaled scores of the prefix, and trained if need be; every axis may be 1. One number for
             a token is the log of how many of its kind it stands for.
-        bias, mask, is_causal, query_offset, scale, implementation: as in :func:`ntk_attention`.
+        bias, mask, is_causal, query_offset, scale, logits_soft_cap, local_window_size, implementation: as in
+            :func:`ntk_attention`.
 
     Returns:
         [B, T, N, H] in the dtype of ``query``.
@@ -208,7 +218,9 @@ def prefix_attention(
 
     Source: arXiv 2406.14036, section on prefix attention; the merge of the two passes is derived.
     """
-    scale = check_attention(query, key, value, bias, mask, scale)
+    definition, own = _described(
+        query, key, value, bias, mask, is_causal, query_offset, scale, logits_soft_cap, local_window_size
+    )
     check_prefix(query, key, prefix_key, prefix_value, prefix_bias)
     if prefix_bias is not None and prefix_key.ndim == 3 and (prefix_bias.shape[0] > 1 or prefix_bias.shape[2] > 1):
         shape = (
@@ -216,15 +228,15 @@ def prefix_attention(
             *prefix_key.shape,
         )  # a shared prefix is one row of all queries: its bias is one for all
         prefix_key, prefix_value = jnp.broadcast_to(prefix_key, shape), jnp.broadcast_to(prefix_value, shape)
-    causal = _Causal.of(is_causal, query_offset)
-    own, prefix = Source(key, value, bias, mask, causal.dynamic), Source(prefix_key, prefix_value, prefix_bias)
+    prefix = Source(prefix_key, prefix_value, prefix_bias)
     sources = (own, prefix) if prefix_key.shape[-3] else (own,)
-    flashes = _choose(implementation, scale, causal, query, *sources)
+    flashes = _choose(implementation, definition, query, *sources)
     if flashes is None:
         shape = (query.shape[0], *prefix_key.shape[-3:])
         prefix = prefix._replace(key=jnp.broadcast_to(prefix_key, shape), value=jnp.broadcast_to(prefix_value, shape))
-        both = jnp.concatenate([_scores(query, prefix, None, scale), _scores(query, own, causal, scale)], axis=-1)
-        return _reference(both, jnp.concatenate([prefix.value, value], axis=1))[0].astype(query.dtype)
+        scores = reference.scores(definition.everywhere(), query, prefix), reference.scores(definition, query, own)
+        both = jnp.concatenate(scores, axis=-1)
+        return reference.attend(both, jnp.concatenate([prefix.value, value], axis=1))[0].astype(query.dtype)
     return attend(flashes, query, sources)
 
 
@@ -238,19 +250,19 @@ def softmax_attention(
     is_causal: bool = False,
     query_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention without a prefix: what :func:`ntk_attention` is at ``z = 0, k = 0``, bit for bit.
 
     Arguments, result and errors are those of :func:`ntk_attention`.
     """
-    scale = check_attention(query, key, value, bias, mask, scale)
-    causal = _Causal.of(is_causal, query_offset)
-    own = Source(key, value, bias, mask, causal.dynamic)
-    flashes = _choose(implementation, scale, causal, query, own)
-    if flashes is None:
-        return _reference(_scores(query, own, causal, scale), value)[0].astype(query.dtype)
-    return attend(flashes, query, (own,))
+    definition, own = _described(
+        query, key, value, bias, mask, is_causal, query_offset, scale, logits_soft_cap, local_window_size
+    )
+    flashes = _choose(implementation, definition, query, own)
+    return _softmax(definition, flashes, query, own)
 
 
 def attention_with_lse(
@@ -263,6 +275,8 @@ def attention_with_lse(
     is_causal: bool = False,
     query_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Return :func:`softmax_attention` and the log-sum-exp of each row's scores, differentiable through both.
@@ -272,11 +286,12 @@ def attention_with_lse(
     ``stop_gradient``, so whatever is merged on it has wrong gradients for queries and keys.
 
     Args:
-        query, key, value, bias, mask, is_causal, query_offset, scale, implementation: as in :func:`ntk_attention`.
+        query, key, value, bias, mask, is_causal, query_offset, scale, logits_soft_cap, local_window_size, implementation:
+            as in :func:`ntk_attention`.
 
     Returns:
-        The output, [B, T, N, H] in the dtype of ``query``, and ``lse = logsumexp(scale q . k + bias)``, [B, T, N] in float32
-        (float64 for float64 inputs); -inf, with output and gradients 0, for a row that sees no key.
+        The output, [B, T, N, H] in the dtype of ``query``, and ``lse = logsumexp(cap(scale q . k) + bias)``, [B, T, N] in
+        float32 (float64 for float64 inputs); -inf, with output and gradients 0, for a row that sees no key.
 
     Raises:
         ValueError: shapes do not fit together, or the named implementation cannot take them.
@@ -286,12 +301,12 @@ def attention_with_lse(
 
     Source: derived: ``dS = P * (dO V^T - rowsum(dO * O) + d_lse)``, the flash backward with one more term.
     """
-    scale = check_attention(query, key, value, bias, mask, scale)
-    causal = _Causal.of(is_causal, query_offset)
-    own = Source(key, value, bias, mask, causal.dynamic)
-    flashes = _choose(implementation, scale, causal, query, own)
+    definition, own = _described(
+        query, key, value, bias, mask, is_causal, query_offset, scale, logits_soft_cap, local_window_size
+    )
+    flashes = _choose(implementation, definition, query, own)
     if flashes is None:
-        output, lse = _reference(_scores(query, own, causal, scale), value)
+        output, lse = reference.attend(reference.scores(definition, query, own), value)
         output = output.astype(query.dtype)
     else:
         output, lse = attend_with_lse(flashes, query, (own,))
@@ -341,7 +356,16 @@ def merge_attention(
     return output, jnp.where(empty, -jnp.inf, largest + jnp.log(total))
 
 
-# ----------------------------------------------------------------------------------- the linear part
+# ------------------------------------------------------------------------------------------ the parts
+
+
+def _softmax(
+    definition: Flash, flashes: tuple[Flash, ...] | None, query: Array, own: Source
+) -> Float[Array, "B T N H"]:
+    """Return attention over keys alone."""
+    if flashes is None:
+        return reference.attend(reference.scores(definition, query, own), own.value)[0].astype(query.dtype)
+    return attend(flashes, query, (own,))
 
 
 def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: float) -> Linear:
@@ -374,81 +398,32 @@ def _unit(arrays: tuple[Array, ...], dtype: jnp.dtype) -> Float[Array, "N"]:
     return jax.lax.stop_gradient(jnp.where(beyond, 2.0 ** (3 * exponent), 1).astype(dtype))
 
 
-# ------------------------------------------------------------------------------------- the reference
-
-
-def _scores(query: Array, source: Source, causal: _Causal | None, scale: float) -> Float[Array, "B N T S"]:
-    """Return all T x S scores at once, in the accumulation dtype: the definition."""
-    key, _, bias, mask, _ = source
-    dtype = accumulation_dtype(query.dtype)
-    groups = query.shape[2] // max(key.shape[2], 1)
-    keys = jnp.repeat(key, groups, axis=2).astype(dtype)
-    result = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(dtype), keys)
-    if bias is not None:
-        result = result + bias.astype(dtype)
-    if mask is not None:
-        result = jnp.where(mask, result, -jnp.inf)
-    if causal is not None and causal.is_causal:
-        last = np.arange(result.shape[2], dtype=np.int32) + causal.offset
-        keep = np.arange(result.shape[3], dtype=np.int32)[None] <= last[:, None]
-        result = jnp.where(keep[None, None], result, -jnp.inf)
-    return result
-
-
-@jax.jit
-def _reference(
-    all_scores: Float[Array, "B N T S"], value: Float[Array, "B S K H"], linear: Linear | None = None
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Return the formula as it stands, ``(A V + N) / (A 1 + E)``, and the log of what is below; plain autodiff."""
-    dtype = all_scores.dtype
-    values = jnp.repeat(value, all_scores.shape[1] // value.shape[2], axis=2).astype(dtype)
-    largest = jnp.max(all_scores, axis=-1, initial=-jnp.inf)
-    if linear is not None:
-        largest = jnp.maximum(largest, jnp.log(linear.mass) + linear.log_unit)
-    largest = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, jnp.inf, largest))
-    attention = jnp.exp(all_scores - largest[..., None])
-    above = jnp.einsum("bnts,bsnh->bnth", attention, values)
-    below = jnp.sum(attention, axis=-1)
-    if linear is not None:
-        weight = linear_weight(largest - linear.log_unit)
-        above = above + weight[..., None] * linear.numerator
-        below = below + weight * linear.mass
-    empty = below == 0
-    below = jnp.where(empty, 1, below)
-    return (above / below[..., None]).transpose(0, 2, 1, 3), jnp.where(empty, -jnp.inf, largest + jnp.log(below))
-
-
 # ---------------------------------------------------------------------------------------- arguments
 
 
-class _Causal(NamedTuple):
-    """Whether queries see what comes after them, and where among the keys they stand."""
-
-    is_causal: bool
-    offset: int | Array
-
-    @classmethod
-    def of(cls, is_causal: bool, offset: int | Array) -> _Causal:
-        """Return them checked: an offset is a number that is known, or one of an array's."""
-        known = isinstance(offset, int | np.integer)
-        if not known and not (jnp.issubdtype(getattr(offset, "dtype", bool), jnp.integer) and jnp.ndim(offset) == 0):
-            raise expected("query_offset", "a whole number, or an integer array []", offset)
-        if not is_causal and not (known and offset == 0):
-            raise expected("query_offset", "0 without is_causal", offset, "Hide keys with mask")
-        return cls(is_causal, int(offset) if known else jnp.asarray(offset, jnp.int32))
-
-    @property
-    def dynamic(self) -> Array | None:
-        return self.offset if isinstance(self.offset, Array) else None
-
-    @property
-    def static(self) -> int:
-        return 0 if isinstance(self.offset, Array) else self.offset
+def _described(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    mask: Array | None,
+    is_causal: bool,
+    query_offset: int | Array,
+    scale: float | None,
+    logits_soft_cap: float | None,
+    local_window_size: int | tuple[int, int] | None,
+) -> tuple[Flash, Source]:
+    """Return what is static about attention over these keys, by the definition, and the keys: checked."""
+    scale = check_attention(query, key, value, bias, mask, scale)
+    soft_cap, (left, right) = check_soft_cap(logits_soft_cap), check_window(local_window_size)
+    known = check_offset(query_offset, needed=is_causal or local_window_size is not None)
+    static, dynamic = (int(query_offset), None) if known else (0, jnp.asarray(query_offset, jnp.int32))
+    is_causal = is_causal or right == 0
+    flash = Flash("reference", scale, is_causal, static, (left, None if is_causal else right), soft_cap)
+    return flash, Source(key, value, bias, mask, dynamic)
 
 
-def _choose(
-    implementation: str | None, scale: float, causal: _Causal, query: Array, *sources: Source
-) -> tuple[Flash, ...] | None:
+def _choose(implementation: str | None, definition: Flash, query: Array, *sources: Source) -> tuple[Flash, ...] | None:
     """Return what runs: for each source a flash of the implementation asked for, or of the first that can; None: reference.
 
     All sources but the first are prefixes, which every query sees.
@@ -459,8 +434,8 @@ def _choose(
         raise expected("implementation", f"one of {IMPLEMENTATIONS}, or None", repr(implementation))
 
     def of(name: str) -> tuple[Flash, ...]:
-        own = Flash(name, scale, causal.is_causal, causal.static)
-        return own, *[Flash(name, scale) for _ in sources[1:]]
+        own = dataclasses.replace(definition, implementation=name)
+        return own, *[own.everywhere() for _ in sources[1:]]
 
     if implementation is not None:
         flashes = of(implementation)

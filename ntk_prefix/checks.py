@@ -27,6 +27,7 @@ __all__ = [
     "check_floating",
     "check_inputs",
     "check_non_negative",
+    "check_offset",
     "check_positive",
     "check_prefix",
     "check_unit_ball",
@@ -286,6 +287,47 @@ def check_attention(
     if mask is not None and mask.dtype != jnp.bool_:
         raise expected("mask", "booleans, True where a key is seen", mask.dtype, "Use bias for numbers")
     return _checked_scale(scale, head_dim)
+
+
+UNBOUNDED = 2**30
+"""From so many tokens to one side on a window has no end: beyond every sequence, and no sum of places overflows."""
+
+
+def check_window(window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
+    """Raise unless a window is one of attention; return how many keys are seen to the left and right, None for all."""
+    if window is None:
+        return None, None
+    sides = window if isinstance(window, tuple) else (window, window)
+    whole = [isinstance(x, int | np.integer) and not isinstance(x, bool) and x >= 0 for x in sides]
+    if len(sides) != 2 or not all(whole):
+        wanted = "a whole number >= 0 of tokens seen to each side, or (left, right)"
+        raise expected("local_window_size", wanted, repr(window), "Use None for no window")
+    left, right = (None if x >= UNBOUNDED else int(x) for x in sides)
+    return left, right
+
+
+def check_soft_cap(cap: float | None) -> float | None:
+    """Raise unless a soft cap is None or > 0, and a float32 can divide by it; return it."""
+    if cap is None:
+        return None
+    if not _is_number(cap) or not 1e-30 <= cap <= 1e30:
+        raise expected("logits_soft_cap", "a number > 0, from 1e-30 to 1e30", repr(cap), "Use None for no cap")
+    return float(cap)
+
+
+def check_offset(offset: int | jax.Array, needed: bool) -> bool:
+    """Raise unless an offset of queries is a whole number, or an array of one; return whether it is known by now.
+
+    Args:
+        offset: what was given.
+        needed: whether anything counts from it.
+    """
+    known = isinstance(offset, int | np.integer)
+    if not known and not (jnp.issubdtype(getattr(offset, "dtype", bool), jnp.integer) and jnp.ndim(offset) == 0):
+        raise expected("query_offset", "a whole number, or an integer array []", offset)
+    if not needed and not (known and offset == 0):
+        raise expected("query_offset", "0 without is_causal or a window", offset, "Hide keys with mask")
+    return known
 
 
 def _check_scores(name: str, x: jax.Array, full: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ of a score of 1e4 (1e-3 in float32), of one of 1e9 in float64 (1.2e-7), and a fe
 
 import dataclasses
 import functools
+import logging
 import math
 from types import SimpleNamespace
 
@@ -209,9 +210,14 @@ def _scores(query, key, bias, parameters):
     scores = parameters["scale"] * jnp.einsum("btnh,bsnh->bnts", query.astype("f4"), _heads(key, query).astype("f4"))
     if bias.size:  # two infinities would be subtracted in the kernel
         scores = scores + jnp.where(jnp.isfinite(bias), bias.astype("f4"), jnp.nan)
-    if parameters["mask_type"] == "causal":
-        scores = jnp.where(jnp.tri(*scores.shape[2:], dtype=bool)[None, None], scores, -jnp.inf)
-    return scores
+    seen = (
+        np.tri(*scores.shape[2:], dtype=bool)
+        if parameters["mask_type"] == "causal"
+        else np.ones(scores.shape[2:], bool)
+    )
+    if length := parameters["sliding_window_length"]:
+        seen &= ~np.tri(*scores.shape[2:], -length, dtype=bool)
+    return jnp.where(seen[None, None], scores, -jnp.inf)
 
 
 def _heads(x, query):
@@ -307,6 +313,39 @@ class TestCudnn:
             x, y = np.float32(got[0][name]), np.float32(wanted[0][name])
             assert np.abs(x - y).max() <= 2e-2 * np.abs(y).max(), name
         assert np.abs(np.float32(got[1]) - np.float32(wanted[1])).max() <= 2e-2
+
+    def test_a_window_to_the_left_is_handed_over(self, cudnn):
+        a = arrays(jnp.bfloat16)
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(implementation, a):
+            options = dict(local_window_size=(2, 0), implementation=implementation)
+            output, pull = jax.vjp(lambda a: ntk_attention(**a, **options), a)
+            return {"output": output, **pull(jnp.asarray(COTANGENT, jnp.bfloat16))[0]}
+
+        got, wanted = run("cudnn", a), run("xla", a)
+        for name, y in wanted.items():
+            assert np.abs(np.float32(got[name]) - np.float32(y)).max() <= 2e-2 * np.abs(np.float32(y)).max(), name
+        wider = ntk_attention(**a, is_causal=True, local_window_size=3, implementation="xla")  # the control
+        assert np.abs(np.float32(wider) - np.float32(wanted["output"])).max() > 5e-2
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(logits_soft_cap=5.0), "cuDNN takes no soft cap"),
+            (dict(local_window_size=2), r"windows to the left only, \(left, 0\), got \(2, 2\)"),
+            (dict(local_window_size=(2, 0), mask=np.ones((1, 1, 1, 4), bool)), "without a bias and a mask only"),
+        ],
+    )
+    def test_what_it_cannot_transform_is_named_and_xla_takes_it(self, cudnn, caplog, options, message):
+        a = jax.tree.map(lambda x: jnp.zeros((1, 4, *x.shape[2:]), x.dtype), arrays(jnp.bfloat16))
+        a = {name: a[name] for name in ("query", "key", "value")}
+        options = {name: jnp.asarray(x) if name == "mask" else x for name, x in options.items()}
+        with pytest.raises(ValueError, match=message):
+            softmax_attention(**a, **options, implementation="cudnn")
+        with caplog.at_level(logging.INFO, logger="ntk_prefix.attention"):
+            softmax_attention(**a, **options)
+        assert "attention runs on xla: cudnn" in caplog.messages[0]
 
     def test_an_ordinary_bias_is_handed_over_as_it_is(self, cudnn):
         a = arrays(jnp.bfloat16)

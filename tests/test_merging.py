@@ -266,7 +266,10 @@ class TestQueryOffset:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (dict(query_offset=1), "query_offset: expected 0 without is_causal, got 1. Hide keys with mask"),
+            (
+                dict(query_offset=1),
+                "query_offset: expected 0 without is_causal or a window, got 1. Hide keys with mask",
+            ),
             (dict(query_offset=1.5, is_causal=True), "query_offset: expected a whole number, or an integer array"),
             (dict(query_offset=jnp.arange(2), is_causal=True), "query_offset: expected a whole number, or an integer"),
         ],

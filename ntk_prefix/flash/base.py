@@ -58,14 +58,27 @@ class Gradients(NamedTuple):
 class Flash:
     """One flash attention: what is static about it, and its two halves.
 
-    ``scores = scale * query . key + bias``, minus infinity where ``mask`` is False or, if causal, where ``s > t +
-    query_offset``.
+    ``scores = cap(scale * query . key) + bias``, where ``cap(x) = logits_soft_cap * tanh(x / logits_soft_cap)``; minus
+    infinity where ``mask`` is False and at keys s outside of what query t sees, ``t + query_offset - left <= s <= t +
+    query_offset + right``.
     """
 
     implementation: str
     scale: float
     is_causal: bool = False
     query_offset: int = 0
+    window: tuple[int | None, int | None] = (None, None)
+    """(left, right), without an end where None; see :attr:`sees`."""
+    logits_soft_cap: float | None = None
+
+    @property
+    def sees(self) -> tuple[int | None, int | None]:
+        """How many keys a query sees before and after its own place, None is all: the window and causality in one."""
+        return self.window[0], 0 if self.is_causal else self.window[1]
+
+    def everywhere(self) -> Flash:
+        """Return the same for keys that every query sees: those of a prefix."""
+        return dataclasses.replace(self, is_causal=False, query_offset=0, window=(None, None))
 
     def problem(self, query: Float[Array, "B T N H"], source: Source) -> str | None:
         """Return why these arguments cannot be taken, wherever it is run; None if they can."""

@@ -24,6 +24,17 @@ def _problem(flash: Flash, query: Array, source: Source) -> str | None:
         return "cuDNN needs at least one key, got S=0"
     if offset is not None or flash.query_offset:
         return "cuDNN counts causality from 0, got a query_offset"
+    if flash.logits_soft_cap is not None:
+        return "cuDNN takes no soft cap, got logits_soft_cap: use implementation='xla'"
+    if flash.window != (None, None):
+        if flash.sees[0] is None or flash.sees[1] != 0:
+            return f"cuDNN takes windows to the left only, (left, 0), got {flash.sees}: use implementation='xla'"
+        if bias is not None or mask is not None:
+            return "cuDNN takes a window without a bias and a mask only: use implementation='xla'"
+        if query.shape[1] > key.shape[-3]:
+            return (
+                f"cuDNN takes a window over as many keys as queries at least, got T={query.shape[1]}, S={key.shape[-3]}"
+            )
     return None
 
 
@@ -95,7 +106,7 @@ def _call(flash: Flash, query: Array, source: Source) -> _Call:
             shift = jnp.where(large, largest, 0)
             wide = wide - shift[..., None]
         combined = jnp.clip(wide, masked, -masked).astype(query.dtype)
-    mask_type = _cudnn().MaskType.CAUSAL if flash.is_causal else _cudnn().MaskType.NO_MASK
+    mask_type = _cudnn().MaskType.CAUSAL if flash.sees[1] == 0 else _cudnn().MaskType.NO_MASK
     parameters = dict(
         scale=float(flash.scale),
         seed=42,
@@ -103,7 +114,7 @@ def _call(flash: Flash, query: Array, source: Source) -> _Call:
         variadic_args=(has_bias, has_bias),
         mask_type=mask_type,
         layout=_cudnn().AttentionLayout.BTNH.value,
-        sliding_window_length=None,
+        sliding_window_length=None if flash.sees[0] is None else flash.sees[0] + 1,  # the query's own place counts
     )
     # bias, query lengths, key lengths, query offsets, key offsets, page table of keys, page table of values
     return _Call([combined, *[unused] * 6], parameters, shift)

@@ -47,8 +47,11 @@ def _problem(flash: Flash, query: Array, source: Source) -> str | None:
         return f"splash takes masks of keys, [B, 1, 1, S], got {source.mask.shape}: use implementation='xla'"
     if source.query_offset is not None or flash.query_offset < 0:
         return "splash takes a query_offset >= 0 that is known before the program runs: use implementation='xla'"
-    if source.key.shape[-3] == 0 or query.shape[1] == 0:
-        return f"splash needs a query and a key, got T={query.shape[1]}, S={source.key.shape[-3]}"
+    queries, keys, left = query.shape[1], source.key.shape[-3], flash.sees[0]
+    if keys == 0 or queries == 0:
+        return f"splash needs a query and a key, got T={queries}, S={keys}"
+    if left is not None and flash.query_offset - left >= keys:
+        return "splash needs a key in the window of a query, and all are before it: use implementation='xla'"
     return None
 
 
@@ -93,7 +96,10 @@ def _kernel(flash: Flash, heads: int, queries: int, keys: int) -> Any:
     """Return what the kernel wants to know beforehand, for lengths that blocks divide: which blocks meet, and their sizes."""
     kernel, masks = _library()
     shape = (queries, keys)
-    mask = masks.CausalMask(shape, offset=flash.query_offset) if flash.is_causal else masks.FullMask(shape)
+    if flash.window != (None, None):
+        mask = masks.LocalMask(shape, window_size=flash.sees, offset=flash.query_offset)
+    else:
+        mask = masks.CausalMask(shape, offset=flash.query_offset) if flash.is_causal else masks.FullMask(shape)
     rows, columns = _block(queries), _block(keys)
     sizes = kernel.BlockSizes(
         block_q=rows,
@@ -122,6 +128,7 @@ def _forward_row(
         _segments(kernel, flash, lengths, query.shape[0], key.shape[0], seen),
         None,
         save_residuals=True,
+        attn_logits_soft_cap=flash.logits_soft_cap,
         interpret=INTERPRET,
         **{name: made.kwargs[name] for name in ("mask_value", "is_mqa", "block_sizes", "mask_function")},
         residual_checkpoint_name=None,
@@ -158,7 +165,7 @@ def _backward_row(
     common = dict(
         is_mqa=False,
         mask_value=made.kwargs["mask_value"],
-        attn_logits_soft_cap=None,
+        attn_logits_soft_cap=flash.logits_soft_cap,
         q_layout=sizes.q_layout,
         k_layout=sizes.k_layout,
         v_layout=sizes.v_layout,
@@ -194,7 +201,8 @@ def _heads_first(x: Array, length: int) -> Array:
 
 def _segments(kernel: Any, flash: Flash, lengths: tuple[int, int], queries: int, keys: int, seen: Array | None) -> Any:
     """Return segments, by which queries, all of segment 1, see keys of the same: those a mask leaves, not the padding."""
-    hidden_anyway = flash.is_causal and queries + flash.query_offset <= keys
+    right = flash.sees[1]
+    hidden_anyway = right is not None and queries + flash.query_offset + right <= keys
     if seen is None and (lengths[1] == keys or hidden_anyway):
         return None
     seen = jnp.ones(keys, bool) if seen is None else seen
@@ -220,17 +228,18 @@ def _by_rows(function: Callable[..., Any], *arrays: Array | None) -> Any:
 class _Layout:
     """Which axes of a mesh divide rows and heads of what is computed; nothing without a mesh.
 
-    Where keys are shared by a batch its rows are one long row of queries, and that is divided.
+    Where keys are shared by a batch its rows are one long row of queries, and that is divided; not where it matters to a
+    query at which place it stands.
     """
 
-    def __init__(self, query: Array, key: Array):
+    def __init__(self, flash: Flash, query: Array, key: Array):
         self.mesh = sharding.current_mesh()
         batch, length, heads, _ = query.shape
         self.rows = self.queries = self.heads = None
         if self.mesh is None:
             return
         rows, queries, heads_axis = sharding.spec(self.mesh, ("batch", None, "heads"), (batch, length, heads))
-        if batch == 1:
+        if batch == 1 and flash.sees == (None, None):
             queries = sharding.spec(self.mesh, ("batch",), (length,))[0]
         self.rows, self.queries = rows, queries
         whole_groups = sharding.spec(self.mesh, ("key_heads",), (key.shape[2],))[0]
@@ -281,8 +290,8 @@ def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
             return _by_rows(functools.partial(_forward_row, flash, _lengths(query, key)), query, key, value, seen)
 
     arguments = (query, source.key, source.value, _seen(source))
-    output, lse = _Layout(query, source.key).apply(run, "qkkm", "qs", *arguments)
-    if source.mask is None:
+    output, lse = _Layout(flash, query, source.key).apply(run, "qkkm", "qs", *arguments)
+    if source.mask is None and flash.window == (None, None):
         return Statistics(output, lse, jnp.zeros_like(lse))
     empty = lse < np.finfo(np.float32).min / 4  # the mean of what is masked, at the kernel's own "minus infinity"
     output = jnp.where(empty.transpose(0, 2, 1)[..., None], 0, output)
@@ -292,7 +301,7 @@ def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
 def _backward(
     flash: Flash, query: Array, source: Source, statistics: Statistics, d_output: Array, d_lse: Array | None
 ) -> Gradients:
-    layout = _Layout(query, source.key)
+    layout = _Layout(flash, query, source.key)
 
     def run(
         query: Array, key: Array, value: Array, seen: Array | None, lse: Array, projection: Array, d_output: Array

@@ -62,11 +62,12 @@ class _Blocks:
     key_length: int
     key_heads: int
     groups: int
-    is_causal: bool
+    sees: tuple[int | None, int | None]
     query_offset: int | Array
     rows: int
     columns: int
     scale: float
+    soft_cap: float | None
     sums: np.dtype
     factors: np.dtype
 
@@ -76,12 +77,16 @@ class _Blocks:
         batch, query_length, heads, _ = query.shape
         key_length, key_heads = key.shape[1], key.shape[2]
         tuning = TUNINGS.get(target_platform(), TUNINGS["gpu"])
-        widest = tuning.keys
+        widest, highest = tuning.keys, tuning.queries
         if tuning.long and query_length <= tuning.queries:
             widest = max(widest, tuning.scores // max(batch * heads * query_length, 1))
+        left, right = flash.sees
+        if left is not None and right is not None:  # blocks much larger than a window are mostly outside of it
+            narrow = max(left + right + 1, tuning.queries // 4)
+            widest, highest = min(widest, narrow), min(highest, narrow)
         columns = _even_block(key_length, widest)
         affordable = tuning.scores // max(batch * heads * columns, 1)
-        rows = _even_block(query_length, min(tuning.queries, max(affordable, tuning.queries // 8)))
+        rows = _even_block(query_length, min(highest, max(affordable, tuning.queries // 8)))
         offset = flash.query_offset if source.query_offset is None else source.query_offset
         sums = accumulation_dtype(query.dtype)
         same = query.dtype == key.dtype == source.value.dtype
@@ -90,11 +95,12 @@ class _Blocks:
             key_length,
             key_heads,
             heads // key_heads,
-            flash.is_causal,
+            flash.sees,
             offset,
             rows,
             columns,
             flash.scale,
+            flash.logits_soft_cap,
             sums,
             query.dtype if tuning.narrow and same and query.dtype == jnp.bfloat16 else sums,
         )
@@ -108,23 +114,48 @@ class _Blocks:
         return -(-self.key_length // self.columns)
 
     def pairs(self) -> np.ndarray:
-        """Return the (query, key) block pairs to visit, [pairs, 2]; none above a diagonal that is known."""
-        all_pairs = [(i, j) for i in range(self.query_blocks) for j in range(self.key_blocks)]
+        """Return the (query, key) block pairs to visit, [pairs, 2]; where they are known, none that sees nothing.
+
+        Behind an offset that is known at run time only, what a window may touch is counted from :meth:`first`.
+        """
+        columns = self.key_blocks if self.bound is None else self.bound
+        all_pairs = [(i, j) for i in range(self.query_blocks) for j in range(columns)]
         visit = all_pairs if isinstance(self.query_offset, Array) else [pair for pair in all_pairs if self.meet(*pair)]
         return np.array(visit, np.int32).reshape(-1, 2)
 
+    @property
+    def bound(self) -> int | None:
+        """How many blocks of keys one of queries touches at most, if that is few and where they are is not yet known."""
+        left, right = self.sees
+        if left is None or right is None or not isinstance(self.query_offset, Array):
+            return None
+        touched = -(-(left + right + self.rows - 1) // self.columns) + 1
+        return touched if touched < self.key_blocks else None
+
+    def first(self, i: Array) -> Array:
+        """Return the first of the :attr:`bound` blocks of keys that block i of queries may touch."""
+        left, bound = self.sees[0], self.bound
+        assert left is not None
+        assert bound is not None
+        return jnp.clip((i * self.rows + self.query_offset - left) // self.columns, 0, self.key_blocks - bound)
+
     def meet(self, i: Any, j: Any) -> Any:
-        """Whether any query of block i sees any key of block j, as far as causality goes."""
-        return not self.is_causal or j * self.columns < (i + 1) * self.rows + self.query_offset
+        """Whether any query of block i sees any key of block j, as far as causality and windows go."""
+        left, right = self.sees
+        below = right is None or j * self.columns < (i + 1) * self.rows + self.query_offset + right
+        above = left is None or (j + 1) * self.columns > i * self.rows + self.query_offset - left
+        return below & above
 
     def scan(self, visit: Callable[[Any, Array, Array], Any], start: Any) -> Any:
-        """Fold ``visit(carry, i, j)`` over all pairs; where the diagonal is known at run time only, skip pairs then."""
+        """Fold ``visit(carry, i, j)`` over all pairs; what is out of sight is skipped at run time if not known before."""
         pairs = self.pairs()
 
         def step(carry: Any, pair: Array) -> tuple[Any, None]:
-            if not self.is_causal or not isinstance(self.query_offset, Array) or self.key_blocks == 1:
-                return visit(carry, *pair), None
-            return jax.lax.cond(self.meet(*pair), visit, lambda carry, *_: carry, carry, *pair), None
+            i, j = pair
+            if self.sees == (None, None) or not isinstance(self.query_offset, Array) or self.key_blocks == 1:
+                return visit(carry, i, j), None
+            j = j if self.bound is None else j + self.first(i)
+            return jax.lax.cond(self.meet(i, j), visit, lambda carry, *_: carry, carry, i, j), None
 
         return jax.lax.scan(step, start, jnp.asarray(pairs))[0] if len(pairs) else start
 
@@ -199,23 +230,33 @@ class _Blocks:
 
     def scores(
         self, query: Array, key: Array, bias: Array | None, mask: Array | None, i: Array, j: Array
-    ) -> Float[Array, "B K grouped columns"]:
-        """Return one block of scores, of queries as :meth:`scaled` returns them."""
-        result = self.rescaled(self.product("bkrh,bksh->bkrs", query, key))
-        if bias is None and mask is None and not self.is_causal and self.key_length % self.columns == 0:
-            return result
+    ) -> tuple[Float[Array, "B K grouped columns"], Float[Array, "B K grouped columns"] | None]:
+        """Return one block of scores, of queries as :meth:`scaled` returns them, and its derivative by ``scale q . k``.
+
+        The derivative is ``1 - tanh^2``, and None without a soft cap.
+        """
+        result, slope = self.rescaled(self.product("bkrh,bksh->bkrs", query, key)), None
+        if self.soft_cap is not None:
+            ratio = jnp.tanh(result / self.soft_cap)
+            result, slope = self.soft_cap * ratio, (1 - ratio) * (1 + ratio)
+        left, right = self.sees
+        whole = self.sees == (None, None) and self.key_length % self.columns == 0
+        if bias is None and mask is None and whole:
+            return result, slope
         grouped = self.ungroup(result)
         row = (i * self.rows + jnp.arange(self.rows, dtype=np.int32))[:, None]
         column = (j * self.columns + jnp.arange(self.columns, dtype=np.int32))[None, :]
         keep = column < self.key_length
-        if self.is_causal:
-            keep = keep & (column <= row + self.query_offset)
+        if right is not None:
+            keep = keep & (column <= row + self.query_offset + right)
+        if left is not None:
+            keep = keep & (column >= row + self.query_offset - left)
         keep = keep[None, None, None]
         if mask is not None:
             keep = keep & self.window(mask, i, j)
         if bias is not None:
             grouped = grouped + self.window(bias, i, j).astype(grouped.dtype)
-        return jnp.where(keep, grouped, -jnp.inf).reshape(result.shape)
+        return jnp.where(keep, grouped, -jnp.inf).reshape(result.shape), slope
 
     def ungroup(self, x: Float[Array, "B K grouped columns"]) -> Float[Array, "B K G rows columns"]:
         batch, heads, _, columns = x.shape
@@ -247,7 +288,7 @@ def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
         """Online softmax: rescale what was summed so far to the new row maximum, then add this block."""
         maxima, sums, outputs = carry
         old_maximum = _at(maxima, i)
-        block = blocks.scores(blocks.scaled(_at(queries, i)), _at(keys, j), bias, mask, i, j)
+        block, _ = blocks.scores(blocks.scaled(_at(queries, i)), _at(keys, j), bias, mask, i, j)
         maximum = jnp.maximum(old_maximum, jnp.max(block, axis=-1))
         shift = jnp.where(maximum == -jnp.inf, 0, maximum)  # a row without keys so far: exp(-inf - 0) = 0
         weights = jnp.exp(block - shift[..., None])
@@ -287,12 +328,14 @@ def _backward(
     def visit(carry: tuple[Array, Array, Array, Array | None], i: Array, j: Array) -> Any:
         d_queries, d_keys, d_values, d_bias = carry
         block_query, block_key, d_block_output = blocks.scaled(_at(queries, i)), _at(keys, j), _at(d_outputs, i)
-        block = blocks.scores(block_query, block_key, cut_bias, cut_mask, i, j)
+        block, slope = blocks.scores(block_query, block_key, cut_bias, cut_mask, i, j)
         weights = jnp.exp((block - _at(maxima, i)[..., None]) - _at(log_sums, i)[..., None])
         d_weights = blocks.product("bkrh,bksh->bkrs", d_block_output, _at(values, j))
         d_scores = weights * (d_weights - _at(projection, i)[..., None])
         if d_bias is not None:
             d_bias = blocks.add_to_window(d_bias, i, j, blocks.ungroup(d_scores))
+        if slope is not None:
+            d_scores = d_scores * slope
         return (
             _add(d_queries, i, flash.scale * blocks.product("bkrs,bksh->bkrh", d_scores, block_key)),
             _add(d_keys, j, blocks.rescaled(blocks.product("bkrs,bkrh->bksh", d_scores, block_query))),
