@@ -12,7 +12,7 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -42,7 +42,14 @@ class Sizes:
     accuracy: tuple[int, int, int, int] = (2, 512, 4, 128)
     implementations: tuple[str, ...] = IMPLEMENTATIONS
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    cases: tuple[str, ...] = ("causal", "causal, grouped, bias, mask", "log-sum-exp", "exact prefix")
+    cases: tuple[str, ...] = (
+        "causal",
+        "causal, grouped, bias, mask",
+        "log-sum-exp",
+        "exact prefix",
+        "window",
+        "soft cap",
+    )
     causal: tuple[bool, ...] = (False, True)
     product: int = 8192
     kernel: tuple[int, int, int] = (64, 32, 65_536)
@@ -100,6 +107,8 @@ class Case:
     is_causal: bool = False
     biased: bool = False
     """Two query heads a key head, a bias that lifts and lowers whole rows, and a mask that leaves two rows empty."""
+    transform: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """A window, a soft cap."""
 
 
 CASES = {
@@ -107,6 +116,8 @@ CASES = {
     "causal, grouped, bias, mask": Case(is_causal=True, biased=True),
     "log-sum-exp": Case(npx.attention_with_lse, is_causal=True),
     "exact prefix": Case(npx.prefix_attention),
+    "window": Case(is_causal=True, transform={"local_window_size": 100}),
+    "soft cap": Case(is_causal=True, transform={"logits_soft_cap": 2.0}),
 }
 
 
@@ -150,7 +161,7 @@ def called(case: str, dtype: str, shape: tuple[int, int, int, int]) -> tuple[Cal
     how, (batch, length, heads, _) = CASES[case], shape
     (query, key, value, z, k), _ = arrays(*shape, jnp.dtype(dtype))
     found = {"query": query, "key": key, "value": value}
-    options: dict[str, Any] = {"is_causal": how.is_causal}
+    options: dict[str, Any] = {"is_causal": how.is_causal, **how.transform}
     if how.biased:
         found |= {"key": key[:, :, ::2], "value": value[:, :, ::2]}
         rows = jnp.arange(length)[:, None]

@@ -66,6 +66,7 @@ def programs(
     head_dim: int,
     implementations: list[str],
     masses: tuple[str, ...] = ("absolute", "relative"),
+    transform: dict[str, Any] | None = None,
     **axes: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield a report for each implementation, forward and with all gradients, causal, in bfloat16."""
@@ -92,7 +93,8 @@ def programs(
     for implementation in implementations:
         for mass in masses:
             named = None if implementation == "default" else implementation
-            attend = functools.partial(npx.ntk_attention, is_causal=True, implementation=named, mass=mass)
+            options = {"implementation": named, "mass": mass, **(transform or {})}
+            attend = functools.partial(npx.ntk_attention, is_causal=True, **options)
             loss = lambda *xs, attend=attend: jnp.sum(attend(*xs).astype(jnp.float32))  # noqa: E731
             for name, function in (("forward", attend), ("with backward", jax.grad(loss, (0, 1, 2, 3, 4)))):
                 what = {"topology": topology, "implementation": implementation, "mass": mass, "program": name}
@@ -110,6 +112,8 @@ def main() -> None:
     parser.add_argument("--mass", action="append", choices=["absolute", "relative"])
     for name, value in (("batch", 4), ("length", 4096), ("heads", 16), ("key-heads", 0), ("head-dim", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--local-window-size", type=int)
+    parser.add_argument("--logits-soft-cap", type=float)
     for name in ("data", "fsdp", "tensor"):
         parser.add_argument(f"--{name}", type=int, default=1)
     given = parser.parse_args()
@@ -129,6 +133,7 @@ def main() -> None:
             given.head_dim,
             given.implementation or ["splash"],
             tuple(given.mass or ("absolute", "relative")),
+            {"local_window_size": given.local_window_size, "logits_soft_cap": given.logits_soft_cap},
             **{name: getattr(given, name) for name in ("data", "fsdp", "tensor") if getattr(given, name) > 1},
         ):
             print(json.dumps(line), flush=True)
