@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntk_prefix import flash, sharding
 from ntk_prefix.attention import attention_with_lse, ntk_attention, prefix_attention, softmax_attention
@@ -94,6 +94,23 @@ class TestInterpreted:
         assert worst(got, wanted) <= 1e-5
         assert np.all(got[1][1][0] == 0)
 
+    @pytest.mark.parametrize("x64", [False], indirect=True)
+    def test_windows_and_a_soft_cap_through_two_layers(self, x64):
+        """Two blocks, a state that all see; without the cap (the control) this fails."""
+
+        def loss(implementation, a, cap=2.0):
+            options = dict(
+                local_window_size=(70, 9), query_offset=30, logits_soft_cap=cap, implementation=implementation
+            )
+            x = ntk_attention(**a, **options)
+            y, lse = attention_with_lse(jnp.sin(x), x[:, :, :1], jnp.cos(x[:, :, 1:]), **options)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(3 * lse)), (y, lse)
+
+        a = arrays(1, 200, 200, heads=2, key_heads=1)
+        got, wanted = grads(loss, "splash", a), grads(loss, "reference", a)
+        assert worst(got, wanted) <= 1e-5
+        assert worst(grads(functools.partial(loss, cap=None), "reference", a)[0], wanted[0]) > 0.1
+
     @pytest.mark.parametrize("x64", [True, False], indirect=True)
     def test_queries_behind_a_cache(self, x64):
         a = arrays(1, 3, 300)
@@ -101,6 +118,35 @@ class TestInterpreted:
             a["query"], a["key"], a["value"], is_causal=True, query_offset=140, implementation=implementation
         )
         assert worst(run("splash"), run("reference")) <= 1e-5
+
+    def test_rows_whose_window_is_empty_are_zero_whether_their_blocks_are_visited_or_not(self, x64):
+        a = arrays(1, 400, 100, heads=2, key_heads=1)
+        del a["z"], a["k"]
+
+        def loss(implementation, a):
+            output, lse = attention_with_lse(**a, local_window_size=50, implementation=implementation)
+            return jnp.sum(jnp.sin(output)) + jnp.sum(lse[:, :150]), output
+
+        (got, output), wanted = grads(loss, "splash", a), grads(loss, "reference", a)
+        assert worst((got, output), wanted) <= 1e-5
+        assert np.all(output[:, 150:] == 0)
+        assert np.all(got["query"][:, 150:] == 0)
+
+    def test_one_causal_row_on_a_mesh_keeps_its_places(self, x64):
+        """Queries of one row are divided where every key is seen; counted from 0 on each device, half would be wrong."""
+        a = arrays(1, 256, 256, heads=2, key_heads=1)
+        del a["z"], a["k"]
+        mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1, 1), sharding.AXES)
+        placed = jax.device_put(a, NamedSharding(mesh, PartitionSpec()))
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(is_causal, a):
+            with sharding.on(mesh):
+                return softmax_attention(**a, is_causal=is_causal, implementation="splash")
+
+        for is_causal in (True, False):
+            wanted = softmax_attention(**a, is_causal=is_causal, implementation="reference")
+            assert worst(run(is_causal, placed), wanted) <= 1e-5
 
     def test_each_device_of_a_mesh_computes_its_rows_and_heads_and_nothing_is_gathered(self, x64):
         a = arrays(4, 20, 20, size=8)
@@ -139,6 +185,7 @@ class TestArguments:
                 r"splash takes masks of keys, \[B, 1, 1, S\], got \(1, 1, 5, 5\)",
             ),
             (dict(is_causal=True, query_offset=-1), "splash takes a query_offset >= 0"),
+            (dict(local_window_size=2, query_offset=9), "splash needs a key in the window of a query"),
             (dict(key=jnp.ones((1, 0, 2, 8)), value=jnp.ones((1, 0, 2, 8))), "needs a query and a key, got T=5, S=0"),
         ],
     )
@@ -185,6 +232,15 @@ class TestCompiledForTpu:
     def test_it_is_a_kernel_within_its_memory(self, topology):
         """B=4 T=4096 N=16 H=128: q, k, v and the output are 64 MiB each, and one T x S of all heads 1 GiB in bfloat16."""
         for program in self.programs("--topology", topology):
+            forward = program["program"] == "forward"
+            assert program["mosaic_kernels"] == (1 if forward else 3), program
+            assert program["square"] is None
+            assert program["temporaries_mib"] <= (256 if forward else 580), program
+
+    @pytest.mark.parametrize("transform", [["--local-window-size", "1023"], ["--logits-soft-cap", "50"]])
+    def test_windows_and_soft_caps(self, transform):
+        """At the shapes of the first test: the same kernels within the same memory."""
+        for program in self.programs(*transform, "--mass", "absolute"):
             forward = program["program"] == "forward"
             assert program["mosaic_kernels"] == (1 if forward else 3), program
             assert program["square"] is None
