@@ -3,7 +3,7 @@
     python -m tests.bench.plans [--topologies ...] [--models ...] [--methods ...] [--out FILE]
 
 16 rows of 2,048 tokens a step (BERT: 64 of 512, all that it has positions for), or 256 images; bfloat16, weights in their
-files' dtype, fsdp over all chips. Where a step does not fit, it is planned again with ``--remat``. Each plan is a process of
+files' dtype, layers in a loop, fsdp over all chips. Where a step does not fit, it is planned again with ``--remat``. Each plan is a process of
 its own and is written when it ends: the same command goes on. Wants libtpu (``pip install "ntk-prefix[tpu]"``); a plan takes a
 minute or two of one core.
 """
@@ -24,7 +24,7 @@ from rich.console import Console
 from ntk_prefix.artifacts import CHECKOUT, json_text, provenance, read_json, write_whole
 from train.plan.topology import Topology
 
-NARROW = ("--precision", "bfloat16", "--param-dtype", "file", "--search", "0")
+NARROW = ("--precision", "bfloat16", "--param-dtype", "file", "--scan-layers", "--search", "0")
 TEXT = ("instruct", "--max-length", "2048", "--batch-size", "16", *NARROW)
 MODELS = {
     "Llama-3.2-1B": TEXT,
