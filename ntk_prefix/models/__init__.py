@@ -13,8 +13,9 @@ flax's own attention; EasyDeL and MaxText are whole training stacks around atten
 """
 
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer, KeyValueCache, Rotary
-from ntk_prefix.models.backbone import Backbone, Classifier, LeadingRows, Output, RunOptions
+from ntk_prefix.models.backbone import Backbone, LeadingRows, Output, RunOptions
 from ntk_prefix.models.bert import Bert, BertConfig
+from ntk_prefix.models.classifier import Classifier
 from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer
 from ntk_prefix.models.generation import generate
 from ntk_prefix.models.llama import Llama, LlamaConfig

@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ntk_prefix.checks import UsageError, expected
-from ntk_prefix.models.backbone import Backbone, BackboneConfig, Classifier, Pooling
+from ntk_prefix.models.backbone import Backbone, BackboneConfig, Pooling
 from ntk_prefix.models.bert import Bert, BertConfig
+from ntk_prefix.models.classifier import Classifier
 from ntk_prefix.models.formats import Checkpoint, StoredTensor, read_checkpoint
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.vit import Vit, VitConfig

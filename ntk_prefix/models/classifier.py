@@ -1,0 +1,110 @@
+"""A classifier on a backbone, for sequences and images alike: it pools the hidden states and maps them to logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ntk_prefix.checks import expected
+from ntk_prefix.models.backbone import Backbone, BackboneConfig, Output, Pooling
+from ntk_prefix.models.run import Runnable, RunOptions
+from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.typing import Array, Bool, Float, Int
+
+__all__ = ["Classifier"]
+
+
+class Classifier(Runnable, nnx.Module):
+    """A linear map on a pooled backbone, for sequences and images alike: logits [B, labels].
+
+    Args:
+        backbone: any of the three.
+        num_labels: >= 1.
+        pooling: "mean" over the tokens that are attended to, "cls" the first token, "last" the last one attended to.
+        rngs: for the head.
+
+    Raises:
+        ValueError: an unknown pooling, or fewer than one label.
+
+    Numerics: pooling and head are in float32 whatever the backbone computes in.
+    """
+
+    def __init__(self, backbone: Backbone, num_labels: int, *, pooling: Pooling = "mean", rngs: nnx.Rngs):
+        if pooling not in ("mean", "cls", "last"):
+            raise expected("pooling", '"mean", "cls" or "last"', repr(pooling))
+        if num_labels < 1:
+            raise expected("num_labels", "at least 1", num_labels)
+        self.backbone = backbone
+        self.pooling = pooling
+        # as small as transformers are initialized: the first loss is that of a guess
+        init = nnx.initializers.normal(0.02)
+        self.head = nnx.Linear(backbone.config.hidden_size, num_labels, kernel_init=init, rngs=rngs)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"] | Float[Array, "B height width channels"] | None = None,
+        attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | None = None,
+        **named: Any,
+    ) -> Output:
+        """Return hidden states and logits.
+
+        Args:
+            inputs: what is classified; by the backbone's own name, ``input_ids`` or ``pixel_values``, as well.
+            attention_mask: where there are tokens; all if None.
+            named: all that the backbone takes, by its names.
+
+        Raises:
+            TypeError: what is classified is given twice, or not at all, or an argument is one that the backbone has not.
+        """
+        first = self.backbone.input_names[0]
+        if inputs is not None:
+            if first in named:
+                raise TypeError(f"{first}: expected it once, got it as inputs too")
+            named[first] = inputs
+        if attention_mask is not None:
+            named["attention_mask"] = attention_mask
+        output = cast(Callable[..., Output], self.backbone)(**named)
+        logits = self.head(self._pool(output, attention_mask))
+        return dataclasses.replace(output, logits=logits, cache=None)
+
+    def _pool(self, output: Output, mask: Array | None) -> Float[Array, "B D"]:
+        leading = self.backbone.leading
+        pooling = (leading.pooling if leading is not None else None) or self.pooling
+        hidden = output.leading_states if pooling == "prefix" else output.last_hidden_state
+        hidden = hidden.astype(accumulation_dtype(hidden.dtype))
+        if pooling in ("cls", "prefix"):
+            return hidden[:, 0]
+        if pooling == "last":
+            if mask is None:
+                return hidden[:, -1]
+            last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1].astype(bool), axis=1)
+            return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        if mask is None:
+            return hidden.mean(axis=1)
+        weights = mask.astype(bool).astype(hidden.dtype)
+        return jnp.einsum("btd,bt->bd", hidden, weights) / jnp.maximum(weights.sum(axis=1), 1)[:, None]
+
+    # what a caller may ask or set on any model
+
+    @property
+    def config(self) -> BackboneConfig:
+        """The backbone's sizes."""
+        return self.backbone.config
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of what a call takes of a batch."""
+        return self.backbone.input_names
+
+    @property
+    def run(self) -> RunOptions:
+        """How the backbone is run."""
+        return self.backbone.run
+
+    @run.setter
+    def run(self, options: RunOptions) -> None:
+        self.backbone.run = options
