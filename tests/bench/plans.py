@@ -3,9 +3,9 @@
     python -m tests.bench.plans [--topologies ...] [--models ...] [--methods ...] [--out FILE]
 
 16 rows of 2,048 tokens a step (BERT: 64 of 512, all that it has positions for), or 256 images; bfloat16, weights in their
-files' dtype, layers in a loop, fsdp over all chips. Where a step does not fit, it is planned again with ``--remat``. Each plan is a process of
-its own and is written when it ends: the same command goes on. Wants libtpu (``pip install "ntk-prefix[tpu]"``); a plan takes a
-minute or two of one core.
+files' dtype, layers in a loop, fsdp over all chips. Where a step does not fit, it is planned again with ``--remat``. Each
+plan is a process of its own and is written when it ends: the same command goes on. Wants libtpu
+(``pip install "ntk-prefix[tpu]"``); a plan takes a minute or two of one core.
 """
 
 from __future__ import annotations
