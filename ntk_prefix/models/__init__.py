@@ -12,7 +12,7 @@ collection of examples to copy (no BERT, nothing on the package index); jax-imag
 flax's own attention; EasyDeL and MaxText are whole training stacks around attention of theirs.
 """
 
-from ntk_prefix.models.attention import AttentionCore, AttentionLayer, KeyValueCache, Rotary
+from ntk_prefix.models.attention import AttentionCore, AttentionKind, AttentionLayer, AttentionOptions, KeyValueCache
 from ntk_prefix.models.backbone import Backbone, LeadingRows, Output, RunOptions
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.classifier import Classifier
@@ -21,11 +21,14 @@ from ntk_prefix.models.generation import generate
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.loading import from_pretrained, module_aliases, module_names
 from ntk_prefix.models.preprocessing import ImageNormalization, image_normalization, load_tokenizer
+from ntk_prefix.models.rotary import Rope, Rotary
 from ntk_prefix.models.vit import Vit, VitConfig
 
 __all__ = [
     "AttentionCore",
+    "AttentionKind",
     "AttentionLayer",
+    "AttentionOptions",
     "Backbone",
     "Bert",
     "BertConfig",
@@ -36,6 +39,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "Output",
+    "Rope",
     "Rotary",
     "RunOptions",
     "Vit",

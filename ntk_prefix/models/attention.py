@@ -2,15 +2,21 @@
 
 A layer is four linear maps around a *core*::
 
-    x -> query, key, value -> (rotary) -> (cache) -> core(query, key, value) -> out
+    x -> query, key, value -> (norm) -> (rotary) -> (cache) -> core(query, key, value) -> out
 
 An adapter that changes what attention computes (a prefix, NTK-Attention) replaces ``core``; one that changes the
 weights (LoRA) replaces ``query``, ``key``, ``value`` or ``out``. Neither knows about the other or about the backbone.
+
+What families' layers differ in is one record, :class:`AttentionKind`. What of it concerns scores (a scale, a soft cap, a
+window) reaches attention through the core, by the argument names of :func:`ntk_prefix.attention.softmax_attention`: a core
+passes on what it is given (:class:`AttentionOptions`) and is given nothing that is at its default.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +24,12 @@ from flax import nnx
 
 from ntk_prefix.attention import softmax_attention
 from ntk_prefix.checks import expected
+from ntk_prefix.models.rotary import Rope, Rotary, rotate
 from ntk_prefix.models.window import windowed
 from ntk_prefix.sharding import constrain
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["AttentionCore", "AttentionLayer", "KeyValueCache", "Rotary", "rotate"]
-
-
-class Rotary(NamedTuple):
-    """Cosines and sines of rotary positions, ``[B, T, H]`` or ``[1, T, H]``, in the half-split layout."""
-
-    cos: Float[Array, "#B T H"]
-    sin: Float[Array, "#B T H"]
+__all__ = ["AttentionCore", "AttentionKind", "AttentionLayer", "AttentionOptions", "KeyValueCache"]
 
 
 class KeyValueCache(NamedTuple):
@@ -39,8 +39,55 @@ class KeyValueCache(NamedTuple):
     value: Float[Array, "B S K H"]
 
 
+class AttentionOptions(TypedDict, total=False):
+    """What a core is told beside queries, keys and values; names and meaning are those of ``softmax_attention``."""
+
+    bias: Float[Array, "#B #N #T #S"] | None
+    mask: Bool[Array, "#B #N #T #S"] | None
+    is_causal: bool
+    query_offset: Int[Array, ""] | int
+    scale: float | None
+    logits_soft_cap: float | None
+    local_window_size: int | tuple[int, int] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionKind:
+    """What attention layers differ in, from family to family and from layer to layer.
+
+    Args:
+        use_bias: of query, key and value.
+        use_out_bias: of ``out``.
+        rope: how positions turn queries and keys; None leaves them alone.
+        window: a token sees itself and the ``window - 1`` tokens before it; None is all before it.
+        scale: of scores; 1/sqrt(H) if None.
+        soft_cap: scores are ``cap tanh(scores / cap)``, after the scale; None leaves them alone.
+
+    Raises:
+        UsageError: a window below 1, or a scale or a cap that is not positive.
+    """
+
+    use_bias: bool = True
+    use_out_bias: bool = True
+    rope: Rope | None = None
+    window: int | None = None
+    scale: float | None = None
+    soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window", "scale", "soft_cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise expected(name, "a number above 0, or None", value)
+
+    def scores(self) -> AttentionOptions:
+        """Return what attention is told of scores: what is at its default is not said."""
+        said = {"scale": self.scale, "logits_soft_cap": self.soft_cap}
+        return cast(AttentionOptions, {name: value for name, value in said.items() if value is not None})
+
+
 class AttentionCore(nnx.Module):
-    """Softmax attention; what adapters replace. Scores are scaled by 1/sqrt(H).
+    """Softmax attention; what adapters replace. Scores are scaled by 1/sqrt(H) unless the layer says otherwise.
 
     Class attributes:
         whole: whether the core wants a windowed sequence whole, with ``window`` and ``leading`` as further arguments, and
@@ -54,17 +101,13 @@ class AttentionCore(nnx.Module):
         query: Float[Array, "B T N H"],
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K H"],
-        *,
-        mask: Bool[Array, "#B #N #T #S"] | None = None,
-        is_causal: bool = False,
-        query_offset: Int[Array, ""] | int = 0,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Array, "B T N H"]:
         """Return attention, [B, T, N, H] in the query's dtype.
 
-        ``mask`` is True where a query may see a key. With a cache a causal query counts from ``query_offset``; where there
-        is none, nobody gives it.
+        ``mask`` is True where a query may see a key. With a cache a causal query counts from ``query_offset``.
         """
-        return softmax_attention(query, key, value, mask=mask, is_causal=is_causal, query_offset=query_offset)
+        return softmax_attention(query, key, value, **options)
 
 
 class AttentionLayer(nnx.Module):
@@ -75,7 +118,8 @@ class AttentionLayer(nnx.Module):
         num_heads: N.
         num_key_heads: K, a divisor of N; N if None.
         head_dim: H; D / N if None.
-        use_bias: of query, key and value; ``out`` has ``use_out_bias``.
+        kind: what the family's layers differ in.
+        head_norm: makes a norm of each query and key, [B, T, heads, H], before they are turned; none if None.
         dtype: of the computation; parameters are float32, see :func:`ntk_prefix.peft.narrow_frozen`.
         rngs: for weights that a checkpoint will replace.
     """
@@ -87,19 +131,22 @@ class AttentionLayer(nnx.Module):
         *,
         num_key_heads: int | None = None,
         head_dim: int | None = None,
-        use_bias: bool = True,
-        use_out_bias: bool = True,
+        kind: AttentionKind = AttentionKind(),
+        head_norm: Callable[[], nnx.Module] | None = None,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
         self.num_key_heads = num_key_heads or num_heads
         self.head_dim = head_dim or features // num_heads
+        self.kind = kind
         wide, narrow = num_heads * self.head_dim, self.num_key_heads * self.head_dim
-        self.query = nnx.Linear(features, wide, use_bias=use_bias, dtype=dtype, rngs=rngs)
-        self.key = nnx.Linear(features, narrow, use_bias=use_bias, dtype=dtype, rngs=rngs)
-        self.value = nnx.Linear(features, narrow, use_bias=use_bias, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(wide, features, use_bias=use_out_bias, dtype=dtype, rngs=rngs)
+        self.query = nnx.Linear(features, wide, use_bias=kind.use_bias, dtype=dtype, rngs=rngs)
+        self.key = nnx.Linear(features, narrow, use_bias=kind.use_bias, dtype=dtype, rngs=rngs)
+        self.value = nnx.Linear(features, narrow, use_bias=kind.use_bias, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(wide, features, use_bias=kind.use_out_bias, dtype=dtype, rngs=rngs)
+        self.query_norm = None if head_norm is None else head_norm()
+        self.key_norm = None if head_norm is None else head_norm()
         self.core = AttentionCore()
 
     def __call__(
@@ -108,7 +155,7 @@ class AttentionLayer(nnx.Module):
         *,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
-        rotary: Rotary | None = None,
+        rotary: Mapping[Rope, Rotary] | None = None,
         cache: KeyValueCache | None = None,
         start: Int[Array, ""] | int = 0,
         window: int | None = None,
@@ -126,18 +173,22 @@ class AttentionLayer(nnx.Module):
         query = constrain(self._heads(self.query(x), self.num_heads), "batch", None, "heads")
         key = constrain(self._heads(self.key(x), self.num_key_heads), "batch", None, "key_heads")
         value = constrain(self._heads(self.value(x), self.num_key_heads), "batch", None, "key_heads")
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.kind.rope is not None and rotary is not None:
+            turns = rotary[self.kind.rope]
+            query, key = rotate(query, turns), rotate(key, turns)
         if cache is not None:
             cache = KeyValueCache(
                 jax.lax.dynamic_update_slice_in_dim(cache.key, key.astype(cache.key.dtype), start, axis=1),
                 jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), start, axis=1),
             )
+        options = self.kind.scores() | {"mask": mask}
         if window is None:
-            place = {}
+            options |= {"is_causal": is_causal}
             if cache is not None and not (isinstance(start, int) and start == 0):
-                (key, value), place = cache, {"query_offset": start}
-            output = self.core(query, key, value, mask=mask, is_causal=is_causal, **place)
+                (key, value), options = cache, options | {"query_offset": start}
+            output = self.core(query, key, value, **options)
         elif cache is not None or is_causal or getattr(self.core, "rows", None) is not None:
             raise expected(
                 "window",
@@ -145,7 +196,7 @@ class AttentionLayer(nnx.Module):
                 "a cache, a causal mask or mixed rows: set window = None",
             )
         else:
-            windows: dict[str, Any] = {"mask": mask, "window": window, "leading": leading}
+            windows: dict[str, Any] = {**options, "window": window, "leading": leading}
             output = (
                 self.core(query, key, value, **windows)
                 if self.core.whole
@@ -155,11 +206,3 @@ class AttentionLayer(nnx.Module):
 
     def _heads(self, x: Array, heads: int) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], heads, self.head_dim)
-
-
-def rotate(x: Float[Array, "B T N H"], rotary: Rotary) -> Float[Array, "B T N H"]:
-    """Return x turned by its position: ``x cos + [-x_2, x_1] sin`` on the two halves of the head."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    cos, sin = (part[:, :, None, :] for part in rotary)
-    return (x * cos + turned * sin).astype(x.dtype)

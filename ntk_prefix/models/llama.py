@@ -19,9 +19,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix import sharding
-from ntk_prefix.artifacts import checked
 from ntk_prefix.checks import UsageError, expected
-from ntk_prefix.models.attention import AttentionLayer, KeyValueCache, Rotary
+from ntk_prefix.models.attention import AttentionKind, AttentionLayer, KeyValueCache
 from ntk_prefix.models.backbone import (
     Backbone,
     BackboneConfig,
@@ -36,13 +35,11 @@ from ntk_prefix.models.backbone import (
     known_fields,
 )
 from ntk_prefix.models.cross_entropy import weighted_cross_entropy
+from ntk_prefix.models.rotary import Factor, Rope, Rotary, rope_fields
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["Llama", "LlamaConfig"]
-
-
-_Factor = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +61,10 @@ class LlamaConfig(BackboneConfig):
     head_dim: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
     max_position_embeddings: Annotated[int, msgspec.Meta(ge=1, le=2**40)] = 2048
     rms_norm_eps: Epsilon = 1e-6
-    rope_theta: _Factor = 10000.0
-    rope_factors: tuple[_Factor, ...] = ()
+    rope_theta: Factor = 10000.0
+    rope_factors: tuple[Factor, ...] = ()
+    rope_attention_factor: Factor = 1.0
+    rope_dynamic_factor: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -95,64 +94,34 @@ class LlamaConfig(BackboneConfig):
             UsageError: a value is missing or of a wrong type, or rotary positions are scaled in a way that is not built
                 here.
         """
+        plain = cls(**known_fields(cls, config))
         # transformers 5 writes rope_parameters; before, rope_theta stood alone and rope_scaling beside it
-        rope = checked(config.get("rope_parameters") or config.get("rope_scaling") or {}, _Rope, "rope_parameters")
-        turned = config.get("partial_rotary_factor", rope.partial_rotary_factor)
-        if turned not in (None, 1):
-            raise expected("partial_rotary_factor", "1: all of a head is turned here", turned)
-        given = known_fields(cls, {**config, **({} if rope.rope_theta is None else {"rope_theta": rope.rope_theta})})
-        plain = cls(**given)
-        kind = rope.rope_type or rope.type or "default"
-        if kind == "default":
-            return plain
-        if kind == "linear":
-            factors = np.full(plain.head_dim // 2, _given(rope, "factor"))
-        elif kind == "llama3":
-            factors = _llama_3_factors(rope, plain.frequencies())
-        else:
-            raise expected("rope_type", "'default', 'linear' or 'llama3'", repr(kind))
-        return dataclasses.replace(plain, rope_factors=tuple(factors.tolist()))
+        if config.get("partial_rotary_factor") not in (None, 1):
+            raise expected("partial_rotary_factor", "1: all of a head is turned here", config["partial_rotary_factor"])
+        settings = config.get("rope_parameters") or config.get("rope_scaling")
+        rope = rope_fields(settings, plain.rope, plain.max_position_embeddings)
+        return dataclasses.replace(
+            plain,
+            rope_theta=rope.theta,
+            rope_factors=rope.factors,
+            rope_attention_factor=rope.scaling,
+            rope_dynamic_factor=0.0 if rope.dynamic is None else rope.dynamic[0],
+        )
+
+    @property
+    def rope(self) -> Rope:
+        """How positions turn heads."""
+        return Rope(
+            head_dim=self.head_dim,
+            theta=self.rope_theta,
+            factors=self.rope_factors,
+            scaling=self.rope_attention_factor,
+            dynamic=(self.rope_dynamic_factor, self.max_position_embeddings) if self.rope_dynamic_factor else None,
+        )
 
     def frequencies(self) -> np.ndarray:
         """Return the angle by which each pair of a head turns from one position to the next, [H / 2] in float64."""
-        base = self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
-        return base / np.array(self.rope_factors or 1.0)
-
-
-class _Rope(msgspec.Struct):
-    """What config.json says of rotary positions."""
-
-    rope_type: str | None = None
-    type: str | None = None
-    rope_theta: _Factor | None = None
-    partial_rotary_factor: float | None = None
-    factor: _Factor | None = None
-    low_freq_factor: _Factor | None = None
-    high_freq_factor: _Factor | None = None
-    original_max_position_embeddings: Size | None = None
-
-
-def _given(rope: _Rope, name: str) -> Any:
-    value = getattr(rope, name)
-    if value is None:
-        raise expected(f"rope_scaling: {name}", f"a number for rope_type {rope.rope_type or rope.type!r}", "none")
-    return value
-
-
-def _llama_3_factors(rope: _Rope, frequencies: np.ndarray) -> np.ndarray:
-    """Return what Llama 3.1 divides its rotary frequencies by: high ones by 1, low ones by ``factor``, between a mix.
-
-    With wavelength ``w = 2 pi / f`` and context ``c``: f if ``w < c / high``, ``f / factor`` if ``w > c / low``, else
-    ``(1 - s) f / factor + s f`` with ``s = (c / w - low) / (high - low)``.
-
-    Source: Meta's ``llama-models`` (``apply_scaling``); Hugging Face's ``rope_type`` "llama3".
-    """
-    factor, low, high = (_given(rope, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    if high <= low:
-        raise expected("rope_scaling: high_freq_factor", f"more than low_freq_factor {low}", high)
-    turns = _given(rope, "original_max_position_embeddings") * frequencies / (2 * np.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - kept) / factor + kept)
+        return self.rope.frequencies()
 
 
 def _keep_dtypes(arrays: Any, **_: Any) -> Any:
@@ -216,8 +185,9 @@ class Llama(Backbone):
                     config.num_attention_heads,
                     num_key_heads=config.num_key_value_heads,
                     head_dim=config.head_dim,
-                    use_bias=config.attention_bias,
-                    use_out_bias=config.attention_bias,
+                    kind=AttentionKind(
+                        use_bias=config.attention_bias, use_out_bias=config.attention_bias, rope=config.rope
+                    ),
                     dtype=self.dtype,
                     rngs=rngs,
                 ),
@@ -331,18 +301,15 @@ class Llama(Backbone):
             raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
         return self.embeddings if self.lm_head is None else self.lm_head
 
+    def _rotary(self, positions: Int[Array, "#B T"]) -> dict[Rope, Rotary]:
+        """Return cosines and sines for each way in which layers turn their heads."""
+        ropes = {layer.attention.kind.rope for layer in self.layers} - {None}
+        return {rope: rope.at(positions, accumulation_dtype(self.dtype)) for rope in ropes}
+
     def empty_cache(self, batch: int, length: int) -> tuple[KeyValueCache, ...]:
         """Make a cache of ``length`` tokens for ``batch`` rows."""
         zeros = jnp.zeros((batch, length, self.config.num_key_value_heads, self.config.head_dim), self.dtype)
         return tuple(KeyValueCache(zeros, zeros) for _ in self.layers)
-
-    def _rotary(self, positions: Int[Array, "#B T"]) -> Rotary:
-        """Return the angles ``position * theta^(-2 j / H) / factor_j``, twice: for either half of the head."""
-        dtype = accumulation_dtype(self.dtype)
-        frequencies = jnp.asarray(self.config.frequencies(), dtype)
-        angles = positions[:, :, None].astype(dtype) * frequencies[None, None]
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return Rotary(jnp.cos(angles), jnp.sin(angles))
 
 
 def _logits(output_map: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from ntk_prefix.artifacts import checked
 from ntk_prefix.checks import expected
-from ntk_prefix.models.attention import AttentionLayer
+from ntk_prefix.models.attention import AttentionKind, AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
     BackboneConfig,
@@ -245,7 +245,7 @@ class Vit(Backbone):
                 AttentionLayer(
                     config.hidden_size,
                     config.num_attention_heads,
-                    use_bias=config.qkv_bias,
+                    kind=AttentionKind(use_bias=config.qkv_bias),
                     dtype=self.dtype,
                     rngs=rngs,
                 ),

@@ -28,6 +28,7 @@ def windowed(
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     window: int,
     leading: int = 0,
+    **scores: Any,
 ) -> Float[Array, "B T N H"]:
     """Return attention in which token t sees the tokens ``|t - s| <= window``, and the leading rows see and are seen by all.
 
@@ -37,6 +38,7 @@ def windowed(
         mask: [#B, 1, 1, T], True at keys that may be seen at all.
         window: tokens seen to each side, >= 1.
         leading: how many rows of T are seen by all.
+        scores: what else the core is told, such as a scale; nothing that differs from token to token.
 
     Raises:
         ValueError: a window below 1, or a mask that differs from query to query.
@@ -56,7 +58,7 @@ def windowed(
         )
     length = rows - leading
     if length - 1 <= window:
-        return core(query, key, value, mask=mask)
+        return core(query, key, value, mask=mask, **scores)
     blocks = -(-length // window)
 
     def cut(x: Array, around: int) -> Array:
@@ -76,12 +78,16 @@ def windowed(
     near = np.abs(np.arange(window)[:, None] + window - np.arange(3 * window)[None]) <= window
     band = np.concatenate([np.ones((window, leading), bool), near], axis=1)
     local = core(
-        _fold(cut(query, 0)), keys(key), keys(value), mask=seen[:, None, None, :] & jnp.asarray(band)[None, None]
+        _fold(cut(query, 0)),
+        keys(key),
+        keys(value),
+        mask=seen[:, None, None, :] & jnp.asarray(band)[None, None],
+        **scores,
     )
     local = local.reshape(batch, blocks * window, *local.shape[2:])[:, :length]
     if not leading:
         return local
-    return jnp.concatenate([core(query[:, :leading], key, value, mask=mask), local], axis=1)
+    return jnp.concatenate([core(query[:, :leading], key, value, mask=mask, **scores), local], axis=1)
 
 
 def seen_in_windows(rows: int, window: int, leading: int = 0) -> Bool[Array, "T T"]:

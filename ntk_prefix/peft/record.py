@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix.checks import expected
-from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.models.attention import AttentionCore, AttentionLayer, AttentionOptions
 from ntk_prefix.models.run import Runnable
 from ntk_prefix.models.window import seen_in_windows, windowed
-from ntk_prefix.typing import Array, Bool, Float, Int
+from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["LayerRecord", "record", "stand_in"]
 
@@ -23,7 +25,8 @@ __all__ = ["LayerRecord", "record", "stand_in"]
 class LayerRecord(NamedTuple):
     """The inputs and the output of one attention layer's core on one batch of whole sequences.
 
-    ``mask`` says what each query saw: padding, causality and a window are in it.
+    ``mask`` says what each query saw: padding, causality and a window are in it. ``scores`` is what else attention was told
+    of its scores: ``scale``, ``logits_soft_cap``, ``bias``, where they are not at their defaults.
     """
 
     query: Float[Array, "B T N H"]
@@ -31,6 +34,12 @@ class LayerRecord(NamedTuple):
     value: Float[Array, "B S K H"]
     mask: Bool[Array, "B N T S"]
     output: Float[Array, "B T N H"]
+    scores: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.scores.get("scale") or self.query.shape[-1] ** -0.5
 
     @property
     def seen(self) -> Bool[Array, "B T"]:
@@ -38,10 +47,13 @@ class LayerRecord(NamedTuple):
         return self.mask.any(axis=(1, 2))
 
     def log_mass(self) -> Float[Array, "B T N"]:
-        """Return ``lse``: the log of what the layer's own keys add up to, ``log sum_s exp(q . k_s / sqrt(H))``."""
+        """Return ``lse``: the log of what the layer's own keys add up to, ``log sum_s exp(score_s)``."""
         groups = self.query.shape[2] // self.key.shape[2]
         scores = jnp.einsum("btnh,bsnh->bnts", self.query, jnp.repeat(self.key, groups, axis=2))
-        scores = jnp.where(self.mask, scores / jnp.sqrt(self.query.shape[-1]), -jnp.inf)
+        scores = scores * self.scale
+        if (cap := self.scores.get("logits_soft_cap")) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        scores = jnp.where(self.mask, scores + self.scores.get("bias", 0), -jnp.inf)
         return jax.nn.logsumexp(scores, axis=-1).transpose(0, 2, 1)
 
 
@@ -58,26 +70,27 @@ class _Recorder(AttentionCore):
         query: Float[Array, "B T N H"],
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K H"],
-        *,
-        mask: Bool[Array, "#B #N #T #S"] | None = None,
-        is_causal: bool = False,
-        query_offset: Int[Array, ""] | int = 0,
         window: int | None = None,
         leading: int = 0,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Array, "B T N H"]:
-        if window is None:
-            place = {} if isinstance(query_offset, int) and query_offset == 0 else {"query_offset": query_offset}
-            output = self.core(query, key, value, mask=mask, is_causal=is_causal, **place)
-        else:
-            output = windowed(self.core, query, key, value, mask=mask, window=window, leading=leading)
+        windows = {} if window is None else {"window": window, "leading": leading}
+        core = self.core if window is None else functools.partial(windowed, self.core)
+        output = core(query, key, value, **options, **windows)
         shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+        said: dict[str, Any] = dict(options)
+        mask, is_causal, first = said.pop("mask", None), said.pop("is_causal", False), said.pop("query_offset", 0)
+        near = said.pop("local_window_size", None)
         whole = jnp.broadcast_to(True if mask is None else mask, shape)
+        before, after = near if isinstance(near, tuple) else (near, near)
+        older = first + jnp.arange(shape[2])[:, None] - jnp.arange(shape[3])[None]
         if is_causal:
-            seen = jnp.arange(shape[3])[None] <= query_offset + jnp.arange(shape[2])[:, None]
-            whole = whole & seen[None, None]
+            whole = whole & (older >= 0)[None, None]
+        if near is not None:
+            whole = whole & ((older <= before) & (older >= -after))[None, None]
         if window is not None:
             whole = whole & seen_in_windows(shape[2], window, leading)[None, None]
-        self.remember(LayerRecord(query, key, value, whole, output))
+        self.remember(LayerRecord(query, key, value, whole, output, said))
         return output
 
 
@@ -92,7 +105,7 @@ def stand_in(layer: AttentionLayer) -> LayerRecord:
         draw = np.random.default_rng(0)
         made = {name: jnp.asarray(draw.normal(size=(rows, tokens, n, dim)), jnp.float32) for name, n in heads.items()}
         mask = jnp.ones((rows, layer.num_heads, tokens, tokens), bool)
-        return LayerRecord(**made, mask=mask, output=made["query"])
+        return LayerRecord(**made, mask=mask, output=made["query"], scores=layer.kind.scores())
 
 
 def record(

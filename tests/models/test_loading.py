@@ -285,7 +285,11 @@ EXTRA = np.zeros((1, 2), np.float32)
         ("bert", changed(hidden_act="tanh"), "hidden_act: expected one of .*, got 'tanh'"),
         ("dinov2", changed(use_swiglu_ffn=True), "use_swiglu_ffn: expected false, got true"),
         ("llama", changed(rope_parameters={"rope_type": "llama3", "rope_theta": 1.0}), "factor: expected a number"),
-        ("llama_tied", changed(rope_scaling={"type": "yarn", "factor": 2.0}), "'linear' or 'llama3', got 'yarn'"),
+        (
+            "llama_tied",
+            changed(rope_scaling={"type": "longrope", "factor": 2.0}),
+            "'yarn', 'llama3', got 'longrope'. Take",
+        ),
         ("llama_tied", changed(partial_rotary_factor=0.5), "partial_rotary_factor: expected 1"),
         ("bert", drop(QUERY), f"expected tensors that are missing: {QUERY}"),
         ("bert", drop(*(n for n in formulas.shapes(CONFIGS["bert"]) if "layer.0" in n)), "missing: .* and 4 more"),

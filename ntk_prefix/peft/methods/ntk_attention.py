@@ -16,7 +16,7 @@ changes the head's output by its own size. ``mass="relative"`` weighs the prefix
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,13 @@ from flax import nnx
 from ntk_prefix.attention import LowRank, ntk_attention, softmax_attention
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.feature_maps import FeatureMap, feature_map
-from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.models.attention import AttentionCore, AttentionLayer, AttentionOptions
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Calibration, Host, stacked
 from ntk_prefix.peft.methods.lora import LoraConfig
 from ntk_prefix.peft.methods.prefix_tuning import host_core
 from ntk_prefix.peft.record import LayerRecord
 from ntk_prefix.prefix_state import PrefixState
-from ntk_prefix.typing import Array, Bool, Float, Int
+from ntk_prefix.typing import Array, Float
 
 __all__ = ["NTKAttentionConfig", "PrefixTuningPlusConfig", "StateCore"]
 
@@ -266,32 +266,18 @@ class StateCore(Host, AttentionCore):
         query: Float[Array, "B T N H"],
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K H"],
-        *,
-        mask: Bool[Array, "#B #N #T #S"] | None = None,
-        is_causal: bool = False,
-        query_offset: Int[Array, ""] | int = 0,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Array, "B T N H"]:
         """Return :func:`~ntk_prefix.attention.ntk_attention`."""
         if self.rows is not None:
-            return self._mixed(query, key, value, mask, is_causal=is_causal, query_offset=query_offset)
+            return self._mixed(query, key, value, options)
         state = self.current()
         if state is None:
-            return softmax_attention(query, key, value, mask=mask, is_causal=is_causal, query_offset=query_offset)
+            return softmax_attention(query, key, value, **options)
         z, k = state.state()
-        return ntk_attention(
-            query,
-            key,
-            value,
-            z,
-            k,
-            feature_map=state.phi,
-            mask=mask,
-            is_causal=is_causal,
-            query_offset=query_offset,
-            mass=state.mass,
-        )
+        return ntk_attention(query, key, value, z, k, feature_map=state.phi, mass=state.mass, **options)
 
-    def _mixed(self, query: Array, key: Array, value: Array, mask: Array | None, **causal: Any) -> Array:
+    def _mixed(self, query: Array, key: Array, value: Array, options: AttentionOptions) -> Array:
         """Return a state for each row; a row of -1 has the zero state, which is no prefix."""
         assert self.rows is not None
         rows = self.rows
@@ -303,22 +289,19 @@ class StateCore(Host, AttentionCore):
             )
         z, k = (stacked(list(part), rows) for part in zip(*(state.state() for state in hosted), strict=True))
 
-        def one(query: Array, key: Array, value: Array, mask: Array | None, z: Any, k: Array) -> Array:
-            return ntk_attention(
-                query[None],
-                key[None],
-                value[None],
-                z,
-                k,
-                feature_map=hosted[0].phi,
-                mask=None if mask is None else mask[None],
-                **causal,
-                mass=hosted[0].mass,
-            )[0]
+        # what there is of each row goes with it, the rest is one for all
+        whole: dict[str, Any] = dict(options)
+        own = {name: whole.pop(name) for name in ("mask", "bias") if whole.get(name) is not None}
+        own = {name: jnp.broadcast_to(x, (query.shape[0], *x.shape[1:])) for name, x in own.items()}
 
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
-        return jax.vmap(one)(query, key, value, mask, z, k)
+        def one(query: Array, key: Array, value: Array, own: dict[str, Array], z: Any, k: Array) -> Array:
+            row: dict[str, Any] = {name: x[None] for name, x in own.items()}
+            phi, mass = hosted[0].phi, hosted[0].mass
+            return ntk_attention(
+                query[None], key[None], value[None], z, k, feature_map=phi, mass=mass, **whole, **row
+            )[0]  # fmt: skip
+
+        return jax.vmap(one)(query, key, value, own, z, k)
 
 
 def _coordinates(seen: LayerRecord, phi: FeatureMap, mass: str) -> tuple[Float[Array, "N R R"], Float[Array, "N"]]:
@@ -327,7 +310,7 @@ def _coordinates(seen: LayerRecord, phi: FeatureMap, mass: str) -> tuple[Float[A
     The mass of a head is 1 if it is relative, else the median of ``e^{lse}`` over its tokens, or 0 where float32
     could not hold a state of that size: such a head stays as it is.
     """
-    scaled = seen.query.astype(jnp.float32) * seen.query.shape[-1] ** -0.25
+    scaled = seen.query.astype(jnp.float32) * seen.scale**0.5
     tokens = np.asarray(seen.seen)
     features = np.asarray(phi(scaled), np.float64)[tokens]  # [tokens, N, R]
     moments = np.einsum("qnr,qns->nrs", features, features) / len(features)
@@ -351,7 +334,7 @@ def _state_of_first_sequence(seen: LayerRecord, phi: FeatureMap) -> tuple[Array,
     enough = seen.seen[1:].sum() >= 2 * phi.dim(seen.query.shape[-1])
     others = [x[1 if enough else 0 :] for x in (seen.query, seen.key, seen.value, seen.mask)]
     state = PrefixState.fit(
-        others[0], seen.key[0][real], seen.value[0][real], *others[1:3], feature_map=phi, mask=others[3]
+        others[0], seen.key[0][real], seen.value[0][real], *others[1:3], feature_map=phi, mask=others[3], **seen.scores
     )
     assert not isinstance(state.z, LowRank)
     return state.z, jnp.maximum(state.k, 0)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import flax.errors
 import jax
@@ -31,12 +31,12 @@ from flax import nnx
 
 from ntk_prefix.attention import softmax_attention
 from ntk_prefix.checks import expected
-from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.models.attention import AttentionCore, AttentionLayer, AttentionOptions
 from ntk_prefix.models.backbone import LeadingRows
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host
 from ntk_prefix.peft.methods.prefix_tuning import PrefixCore, PrefixTuningConfig, Tokens, host_core
 from ntk_prefix.precision import accumulation_dtype
-from ntk_prefix.typing import Array, Bool, Float, Int
+from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["PrefixPropagationConfig", "kernel_attention"]
 
@@ -191,10 +191,7 @@ class KernelCore(Host, AttentionCore):
         query: Float[Array, "B T N H"],
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K H"],
-        *,
-        mask: Bool[Array, "#B #N #T #S"] | None = None,
-        is_causal: bool = False,
-        query_offset: Int[Array, ""] | int = 0,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Array, "B T N H"]:
         """Return :func:`kernel_attention`; plain attention where no adapter is active.
 
@@ -203,13 +200,15 @@ class KernelCore(Host, AttentionCore):
         """
         own = self.current()
         if own is None:
-            return softmax_attention(query, key, value, mask=mask, is_causal=is_causal, query_offset=query_offset)
-        if is_causal:
+            return softmax_attention(query, key, value, **options)
+        if options.pop("is_causal", False):
             raise expected("is_causal", "False beside prefix propagation", "True: its prefix sees the text")
         j = own.count
+        text: dict[str, Any] = dict(options)
+        mask = text.pop("mask", None)
         return kernel_attention(
             query, key[:, j:], value[:, j:], key[:, :j], value[:, :j], own.alpha[...],
-            kernel=own.kernel, lengthscale=own.lengthscale, mask=None if mask is None else mask[..., j:],
+            kernel=own.kernel, lengthscale=own.lengthscale, mask=None if mask is None else mask[..., j:], **text,
         )  # fmt: skip
 
 
@@ -224,6 +223,7 @@ def kernel_attention(
     kernel: str = "exp",
     lengthscale: float | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
+    **options: Any,
 ) -> Float[Array, "B T N H"]:
     r"""Return ``softmax(q k_x / sqrt(H)) v_x + alpha K_n(q, k_p) v_p`` with K_n normalized to sum 1 over the prefix.
 
@@ -242,6 +242,7 @@ def kernel_attention(
         alpha: [N], or a number for each query, [B, T, N].
         kernel, lengthscale: as in the table; ``lengthscale`` is ``H^{1/4}`` if None.
         mask: [#B, #N, #T, #S], True where a query may see a key of the text; all see the prefix.
+        options: what else is said of the text's scores.
 
     Raises:
         ValueError: an unknown kernel.
@@ -251,7 +252,7 @@ def kernel_attention(
 
     Source: arXiv 2305.12086 (form); ``lengthscale`` and the offset 1 are ours.
     """
-    own = softmax_attention(query, key, value, mask=mask)
+    own = softmax_attention(query, key, value, mask=mask, **options)
     head_dim = query.shape[-1]
     if kernel == "exp":
         other = softmax_attention(query, prefix_key, prefix_value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from msgspec import Meta
 
 from ntk_prefix.attention import prefix_attention, softmax_attention
 from ntk_prefix.checks import expected
-from ntk_prefix.models.attention import AttentionCore, AttentionLayer
+from ntk_prefix.models.attention import AttentionCore, AttentionLayer, AttentionOptions
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, targets
 from ntk_prefix.peft.names import LARGEST, Fields, Names, attention_layers
-from ntk_prefix.typing import Array, Bool, Float, Int
+from ntk_prefix.typing import Array, Float
 
 __all__ = ["PrefixCore", "PrefixTuningConfig", "Tokens", "host_core"]
 
@@ -192,14 +192,10 @@ class PrefixCore(Host, AttentionCore):
         query: Float[Array, "B T N H"],
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K H"],
-        *,
-        mask: Bool[Array, "#B #N #T #S"] | None = None,
-        is_causal: bool = False,
-        query_offset: Int[Array, ""] | int = 0,
+        **options: Unpack[AttentionOptions],
     ) -> Float[Array, "B T N H"]:
         """Return :func:`~ntk_prefix.attention.prefix_attention`; every query sees the whole prefix."""
         tokens = self.current()
-        options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "query_offset": query_offset}
         if self.rows is not None:
             hosted = [self.adapters[name] for name in self.names]
             prefix_key = gather_rows([t.key[...] for t in hosted], self.rows).astype(key.dtype)
