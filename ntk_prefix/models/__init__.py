@@ -16,11 +16,13 @@ from ntk_prefix.models.attention import AttentionCore, AttentionKind, AttentionL
 from ntk_prefix.models.backbone import Backbone, LeadingRows, Output, RunOptions
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.classifier import Classifier
+from ntk_prefix.models.distilbert import DistilBert, DistilBertConfig
 from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer
 from ntk_prefix.models.generation import generate
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.loading import from_pretrained, module_aliases, module_names
 from ntk_prefix.models.preprocessing import ImageNormalization, image_normalization, load_tokenizer
+from ntk_prefix.models.roberta import Roberta, RobertaConfig
 from ntk_prefix.models.rotary import Rope, Rotary
 from ntk_prefix.models.vit import Vit, VitConfig
 
@@ -33,12 +35,16 @@ __all__ = [
     "Bert",
     "BertConfig",
     "Classifier",
+    "DistilBert",
+    "DistilBertConfig",
     "ImageNormalization",
     "KeyValueCache",
     "LeadingRows",
     "Llama",
     "LlamaConfig",
     "Output",
+    "Roberta",
+    "RobertaConfig",
     "Rope",
     "Rotary",
     "RunOptions",

@@ -319,7 +319,10 @@ class Backbone(Runnable, nnx.Module):
         hugging_face_aliases: our module's path -> what else it is called in files, by other versions of transformers.
         hugging_face_prefix: what a Hugging Face task model puts before these names, or the bare model leaves out.
         hugging_face_ignored: regular expression of tensors (without that prefix) that have no place here.
-        hugging_face_head: the module of the classifier's linear map, if it is one that :class:`Classifier` has.
+        hugging_face_head: the module of the classifier's linear map, if it is one that
+            :class:`~ntk_prefix.models.classifier.Classifier` has.
+        hugging_face_transform: of the classifier's ``transform``, our path -> Hugging Face's module; empty without one.
+        head_pooling: what the file's head stands on, if it is not ``pooling``.
         tasks: what ``from_pretrained(task=...)`` may ask for.
         pooling: what a classifier pools by unless told otherwise.
     """
@@ -331,8 +334,10 @@ class Backbone(Runnable, nnx.Module):
     hugging_face_prefix: ClassVar[str]
     hugging_face_ignored: ClassVar[str]
     hugging_face_head: ClassVar[str | None] = None
+    hugging_face_transform: ClassVar[dict[str, str]] = {}
+    head_pooling: Pooling | None = None
     tasks: ClassVar[tuple[str, ...]]
-    pooling: ClassVar[Pooling]
+    pooling: Pooling
 
     layers: nnx.List
     config: BackboneConfig
@@ -344,6 +349,10 @@ class Backbone(Runnable, nnx.Module):
             raise expected("dtype", "floating point numbers of 16, 32 or 64 bits to compute in", self.dtype)
         self.run = RunOptions()
         self.leading = LeadingRows(config.num_hidden_layers, config.hidden_size) if self.encoder else None
+
+    def head_transform(self, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Make what stands in the family's own head before the linear map, for a file's numbers; None is nothing."""
+        return None
 
     def encode(
         self,

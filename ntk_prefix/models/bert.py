@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
+import msgspec
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -29,6 +30,7 @@ from ntk_prefix.models.backbone import (
     embedded,
     known_fields,
 )
+from ntk_prefix.models.classifier import HeadTransform
 from ntk_prefix.models.elementwise import layer_norm
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
@@ -42,8 +44,18 @@ class BertConfig(BackboneConfig):
 
     vocab_size: Size
     max_position_embeddings: Size = 512
-    type_vocab_size: Size = 2
+    type_vocab_size: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 2
     layer_norm_eps: Epsilon = 1e-12
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first token."""
+        return 0
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens have positions."""
+        return self.max_position_embeddings - self.first_position
 
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any]) -> BertConfig:
@@ -70,23 +82,24 @@ class BertEmbeddings(nnx.Module):
         embed = functools.partial(nnx.Embed, features=config.hidden_size, rngs=rngs)
         self.tokens = embed(config.vocab_size)
         self.positions = embed(config.max_position_embeddings)
-        self.token_types = embed(config.type_vocab_size)
+        self.token_types = embed(config.type_vocab_size) if config.type_vocab_size else None
         self.norm = norm()
 
     def __call__(
         self, input_ids: Int[Array, "B T"], token_type_ids: Int[Array, "B T"] | None, positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        """Return the layers' input."""
-        first = jnp.zeros((1, 1), jnp.int32)
-        tokens, types, places = (
-            rows.astype(self.sum_dtype)
-            for rows in (
-                embedded(self.tokens.embedding[...], input_ids),
-                self.token_types(first if token_type_ids is None else token_type_ids),
-                self.positions(positions),
-            )
-        )
-        return self.norm(tokens + types + places)
+        """Return the layers' input.
+
+        Raises:
+            UsageError: token types for a model without any.
+        """
+        total = embedded(self.tokens.embedding[...], input_ids).astype(self.sum_dtype)
+        if self.token_types is not None:
+            types = self.token_types(jnp.zeros((1, 1), jnp.int32) if token_type_ids is None else token_type_ids)
+            total = total + types.astype(self.sum_dtype)
+        elif token_type_ids is not None:
+            raise expected("token_type_ids", "None for a model without token types", token_type_ids.shape)
+        return self.norm(total + self.positions(positions).astype(self.sum_dtype))
 
 
 class Bert(Backbone):
@@ -118,8 +131,12 @@ class Bert(Backbone):
         r"((pooler\.dense|classifier|qa_outputs|cls\.seq_relationship|cls\.predictions(\.transform\.dense|\.decoder)?)"
         r"\.(weight|bias)|cls\.predictions\.transform\.LayerNorm\.(weight|bias|gamma|beta)|embeddings\.position_ids)$"
     )
+    hugging_face_head: ClassVar[str | None] = "classifier"
+    hugging_face_transform: ClassVar[dict[str, str]] = {"dense": "pooler.dense"}
+    head_activation: ClassVar[str] = "tanh"
+    head_pooling: Pooling | None = "cls"
     tasks: ClassVar[tuple[str, ...]] = ("sequence-classification",)
-    pooling: ClassVar[Pooling] = "mean"
+    pooling: Pooling = "mean"
 
     config: BertConfig
 
@@ -159,17 +176,26 @@ class Bert(Backbone):
         check_tokens(input_ids, attention_mask, self.config.vocab_size)
         length = input_ids.shape[1]
         offset = self.position_offset + (position_offset if isinstance(position_offset, int) else 0)
-        if length + offset > self.config.max_position_embeddings:
+        if length + offset > self.config.max_tokens:
             raise expected(
                 "input_ids",
-                f"at most {self.config.max_position_embeddings} positions",
+                f"at most {self.config.max_tokens} positions",
                 f"{length} tokens with a position offset of {offset}",
                 "Truncate them, or call extend_positions",
             )
-        positions = self.positions(jnp.arange(length, dtype=jnp.int32)[None], position_offset)
-        x = self.embeddings(input_ids, token_type_ids, positions)
+        x = self.embeddings(input_ids, token_type_ids, self.places(input_ids, position_offset))
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         return self.encode(x, mask)
+
+    def places(
+        self, input_ids: Int[Array, "B T"], offset: Int[Array, " #B"] | Int[Array, ""] | int
+    ) -> Int[Array, "#B T"]:
+        """Return the row of the positions' table for each token."""
+        return self.positions(jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None], offset)
+
+    def head_transform(self, rngs: nnx.Rngs) -> HeadTransform:
+        """Make what stands in the family's own head before the linear map."""
+        return HeadTransform(self.config.hidden_size, self.head_activation, rngs=rngs)
 
     def extend_positions(self, length: int) -> None:
         """Give the model position embeddings for ``length`` tokens: those it has, repeated.
@@ -179,10 +205,12 @@ class Bert(Backbone):
 
         Source: Beltagy et al. (Longformer), arXiv 2004.05150; to be trained further, or left frozen.
         """
-        have = self.config.max_position_embeddings
+        have, first = self.config.max_tokens, self.config.first_position
         if length < have:
             raise expected("length", f"at least the model's {have} positions", length)
         table = self.embeddings.positions
-        table.embedding = nnx.Param(jnp.tile(table.embedding[...], (-(-length // have), 1))[:length])
-        table.num_embeddings = length
-        self.config = dataclasses.replace(self.config, max_position_embeddings=length)
+        before, own = jnp.split(table.embedding[...], [first])
+        repeated = jnp.tile(own, (-(-length // have), 1))[:length]
+        table.embedding = nnx.Param(jnp.concatenate([before, repeated]))
+        table.num_embeddings = first + length
+        self.config = dataclasses.replace(self.config, max_position_embeddings=first + length)

@@ -1,4 +1,8 @@
-"""A classifier on a backbone, for sequences and images alike: it pools the hidden states and maps them to logits."""
+"""A classifier on a backbone, for sequences and images alike: it pools the hidden states and maps them to logits.
+
+Some families' files bring a head of two layers: what stands before the linear map is a :class:`HeadTransform`, which
+comes from the file and is frozen unless an adapter names it. A new head is the linear map alone.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,42 @@ from flax import nnx
 
 from ntk_prefix.checks import expected
 from ntk_prefix.models.backbone import Backbone, BackboneConfig, Output, Pooling
+from ntk_prefix.models.elementwise import ACTIVATIONS
 from ntk_prefix.models.run import Runnable, RunOptions
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "HeadTransform"]
+
+
+class HeadTransform(nnx.Module):
+    """What stands before a head's linear map: ``norm(activation(dense(x)))``.
+
+    Args:
+        features: D.
+        activation: a name of :data:`~ntk_prefix.models.elementwise.ACTIVATIONS`.
+        use_bias: of the map.
+        norm: makes the norm; none if None.
+        rngs: for weights that a checkpoint will replace.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        activation: str,
+        *,
+        use_bias: bool = True,
+        norm: Callable[[], nnx.Module] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.dense = nnx.Linear(features, features, use_bias=use_bias, rngs=rngs)
+        self.norm = None if norm is None else norm()
+
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        """Return what the linear map reads."""
+        x = ACTIVATIONS[self.activation](self.dense(x))
+        return x if self.norm is None else cast(Callable[[Array], Array], self.norm)(x)
 
 
 class Classifier(Runnable, nnx.Module):
@@ -25,6 +60,7 @@ class Classifier(Runnable, nnx.Module):
         backbone: any of the three.
         num_labels: >= 1.
         pooling: "mean" over the tokens that are attended to, "cls" the first token, "last" the last one attended to.
+        transform: what stands between the pooled state and the linear map; nothing if None.
         rngs: for the head.
 
     Raises:
@@ -33,13 +69,22 @@ class Classifier(Runnable, nnx.Module):
     Numerics: pooling and head are in float32 whatever the backbone computes in.
     """
 
-    def __init__(self, backbone: Backbone, num_labels: int, *, pooling: Pooling = "mean", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_labels: int,
+        *,
+        pooling: Pooling = "mean",
+        transform: HeadTransform | None = None,
+        rngs: nnx.Rngs,
+    ):
         if pooling not in ("mean", "cls", "last"):
             raise expected("pooling", '"mean", "cls" or "last"', repr(pooling))
         if num_labels < 1:
             raise expected("num_labels", "at least 1", num_labels)
         self.backbone = backbone
         self.pooling = pooling
+        self.transform = transform
         # as small as transformers are initialized: the first loss is that of a guess
         init = nnx.initializers.normal(0.02)
         self.head = nnx.Linear(backbone.config.hidden_size, num_labels, kernel_init=init, rngs=rngs)
@@ -68,7 +113,8 @@ class Classifier(Runnable, nnx.Module):
         if attention_mask is not None:
             named["attention_mask"] = attention_mask
         output = cast(Callable[..., Output], self.backbone)(**named)
-        logits = self.head(self._pool(output, attention_mask))
+        pooled = self._pool(output, attention_mask)
+        logits = self.head(pooled if self.transform is None else self.transform(pooled))
         return dataclasses.replace(output, logits=logits, cache=None)
 
     def _pool(self, output: Output, mask: Array | None) -> Float[Array, "B D"]:

@@ -161,7 +161,7 @@ class Llama(Backbone):
     )
     hugging_face_head: ClassVar[str | None] = "score"
     tasks: ClassVar[tuple[str, ...]] = ("causal-lm", "sequence-classification")
-    pooling: ClassVar[Pooling] = "last"
+    pooling: Pooling = "last"
 
     config: LlamaConfig
 

@@ -27,8 +27,10 @@ from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.backbone import Backbone, BackboneConfig, Pooling
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.classifier import Classifier
+from ntk_prefix.models.distilbert import DistilBert, DistilBertConfig
 from ntk_prefix.models.formats import Checkpoint, StoredTensor, read_checkpoint
 from ntk_prefix.models.llama import Llama, LlamaConfig
+from ntk_prefix.models.roberta import Roberta, RobertaConfig
 from ntk_prefix.models.vit import Vit, VitConfig
 from ntk_prefix.sharding import check_divides, weight_sharding
 
@@ -39,8 +41,11 @@ logger = logging.getLogger(__name__)
 MODELS: dict[str, tuple[Any, type[Backbone]]] = {
     "bert": (BertConfig, Bert),
     "dinov2": (VitConfig, Vit),
+    "distilbert": (DistilBertConfig, DistilBert),
     "llama": (LlamaConfig, Llama),
+    "roberta": (RobertaConfig, Roberta),
     "vit": (VitConfig, Vit),
+    "xlm-roberta": (RobertaConfig, Roberta),
 }
 """By Hugging Face's model_type."""
 
@@ -109,31 +114,31 @@ def from_pretrained(
     if not classify:
         _fill(model, checkpoint, f"{path}", into)
         return model
-    pooling = pooling or model_class.pooling
     # a head's place is on the pooling it was trained on: on another it would be noise
-    head = _head(model, checkpoint) if pooling == model_class.pooling else None
-    if head is not None and num_labels in (None, head[0].shape[0]):
-        num_labels = head[0].shape[0]
+    own_pooling = model.head_pooling or model.pooling
+    transform: Any = model.head_transform(_AnyKey(jax.random.key(0)))
+    head = _head(model, transform, checkpoint) if pooling in (None, own_pooling) else None
+    if head is not None and num_labels in (None, head["head.kernel"].shape[0]):
+        num_labels, pooling = head["head.kernel"].shape[0], own_pooling
     elif num_labels is not None:
-        head = None
+        head, transform, pooling = None, None, pooling or model.pooling
         logger.info("%s: a new head of %d labels on %r pooled hidden states", path, num_labels, pooling)
     else:
         raise expected(
             "num_labels",
             "a number",
             None,
-            f"{path} brings no head that is a linear map on {pooling!r} pooled hidden states; a new one will be made",
+            f"{path} brings no head of its family on {pooling or own_pooling!r} pooled hidden states; a new one will be made",
         )
     _fill(model, checkpoint, f"{path}", into)
-    classifier = Classifier(model, num_labels, pooling=pooling, rngs=rngs or nnx.Rngs(0))
-    stored = dict(zip(("kernel", "bias"), head or (None, None), strict=True))
-    for name, tensor in stored.items():
-        variable = getattr(classifier.head, name)
-        slot = _Slot(f"head.{name}", variable, linear=name == "kernel")
+    classifier = Classifier(model, num_labels, pooling=pooling, transform=transform, rngs=rngs or nnx.Rngs(0))
+    for slot in [slot for _, slot in _parameters("head", classifier.head)] + _transform_slots(model, transform):
+        tensor = None if head is None else head.get(slot.path)
         if tensor is not None:
-            variable.set_value(_placed(slot, tensor, into._replace(dtype=np.dtype(np.float32))))
+            slot.variable.set_value(_placed(slot, tensor, into._replace(dtype=np.dtype(np.float32))))
         elif into.mesh is not None:
-            variable.set_value(jax.device_put(variable[...], weight_sharding(into.mesh, slot.path, variable.shape)))
+            sharding = weight_sharding(into.mesh, slot.path, slot.variable.shape)
+            slot.variable.set_value(jax.device_put(slot.variable[...], sharding))
     return classifier
 
 
@@ -466,15 +471,41 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str, into: _Target) -> 
     into.progress(total, total)  # also where other processes hold a part
 
 
-def _head(model: Backbone, checkpoint: Checkpoint) -> tuple[StoredTensor, StoredTensor | None] | None:
-    """Return weight [labels, D] and bias [labels] of the checkpoint's head, if it is one linear map on our features."""
-    weight = checkpoint.tensors.get(f"{model.hugging_face_head}.weight")
+def _transform_slots(model: Backbone, transform: Any) -> list[_Slot]:
+    """Return the parameters of what stands before a head's linear map."""
+    if transform is None:
+        return []
+    modules = {path: getattr(transform, path) for path in model.hugging_face_transform}
+    return [slot for path, module in modules.items() for _, slot in _parameters(f"transform.{path}", module)]
+
+
+def _head(model: Backbone, transform: Any, checkpoint: Checkpoint) -> dict[str, StoredTensor] | None:
+    """Return the numbers of the checkpoint's head by our paths, if it is the family's own: [labels, D] behind ``transform``.
+
+    Raises:
+        UsageError: a part of such a head has another shape.
+    """
+    prefix = model.hugging_face_prefix
+
+    def stored(name: str) -> StoredTensor | None:
+        return checkpoint.tensors.get(name) or checkpoint.tensors.get(f"{prefix}{name}")
+
+    weight, bias = (stored(f"{model.hugging_face_head}.{end}") for end in ("weight", "bias"))
     if weight is None or len(weight.shape) != 2 or weight.shape[1] != model.config.hidden_size:
         return None  # DINOv2's reads two pooled states
-    bias = checkpoint.tensors.get(f"{model.hugging_face_head}.bias")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise expected(f"{bias.file}: {bias.name}", f"shape {weight.shape[:1]}", bias.shape)
-    return weight, bias
+    found = {"head.kernel": weight} | ({} if bias is None else {"head.bias": bias})
+    for path, name in model.hugging_face_transform.items():
+        for end, slot in _parameters(f"transform.{path}", getattr(transform, path)):
+            part = stored(f"{name}{end}")
+            if part is None:
+                return None
+            if slot.shape(part.shape) != slot.variable.shape:
+                shape = f"shape {slot.variable.shape} (ours, [in, out])"
+                raise expected(f"{part.file}: {part.name}", shape, slot.shape(part.shape))
+            found[slot.path] = part
+    return found
 
 
 def _listed(names: list[str], most: int = 12) -> str:

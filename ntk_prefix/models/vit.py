@@ -232,7 +232,7 @@ class Vit(Backbone):
     )
     hugging_face_head: ClassVar[str | None] = "classifier"
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
-    pooling: ClassVar[Pooling] = "cls"
+    pooling: Pooling = "cls"
 
     config: VitConfig
 

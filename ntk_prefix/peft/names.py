@@ -86,10 +86,18 @@ class Names:
             if ours.endswith("attention.query"):
                 self.modules[ours.rpartition(".")[0]] = theirs.rpartition(".")[0]
         self._canonical = {alias: self.modules[ours] for ours, alias in self.aliases.items()}
-        same_pooling = getattr(model, "pooling", None) == getattr(self.backbone, "pooling", None)
+        pooled = getattr(self.backbone, "head_pooling", None) or getattr(self.backbone, "pooling", None)
+        transform = getattr(self.backbone, "hugging_face_transform", {})
+        # the family's own head: on its pooling, behind what it stands behind
+        own = getattr(model, "pooling", None) == pooled and bool(transform) == (
+            getattr(model, "transform", None) is not None
+        )
         known_head = getattr(self.backbone, "hugging_face_head", None)
         has_head = hasattr(model, "head")
-        self.head: str = known_head if known_head and has_head and same_pooling else "head"
+        self.head: str = known_head if known_head and has_head and own else "head"
+        if self.head != "head":
+            self.modules |= {f"transform.{ours}": theirs for ours, theirs in transform.items()}
+            self.outside += tuple(f"{theirs}." for theirs in transform.values())
         self.task: str | None = "FEATURE_EXTRACTION"
         if self.head != "head":
             # peft has no task of its own for images
