@@ -18,11 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from ntk_prefix import sharding
 from ntk_prefix.checks import UsageError
 from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics
+from ntk_prefix.flash.mesh import Layout
 from ntk_prefix.typing import Array
 
 LANES = 128
@@ -225,52 +224,6 @@ def _by_rows(function: Callable[..., Any], *arrays: Array | None) -> Any:
     return jax.lax.map(lambda xs: function(*xs), arrays, batch_size=rows)
 
 
-class _Layout:
-    """Which axes of a mesh divide rows and heads of what is computed; nothing without a mesh.
-
-    Where keys are shared by a batch its rows are one long row of queries, and that is divided; not where it matters to a
-    query at which place it stands.
-    """
-
-    def __init__(self, flash: Flash, query: Array, key: Array):
-        self.mesh = sharding.current_mesh()
-        batch, length, heads, _ = query.shape
-        self.rows = self.queries = self.heads = None
-        if self.mesh is None:
-            return
-        rows, queries, heads_axis = sharding.spec(self.mesh, ("batch", None, "heads"), (batch, length, heads))
-        if batch == 1 and flash.sees == (None, None):
-            queries = sharding.spec(self.mesh, ("batch",), (length,))[0]
-        self.rows, self.queries = rows, queries
-        whole_groups = sharding.spec(self.mesh, ("key_heads",), (key.shape[2],))[0]
-        self.heads = heads_axis if heads_axis == whole_groups else None
-
-    def apply(self, function: Callable[..., Any], names: str, results: str, *arrays: Array | None) -> Any:
-        """Return the function of each device's part.
-
-        Args:
-            function: of arrays.
-            names: what they are, a letter each: q [B, T, N, H], k [B, S, K, H], m [B, S] or None, s [B, N, T].
-            results: the same of what it returns.
-            arrays: the arguments.
-        """
-        if self.mesh is None:
-            return function(*arrays)
-        specs = {
-            "q": PartitionSpec(self.rows, self.queries, self.heads),
-            "k": PartitionSpec(self.rows, None, self.heads),
-            "m": PartitionSpec(self.rows),
-            "s": PartitionSpec(self.rows, self.heads, self.queries),
-        }
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=tuple(specs[name] for name in names),
-            out_specs=tuple(specs[name] for name in results),
-            check_vma=False,  # the kernels do not say over which axes their results differ
-        )(*arrays)
-
-
 def _seen(source: Source) -> Array | None:
     """Return which keys a row may see, [B, S]."""
     if source.mask is None:
@@ -290,7 +243,7 @@ def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
             return _by_rows(functools.partial(_forward_row, flash, _lengths(query, key)), query, key, value, seen)
 
     arguments = (query, source.key, source.value, _seen(source))
-    output, lse = _Layout(flash, query, source.key).apply(run, "qkkm", "qs", *arguments)
+    output, lse = Layout(flash, query, source.key).apply(run, "qkkm", "qs", *arguments)
     if source.mask is None and flash.window == (None, None):
         return Statistics(output, lse, jnp.zeros_like(lse))
     empty = lse < np.finfo(np.float32).min / 4  # the mean of what is masked, at the kernel's own "minus infinity"
@@ -301,7 +254,7 @@ def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
 def _backward(
     flash: Flash, query: Array, source: Source, statistics: Statistics, d_output: Array, d_lse: Array | None
 ) -> Gradients:
-    layout = _Layout(flash, query, source.key)
+    layout = Layout(flash, query, source.key)
 
     def run(
         query: Array, key: Array, value: Array, seen: Array | None, lse: Array, projection: Array, d_output: Array
