@@ -1,9 +1,10 @@
 # Both commands set up what they need: a virtual environment with the locked, hashed packages.
 PYTHON ?= python3
 ENVIRONMENT := .venv
+LOCK := requirements.lock
 READY := $(ENVIRONMENT)/ready
 
-.PHONY: setup tpu verify verify-full test test-slow test-gpu lint bench accelerator lock clean
+.PHONY: setup tpu verify verify-full test test-slow test-gpu test-3.12 lint bench accelerator lock clean
 
 verify: $(READY)  ## check the theory claim by claim, minutes on two cores; report in runs/theory
 	$(ENVIRONMENT)/bin/python -m theory --profile quick
@@ -25,6 +26,10 @@ test-slow: $(READY)  ## tests that take minutes
 test-gpu: $(READY)  ## tests that need an accelerator
 	$(ENVIRONMENT)/bin/python -m pytest -m gpu
 
+test-3.12:  ## the quick tests again, on Python 3.12 with JAX 0.11.2 and tokamax; TESTS=tests/test_tokamax.py only some
+	$(MAKE) setup ENVIRONMENT=.venv-3.12 LOCK=requirements-3.12.lock PYTHON=$(or $(PYTHON312),python3.12)
+	.venv-3.12/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
 lint: $(READY)  ## ruff and mypy
 	$(ENVIRONMENT)/bin/ruff check --output-format concise
 	$(ENVIRONMENT)/bin/ruff format --check
@@ -42,19 +47,25 @@ accelerator:  ## all that a GPU or TPU has to show, 9 minutes; goes on where it 
 		--target $(UNPACKED) $(or $(wildcard $(WHEELS)/*.whl),$(error WHEELS: expected a folder of wheels, got $(WHEELS))))
 	PYTHONPATH=$(UNPACKED):$$PYTHONPATH $(ACCELERATED) -m tests.bench.accelerator $(if $(TINY),--tiny)
 
-lock:  ## write requirements.lock and requirements-tpu.lock anew (needs uv)
+# not neural-tangents' TensorFlow, as in pyproject.toml; and the versions that `make accelerator` ran with on GPUs
+OVERRIDDEN := "tensorflow ; python_version < '0'" "tf2jax ; python_version < '0'" jax==0.11.2 jaxlib==0.11.2 flax==0.12.10
+
+lock:  ## write requirements.lock, requirements-3.12.lock and requirements-tpu.lock anew (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url \
 		--fork-strategy fewest --python-version 3.11 \
 		--custom-compile-command "make lock" --output-file requirements.lock
+	printf '%s\n' $(OVERRIDDEN) | uv pip compile pyproject.toml --no-config --override - --extra dev --extra tokamax \
+		--universal --generate-hashes --no-emit-index-url --fork-strategy fewest --python-version 3.12 \
+		--custom-compile-command "make lock" --output-file requirements-3.12.lock
 	echo libtpu | uv pip compile - --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 		--custom-compile-command "make lock" --output-file requirements-tpu.lock
 
 clean:
 	rm -rf $(ENVIRONMENT) runs
 
-$(READY): requirements.lock pyproject.toml
+$(READY): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, got %s: run make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(ENVIRONMENT)
-	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(LOCK)
 	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@

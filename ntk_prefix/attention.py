@@ -447,7 +447,7 @@ def _choose(implementation: str | None, definition: Flash, query: Array, *source
     problems: list[str] = []
     for name, backend in BACKENDS.items():
         flashes = of(name)
-        if why := problem(flashes, query, sources) or backend.not_here(query):
+        if why := problem(flashes, query, sources) or backend.not_chosen(query):
             problems.append(f"{name}: {why}")
             continue
         logger.info("attention runs on %s", ": ".join([name, "; ".join(problems)]) if problems else name)

@@ -15,6 +15,7 @@ none is named, the first that can run is taken:
 =========  ==================================================================================================
 ``cudnn``  cuDNN flash attention through JAX's own primitives; CUDA, bfloat16 and float16
 ``splash`` JAX's splash attention, a Pallas kernel for TPU; bfloat16 and float32, no bias, masks of keys only
+``tokamax`` kernels for Hopper, Blackwell and older GPUs, where it is installed and named; not run on a GPU yet
 ``xla``    jax.numpy, blockwise over queries and keys; any platform and float dtype, memory linear in T and S
 =========  ==================================================================================================
 
@@ -23,7 +24,7 @@ Layouts are those of ``jax.nn.dot_product_attention``; row statistics are [B, N,
 
 from __future__ import annotations
 
-from ntk_prefix.flash import cudnn, splash, xla  # isort: skip
+from ntk_prefix.flash import cudnn, splash, tokamax, xla  # isort: skip
 from ntk_prefix.flash.base import BACKENDS, Flash, Gradients, Source, Statistics
 
-__all__ = ["BACKENDS", "Flash", "Gradients", "Source", "Statistics", "cudnn", "splash", "xla"]
+__all__ = ["BACKENDS", "Flash", "Gradients", "Source", "Statistics", "cudnn", "splash", "tokamax", "xla"]

@@ -7,11 +7,22 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ntk_prefix.checks import UsageError
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["BACKENDS", "Backend", "Flash", "Gradients", "Source", "Statistics", "problem", "target_platform"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Flash",
+    "Gradients",
+    "Source",
+    "Statistics",
+    "lse_gradients",
+    "problem",
+    "target_platform",
+]
 
 
 class Statistics(NamedTuple):
@@ -125,7 +136,8 @@ class Backend(NamedTuple):
     """One library: its two halves and what stands against it, called as :class:`Flash` calls them, with itself first.
 
     ``problem`` looks at the arguments; ``unavailable``, at the machine and the versions, is asked only where nobody has
-    named an implementation. Both return a sentence, or None. ``platform`` is the only one it runs on, None any.
+    named an implementation. Both return a sentence, or None. ``platform`` is the only one it runs on, None any;
+    ``unproven`` says why it is taken where it is named alone, even where it runs.
     """
 
     forward: Callable[..., Statistics]
@@ -133,6 +145,7 @@ class Backend(NamedTuple):
     problem: Callable[[Flash, Array, Source], str | None]
     unavailable: Callable[[Array], str | None]
     platform: str | None = None
+    unproven: str | None = None
 
     def elsewhere(self) -> str | None:
         """Return that this is not its platform, in one sentence; None if it is."""
@@ -141,8 +154,12 @@ class Backend(NamedTuple):
         return f"it runs on a {self.platform.upper()}, and this is a {here.upper()}"
 
     def not_here(self, query: Array) -> str | None:
-        """Return why nobody gets it on this machine unless they name it."""
+        """Return why it does not run on this machine; None if it does."""
         return self.elsewhere() or self.unavailable(query)
+
+    def not_chosen(self, query: Array) -> str | None:
+        """Return why nobody gets it who has not named it."""
+        return self.unproven or self.not_here(query)
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -153,6 +170,23 @@ def problem(flashes: Sequence[Flash], query: Array, sources: Sequence[Source]) -
     """Return why one of these cannot take its source, wherever it is run; None if all can."""
     found = [flash.problem(query, source) for flash, source in zip(flashes, sources, strict=True)]
     return next(filter(None, found), None)
+
+
+def lse_gradients(
+    run: Callable[[Array, Array, Array], tuple[Array, ...]], source: Source, query: Array, d_lse: Float[Array, "B N T"]
+) -> tuple[Array, ...]:
+    """Return what a cotangent of the log-sum-exp adds, of a kernel whose backward takes none: the same kernel's answer.
+
+    ``dS = P * d_lse`` is what it makes of V = 0, dO = 1 and O = -d_lse in one column of the head.
+
+    Args:
+        run: the backward of (value, output, d_output).
+        source, query: as in :meth:`Flash.backward`.
+        d_lse: rounded to the query's dtype.
+    """
+    column = jnp.zeros_like(query).at[..., 0].set(1)
+    output = jnp.zeros_like(query).at[..., 0].set(-d_lse.transpose(0, 2, 1).astype(query.dtype))
+    return run(jnp.zeros_like(source.value), output, column)
 
 
 def target_platform() -> str:

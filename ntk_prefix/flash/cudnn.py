@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics
+from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics, lse_gradients
 from ntk_prefix.typing import Array
 
 
@@ -153,10 +153,7 @@ def _backward(
 
     d_query, d_key, d_value, *d_bias = run(source.value, statistics.output, d_output)
     if d_lse is not None:
-        # dS = P * d_lse is what the same kernel makes of V = 0, dO = 1 and O = -d_lse in one column
-        column = jnp.zeros_like(query).at[..., 0].set(1)
-        output = jnp.zeros_like(query).at[..., 0].set(-d_lse.transpose(0, 2, 1).astype(query.dtype))
-        more_query, more_key, _, *more_bias = run(jnp.zeros_like(source.value), output, column)
+        more_query, more_key, _, *more_bias = lse_gradients(run, source, query, d_lse)
         d_query, d_key = d_query + more_query, d_key + more_key
         d_bias = [x + y for x, y in zip(d_bias, more_bias, strict=True)]
     bias = source.bias
