@@ -1,5 +1,6 @@
 """What every test runs under: eight simulated CPU devices, no silent rank promotion, float64 unless it says x32."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ if jax.__version__ == "0.10.2":  # XLA ends a process at a flag it does not know
         flags = "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"
         patch.setenv("XLA_FLAGS", " ".join([*os.environ.get("XLA_FLAGS", "").split(), *flags]))
         jax.devices()  # reads them, once
+
+# Traces are made of small objects that live long: Python's collector goes through them 2,500 times in 100 seconds, a
+# twentieth of them. Fifty times do.
+gc.set_threshold(20_000, 20, 20)
 
 # the gate must give the same answer twice; at a desk new examples are tried every time
 hypothesis.settings.register_profile("desk", deadline=None)
