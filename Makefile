@@ -4,7 +4,7 @@ ENVIRONMENT := .venv
 LOCK := requirements.lock
 READY := $(ENVIRONMENT)/ready
 
-.PHONY: setup tpu verify verify-full test test-slow test-gpu test-3.12 lint bench accelerator lock clean
+.PHONY: setup tpu verify verify-full test quick test-slow test-gpu test-3.12 lint bench accelerator lock clean
 
 verify: $(READY)  ## check the theory claim by claim, minutes on two cores; report in runs/theory
 	$(ENVIRONMENT)/bin/python -m theory --profile quick
@@ -17,7 +17,9 @@ setup: $(READY)  ## only set up; then `source .venv/bin/activate`
 verify-full: $(READY)  ## the same at the sizes a paper would show
 	$(ENVIRONMENT)/bin/python -m theory --profile full --out runs/theory-full
 
-test: $(READY) lint  ## linters, types, quick tests; two at a time, as most of their time is single-threaded compilation
+test: lint quick  ## linters, types, quick tests
+
+quick: $(READY)  ## quick tests alone; two at a time, as most of their time is single-threaded compilation
 	$(ENVIRONMENT)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)  ## tests that take minutes
