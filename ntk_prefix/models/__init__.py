@@ -16,13 +16,15 @@ from ntk_prefix.models.attention import AttentionCore, AttentionKind, AttentionL
 from ntk_prefix.models.backbone import Backbone, LeadingRows, Output, RunOptions
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.classifier import Classifier
-from ntk_prefix.models.distilbert import DistilBert, DistilBertConfig
+from ntk_prefix.models.families.distilbert import DistilBert, DistilBertConfig
+from ntk_prefix.models.families.modernbert import ModernBert, ModernBertConfig
+from ntk_prefix.models.families.roberta import Roberta, RobertaConfig
+from ntk_prefix.models.families.t5 import T5Config, T5Encoder
 from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer
 from ntk_prefix.models.generation import generate
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.loading import from_pretrained, module_aliases, module_names
 from ntk_prefix.models.preprocessing import ImageNormalization, image_normalization, load_tokenizer
-from ntk_prefix.models.roberta import Roberta, RobertaConfig
 from ntk_prefix.models.rotary import Rope, Rotary
 from ntk_prefix.models.vit import Vit, VitConfig
 
@@ -42,12 +44,16 @@ __all__ = [
     "LeadingRows",
     "Llama",
     "LlamaConfig",
+    "ModernBert",
+    "ModernBertConfig",
     "Output",
     "Roberta",
     "RobertaConfig",
     "Rope",
     "Rotary",
     "RunOptions",
+    "T5Config",
+    "T5Encoder",
     "Vit",
     "VitConfig",
     "from_pretrained",

@@ -60,6 +60,7 @@ class AttentionKind:
         use_out_bias: of ``out``.
         rope: how positions turn queries and keys; None leaves them alone.
         window: a token sees itself and the ``window - 1`` tokens before it; None is all before it.
+        neighbors: a token of an encoder sees so many to each side; None is all.
         scale: of scores; 1/sqrt(H) if None.
         soft_cap: scores are ``cap tanh(scores / cap)``, after the scale; None leaves them alone.
 
@@ -71,11 +72,12 @@ class AttentionKind:
     use_out_bias: bool = True
     rope: Rope | None = None
     window: int | None = None
+    neighbors: int | None = None
     scale: float | None = None
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("window", "scale", "soft_cap"):
+        for name in ("window", "neighbors", "scale", "soft_cap"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise expected(name, "a number above 0, or None", value)
@@ -153,6 +155,7 @@ class AttentionLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
+        bias: Float[Array, "#B #N #T #S"] | None = None,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
         rotary: Mapping[Rope, Rotary] | None = None,
@@ -168,7 +171,7 @@ class AttentionLayer(nnx.Module):
         see ``window`` neighbors to each side and the first ``leading`` rows (:func:`~ntk_prefix.models.window.windowed`).
 
         Raises:
-            ValueError: a window beside a cache, a causal mask, or adapters that differ from row to row.
+            ValueError: a window beside a cache, a causal mask, a bias, or adapters that differ from row to row.
         """
         query = constrain(self._heads(self.query(x), self.num_heads), "batch", None, "heads")
         key = constrain(self._heads(self.key(x), self.num_key_heads), "batch", None, "key_heads")
@@ -184,16 +187,23 @@ class AttentionLayer(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), start, axis=1),
             )
         options = self.kind.scores() | {"mask": mask}
+        if bias is not None:
+            options |= {"bias": bias}
+        if (near := self.kind.neighbors) is not None:
+            if window is None and not leading:
+                options |= {"local_window_size": near}
+            else:
+                window = near if window is None else min(window, near)
         if window is None:
             options |= {"is_causal": is_causal}
             if cache is not None and not (isinstance(start, int) and start == 0):
                 (key, value), options = cache, options | {"query_offset": start}
             output = self.core(query, key, value, **options)
-        elif cache is not None or is_causal or getattr(self.core, "rows", None) is not None:
+        elif cache is not None or is_causal or bias is not None or getattr(self.core, "rows", None) is not None:
             raise expected(
                 "window",
                 "an encoder with one adapter for the whole batch",
-                "a cache, a causal mask or mixed rows: set window = None",
+                "a cache, a causal mask, a position bias or mixed rows: set window = None",
             )
         else:
             windows: dict[str, Any] = {**options, "window": window, "leading": leading}

@@ -24,8 +24,11 @@ from jax.typing import DTypeLike
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
 from ntk_prefix.models.elementwise import ACTIVATIONS
+from ntk_prefix.models.formats import Checkpoint
+from ntk_prefix.models.rotary import Rope, Rotary
 from ntk_prefix.models.run import REMAT_POLICIES, Runnable, RunOptions
 from ntk_prefix.models.scan import scan
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.sharding import constrain, current_mesh, row_axes, row_shares, spec
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -93,7 +96,7 @@ class BackboneConfig:
             object.__setattr__(self, name, value)
         if self.hidden_act not in ACTIVATIONS:
             raise expected("hidden_act", f"one of {sorted(ACTIVATIONS)}", repr(self.hidden_act))
-        if self.hidden_size % self.num_attention_heads:
+        if not getattr(self, "head_dim", 0) and self.hidden_size % self.num_attention_heads:
             raise expected(
                 "num_attention_heads",
                 f"a divisor of hidden_size {self.hidden_size}",
@@ -350,6 +353,11 @@ class Backbone(Runnable, nnx.Module):
         self.run = RunOptions()
         self.leading = LeadingRows(config.num_hidden_layers, config.hidden_size) if self.encoder else None
 
+    @classmethod
+    def stored(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """Return a checkpoint with its tensors as our maps are: what a file has in one piece is cut."""
+        return checkpoint
+
     def head_transform(self, rngs: nnx.Rngs) -> nnx.Module | None:
         """Make what stands in the family's own head before the linear map, for a file's numbers; None is nothing."""
         return None
@@ -359,14 +367,28 @@ class Backbone(Runnable, nnx.Module):
         x: Float[Array, "B T D"],
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         norm: Callable[[Array], Array] = lambda x: x,
+        *,
+        bias: Float[Array, "#B #N T T"] | None = None,
+        rotary: Mapping[Rope, Rotary] | None = None,
     ) -> Output:
-        """Send an encoder's embeddings through all layers, with leading rows if there are any, and through ``norm``."""
+        """Send an encoder's embeddings through all layers, with leading rows if there are any, and through ``norm``.
+
+        Leading rows have no position: nothing is added to their scores, and they are not turned.
+        """
         rows = None if self.leading is None else self.leading()
         count = 0 if rows is None else rows.shape[1]
         if count:
             x = jnp.pad(x, ((0, 0), (count, 0), (0, 0)))
             mask = None if mask is None else jnp.pad(mask, ((0, 0),) * 3 + ((count, 0),), constant_values=True)
-        x, _ = self.run_layers(x, rows=rows, mask=mask, window=self.window, leading=count)
+            bias = None if bias is None else jnp.pad(bias, ((0, 0),) * 2 + ((count, 0),) * 2)
+            ahead = ((0, 0), (count, 0), (0, 0))
+            rotary = rotary and {
+                rope: Rotary(jnp.pad(cos, ahead, constant_values=1), jnp.pad(sin, ahead))
+                for rope, (cos, sin) in rotary.items()
+            }
+        # what is not there is not said, for a layer of somebody else's
+        told: dict[str, Any] = {name: x for name, x in (("bias", bias), ("rotary", rotary)) if x is not None}
+        x, _ = self.run_layers(x, rows=rows, mask=mask, window=self.window, leading=count, **told)
         x = norm(x)
         return Output(last_hidden_state=x[:, count:], leading_states=x[:, :count] if count else None)
 
@@ -402,6 +424,11 @@ class Backbone(Runnable, nnx.Module):
         for index, layer in enumerate(self.layers):
             x = run_layer(layer, x, None if rows is None else rows[index])
         return x, None
+
+    def rotary(self, positions: Int[Array, "#B T"]) -> dict[Rope, Rotary]:
+        """Return cosines and sines for each way in which layers turn their heads."""
+        ropes = {layer.attention.kind.rope for layer in self.layers} - {None}
+        return {rope: rope.at(positions, accumulation_dtype(self.dtype)) for rope in ropes}
 
     def positions(
         self, positions: Int[Array, "#B T"], offset: Int[Array, " #B"] | Int[Array, ""] | int

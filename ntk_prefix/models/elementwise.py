@@ -1,4 +1,4 @@
-"""The elementwise parts of a layer: activations and LayerNorm, in forms whose gradients cost little on a CPU.
+"""The elementwise parts of a layer: activations and norms, in forms whose gradients cost little on a CPU.
 
 flax and JAX have both, and in a step of MiniLM two things about theirs cost time and memory:
 
@@ -26,7 +26,7 @@ from flax import nnx
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["ACTIVATIONS", "LayerNorm", "gelu", "layer_norm"]
+__all__ = ["ACTIVATIONS", "LayerNorm", "RMSNorm", "gelu", "layer_norm", "rms_norm"]
 
 
 @jax.custom_jvp
@@ -69,7 +69,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class LayerNorm(nnx.LayerNorm):
-    """``(x - mean) / sqrt(var + epsilon) * scale + bias`` over the last axis; parameters are those of flax.
+    """``(x - mean) / sqrt(var + epsilon) * scale [+ bias]`` over the last axis; parameters are those of flax.
 
     Numerics: statistics, scale and bias in float32 (float64 for float64 inputs), the result in the norm's dtype.
     """
@@ -80,10 +80,46 @@ class LayerNorm(nnx.LayerNorm):
         centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
         normal = centered * jax.lax.rsqrt(variance + self.epsilon)
-        scale, bias = (cast(nnx.Param, p)[...].reshape(*[1] * (x.ndim - 1), -1) for p in (self.scale, self.bias))
-        return (normal * scale + bias).astype(self.dtype or x.dtype)
+        ones = [1] * (x.ndim - 1)
+        result = normal * cast(nnx.Param, self.scale)[...].reshape(*ones, -1)
+        if self.bias is not None:
+            result = result + self.bias[...].reshape(*ones, -1)
+        return result.astype(self.dtype or x.dtype)
 
 
-def layer_norm(features: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> Callable[[], LayerNorm]:
+def layer_norm(
+    features: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs, *, use_bias: bool = True
+) -> Callable[[], LayerNorm]:
     """Return what makes a LayerNorm."""
-    return functools.partial(LayerNorm, features, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    return functools.partial(LayerNorm, features, epsilon=epsilon, use_bias=use_bias, dtype=dtype, rngs=rngs)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """``x / sqrt(mean x^2 + epsilon) * (offset + scale)`` over the last axis; parameters are those of flax.
+
+    Args:
+        features: of a vector.
+        offset: 1 where a file holds what its norms differ from 1 by (Gemma).
+        options: of ``nnx.RMSNorm``.
+
+    Numerics: all in float32 (float64 for float64 inputs), the result in the norm's dtype.
+    """
+
+    def __init__(self, features: int, *, offset: float = 0.0, **options: Any):
+        init = nnx.initializers.constant(1.0 - offset)
+        super().__init__(features, scale_init=init, **options)
+        self.offset = offset
+
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:  # type: ignore[override]
+        """Normalize each vector."""
+        wide = x.astype(accumulation_dtype(x.dtype))
+        normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        scale = self.offset + cast(nnx.Param, self.scale)[...].astype(wide.dtype)
+        return (normal * scale.reshape(*[1] * (x.ndim - 1), -1)).astype(self.dtype or x.dtype)
+
+
+def rms_norm(
+    features: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs, *, offset: float = 0.0
+) -> Callable[[], RMSNorm]:
+    """Return what makes an RMSNorm."""
+    return functools.partial(RMSNorm, features, offset=offset, epsilon=epsilon, dtype=dtype, rngs=rngs)

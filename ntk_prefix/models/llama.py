@@ -35,7 +35,7 @@ from ntk_prefix.models.backbone import (
     known_fields,
 )
 from ntk_prefix.models.cross_entropy import weighted_cross_entropy
-from ntk_prefix.models.rotary import Factor, Rope, Rotary, rope_fields
+from ntk_prefix.models.rotary import Factor, Rope, rope_fields
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -257,7 +257,7 @@ class Llama(Backbone):
             cache,
             mask=mask,
             is_causal=True,
-            rotary=self._rotary(self.positions(positions, position_offset)),
+            rotary=self.rotary(self.positions(positions, position_offset)),
             start=start,
         )
         return self.final_norm(x), cache
@@ -300,11 +300,6 @@ class Llama(Backbone):
         if not self.causal_lm:
             raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
         return self.embeddings if self.lm_head is None else self.lm_head
-
-    def _rotary(self, positions: Int[Array, "#B T"]) -> dict[Rope, Rotary]:
-        """Return cosines and sines for each way in which layers turn their heads."""
-        ropes = {layer.attention.kind.rope for layer in self.layers} - {None}
-        return {rope: rope.at(positions, accumulation_dtype(self.dtype)) for rope in ropes}
 
     def empty_cache(self, batch: int, length: int) -> tuple[KeyValueCache, ...]:
         """Make a cache of ``length`` tokens for ``batch`` rows."""

@@ -1,8 +1,6 @@
 """``from_pretrained``: a checkpoint's tensors into our modules, every one of them accounted for.
 
-A tensor goes from the file to where it will lie a block of rows at a time: read, checked, converted, and put into the parts
-that this process' devices hold. Beside the model that takes one tensor's local parts, and no more than that again where a
-device wants them turned first.
+How one gets from the file to its devices is told in :mod:`ntk_prefix.models.placing`.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +25,13 @@ from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.backbone import Backbone, BackboneConfig, Pooling
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.classifier import Classifier
-from ntk_prefix.models.distilbert import DistilBert, DistilBertConfig
+from ntk_prefix.models.families.distilbert import DistilBert, DistilBertConfig
+from ntk_prefix.models.families.modernbert import ModernBert, ModernBertConfig
+from ntk_prefix.models.families.roberta import Roberta, RobertaConfig
+from ntk_prefix.models.families.t5 import T5Config, T5Encoder
 from ntk_prefix.models.formats import Checkpoint, StoredTensor, read_checkpoint
 from ntk_prefix.models.llama import Llama, LlamaConfig
-from ntk_prefix.models.roberta import Roberta, RobertaConfig
+from ntk_prefix.models.placing import OLD_WORDS, Slot, Target, parameter_dtype, parameters, placed
 from ntk_prefix.models.vit import Vit, VitConfig
 from ntk_prefix.sharding import check_divides, weight_sharding
 
@@ -43,7 +44,10 @@ MODELS: dict[str, tuple[Any, type[Backbone]]] = {
     "dinov2": (VitConfig, Vit),
     "distilbert": (DistilBertConfig, DistilBert),
     "llama": (LlamaConfig, Llama),
+    "modernbert": (ModernBertConfig, ModernBert),
+    "mt5": (T5Config, T5Encoder),
     "roberta": (RobertaConfig, Roberta),
+    "t5": (T5Config, T5Encoder),
     "vit": (VitConfig, Vit),
     "xlm-roberta": (RobertaConfig, Roberta),
 }
@@ -96,9 +100,10 @@ def from_pretrained(
     Numerics: what the file holds goes before what its config says of it: an ``lm_head`` that differs from the embeddings
         is used, tied or not. Numbers are rounded once, from the file's dtype to ``param_dtype``, to nearest.
     """
-    into = _Target(_parameter_dtype(param_dtype), _auto(mesh), progress or (lambda done, total: None))
+    into = Target(parameter_dtype(param_dtype), _auto(mesh), progress or (lambda done, total: None))
     checkpoint = read_checkpoint(path)
     config, model_class = _config(checkpoint)
+    checkpoint = model_class.stored(checkpoint)
     classify = task is not None and task.endswith("-classification")
     if task not in (None, *model_class.tasks):
         model_type = checkpoint.config["model_type"]
@@ -132,47 +137,14 @@ def from_pretrained(
         )
     _fill(model, checkpoint, f"{path}", into)
     classifier = Classifier(model, num_labels, pooling=pooling, transform=transform, rngs=rngs or nnx.Rngs(0))
-    for slot in [slot for _, slot in _parameters("head", classifier.head)] + _transform_slots(model, transform):
+    for slot in [slot for _, slot in parameters("head", classifier.head)] + _transform_slots(model, transform):
         tensor = None if head is None else head.get(slot.path)
         if tensor is not None:
-            slot.variable.set_value(_placed(slot, tensor, into._replace(dtype=np.dtype(np.float32))))
+            slot.variable.set_value(placed(slot, tensor, into._replace(dtype=np.dtype(np.float32))))
         elif into.mesh is not None:
             sharding = weight_sharding(into.mesh, slot.path, slot.variable.shape)
             slot.variable.set_value(jax.device_put(slot.variable[...], sharding))
     return classifier
-
-
-class _Target(NamedTuple):
-    """Where weights go, and as what; a dtype of None is the file's."""
-
-    dtype: np.dtype | None
-    mesh: Mesh | None
-    progress: Callable[[int, int], None]
-
-    def dtype_of(self, tensor: StoredTensor) -> np.dtype:
-        """Return what a tensor's numbers become; what holds no floating point numbers is refused when it is read."""
-        if self.dtype is not None:
-            return self.dtype
-        return jax.dtypes.canonicalize_dtype(np.float32 if tensor.numbers is None else tensor.numbers)
-
-
-def _parameter_dtype(param_dtype: DTypeLike | None) -> np.dtype | None:
-    """Return what weights are kept in, None for the file's dtypes.
-
-    Raises:
-        UsageError: neither "file" nor floating point numbers of a width that weights may have.
-    """
-    if isinstance(param_dtype, str) and param_dtype == "file":
-        return None
-    try:
-        dtype = jnp.dtype(np.float32 if param_dtype is None else param_dtype)
-    except TypeError:
-        dtype = None
-    widest = jax.dtypes.canonicalize_dtype(np.float64).itemsize
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or not 2 <= dtype.itemsize <= widest:
-        wanted = "'file', or floating point numbers of 16 or 32 bits (of 64 with jax_enable_x64)"
-        raise expected("param_dtype", wanted, repr(param_dtype) if dtype is None else dtype)
-    return dtype
 
 
 def _auto(mesh: Mesh | None) -> Mesh | None:
@@ -216,7 +188,9 @@ def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone]]:
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None
     # before anything is built layer by layer
-    numbers = [int(match[1]) for name in checkpoint.tensors if (match := re.search(r"\blayers?\.(\d{1,9})\.", name))]
+    numbers = [
+        int(match[1]) for name in checkpoint.tensors if (match := re.search(r"\b(?:layers?|block)\.(\d{1,9})\.", name))
+    ]
     have = max(numbers, default=-1) + 1
     if sizes.num_hidden_layers > have:
         raise expected(
@@ -259,18 +233,10 @@ def _untied(config: BackboneConfig, checkpoint: Checkpoint, *, logits: bool) -> 
     if table is None:
         tensors = {**checkpoint.tensors, "model.embed_tokens.weight": head}
         return config, checkpoint._replace(tensors={k: v for k, v in tensors.items() if k != "lm_head.weight"})
-    if logits and not _equal(head, table):
+    if logits and not head.equals(table):
         logger.info("%s: lm_head.weight differs from the embeddings: not tied, whatever the config says", head.file)
         return dataclasses.replace(config, tie_word_embeddings=False), checkpoint
     return config, checkpoint
-
-
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    """Return whether two tensors are the same, block by block up to the first difference."""
-    if one.shape != other.shape:
-        return False
-    blocks = (tensor.blocks(np.dtype(np.float32)) for tensor in (one, other))
-    return all(np.array_equal(a, b) for (_, a), (_, b) in zip(*blocks, strict=True))
 
 
 class _AnyKey(nnx.Rngs):
@@ -332,83 +298,7 @@ def _resolve(model: Any, path: str) -> Any:
     )
 
 
-class _Slot(NamedTuple):
-    """A parameter of ours by its path, and how a tensor gets there."""
-
-    path: str
-    variable: nnx.Variable
-    linear: bool
-
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Return a stored tensor's shape in our layout."""
-        if not self.linear:
-            return stored
-        return (math.prod(stored[1:]), stored[0]) if len(stored) == 4 else stored[::-1]
-
-
-def _parameters(path: str, module: Any) -> Iterator[tuple[str, _Slot]]:
-    """Yield what a Hugging Face file calls a module's parameters, after the module's name, and their places here."""
-    if isinstance(module, nnx.Variable):
-        yield "", _Slot(path, module, False)
-    elif isinstance(module, nnx.Embed):
-        yield ".weight", _Slot(f"{path}.embedding", module.embedding, False)
-    elif isinstance(module, nnx.Linear):
-        yield ".weight", _Slot(f"{path}.kernel", module.kernel, True)
-    else:
-        yield ".weight", _Slot(f"{path}.scale", module.scale, False)
-    if getattr(module, "bias", None) is not None:
-        yield ".bias", _Slot(f"{path}.bias", module.bias, False)
-
-
-_OLD_WORDS = {".weight": ".gamma", ".bias": ".beta"}
-"""What BERT's first files, made by TensorFlow, call a norm's numbers."""
-
-
-def _placed(
-    slot: _Slot, tensor: StoredTensor, into: _Target, read: Callable[[int], None] = lambda n: None
-) -> jax.Array:
-    """Return a weight where it will lie: every row of the file is read once, and by those only who hold a part of it.
-
-    A linear map is [out, in] in the file and [in, out] here; a patch convolution [out, channels, height, width] is a map
-    from flat patches. They are put together as the file has them, and turned on their way to the device.
-
-    Args:
-        slot: whose weight it is.
-        tensor: its numbers.
-        into: as what, and over which mesh.
-        read: told how many bytes are there, after each block.
-    """
-    dtype, shape = into.dtype_of(tensor), tuple(slot.variable.shape)
-    order = slice(None, None, -1 if slot.linear else 1)
-    sharding = None if into.mesh is None else weight_sharding(into.mesh, slot.path, shape)
-    whole = tuple(slice(None) for _ in shape)
-    lies: Mapping[Any, Any] = {None: whole} if sharding is None else sharding.addressable_devices_indices_map(shape)
-    # by the part that they hold, in the file's order of axes: (start, stop) of each
-    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-    for device, index in lies.items():
-        part = tuple(bounds.indices(size)[:2] for bounds, size in zip(index, shape, strict=True))[order]
-        devices.setdefault(part, []).append(device)
-    held = {part: np.empty([stop - start for start, stop in part], dtype) for part in devices}
-    for first, last in sorted({part[0] for part in held}):
-        sharers = [(part[1:], values) for part, values in held.items() if part[0] == (first, last)]
-        for rows, block in tensor.blocks(dtype, first, last):
-            if block.ndim == 4:
-                block = block.transpose(0, 2, 3, 1)
-            block = block.reshape(len(block), -1) if slot.linear else block
-            for columns, values in sharers:
-                values[rows.start - first : rows.stop - first] = block[
-                    (slice(None), *(slice(*bounds) for bounds in columns))
-                ]
-            read(block.nbytes)
-    arrays = []
-    for part, its_devices in devices.items():
-        values = held.pop(part)
-        arrays += [jax.device_put(values.T if slot.linear else values, device) for device in its_devices]
-        jax.block_until_ready(arrays)  # its numbers are read from `values` until then
-    return arrays[0] if sharding is None else jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _fill(model: Backbone, checkpoint: Checkpoint, path: str, into: _Target) -> None:
+def _fill(model: Backbone, checkpoint: Checkpoint, path: str, into: Target) -> None:
     """Give every parameter its tensor.
 
     Raises:
@@ -417,13 +307,13 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str, into: _Target) -> 
         NonFiniteError: naming the first that is not finite.
     """
     prefix, aliases = model.hugging_face_prefix, module_aliases(model)
-    wanted: dict[str, _Slot] = {}
+    wanted: dict[str, Slot] = {}
     known: dict[str, str] = {}  # what a file may call it -> what we call it
     for ours, name in module_names(model).items():
         module = _resolve(model, ours)
-        for end, slot in _parameters(ours, module):
+        for end, slot in parameters(ours, module):
             wanted[f"{name}{end}"] = slot
-            ends = (end, _OLD_WORDS[end]) if isinstance(module, nnx.LayerNorm) else (end,)
+            ends = (end, OLD_WORDS[end]) if isinstance(module, nnx.LayerNorm) else (end,)
             for other in {name, aliases.get(ours, name)}:
                 bare = other.removeprefix(prefix)
                 # a task model's names have the prefix, a bare one's do not, whatever our table says
@@ -467,16 +357,16 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str, into: _Target) -> 
         into.progress(done, total)
 
     for name, slot in wanted.items():
-        slot.variable.set_value(_placed(slot, found[name], into, read))
+        slot.variable.set_value(placed(slot, found[name], into, read))
     into.progress(total, total)  # also where other processes hold a part
 
 
-def _transform_slots(model: Backbone, transform: Any) -> list[_Slot]:
+def _transform_slots(model: Backbone, transform: Any) -> list[Slot]:
     """Return the parameters of what stands before a head's linear map."""
     if transform is None:
         return []
     modules = {path: getattr(transform, path) for path in model.hugging_face_transform}
-    return [slot for path, module in modules.items() for _, slot in _parameters(f"transform.{path}", module)]
+    return [slot for path, module in modules.items() for _, slot in parameters(f"transform.{path}", module)]
 
 
 def _head(model: Backbone, transform: Any, checkpoint: Checkpoint) -> dict[str, StoredTensor] | None:
@@ -497,7 +387,7 @@ def _head(model: Backbone, transform: Any, checkpoint: Checkpoint) -> dict[str, 
         raise expected(f"{bias.file}: {bias.name}", f"shape {weight.shape[:1]}", bias.shape)
     found = {"head.kernel": weight} | ({} if bias is None else {"head.bias": bias})
     for path, name in model.hugging_face_transform.items():
-        for end, slot in _parameters(f"transform.{path}", getattr(transform, path)):
+        for end, slot in parameters(f"transform.{path}", getattr(transform, path)):
             part = stored(f"{name}{end}")
             if part is None:
                 return None

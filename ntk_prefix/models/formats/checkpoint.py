@@ -37,6 +37,14 @@ class StoredTensor(NamedTuple):
     numbers: np.dtype | None
     load: Callable[[Iterable[slice]], Iterator[np.ndarray]]
 
+    def rows(self, name: str, start: int, stop: int) -> StoredTensor:
+        """Return some of the rows as a tensor of its own: a part of what a file has in one piece."""
+
+        def load(bounds: Iterable[slice]) -> Iterator[np.ndarray]:
+            return self.load(slice(start + b.start, start + b.stop) for b in bounds)
+
+        return self._replace(name=name, shape=(stop - start, *self.shape[1:]), load=load)
+
     def blocks(self, dtype: np.dtype, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield rows from ``start`` to ``stop`` and their numbers in ``dtype``, :data:`BLOCK` at a time.
 
@@ -67,6 +75,13 @@ class StoredTensor(NamedTuple):
                 extremes = f"{values.min()} to {values.max()} in {values.dtype.name}"
                 raise NonFiniteError(f"{self.file}: {self.name}: expected finite numbers, got {extremes}.")
             yield rows, values
+
+    def equals(self, other: StoredTensor) -> bool:
+        """Return whether two tensors are the same, block by block up to the first difference."""
+        if self.shape != other.shape:
+            return False
+        blocks = (tensor.blocks(np.dtype(np.float32)) for tensor in (self, other))
+        return all(np.array_equal(a, b) for (_, a), (_, b) in zip(*blocks, strict=True))
 
     def read(self, dtype: np.dtype | type = np.float32) -> np.ndarray:
         """Return all numbers; errors are those of :meth:`blocks`."""

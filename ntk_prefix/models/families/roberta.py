@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar
 import jax.numpy as jnp
 import msgspec
 
+from ntk_prefix.checks import expected
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.typing import Array, Int
 
@@ -22,6 +23,12 @@ class RobertaConfig(BertConfig):
     """Sizes of a RoBERTa; the names and defaults are those of Hugging Face's config.json."""
 
     pad_token_id: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pad_token_id + 1 >= self.max_position_embeddings:
+            least = f"less than the {self.max_position_embeddings} positions, of which it is one"
+            raise expected("pad_token_id", least, self.pad_token_id)
 
     @property
     def first_position(self) -> int:
