@@ -33,7 +33,10 @@ __all__ = ["AttentionCore", "AttentionKind", "AttentionLayer", "AttentionOptions
 
 
 class KeyValueCache(NamedTuple):
-    """Keys and values seen so far in one layer, in a buffer of fixed length."""
+    """Keys and values seen so far in one layer, in a buffer of fixed length.
+
+    Of a layer with a window it is a ring: token t lies in slot ``t % S``, and the last S tokens are there.
+    """
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
@@ -166,9 +169,10 @@ class AttentionLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         """Return the layer's output and the cache with this call's keys written at ``start``.
 
-        With a cache, S is the buffer's length and causality counts from ``start``, which hides what is not yet written;
-        where ``start`` is the number 0, S is T: the tokens of this call are all there is to see. With a window, tokens
-        see ``window`` neighbors to each side and the first ``leading`` rows (:func:`~ntk_prefix.models.window.windowed`).
+        With a cache, S is the length of the text that it is for and causality counts from ``start``, which hides what is
+        not yet written; where ``start`` is the number 0, S is T: the tokens of this call are all there is to see. Beside a
+        ring, a mask is one for keys only. With ``window``, tokens see that many neighbors to each side and the first
+        ``leading`` rows (:func:`~ntk_prefix.models.window.windowed`).
 
         Raises:
             ValueError: a window beside a cache, a causal mask, a bias, or adapters that differ from row to row.
@@ -181,11 +185,6 @@ class AttentionLayer(nnx.Module):
         if self.kind.rope is not None and rotary is not None:
             turns = rotary[self.kind.rope]
             query, key = rotate(query, turns), rotate(key, turns)
-        if cache is not None:
-            cache = KeyValueCache(
-                jax.lax.dynamic_update_slice_in_dim(cache.key, key.astype(cache.key.dtype), start, axis=1),
-                jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), start, axis=1),
-            )
         options = self.kind.scores() | {"mask": mask}
         if bias is not None:
             options |= {"bias": bias}
@@ -196,8 +195,17 @@ class AttentionLayer(nnx.Module):
                 window = near if window is None else min(window, near)
         if window is None:
             options |= {"is_causal": is_causal}
-            if cache is not None and not (isinstance(start, int) and start == 0):
-                (key, value), options = cache, options | {"query_offset": start}
+            if self.kind.window is not None:
+                options |= {"local_window_size": (self.kind.window - 1, 0)}
+            first = isinstance(start, int) and start == 0
+            before = cache
+            if cache is not None:
+                cache = _written(cache, key, value, start, ring=self.kind.window is not None)
+            if before is not None and cache is not None and not first:
+                if self.kind.window is None:
+                    (key, value), options = cache, options | {"query_offset": start}
+                else:
+                    key, value, options = _of_ring(before, cache, key, value, start, options)
             output = self.core(query, key, value, **options)
         elif cache is not None or is_causal or bias is not None or getattr(self.core, "rows", None) is not None:
             raise expected(
@@ -216,3 +224,53 @@ class AttentionLayer(nnx.Module):
 
     def _heads(self, x: Array, heads: int) -> Float[Array, "B T N H"]:
         return x.reshape(*x.shape[:2], heads, self.head_dim)
+
+
+def _written(
+    cache: KeyValueCache, key: Array, value: Array, start: Int[Array, ""] | int, *, ring: bool
+) -> KeyValueCache:
+    """Return a cache with the keys and values of tokens ``start``, ``start + 1``, ... in their places."""
+    slots, length = cache.key.shape[1], key.shape[1]
+    kept = min(length, slots) if ring else length
+    first = start + length - kept
+    at_once = not ring or kept == 1 or (isinstance(first, int) and first % slots + kept <= slots)
+
+    def put(buffer: Array, new: Array) -> Array:
+        new = new[:, length - kept :].astype(buffer.dtype)
+        if at_once:
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new, first % slots if ring else first, axis=1)
+        return buffer.at[:, (first + jnp.arange(kept)) % slots].set(new, unique_indices=True)
+
+    return KeyValueCache(put(cache.key, key), put(cache.value, value))
+
+
+def _of_ring(
+    before: KeyValueCache,
+    after: KeyValueCache,
+    key: Array,
+    value: Array,
+    start: Int[Array, ""] | int,
+    options: AttentionOptions,
+) -> tuple[Array, Array, AttentionOptions]:
+    """Return the keys and values that a call's tokens may see beside a ring, and what attention is told of them.
+
+    A single token sees the ring as it is: what order keys stand in does not matter, and none of them is out of its window.
+    Several see the ring as it was, put in order, and themselves.
+    """
+    slots, length, mask = before.key.shape[1], key.shape[1], options.pop("mask", None)
+    if length == 1:
+        tokens = start - (start - jnp.arange(slots)) % slots
+        key, value = after
+        del options["local_window_size"]
+        options |= {"is_causal": False}
+    else:
+        tokens = start - slots + jnp.arange(slots + length)
+        key, value = (
+            jnp.concatenate([jnp.take(old, tokens[:slots] % slots, axis=1), new.astype(old.dtype)], axis=1)
+            for old, new in zip(before, (key, value), strict=True)
+        )
+        options |= {"query_offset": slots}
+    seen = (tokens >= 0)[None, None, None]
+    if mask is not None:
+        seen = seen & jnp.take(mask, jnp.maximum(tokens, 0), axis=3)
+    return key, value, options | {"mask": seen}

@@ -177,12 +177,14 @@ class Mlp(nnx.Module):
 class TransformerLayer(nnx.Module):
     """Attention and an MLP, each with a residual connection and a norm.
 
-    Before (``post_norm=False``) ``x + scale * f(norm(x))``; after ``norm(x + f(x))``, as in BERT.
+    Before (``post_norm=False``) ``x + scale * f(norm(x))``; after ``norm(x + f(x))``, as in BERT; before and after each map
+    ``x + norm(f(norm(x)))``, as in Gemma.
 
     Args:
         attention, mlp: the two maps.
         norm: makes a norm of [B, T, D].
         post_norm: where the norm stands.
+        update_norms: norm the updates too.
         layer_scale: multiply the updates by learned vectors [D] (DINOv2).
     """
 
@@ -193,6 +195,7 @@ class TransformerLayer(nnx.Module):
         norm: Callable[[], nnx.Module],
         *,
         post_norm: bool = False,
+        update_norms: bool = False,
         layer_scale: bool = False,
     ):
         self.attention = attention
@@ -200,6 +203,8 @@ class TransformerLayer(nnx.Module):
         self.mlp = mlp
         self.mlp_norm = norm()
         self.post_norm = post_norm
+        self.attention_update_norm = norm() if update_norms else None
+        self.mlp_update_norm = norm() if update_norms else None
         features = attention.out.out_features
         self.attention_scale = nnx.Param(jnp.ones(features, jnp.float32)) if layer_scale else None
         self.mlp_scale = nnx.Param(jnp.ones(features, jnp.float32)) if layer_scale else None
@@ -212,11 +217,12 @@ class TransformerLayer(nnx.Module):
             x = attention_norm(x + update)
             return mlp_norm(x + self.mlp(x)), cache
         update, cache = self.attention(attention_norm(x), **options)
-        x = x + _scaled(update, self.attention_scale)
-        return x + _scaled(self.mlp(mlp_norm(x)), self.mlp_scale), cache
+        x = x + _scaled(update, self.attention_update_norm, self.attention_scale)
+        return x + _scaled(self.mlp(mlp_norm(x)), self.mlp_update_norm, self.mlp_scale), cache
 
 
-def _scaled(update: Float[Array, "B T D"], scale: nnx.Param | None) -> Float[Array, "B T D"]:
+def _scaled(update: Float[Array, "B T D"], norm: Any, scale: nnx.Param | None) -> Float[Array, "B T D"]:
+    update = update if norm is None else norm(update)
     return update if scale is None else update * scale[...].astype(update.dtype)[None, None]
 
 

@@ -1,4 +1,7 @@
-"""Llama: grouped-query attention with rotary positions, RMSNorm, gated SiLU; a cache for generation.
+"""Llama and its relatives: grouped-query attention with rotary positions, RMSNorm, a gated MLP; a cache for generation.
+
+What the families differ in are fields of the config. A family is a file in :mod:`ntk_prefix.models.families`, which says
+what its config.json means in these fields, and a line in :data:`ntk_prefix.models.loading.MODELS`.
 
 Source: arXiv 2302.13971 and 2307.09288 (grouped queries); the layout and the names are those of Hugging Face's
 ``llama``.
@@ -35,11 +38,24 @@ from ntk_prefix.models.backbone import (
     known_fields,
 )
 from ntk_prefix.models.cross_entropy import weighted_cross_entropy
+from ntk_prefix.models.elementwise import rms_norm
 from ntk_prefix.models.rotary import Factor, Rope, rope_fields
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["Llama", "LlamaConfig"]
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""What Hugging Face calls layers with a window, and without one."""
+
+_WHAT_FAMILIES_ADD = frozenset(
+    (
+        "sliding_window", "layer_types", "no_rope_layers", "local_rope_theta", "qkv_bias", "qk_norm", "query_pre_attn_scalar",
+        "attn_logit_softcapping", "final_logit_softcapping", "update_norms", "norm_offset", "scale_embeddings",
+    )
+)  # fmt: skip
+"""Fields that a file may speak of only where its family has them: Hugging Face's other models pass over them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +64,29 @@ class LlamaConfig(BackboneConfig):
 
     ``num_key_value_heads`` and ``head_dim`` follow from the others where they are 0. ``rope_factors`` [H / 2] is ours: what
     each rotary frequency is divided by, one after the other (Hugging Face's ``rope_scaling``, GGUF's ``rope_freqs``); all
-    by 1 if it is empty.
+    by 1 if it is empty. ``rope_attention_factor`` scales cosines and sines; ``rope_dynamic_factor`` lets the base grow
+    with the text, not at 0: see :class:`~ntk_prefix.models.rotary.Rope`.
+
+    What families add, ours unless Hugging Face has a word for it:
+
+    =========================== ======================================================================================
+    sliding_window              tokens that a layer of type "sliding_attention" sees; all if None
+    layer_types                 of each layer, "sliding_attention" or "full_attention"; empty is the family's own pattern
+    no_rope_layers              0 for each layer that leaves positions alone; empty is the family's own pattern
+    local_rope_theta            base of the layers with a window, unscaled; the others' if None
+    qkv_bias                    of query, key and value alone; ``attention_bias`` if None
+    qk_norm                     an RMSNorm of each head's queries and keys
+    query_pre_attn_scalar       scores are scaled by its -1/2 power; ``head_dim`` if None
+    attn_logit_softcapping      of scores; none if None
+    final_logit_softcapping     of logits; none if None
+    update_norms                norms after attention and MLP too
+    norm_offset                 what is added to the weights of norms
+    scale_embeddings            multiply embeddings by sqrt(D)
+    =========================== ======================================================================================
 
     Raises:
         UsageError: a field of a wrong type or out of its bounds, key-value heads that do not divide the query heads, an
-            odd head dimension, or another number of rotary factors.
+            odd head dimension, another number of rotary factors, or layers of which nothing or something unknown is said.
     """
 
     vocab_size: Size
@@ -68,6 +102,18 @@ class LlamaConfig(BackboneConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    sliding_window: Size | None = None
+    layer_types: tuple[str, ...] = ()
+    no_rope_layers: tuple[int, ...] = ()
+    local_rope_theta: Factor | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    query_pre_attn_scalar: Factor | None = None
+    attn_logit_softcapping: Factor | None = None
+    final_logit_softcapping: Factor | None = None
+    update_norms: bool = False
+    norm_offset: float = 0.0
+    scale_embeddings: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +131,11 @@ class LlamaConfig(BackboneConfig):
             raise expected(
                 "rope_factors", f"one for each of the {self.head_dim // 2} frequencies", len(self.rope_factors)
             )
+        for name in ("layer_types", "no_rope_layers"):
+            if 0 < len(given := getattr(self, name)) < self.num_hidden_layers:
+                raise expected(name, f"one for each of the {self.num_hidden_layers} layers", len(given))
+        if unknown := set(self.layer_types) - {SLIDING, FULL}:
+            raise expected("layer_types", f"{SLIDING} and {FULL}", sorted(unknown), "Other attention is not built here")
 
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any]) -> LlamaConfig:
@@ -94,11 +145,15 @@ class LlamaConfig(BackboneConfig):
             UsageError: a value is missing or of a wrong type, or rotary positions are scaled in a way that is not built
                 here.
         """
-        plain = cls(**known_fields(cls, config))
+        fields = cls.translated(config)
+        given = known_fields(cls, fields)
+        # a null says more than a default
+        given |= {name: None for name in _WHAT_FAMILIES_ADD if name in fields and fields[name] is None}
+        plain = cls(**given)
         # transformers 5 writes rope_parameters; before, rope_theta stood alone and rope_scaling beside it
-        if config.get("partial_rotary_factor") not in (None, 1):
-            raise expected("partial_rotary_factor", "1: all of a head is turned here", config["partial_rotary_factor"])
-        settings = config.get("rope_parameters") or config.get("rope_scaling")
+        if fields.get("partial_rotary_factor") not in (None, 1):
+            raise expected("partial_rotary_factor", "1: all of a head is turned here", fields["partial_rotary_factor"])
+        settings = fields.get("rope_parameters") or fields.get("rope_scaling")
         rope = rope_fields(settings, plain.rope, plain.max_position_embeddings)
         return dataclasses.replace(
             plain,
@@ -107,6 +162,43 @@ class LlamaConfig(BackboneConfig):
             rope_attention_factor=rope.scaling,
             rope_dynamic_factor=0.0 if rope.dynamic is None else rope.dynamic[0],
         )
+
+    @classmethod
+    def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a config.json by the names of these fields; a family says here what its own words mean.
+
+        Raises:
+            UsageError: something that changes what the model computes and is not built here.
+        """
+        if config.get("use_bidirectional_attention"):
+            raise expected("use_bidirectional_attention", "false: a decoder", config["use_bidirectional_attention"])
+        return {name: value for name, value in config.items() if name not in _WHAT_FAMILIES_ADD}
+
+    def pattern(self) -> tuple[str, ...]:
+        """Return the types of the layers where ``layer_types`` says nothing: a window in all, if there is one."""
+        return (FULL if self.sliding_window is None else SLIDING,) * self.num_hidden_layers
+
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Return what the layers differ in, first layer first."""
+        local = self.rope
+        if self.local_rope_theta is not None:
+            local = Rope(head_dim=self.head_dim, theta=self.local_rope_theta)
+        turned = self.no_rope_layers or (1,) * self.num_hidden_layers
+        own = self.query_pre_attn_scalar
+        kinds = []
+        for kind, turns in zip((self.layer_types or self.pattern())[: self.num_hidden_layers], turned, strict=False):
+            near = kind == SLIDING and self.sliding_window is not None
+            kinds.append(
+                AttentionKind(
+                    use_bias=self.attention_bias if self.qkv_bias is None else self.qkv_bias,
+                    use_out_bias=self.attention_bias,
+                    rope=None if not turns else local if kind == SLIDING else self.rope,
+                    window=self.sliding_window if near else None,
+                    scale=None if own in (None, self.head_dim) else own**-0.5,
+                    soft_cap=self.attn_logit_softcapping,
+                )
+            )
+        return tuple(kinds)
 
     @property
     def rope(self) -> Rope:
@@ -122,11 +214,6 @@ class LlamaConfig(BackboneConfig):
     def frequencies(self) -> np.ndarray:
         """Return the angle by which each pair of a head turns from one position to the next, [H / 2] in float64."""
         return self.rope.frequencies()
-
-
-def _keep_dtypes(arrays: Any, **_: Any) -> Any:
-    """Leave a norm's scale in float32 beside narrower inputs. A function of the module: models of one shape share it."""
-    return arrays
 
 
 class Llama(Backbone):
@@ -148,6 +235,8 @@ class Llama(Backbone):
         "layers.{i}.attention.key": "model.layers.{i}.self_attn.k_proj",
         "layers.{i}.attention.value": "model.layers.{i}.self_attn.v_proj",
         "layers.{i}.attention.out": "model.layers.{i}.self_attn.o_proj",
+        "layers.{i}.attention.query_norm": "model.layers.{i}.self_attn.q_norm",
+        "layers.{i}.attention.key_norm": "model.layers.{i}.self_attn.k_norm",
         "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
         "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
         "layers.{i}.mlp.up": "model.layers.{i}.mlp.up_proj",
@@ -167,14 +256,10 @@ class Llama(Backbone):
 
     def __init__(self, config: LlamaConfig, *, causal_lm: bool = True, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype)
-        norm = functools.partial(
-            nnx.RMSNorm,
-            config.hidden_size,
-            epsilon=config.rms_norm_eps,
-            dtype=self.dtype,
-            promote_dtype=_keep_dtypes,
-            rngs=rngs,
+        make = functools.partial(
+            rms_norm, epsilon=config.rms_norm_eps, dtype=self.dtype, rngs=rngs, offset=config.norm_offset
         )
+        norm, head_norm = make(config.hidden_size), make(config.head_dim) if config.qk_norm else None
         self.causal_lm = causal_lm
         # no dtype: nnx.Embed would convert its whole table in every step
         self.embeddings = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
@@ -185,16 +270,16 @@ class Llama(Backbone):
                     config.num_attention_heads,
                     num_key_heads=config.num_key_value_heads,
                     head_dim=config.head_dim,
-                    kind=AttentionKind(
-                        use_bias=config.attention_bias, use_out_bias=config.attention_bias, rope=config.rope
-                    ),
+                    kind=kind,
+                    head_norm=head_norm,
                     dtype=self.dtype,
                     rngs=rngs,
                 ),
                 Mlp(config, gated=True, use_bias=config.mlp_bias, dtype=self.dtype, rngs=rngs),
                 norm,
+                update_norms=config.update_norms,
             )
-            for _ in range(config.num_hidden_layers)
+            for kind in config.attention_kinds()
         )
         self.final_norm = norm()
         self.lm_head = (
@@ -216,8 +301,8 @@ class Llama(Backbone):
         Args:
             input_ids: [B, T].
             attention_mask: [B, S], nonzero or True at tokens, zero at padding, on either side; all tokens if None.
-                S = T, or the cache's length with a cache. Positions count tokens only, so padding on the left
-                changes nothing.
+                S = T, or with a cache the length of the text that it is for. Positions count tokens only, so padding on
+                the left changes nothing.
             cache: from :meth:`empty_cache`; these tokens are written at ``start`` and see all tokens before them.
             start: where in the cache.
             position_offset: added to the positions, on top of the model's own ``position_offset``; a number, or
@@ -239,7 +324,15 @@ class Llama(Backbone):
     ) -> tuple[Float[Array, "B T D"], tuple[KeyValueCache, ...] | None]:
         """Return what comes before the logits, and the cache; arguments as in :meth:`__call__`."""
         length = input_ids.shape[1]
-        seen = length if cache is None else cache[0].key.shape[1]
+        seen: int | None = length
+        if cache is not None:
+            # a ring does not say how long a text it is for
+            whole = [
+                c.key.shape[1]
+                for c, layer in zip(cache, self.layers, strict=True)
+                if layer.attention.kind.window is None
+            ]
+            seen = max(whole) if whole else None if attention_mask is None else attention_mask.shape[1]
         check_tokens(input_ids, attention_mask, self.config.vocab_size, seen)
         if attention_mask is None:
             mask = None
@@ -252,6 +345,8 @@ class Llama(Backbone):
             if isinstance(start, int) and start == 0:
                 mask = mask[..., :length]  # what is written now is all there is to see
         x = embedded(self.embeddings.embedding[...], input_ids).astype(self.dtype)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         x, cache = self.run_layers(
             x,
             cache,
@@ -268,7 +363,7 @@ class Llama(Backbone):
         Raises:
             ValueError: the model was made without ``causal_lm``.
         """
-        return _logits(self._output_map(), hidden)
+        return _logits(self._output_map(), hidden, self.config.final_logit_softcapping)
 
     def loss(
         self, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], coefficients: Float[Array, "B T"]
@@ -287,7 +382,7 @@ class Llama(Backbone):
         # gathered once, and not for each part of the tokens
         weights = sharding.gathered("lm_head" if self.lm_head is not None else "embeddings", weights)
         return weighted_cross_entropy(
-            lambda weights, hidden: _logits(nnx.merge(graph, weights), hidden),
+            lambda weights, hidden: _logits(nnx.merge(graph, weights), hidden, self.config.final_logit_softcapping),
             weights,
             hidden,
             jnp.maximum(labels, 0),
@@ -302,14 +397,20 @@ class Llama(Backbone):
         return self.embeddings if self.lm_head is None else self.lm_head
 
     def empty_cache(self, batch: int, length: int) -> tuple[KeyValueCache, ...]:
-        """Make a cache of ``length`` tokens for ``batch`` rows."""
-        zeros = jnp.zeros((batch, length, self.config.num_key_value_heads, self.config.head_dim), self.dtype)
-        return tuple(KeyValueCache(zeros, zeros) for _ in self.layers)
+        """Make a cache for texts of ``length`` tokens in ``batch`` rows; a layer with a window keeps no more than that."""
+
+        def zeros(window: int | None) -> Array:
+            slots = min(length, window or length)
+            return jnp.zeros((batch, slots, self.config.num_key_value_heads, self.config.head_dim), self.dtype)
+
+        return tuple(KeyValueCache(*[zeros(layer.attention.kind.window)] * 2) for layer in self.layers)
 
 
-def _logits(output_map: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+def _logits(output_map: Any, hidden: Float[Array, "B T D"], soft_cap: float | None) -> Float[Array, "B T V"]:
     accumulate = accumulation_dtype(hidden.dtype)
-    if not isinstance(output_map, nnx.Embed):
-        return output_map(hidden).astype(accumulate)
-    table = output_map.embedding[...].astype(hidden.dtype)
-    return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=accumulate)
+    if isinstance(output_map, nnx.Embed):
+        table = output_map.embedding[...].astype(hidden.dtype)
+        logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=accumulate)
+    else:
+        logits = output_map(hidden).astype(accumulate)
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)

@@ -26,8 +26,14 @@ from ntk_prefix.models.backbone import Backbone, BackboneConfig, Pooling
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.classifier import Classifier
 from ntk_prefix.models.families.distilbert import DistilBert, DistilBertConfig
+from ntk_prefix.models.families.gemma2 import Gemma, Gemma2Config
+from ntk_prefix.models.families.gemma3 import Gemma3Config
+from ntk_prefix.models.families.mistral import MistralConfig
 from ntk_prefix.models.families.modernbert import ModernBert, ModernBertConfig
+from ntk_prefix.models.families.qwen2 import Qwen2Config
+from ntk_prefix.models.families.qwen3 import Qwen3Config
 from ntk_prefix.models.families.roberta import Roberta, RobertaConfig
+from ntk_prefix.models.families.smollm3 import SmolLM3Config
 from ntk_prefix.models.families.t5 import T5Config, T5Encoder
 from ntk_prefix.models.formats import Checkpoint, StoredTensor, read_checkpoint
 from ntk_prefix.models.llama import Llama, LlamaConfig
@@ -43,10 +49,16 @@ MODELS: dict[str, tuple[Any, type[Backbone]]] = {
     "bert": (BertConfig, Bert),
     "dinov2": (VitConfig, Vit),
     "distilbert": (DistilBertConfig, DistilBert),
+    "gemma2": (Gemma2Config, Gemma),
+    "gemma3_text": (Gemma3Config, Gemma),
     "llama": (LlamaConfig, Llama),
+    "mistral": (MistralConfig, Llama),
     "modernbert": (ModernBertConfig, ModernBert),
     "mt5": (T5Config, T5Encoder),
+    "qwen2": (Qwen2Config, Llama),
+    "qwen3": (Qwen3Config, Llama),
     "roberta": (RobertaConfig, Roberta),
+    "smollm3": (SmolLM3Config, Llama),
     "t5": (T5Config, T5Encoder),
     "vit": (VitConfig, Vit),
     "xlm-roberta": (RobertaConfig, Roberta),
@@ -113,7 +125,7 @@ def from_pretrained(
     if into.mesh is not None:
         shares = {axis: into.mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor")}
         check_divides(config, **shares, flag="mesh: ")
-    options: dict[str, Any] = {"causal_lm": task == "causal-lm"} if model_class is Llama else {}
+    options: dict[str, Any] = {"causal_lm": task == "causal-lm"} if issubclass(model_class, Llama) else {}
     config, checkpoint = _untied(config, checkpoint, logits=task == "causal-lm")
     model = _shapes(model_class, config, dtype, options)
     if not classify:

@@ -77,7 +77,8 @@ class Rope:
             factor, trained = self.dynamic
             length = jnp.maximum(positions.max(axis=1, keepdims=True) + 1, trained).astype(dtype)
             growth = jnp.log(factor * length / trained - (factor - 1)) / (self.head_dim - 2)
-            frequencies = frequencies * jnp.exp(-growth[..., None] * np.arange(0, self.head_dim, 2, dtype=dtype))
+            pairs = np.arange(0, self.head_dim, 2)[None, None]
+            frequencies = frequencies * jnp.exp(-growth[..., None] * pairs.astype(dtype))
         angles = positions[:, :, None].astype(dtype) * frequencies
         angles = jnp.concatenate([angles, angles], axis=-1)
         return Rotary(self.scaling * jnp.cos(angles), self.scaling * jnp.sin(angles))

@@ -8,10 +8,14 @@ gradients in one pass; adapters are small.
 Compiling then takes the time of one layer, and what a compiler makes of weights to compute with them, such as a CPU's float32
 copies of bfloat16 ones, is there for one layer at a time. A layer's weights are never kept for the backward pass: they are
 taken again.
+
+Layers may differ in their :class:`~ntk_prefix.models.attention.AttentionKind`, as where some have a window: then a turn runs
+the program of its layer's kind, of which each is compiled once.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,8 +63,9 @@ def scan(
         UsageError: layers that differ, or one that changes state as it runs, such as a random stream that is drawn from.
     """
     check_alike(layers)
-    graph = nnx.split(layers[0], TRAINED, ...)[0]
-    trained, others = zip(*(nnx.split(layer, TRAINED, ...)[1:] for layer in layers), strict=True)
+    layer_graphs, trained, others = zip(*(nnx.split(layer, TRAINED, ...) for layer in layers), strict=True)
+    graphs = list(dict.fromkeys(layer_graphs))
+    kinds = jnp.asarray([graphs.index(graph) for graph in layer_graphs])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
     stacked = sharding.constrain_weights(stacked, leading=1)
     takers = [lambda *states, turn=turn: states[turn] for turn in range(len(layers))]
@@ -69,6 +74,11 @@ def scan(
         taken = jax.lax.switch(turn, takers, *others)
         # gathered by name, where the compiler would send pieces round in a loop of its own for each product
         taken = sharding.gathered("layers", sharding.constrain_weights(taken))
+        if len(graphs) == 1:
+            return ran(graphs[0], x, row, own, taken)
+        return jax.lax.switch(kinds[turn], [functools.partial(ran, graph) for graph in graphs], x, row, own, taken)
+
+    def ran(graph: Any, x: Array, row: Any, own: nnx.State, taken: nnx.State) -> Array:
         layer = nnx.merge(graph, own, taken)
         before = jax.tree.leaves(nnx.state(layer))
         x = run(layer, x, row)
@@ -91,7 +101,7 @@ def scan(
 
 
 def check_alike(layers: Sequence[nnx.Module]) -> None:
-    """Refuse layers of which one program cannot be made.
+    """Refuse layers of which one program for each kind of attention cannot be made.
 
     Raises:
         UsageError: naming the first that is not as layer 0, and what of it differs.
@@ -101,7 +111,7 @@ def check_alike(layers: Sequence[nnx.Module]) -> None:
     structure: Any = jax.tree.structure(first)
     wanted = _described(first)
     for index, layer in enumerate(layers[1:], 1):
-        own, state = nnx.split(layer)
+        own, state = _split_as(layer, layers[0])
         found = _described(state)
         different = [path for path in sorted(found | wanted) if found.get(path) != wanted.get(path)]
         if different:
@@ -110,6 +120,19 @@ def check_alike(layers: Sequence[nnx.Module]) -> None:
             raise expected("scan_layers", f"layers that are alike in {path}", got)
         if own != graph or structure != jax.tree.structure(state):
             raise expected("scan_layers", "layers that are alike", f"layers.{index} with other options than layers.0")
+
+
+def _split_as(layer: Any, other: Any) -> tuple[Any, nnx.State]:
+    """Return a layer's structure and state, as if its attention were of another's kind."""
+    attention = getattr(layer, "attention", None)
+    kind = getattr(attention, "kind", None)
+    if attention is None or kind is None:
+        return nnx.split(layer)
+    attention.kind = other.attention.kind
+    try:
+        return nnx.split(layer)
+    finally:
+        attention.kind = kind
 
 
 def _described(state: nnx.State) -> dict[str, str]:

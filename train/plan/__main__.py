@@ -42,7 +42,8 @@ class Command:
     topology: str = "v5e:4x4"
     """What to compile for: a kind of chip and how many of them, such as v5e:4x4, v5p:2x2x2 or v6e:4x4."""
     model_shape: str | None = None
-    """In place of the run's model: Llama-3.2-1B, Llama-3.1-8B, ViT-L/16, BERT-large, a config.json or its folder."""
+    """In place of the run's model: Llama-3.2-1B, Llama-3.1-8B, Qwen3-8B, Gemma-2-9B, ViT-L/16, BERT-large, a config.json or
+    its folder."""
     num_labels: int = 2
     """Classes of a classifier; no data is read to count them."""
     search: int = 3

@@ -230,7 +230,7 @@ def model_flops(model: Any, rows: int, length: int, *, remat: bool) -> float:
         remat: ``--remat`` in full; with a policy that keeps products none is computed twice.
     """
     trained = {id(each) for _, each in nnx.iter_graph(model) if isinstance(each, peft.AdapterParam)}
-    tokens, per_token, heads = rows * length, 0.0, 0.0
+    tokens, per_token, seen = rows * length, 0.0, 0.0
     passes = 3 if remat else 2
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Linear) and "head" not in path:
@@ -242,9 +242,11 @@ def model_flops(model: Any, rows: int, length: int, *, remat: bool) -> float:
         per_token += 2 * table.size * (passes + (1 if id(table) in trained else 0))
     for _, module in nnx.iter_modules(model):
         if isinstance(module, AttentionLayer):
-            heads += module.num_heads * module.head_dim
-    causal = 0.5 if not backbone.encoder else 1.0
-    attention = 4 * length * causal * heads * (passes + 1)
+            # keys of a token: all, or half of them on average where it sees those before it, or those of its window
+            window = min(module.kind.window or length, length)
+            keys = length if backbone.encoder else window * (1 - window / (2 * length))
+            seen += keys * module.num_heads * module.head_dim
+    attention = 4 * seen * (passes + 1)
     # an adapter's own matrices: both factors of a low rank, trained
     adapters = sum(
         leaf.size

@@ -42,6 +42,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "rope_scaling": {**_ROPE, "factor": 8.0},
     },
+    "Qwen3-8B": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960, "rope_theta": 1000000.0, "dtype": "bfloat16",
+    },
+    "Gemma-2-9B": {
+        "model_type": "gemma2", "vocab_size": 256000, "hidden_size": 3584, "intermediate_size": 14336,
+        "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+        "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "max_position_embeddings": 8192, "dtype": "bfloat16",
+    },
     "ViT-L/16": {
         "model_type": "vit", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
         "num_attention_heads": 16, "image_size": 224, "patch_size": 16,
@@ -110,7 +121,7 @@ def abstract_model(config: TrainConfig, shape: str | None, num_labels: int) -> A
 
         def from_fields() -> Any:
             rngs = _AnyKey(jax.random.key(0))
-            options = {"causal_lm": kind == "causal-lm"} if model_class is models.Llama else {}
+            options = {"causal_lm": kind == "causal-lm"} if issubclass(model_class, models.Llama) else {}
             backbone = model_class(sizes, dtype=jnp.dtype(config.device.precision), rngs=rngs, **options)
             _keep_in(backbone, stored)
             if kind == "causal-lm":
