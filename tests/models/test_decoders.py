@@ -20,6 +20,7 @@ from ntk_prefix.models.families.gemma2 import Gemma, Gemma2Config
 from tests.models.calling import call
 from tests.models.decoders_reference import CASES, LENGTHS, NEW, VOCABULARY, WINDOW
 from tests.models.drawing import draw_tensor
+from tests.models.test_loading import write_gguf
 
 LONGEST = max(LENGTHS)
 
@@ -231,6 +232,42 @@ def test_layers_of_two_kinds_run_in_a_loop_over_one(load: Any) -> None:
     apart = call(model, ids, mask).logits
     model.scan_layers = True
     np.testing.assert_allclose(call(model, ids, mask).logits, apart, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "smollm3", "gemma2", "gemma3"])
+def test_a_gguf_of_the_family_is_the_folder(load: Any, tmp_path: Path, case: str) -> None:
+    """llama.cpp sorts rows of SmolLM3, and adds 1 to the norms of Gemma; windows are kept of Gemma alone."""
+    config = {"head_dim": 4, "rope_theta": 100.0, **parts(case)[0]}
+    config["rope_parameters"] = config["rope_parameters"].get("full_attention", config["rope_parameters"])
+    said = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 8.0} if case == "gemma2" else {}
+    names = tuple(said)
+    said |= {"sliding_window": WINDOW} if "gemma" in case else {}
+    stored = models.from_pretrained(write_gguf(tmp_path / "a.gguf", config, tensors(case), said, case), "causal-lm")
+    folder = load(case)
+    assert type(stored) is type(folder)
+    assert isinstance(stored, models.Llama)
+    for path, weight in nnx.to_flat_state(nnx.state(folder)):
+        whole = 1 if "gemma" in case and "norm" in str(path[-2]) else 0
+        own = nnx.state(stored)
+        for key in path:
+            own = own[key]
+        np.testing.assert_array_equal(own[...], weight[...] + whole)
+    ours, theirs = stored.config, folder.config
+    for name in (
+        "hidden_act",
+        "tie_word_embeddings",
+        "qk_norm",
+        "qkv_bias",
+        "update_norms",
+        "scale_embeddings",
+        *names,
+    ):
+        assert getattr(ours, name) == getattr(theirs, name)
+    if case == "gemma2":
+        assert [k.window for k in ours.attention_kinds()] == [WINDOW, None]
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -113,8 +113,14 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.concatenate([head[np.arange(len(head)).reshape(2, -1).T.ravel()] for head in np.split(weight, heads)])
 
 
-def write_gguf(path: Path, config: dict[str, Any], tensors: Tensors, tokens: dict[str, Any] | None = None) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
+def write_gguf(
+    path: Path,
+    config: dict[str, Any],
+    tensors: Tensors,
+    tokens: dict[str, Any] | None = None,
+    architecture: str = "llama",
+) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
     heads = config["num_attention_heads"]
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(64)
@@ -128,11 +134,15 @@ def write_gguf(path: Path, config: dict[str, Any], tensors: Tensors, tokens: dic
         writer.add_key_length(config["head_dim"])
     for key, value in (tokens or {}).items():
         getattr(writer, f"add_{key}")(value)
-    spelling = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    spelling = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
+    neighbors = architecture in ("llama", "smollm3")
     for name, tensor in tensors.items():
-        if ".q_proj." in name:
+        if architecture.startswith("gemma") and "norm" in name:
+            tensor = tensor + 1
+        elif ".q_proj." in name and neighbors:
             tensor = permuted(tensor, heads)
-        elif ".k_proj." in name:
+        elif ".k_proj." in name and neighbors:
             tensor = permuted(tensor, config.get("num_key_value_heads", heads))
         writer.add_tensor(spelling.get_name(name, (".weight", ".bias")), np.ascontiguousarray(tensor))
     writer.write_header_to_file()
@@ -387,5 +397,7 @@ def test_gguf_of_something_else(tmp_path: Path, architecture: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="expected a GGUF of architecture 'llama', got 'mamba'"):
+    with pytest.raises(
+        ValueError, match=r"expected a GGUF of an architecture among \['gemma2', .*\], got 'mamba'. Take"
+    ):
         models.from_pretrained(tmp_path / "a.gguf")

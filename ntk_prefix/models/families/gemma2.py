@@ -42,8 +42,9 @@ class Gemma2Config(LlamaConfig):
         "query_pre_attn_scalar",
         "attn_logit_softcapping",
         "final_logit_softcapping",
+        "norm_offset",
     )
-    """Of a config.json, beyond a Llama's."""
+    """Of a config.json, beyond a Llama's; ``norm_offset`` is of a GGUF, which has added it already."""
 
     @classmethod
     def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp: weights of a Llama, quantized or not, with hyper-parameters and tokenizer beside them."""
+"""GGUF, the format of llama.cpp: weights of a decoder, quantized or not, with hyper-parameters and tokenizer beside them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mmap
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +36,9 @@ _CONFIG = {
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
 """Hugging Face's field -> the key, after the architecture."""
 
@@ -47,7 +50,7 @@ _CHANGES = (
     "rope.scaling.attn_factor",
     "expert_count",
 )
-"""Keys that change what a Llama computes, in ways that are not built here."""
+"""Keys that change what a model computes, in ways that are not built here."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -55,6 +58,8 @@ _NAMES = {
     "blk.{i}.attn_q": "model.layers.{i}.self_attn.q_proj",
     "blk.{i}.attn_k": "model.layers.{i}.self_attn.k_proj",
     "blk.{i}.attn_v": "model.layers.{i}.self_attn.v_proj",
+    "blk.{i}.attn_q_norm": "model.layers.{i}.self_attn.q_norm",
+    "blk.{i}.attn_k_norm": "model.layers.{i}.self_attn.k_norm",
     "blk.{i}.attn_output": "model.layers.{i}.self_attn.o_proj",
     "blk.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm",
     "blk.{i}.ffn_gate": "model.layers.{i}.mlp.gate_proj",
@@ -63,6 +68,42 @@ _NAMES = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
+
+_GEMMA_NAMES = {
+    **_NAMES,
+    "blk.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
+    "blk.{i}.ffn_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "blk.{i}.post_ffw_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+
+
+class _Family(NamedTuple):
+    """What llama.cpp does to one architecture's checkpoints.
+
+    Args:
+        model_type: Hugging Face's.
+        names: of its modules.
+        neighbors: rotary pairs are (2 j, 2 j + 1), and the rows of queries and keys are sorted so.
+        whole_norms: 1 is added to the weights of norms.
+        wide: layers of the model whose scores are scaled by ``(D / N)^(-1/2)``; the file does not say so.
+    """
+
+    model_type: str
+    names: dict[str, str] = _NAMES
+    neighbors: bool = False
+    whole_norms: bool = False
+    wide: int = 0
+
+
+_FAMILIES = {
+    "llama": _Family("llama", neighbors=True),
+    "smollm3": _Family("smollm3", neighbors=True),
+    "qwen2": _Family("qwen2"),
+    "qwen3": _Family("qwen3"),
+    "gemma2": _Family("gemma2", _GEMMA_NAMES, whole_norms=True, wide=46),
+    "gemma3": _Family("gemma3_text", _GEMMA_NAMES, whole_norms=True, wide=62),
+}
+"""By llama.cpp's name of the architecture."""
 
 
 @contextlib.contextmanager
@@ -121,39 +162,54 @@ def read_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file.
 
     Raises:
-        UsageError: a broken file, or another architecture than Llama.
+        UsageError: a broken file, or an architecture that is not built here.
     """
     file = _File(path)
     architecture = file.get("general.architecture")
-    if architecture != "llama":
-        raise expected(path, "a GGUF of architecture 'llama'", repr(architecture))
-    if changes := {key: value for key in _CHANGES if (value := file.get(f"llama.{key}"))}:
-        raise expected(str(path), "a plain Llama", f"one with {changes}")
+    if not isinstance(architecture, str) or architecture not in _FAMILIES:
+        raise expected(
+            path,
+            f"a GGUF of an architecture among {sorted(_FAMILIES)}",
+            repr(architecture),
+            "Take the folder that it was made from, if its model_type is one of ours",
+        )
+    family = _FAMILIES[architecture]
+    if changes := {key: value for key in _CHANGES if (value := file.get(f"{architecture}.{key}"))}:
+        raise expected(str(path), f"a plain {architecture}", f"one with {changes}")
     if (parts := file.get("split.count", int, 1)) > 1:
         raise expected(str(path), "a whole model", f"one of {parts} parts", "llama-gguf-split --merge joins them")
-    stored = {name: file.get(f"llama.{key}") for name, key in _CONFIG.items()}
+    stored = {name: file.get(f"{architecture}.{key}") for name, key in _CONFIG.items()}
     config = {name: value for name, value in stored.items() if value is not None}
     if "rms_norm_eps" not in config:  # Hugging Face has a default for it, llama.cpp has not
-        raise expected(f"{path}: llama.{_CONFIG['rms_norm_eps']}", "a number", "none")
+        raise expected(f"{path}: {architecture}.{_CONFIG['rms_norm_eps']}", "a number", "none")
     heads = config.get("num_attention_heads")
-    if (scaling := file.get("llama.rope.scaling.type", default="none")) != "none":
-        config["rope_scaling"] = {"rope_type": scaling, "factor": file.get("llama.rope.scaling.factor")}
-    turned = file.get("llama.rope.dimension_count", int | None)
+    if (scaling := file.get(f"{architecture}.rope.scaling.type", default="none")) != "none":
+        keys = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
+        given = {ours: file.get(f"{architecture}.rope.scaling.{theirs}") for ours, theirs in keys.items()}
+        config["rope_scaling"] = {"rope_type": scaling, **given}
+    turned = file.get(f"{architecture}.rope.dimension_count", int | None)
     if turned and isinstance(heads, int) and heads and isinstance(config.get("hidden_size"), int):
         config["partial_rotary_factor"] = turned / (config.get("head_dim") or config["hidden_size"] // heads or 1)
-    tensors = _tensors(file, heads, config)
+    tensors = _tensors(file, family, heads, config)
     if "model.embed_tokens.weight" in tensors:
         config["vocab_size"] = tensors["model.embed_tokens.weight"].shape[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors
-    config["model_type"] = architecture
+    config["model_type"] = family.model_type
+    if family.whole_norms:
+        config["norm_offset"] = 0.0
+        width, wide = config.get("hidden_size"), config.get("num_hidden_layers") == family.wide
+        if wide and isinstance(heads, int) and heads and isinstance(width, int):
+            config["query_pre_attn_scalar"] = width / heads
+        else:
+            config["query_pre_attn_scalar"] = config.get("head_dim")
     if (factors := tensors.pop("rope_freqs.weight", None)) is not None:
         # Llama 3.1's scaling of the frequencies, as llama.cpp keeps it
         config["rope_factors"] = factors.read().tolist()
     return Checkpoint(path, path, config, tensors)
 
 
-def _tensors(file: _File, heads: Any, config: dict[str, Any]) -> dict[str, StoredTensor]:
+def _tensors(file: _File, family: _Family, heads: Any, config: dict[str, Any]) -> dict[str, StoredTensor]:
     """Return a GGUF's tensors by Hugging Face's names."""
     from gguf import GGMLQuantizationType
 
@@ -165,11 +221,12 @@ def _tensors(file: _File, heads: Any, config: dict[str, Any]) -> dict[str, Store
         module, _, parameter = name.rpartition(".")
         block = re.match(r"blk\.(\d+)\.", module)
         template = re.sub(r"^blk\.\d+\.", "blk.{i}.", module)
-        groups = {
+        sorted_rows = {
             "blk.{i}.attn_q": heads,
             "blk.{i}.attn_k": config.get("num_key_value_heads") or heads,
-        }.get(template)
-        known = _NAMES.get(template, template).replace("{i}", block[1] if block else "")
+        }
+        groups = sorted_rows.get(template) if family.neighbors else None
+        known = family.names.get(template, template).replace("{i}", block[1] if block else "")
         kind = tensor.tensor_type
         found[f"{known}.{parameter}"] = StoredTensor(
             file.path,
