@@ -1,6 +1,6 @@
 """Our adapters beside Hugging Face peft's: ``python -m tests.peft.interop --torch-python PYTHON --model DIR``.
 
-peft trains LoRA and prefix-tuning adapters for a few steps, on MiniLM (DIR) and on small random Llamas, saves them,
+peft trains LoRA and prefix-tuning adapters for a few steps, on MiniLM (DIR) and on small random decoders, saves them,
 and they are loaded here; then the same are trained here, saved, and loaded there.
 
 Errors are ``max |ours - theirs| / max |theirs|`` of hidden states or logits in float32, over tokens that are not padding.
@@ -29,6 +29,8 @@ from ntk_prefix.peft.inject import module_at
 
 LIMIT, EFFECT = 1e-4, 1e-2
 
+HEADS_WITHOUT_BIAS = ("LlamaForSequenceClassification", "Qwen3ForSequenceClassification")
+
 OURS: dict[str, tuple[str, str | None, list[peft.AdapterConfig]]] = {
     "bert lora": ("AutoModel", None, [peft.LoraConfig(r=8, alpha=16)]),
     "bert lora, a regex and patterns": (
@@ -55,6 +57,20 @@ OURS: dict[str, tuple[str, str | None, list[peft.AdapterConfig]]] = {
         "LlamaForCausalLM",
         "causal-lm",
         [peft.PrefixTuningConfig(num_tokens=5, shift_positions=True)],
+    ),
+    **{
+        f"{family.lower()} lora": (
+            f"{family}ForCausalLM",
+            "causal-lm",
+            [peft.LoraConfig(target=r"layers\..*(query|key|value|out|up|down|gate)$", r=4)],
+        )
+        for family in ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma2", "Gemma3")
+    },
+    "qwen3 prefix": ("Qwen3ForCausalLM", "causal-lm", [peft.PrefixTuningConfig(num_tokens=5, shift_positions=True)]),
+    "qwen3 classifier lora": (
+        "Qwen3ForSequenceClassification",
+        "sequence-classification",
+        [peft.LoraConfig(r=4)],
     ),
     "llama classifier lora": ("LlamaForSequenceClassification", "sequence-classification", [peft.LoraConfig(r=4)]),
     "llama classifier prefix": (
@@ -110,7 +126,7 @@ def compare(folder: Path, torch_side: list[str]) -> bool:
         ours_of_theirs = outputs(model, inputs)
         peft.delete_adapter(model, "theirs")
         peft.apply(model, configs)
-        train(model, inputs, jnp.asarray(target), bias=kind != "LlamaForSequenceClassification")
+        train(model, inputs, jnp.asarray(target), bias=kind not in HEADS_WITHOUT_BIAS)
         peft.save_pretrained(model, folder / case / "ours")
         mask = arrays.get("attention_mask") if theirs.ndim == 3 else None
         measured[case] = ours_of_theirs, theirs, outputs(model, inputs), frozen, mask

@@ -12,6 +12,13 @@ HIDDEN = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "
 LLAMA = {**HIDDEN, "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0}
 LAYERS = {"rank_pattern": {"layer.0.attention.self.query": 2}, "alpha_pattern": {"layer.1.attention.self.value": 3}}
 
+WINDOWS = {
+    "Mistral": {"sliding_window": 5, "head_dim": 16},
+    "Gemma2": {"sliding_window": 5, "head_dim": 16},
+    "Gemma3": {"sliding_window": 5, "head_dim": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+}
+FILES = {"Gemma3": "Gemma3Text"}
+
 CASES = {
     "bert lora": ("AutoModel", LoraConfig(task_type="FEATURE_EXTRACTION", r=8, lora_alpha=16)),
     "bert lora, a regex and patterns": (
@@ -39,6 +46,15 @@ CASES = {
     ),
     "llama lora": ("LlamaForCausalLM", LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")),
     "llama prefix": ("LlamaForCausalLM", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    **{
+        f"{family.lower()} lora": (
+            f"{family}ForCausalLM",
+            LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+        )
+        for family in ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma2", "Gemma3")
+    },
+    "qwen3 prefix": ("Qwen3ForCausalLM", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "qwen3 classifier lora": ("Qwen3ForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
     "llama classifier lora": ("LlamaForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
     "llama classifier prefix": (
         "LlamaForSequenceClassification",
@@ -52,11 +68,11 @@ def base(kind: str, folder: Path) -> torch.nn.Module:
     """Load a model, made on the first call if it is not MiniLM."""
     place = folder / "models" / kind
     if not place.exists():
-        config = transformers.LlamaConfig(**LLAMA)
-        if kind == "LlamaForSequenceClassification":
-            config.num_labels = 3
+        family = kind.partition("For")[0]
+        sizes = {**LLAMA, **WINDOWS.get(family, {})} | ({"num_labels": 3} if "Classification" in kind else {})
+        config = getattr(transformers, f"{FILES.get(family, family)}Config")(**sizes)
         getattr(transformers, kind)(config).save_pretrained(place)
-    return getattr(transformers, kind).from_pretrained(place).eval()
+    return getattr(transformers, kind).from_pretrained(place, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 def outputs(model: torch.nn.Module, inputs: dict) -> torch.Tensor:

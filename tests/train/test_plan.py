@@ -237,6 +237,8 @@ def test_a_plan_is_written_with_its_configuration_and_its_figure(tmp_path: Path)
         # the makers' own counts; of ViT and BERT without pooler and head
         ("Llama-3.2-1B", "instruct", 1_235_814_400),
         ("Llama-3.1-8B", "instruct", 8_030_261_248),
+        pytest.param("Qwen3-8B", "instruct", 8_190_735_360, marks=pytest.mark.slow),
+        pytest.param("Gemma-2-9B", "instruct", 9_241_705_984, marks=pytest.mark.slow),
         ("ViT-L/16", "image", 303_301_632),
         ("BERT-large", "text", 334_092_288),
     ],

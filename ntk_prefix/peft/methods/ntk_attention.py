@@ -330,6 +330,12 @@ def _state_of_first_sequence(seen: LayerRecord, phi: FeatureMap) -> tuple[Array,
     Where the others have fewer than two queries per feature, the first sequence's own are taken too: it is a text as good
     as any to stand behind that prefix.
     """
+    if unknown := set(seen.scores) - {"scale"}:
+        raise expected(
+            "init",
+            '"zero" where scores are capped or biased: no state is fitted to them',
+            f"from_prefix beside {sorted(unknown)}",
+        )
     real = np.asarray(seen.seen[0])
     enough = seen.seen[1:].sum() >= 2 * phi.dim(seen.query.shape[-1])
     others = [x[1 if enough else 0 :] for x in (seen.query, seen.key, seen.value, seen.mask)]
