@@ -41,11 +41,19 @@ CHEAP = ("gradients", "perturbation")
 SMALL = (*CHEAP, "--inputs", "4", "--width", "3", "--jobs", "2")
 
 
-def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", "theory", *map(str, arguments)], cwd=CHECKOUT, capture_output=True, text=True, **options
-    )
+QUICKLY_COMPILED = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+"""As the tests themselves: `make verify` measures every claim with what XLA makes of it when it takes its time."""
+
+
+def run(*arguments: str | Path, compiled: Path) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, with a folder where programs are kept that were compiled before."""
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    command = [sys.executable, "-m", "theory", *map(str, arguments)]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=QUICKLY_COMPILED | kept)
 
 
 @pytest.fixture
@@ -73,10 +81,16 @@ def invented(holds: bool = True, control_holds: bool = False, name: str = "posit
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of compiled programs that this module's commands share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def report(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a report of two claims, measured side by side."""
     out = tmp_path_factory.mktemp("report")
-    done = run(*SMALL, "--out", out)
+    done = run(*SMALL, "--out", out, compiled=compiled)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -330,10 +344,12 @@ class TestErrors:
 
 
 class TestInterruption:
-    def test_a_killed_run_leaves_no_report_and_is_taken_up(self, report: Path, tmp_path: Path) -> None:
+    def test_a_killed_run_leaves_no_report_and_is_taken_up(self, report: Path, compiled: Path, tmp_path: Path) -> None:
         """What is left is measured alone, to the numbers that it has beside the other."""
         arguments = [sys.executable, "-m", "theory", *SMALL, "--out", str(tmp_path)]
-        with subprocess.Popen(arguments, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        # compiles anew: it must still be measuring when it is killed
+        options = {"cwd": CHECKOUT, "env": QUICKLY_COMPILED, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(arguments, **options) as process:
             until = time.monotonic() + 300
             while not (tmp_path / ".unfinished" / "gradients.json").exists():
                 assert process.poll() is None
@@ -347,7 +363,7 @@ class TestInterruption:
             time.sleep(0.05)
         assert not {path.name for path in tmp_path.iterdir()} & {"index.html", "report.md", "claims.json", "figures"}
         before = (tmp_path / ".unfinished" / "gradients.json").read_bytes()
-        done = run(*arguments[3:])
+        done = run(*arguments[3:], compiled=compiled)
         assert done.returncode == 0, done.stdout
         assert "from the interrupted run" in done.stdout
         records = json.loads((tmp_path / "claims.json").read_text())
