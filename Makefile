@@ -65,9 +65,10 @@ lock:  ## write requirements.lock, requirements-3.12.lock and requirements-tpu.l
 clean:
 	rm -rf $(ENVIRONMENT) runs
 
+# Python compiles what is imported, when it is; pip would compile all there is, for as long as it takes to unpack
 $(READY): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python >= 3.11, got %s: run make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(ENVIRONMENT)
-	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(LOCK)
+	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes -r $(LOCK)
 	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
