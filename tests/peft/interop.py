@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import subprocess
 import sys
 import tempfile
@@ -113,10 +114,10 @@ def train(model: Any, inputs: dict[str, jax.Array], target: jax.Array, *, bias: 
         step(model, optimizer)
 
 
-def compare(folder: Path, torch_side: list[str]) -> bool:
-    subprocess.run([*torch_side, "train", str(folder)], check=True)
+def compare(folder: Path, torch_side: list[str], only: str) -> bool:
+    subprocess.run([*torch_side, "train", str(folder), only], check=True)
     measured: dict[str, Any] = {}
-    for case, (kind, task, configs) in OURS.items():
+    for case, (kind, task, configs) in ((name, case) for name, case in OURS.items() if re.search(only, name)):
         arrays = dict(np.load(folder / case / "theirs.npz"))
         theirs, frozen, target = (arrays.pop(key) for key in ("trained", "frozen", "target"))
         inputs = {key: jnp.asarray(value) for key, value in arrays.items()}
@@ -130,7 +131,7 @@ def compare(folder: Path, torch_side: list[str]) -> bool:
         peft.save_pretrained(model, folder / case / "ours")
         mask = arrays.get("attention_mask") if theirs.ndim == 3 else None
         measured[case] = ours_of_theirs, theirs, outputs(model, inputs), frozen, mask
-    subprocess.run([*torch_side, "evaluate", str(folder)], check=True)
+    subprocess.run([*torch_side, "evaluate", str(folder), only], check=True)
     failed = False
     print(f"{'':34s}{'trained there, loaded here':>30s}{'trained here, loaded there':>30s}")
     for case, (ours_of_theirs, theirs, ours, frozen, mask) in measured.items():
@@ -151,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", required=True, help="a Python with torch, transformers and peft")
     parser.add_argument("--model", required=True, type=Path, help="MiniLM's Hugging Face folder")
+    parser.add_argument("--only", default="", help="a regular expression of cases, such as lora or '^qwen3'")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as temporary:
@@ -159,7 +161,7 @@ def main() -> None:
         for kind in ("AutoModel", "AutoModelForSequenceClassification"):
             (folder / "models" / kind).symlink_to(options.model.resolve())
         side = [options.torch_python, "-W", "ignore", str(Path(__file__).with_name("interop_peft.py"))]
-        sys.exit(compare(folder, side))
+        sys.exit(compare(folder, side, options.only))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The other side of :mod:`tests.peft.interop`: runs under torch, transformers and Hugging Face peft; knows no JAX."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -121,9 +122,9 @@ def evaluate(case: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    what, where = sys.argv[1:]
+    what, where, only = sys.argv[1:]
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
-    for name in CASES:
+    for name in filter(re.compile(only).search, CASES):
         (Path(where) / name).mkdir(exist_ok=True)
         {"train": train, "evaluate": evaluate}[what](name, Path(where))
