@@ -1,4 +1,4 @@
-"""Plans of four well-known models on three TPU slices: what fits, what is sent, and what a step must take.
+"""Plans of six well-known models on three TPU slices: what fits, what is sent, and what a step must take.
 
     python -m tests.bench.plans [--topologies ...] [--models ...] [--methods ...] [--out FILE]
 
@@ -29,6 +29,8 @@ TEXT = ("instruct", "--max-length", "2048", "--batch-size", "16", *NARROW)
 MODELS = {
     "Llama-3.2-1B": TEXT,
     "Llama-3.1-8B": TEXT,
+    "Qwen3-8B": TEXT,
+    "Gemma-2-9B": TEXT,
     "ViT-L/16": ("image", "--image-size", "224", "--batch-size", "256", "--num-labels", "1000", *NARROW),
     "BERT-large": ("text", "--max-length", "512", "--batch-size", "64", *NARROW),
 }
