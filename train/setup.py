@@ -219,7 +219,7 @@ def set_context_length(model: nnx.Module, max_length: int, window: int | None) -
     if window is not None and not backbone.encoder:
         raise expected("--window", f"None for a decoder such as {type(backbone).__name__}", window)
     backbone.window = window
-    if isinstance(backbone, models.Bert) and max_length > backbone.config.max_position_embeddings:
+    if isinstance(backbone, models.Bert) and max_length > backbone.config.max_tokens:
         backbone.extend_positions(max_length)
 
 

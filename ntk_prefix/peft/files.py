@@ -108,6 +108,13 @@ def save_pretrained(
     fields["base_model_name_or_path"] = base_model_name_or_path or getattr(names.backbone, "name_or_path", None)
     if "head.weight" in tensors:
         fields["modules_to_save"] = [names.head, *fields.get("modules_to_save", ())]
+    parent = names.head.rpartition(".")[0]
+    saved = fields.get("modules_to_save", ())
+    if parent and any(module.startswith(f"{parent}.") for module in saved):
+        # a head that is one module of theirs is theirs to save whole, whatever of it is trained
+        fields["modules_to_save"] = list(dict.fromkeys(parent if m.startswith(f"{parent}.") else m for m in saved))
+        frozen = {key: value for key, value in _frozen(model, names).items() if key.startswith(names.heads)}
+        stored = {names.key(key): value for key, value in frozen.items()} | stored
     _write(Path(directory), fields, {key: np.ascontiguousarray(value) for key, value in stored.items()})
 
 
@@ -136,7 +143,7 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
     tensors = {names.canonical(key): value for key, value in tensors.items()}
     if not load_head:
         tensors = {key: value for key, value in tensors.items() if not HEAD.match(key)}
-    elif foreign := [key for key in tensors if HEAD.match(key) and not key.startswith("head.")]:
+    elif foreign := [key for key in tensors if HEAD.match(key) and not key.startswith(names.heads)]:
         raise expected(
             where,
             "a head that this model has",
@@ -209,6 +216,17 @@ def _own_weights(module: nnx.Module, place: str, names: Names, kind: type[nnx.Va
             yield _Slot(key, module, attribute, value, turned, False, False)
 
 
+def _frozen(model: Any, names: Names) -> dict[str, Array]:
+    """Return the model's own weights by canonical key, as a file has them."""
+    hosts = [dotted(path) for path, module in nnx.iter_modules(model) if isinstance(module, Host)]
+    return {
+        slot.key: slot.value
+        for path, module in nnx.iter_modules(model)
+        if "adapters" not in path
+        for slot in _own_weights(module, without_hosts(dotted(path), hosts), names, nnx.Param)
+    }
+
+
 def _turned(value: Array, *, back: bool = False) -> Array:
     """Turn a kernel [*window, in, out] to [out, in, *window], as torch has it, or back."""
     axes = (*range(2, value.ndim), 1, 0) if back else (value.ndim - 1, value.ndim - 2, *range(value.ndim - 2))
@@ -257,13 +275,7 @@ def _account_for(
     left = {key: value for key, value in tensors.items() if key not in slots}
     if not left:
         return
-    hosts = [dotted(path) for path, module in nnx.iter_modules(model) if isinstance(module, Host)]
-    own = {
-        slot.key: slot.value
-        for path, module in nnx.iter_modules(model)
-        if "adapters" not in path
-        for slot in _own_weights(module, without_hosts(dotted(path), hosts), names, nnx.Param)
-    }
+    own = _frozen(model, names)
     nowhere = []
     for key, value in left.items():
         frozen = own.get(key.replace(".base_layer.", "."))

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from ntk_prefix.artifacts import checked
 from ntk_prefix.checks import expected
-from ntk_prefix.peft.base import AdapterConfig, dotted, targets
+from ntk_prefix.peft.base import AdapterConfig, dotted, module_at, targets
 from ntk_prefix.peft.head import HeadConfig
 from ntk_prefix.peft.methods import METHODS
 from ntk_prefix.peft.names import CONFIG, LARGEST, Fields, Names, exactly
@@ -95,6 +95,13 @@ def _saved_whole(fields: Fields, model: Any, names: Names, tensors: Mapping[str,
         for path in targets(model, HeadConfig(target=""))
         if path != "head"
         and f"{names.module(path)}.weight" in tensors
-        and any(name == end or name.endswith(f".{end}") for end in saved for name in names.every_name(path))
+        and any(f".{end}." in f".{name}." for end in saved for name in names.every_name(path))
+        and not _copied(module_at(model, path), tensors[f"{names.module(path)}.weight"])
     ]
     return [HeadConfig(target=exactly([place])) for place in places]
+
+
+def _copied(module: Any, weight: np.ndarray) -> bool:
+    """Return whether a weight in a file is the model's own: it stands there because what it is a part of is saved whole."""
+    own = np.asarray(getattr(module, "base", module).kernel[...]).T
+    return own.shape == weight.shape and np.array_equal(own.astype(weight.dtype), weight)

@@ -95,9 +95,12 @@ class Names:
         known_head = getattr(self.backbone, "hugging_face_head", None)
         has_head = hasattr(model, "head")
         self.head: str = known_head if known_head and has_head and own else "head"
+        self.heads: tuple[str, ...] = ("head.",)
+        """What canonical keys of the head begin with."""
         if self.head != "head":
             self.modules |= {f"transform.{ours}": theirs for ours, theirs in transform.items()}
-            self.outside += tuple(f"{theirs}." for theirs in transform.values())
+            self.heads += tuple(f"{theirs}." for theirs in transform.values())
+            self.outside += self.heads[1:]
         self.task: str | None = "FEATURE_EXTRACTION"
         if self.head != "head":
             # peft has no task of its own for images

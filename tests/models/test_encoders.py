@@ -215,3 +215,20 @@ def test_roberta_counts_tokens_and_extends_behind_the_paddings_rows() -> None:
     assert model.config.max_tokens == 40
     with pytest.raises(UsageError, match="at most 40 positions"):
         model(jnp.ones((1, 41), jnp.int32))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["linear map", "both layers"])
+def test_robertas_head_is_saved_whole_and_read_as_it_was_trained(trained: bool, tmp_path: Path) -> None:
+    """Hugging Face's peft knows the head as one module, "classifier", whatever of it is trained."""
+    chosen = [peft.LoraConfig(r=2), *([peft.HeadConfig(target=r"^transform\.dense$")] if trained else [])]
+    model = peft.apply(loaded("roberta"), chosen)
+    for _, leaf in nnx.to_flat_state(nnx.state(model, AdapterParam)):
+        leaf.set_value(leaf[...] + 1)
+    peft.save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    keys = {key for key in load_file(_only(tmp_path)) if "lora" not in key}
+    assert keys == {f"base_model.model.classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("weight", "bias")}
+    again = peft.load_adapter(loaded("roberta"), tmp_path)
+    ours, theirs = (nnx.to_flat_state(nnx.state(m, AdapterParam)) for m in (again, model))
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
+    assert any("transform" in path for path, _ in ours) is trained

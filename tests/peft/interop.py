@@ -1,6 +1,6 @@
 """Our adapters beside Hugging Face peft's: ``python -m tests.peft.interop --torch-python PYTHON --model DIR``.
 
-peft trains LoRA and prefix-tuning adapters for a few steps, on MiniLM (DIR) and on small random decoders, saves them,
+peft trains LoRA and prefix-tuning adapters for a few steps, on MiniLM (DIR) and on small random models, saves them,
 and they are loaded here; then the same are trained here, saved, and loaded there.
 
 Errors are ``max |ours - theirs| / max |theirs|`` of hidden states or logits in float32, over tokens that are not padding.
@@ -84,13 +84,29 @@ OURS: dict[str, tuple[str, str | None, list[peft.AdapterConfig]]] = {
         "sequence-classification",
         [peft.LoraConfig(target=r"layers\.[0-4]\.attention\.(query|key)$", r=4)],
     ),
+    "bert's own classifier lora": (
+        "BertForSequenceClassification",
+        "sequence-classification",
+        [peft.LoraConfig(r=4)],
+    ),
+    "roberta classifier lora": (
+        "RobertaForSequenceClassification",
+        "sequence-classification",
+        [peft.LoraConfig(r=4), peft.HeadConfig(target=r"^transform\.dense$")],
+    ),
+    "roberta prefix": ("RobertaModel", None, [peft.PrefixTuningConfig(num_tokens=5, shift_positions=True)]),
+    "distilbert classifier lora": (
+        "DistilBertForSequenceClassification",
+        "sequence-classification",
+        [peft.LoraConfig(r=4), peft.HeadConfig(target=r"^transform\.dense$")],
+    ),
 }
 
 
 def outputs(model: Any, inputs: dict[str, jax.Array]) -> jax.Array:
     result = model(*inputs.values())
-    # BERT's classifier stands behind a pooler that we have not: compare what comes before it
-    if result.logits is None or isinstance(getattr(model, "backbone", None), models.Bert):
+    # MiniLM's file has no classifier: compare what comes before it
+    if result.logits is None or (isinstance(getattr(model, "backbone", None), models.Bert) and model.transform is None):
         return result.last_hidden_state
     return result.logits
 

@@ -62,6 +62,24 @@ CASES = {
         PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5),
     ),
     "bert classifier lora": ("AutoModelForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
+    "bert's own classifier lora": ("BertForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
+    "roberta classifier lora": ("RobertaForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
+    "roberta prefix": ("RobertaModel", PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=5)),
+    "distilbert classifier lora": (
+        "DistilBertForSequenceClassification",
+        LoraConfig(
+            task_type="SEQ_CLS",
+            r=4,
+            target_modules=["q_lin", "v_lin"],
+            modules_to_save=["pre_classifier", "classifier"],
+        ),
+    ),
+}
+
+ENCODERS = {
+    "Bert": {**HIDDEN, "vocab_size": 99},
+    "Roberta": {**HIDDEN, "vocab_size": 99, "pad_token_id": 0, "type_vocab_size": 1},
+    "DistilBert": {"vocab_size": 99, "dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 96, "pad_token_id": 0},
 }
 
 
@@ -69,8 +87,9 @@ def base(kind: str, folder: Path) -> torch.nn.Module:
     """Load a model, made on the first call if it is not MiniLM."""
     place = folder / "models" / kind
     if not place.exists():
-        family = kind.partition("For")[0]
-        sizes = {**LLAMA, **WINDOWS.get(family, {})} | ({"num_labels": 3} if "Classification" in kind else {})
+        family = kind.partition("For")[0].removesuffix("Model")
+        sizes = ENCODERS.get(family, {**LLAMA, **WINDOWS.get(family, {})})
+        sizes = sizes | ({"num_labels": 3} if "Classification" in kind else {})
         config = getattr(transformers, f"{FILES.get(family, family)}Config")(**sizes)
         getattr(transformers, kind)(config).save_pretrained(place)
     return getattr(transformers, kind).from_pretrained(place, attn_implementation="eager", dtype=torch.float32).eval()
@@ -78,8 +97,8 @@ def base(kind: str, folder: Path) -> torch.nn.Module:
 
 def outputs(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     result = model(**inputs, output_hidden_states=True)
-    # BERT's classifier stands behind a pooler that we have not: compare what comes before it
-    if "logits" in result and model.config.model_type != "bert":
+    # MiniLM's file has no classifier: compare what comes before it
+    if "logits" in result and model.name_or_path.rpartition("/")[2] != "AutoModelForSequenceClassification":
         return result.logits
     return result.hidden_states[-1]
 
