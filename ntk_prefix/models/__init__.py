@@ -1,4 +1,4 @@
-"""Pretrained backbones in Flax NNX: BERT, vision transformers, Llama, loaded from Hugging Face folders, GGUF and ONNX.
+"""Pretrained backbones in Flax NNX, from Hugging Face folders, GGUF and ONNX: encoders of text and images, and decoders.
 
 >>> model = models.from_pretrained("all-MiniLM-L6-v2")                          # a Hugging Face folder
 >>> model(input_ids, attention_mask).last_hidden_state                          # [B, T, D]

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from ntk_prefix import models, peft
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models.families.gemma2 import Gemma, Gemma2Config
+from ntk_prefix.models.loading import MODELS
 from tests.models.calling import call, quick
 from tests.models.decoders_reference import CASES, LENGTHS, NEW, VOCABULARY, WINDOW
 from tests.models.drawing import draw_tensor
@@ -276,6 +277,57 @@ def test_a_gguf_of_the_family_is_the_folder(load: Any, tmp_path: Path, case: str
         assert getattr(ours, name) == getattr(theirs, name)
     if case == "gemma2":
         assert [k.window for k in ours.attention_kinds()] == [WINDOW, None]
+
+
+SMALL = {
+    "vocab_size": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 12,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words", "windows", "bases", "tied"),
+    [
+        ("mistral", {"sliding_window": 4096, "rope_theta": 1e4}, [4096] * 12, {1e4}, False),
+        ("mistral", {"sliding_window": None, "rope_theta": 1e6}, [None] * 12, {1e6}, False),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 131072, "rope_theta": 1e6}, [None] * 12, {1e6}, False),
+        ("qwen3", {"sliding_window": None, "max_window_layers": 28, "rope_theta": 1e6}, [None] * 12, {1e6}, False),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 0] * 3, "rope_theta": 5e6}, [None] * 12, {5e6, None}, True),
+        ("gemma2", {"sliding_window": 4096, "hidden_act": "gelu"}, [4096, None] * 6, {1e4}, True),
+        (
+            "gemma3_text",
+            {
+                "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+                "rope_scaling": None, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            },
+            [512, 512, 512, 512, 512, None] * 2,
+            {1e6, 1e4},
+            True,
+        ),
+        # what transformers passes over, so do we
+        ("llama", {"sliding_window": 4, "qk_norm": True, "no_rope_layers": [0] * 12}, [None] * 12, {1e4}, False),
+    ],
+)  # fmt: skip
+def test_a_config_json_means_what_it_did_before_transformers_5(
+    model_type: str, words: dict[str, Any], windows: list[int | None], bases: set[float | None], tied: bool
+) -> None:
+    config_class, model_class = MODELS[model_type]
+    config = config_class.from_hugging_face({**SMALL, **words})
+    kinds = config.attention_kinds()
+    assert [kind.window for kind in kinds] == windows
+    assert {kind.rope and kind.rope.theta for kind in kinds} == bases
+    assert config.tie_word_embeddings == tied
+    assert issubclass(model_class, models.Llama)
+    gemma = model_type.startswith("gemma")
+    assert config.hidden_act == ("gelu_pytorch_tanh" if gemma else "silu")
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (
+        (50, 30) if model_type == "gemma2" else (None, None)
+    )
+    assert config.qk_norm == (model_type in ("qwen3", "gemma3_text"))
 
 
 # ------------------------------------------------------------------------------------------------- bad input
