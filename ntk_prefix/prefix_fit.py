@@ -26,7 +26,7 @@ import scipy.linalg
 import scipy.optimize
 from threadpoolctl import threadpool_limits
 
-from ntk_prefix.checks import check_count, expected
+from ntk_prefix.checks import check_count, check_soft_cap, check_window, expected
 from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.flash import Flash, Source
 from ntk_prefix.precision import accumulation_dtype
@@ -123,6 +123,8 @@ class Samples(NamedTuple):
         *,
         feature_map: FeatureMap,
         scale: float | None = None,
+        logits_soft_cap: float | None = None,
+        local_window_size: int | tuple[int, int] | None = None,
         bias: Array | None = None,
         mask: Array | None = None,
         is_causal: bool = False,
@@ -135,10 +137,10 @@ class Samples(NamedTuple):
             key, value: [B, S, K, H], or neither.
             feature_map: the map to fit.
             scale: of the layer's scores; 1/sqrt(H) if None.
-            bias, mask, is_causal: of the layer.
+            logits_soft_cap, local_window_size, bias, mask, is_causal: of the layer; the cap is the prefix's too.
 
         Raises:
-            UsageError: masses of too different sizes for sums in float64.
+            UsageError: a cap or a window that is none; masses of too different sizes for sums in float64.
         """
         batch, length, heads, head_dim = query.shape
         root = head_dim**-0.25 if scale is None else math.sqrt(scale)
@@ -148,12 +150,14 @@ class Samples(NamedTuple):
             return rows.reshape(heads, batch * length, *x.shape[3:])
 
         folded = query.reshape(1, batch * length, heads, head_dim)
-        prefix = Flash("xla", root**2).forward(folded, Source(prefix_key[None], prefix_value[None]))
+        window, soft_cap = check_window(local_window_size), check_soft_cap(logits_soft_cap)
+        flash = Flash("xla", root**2, is_causal, window=window, logits_soft_cap=soft_cap)
+        prefix = flash.everywhere().forward(folded, Source(prefix_key[None], prefix_value[None]))
         prefix_log = by_head(prefix.lse.transpose(0, 2, 1).reshape(batch, length, heads))
         prefix_output = by_head(prefix.output.reshape(query.shape))
         own_log, own_output = np.full_like(prefix_log, -np.inf), np.zeros_like(prefix_output)
         if key is not None and value is not None:
-            own = Flash("xla", root**2, is_causal).forward(query, Source(key, value, bias, mask))
+            own = flash.forward(query, Source(key, value, bias, mask))
             own_log, own_output = by_head(own.lse.transpose(0, 2, 1)), by_head(own.output)
         unit = np.median(prefix_log, axis=1, keepdims=True)
         if (

@@ -156,6 +156,8 @@ class PrefixState:
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
         scale: float | None = None,
+        logits_soft_cap: float | None = None,
+        local_window_size: int | tuple[int, int] | None = None,
         held_out: float = 0.25,
         iterations: int = 200,
         starts: int = 1,
@@ -173,6 +175,8 @@ class PrefixState:
             mask=mask,
             is_causal=is_causal,
             scale=scale,
+            logits_soft_cap=logits_soft_cap,
+            local_window_size=local_window_size,
             held_out=held_out,
             iterations=iterations,
             starts=starts,
@@ -193,6 +197,8 @@ class PrefixState:
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
         scale: float | None = None,
+        logits_soft_cap: float | None = None,
+        local_window_size: int | tuple[int, int] | None = None,
         held_out: float = 0.25,
         iterations: int = 200,
         starts: int = 1,
@@ -210,7 +216,8 @@ class PrefixState:
                 them if there are any.
             feature_map: a name or a map. With negative features (Taylor), k is only fitted to
                 the masses, without a constraint.
-            bias, mask, is_causal, scale: of the layer, as in :func:`ntk_prefix.attention.ntk_attention`.
+            bias, mask, is_causal, scale, logits_soft_cap, local_window_size: of the layer, as in
+                :func:`ntk_prefix.attention.ntk_attention`.
             held_out, iterations, starts, seed: as in :class:`~ntk_prefix.prefix_fit.FitOptions`.
 
         Returns:
@@ -249,6 +256,8 @@ class PrefixState:
             value,
             feature_map=phi,
             scale=scale,
+            logits_soft_cap=logits_soft_cap,
+            local_window_size=local_window_size,
             bias=bias,
             mask=mask,
             is_causal=is_causal,
@@ -292,7 +301,8 @@ class PrefixState:
         Args:
             query, prefix_key, prefix_value, key, value: as in :meth:`fit_with_report`; without keys the
                 queries see the prefix alone.
-            options: bias, mask, is_causal, implementation, as in :func:`~ntk_prefix.attention.ntk_attention`.
+            options: bias, mask, is_causal, logits_soft_cap, local_window_size, implementation, as in
+                :func:`~ntk_prefix.attention.ntk_attention`.
         """
         if key is None or value is None:
             key = value = jnp.zeros((query.shape[0], 0, *prefix_key.shape[1:]), query.dtype)

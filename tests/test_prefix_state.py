@@ -213,6 +213,17 @@ class TestFit:
         error = state.error(query, key, value, own_key, own_value, mask=mask, is_causal=True)
         assert np.max(error) < 2 * np.max(report.held_out_error)
 
+    def test_a_soft_cap_and_a_window_are_the_layers(self):
+        """As close as the report says to the prefix with both; fitted without them (the control), several times as far."""
+        key, value = related(200)
+        query, *own = layer()
+        transform = dict(logits_soft_cap=1.0, local_window_size=(3, 2))
+        state, report = PrefixState.fit_with_report(2 * query, key, value, *own, iterations=50, **transform)
+        plain = PrefixState.fit(2 * query, key, value, *own, iterations=50)
+        error, other = (np.max(s.error(2 * query, key, value, *own, **transform)) for s in (state, plain))
+        assert error < 1.5 * np.max(report.held_out_error)
+        assert other > 2 * error
+
     def test_too_few_samples_are_refused(self):
         key, value = prefix(20)
         with pytest.raises(ValueError, match="samples to fit 4 features"):

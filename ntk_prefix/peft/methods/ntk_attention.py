@@ -330,10 +330,10 @@ def _state_of_first_sequence(seen: LayerRecord, phi: FeatureMap) -> tuple[Array,
     Where the others have fewer than two queries per feature, the first sequence's own are taken too: it is a text as good
     as any to stand behind that prefix.
     """
-    if unknown := set(seen.scores) - {"scale"}:
+    if unknown := set(seen.scores) - {"scale", "logits_soft_cap"}:
         raise expected(
             "init",
-            '"zero" where scores are capped or biased: no state is fitted to them',
+            '"zero" where scores have a bias: no state is fitted to them',
             f"from_prefix beside {sorted(unknown)}",
         )
     real = np.asarray(seen.seen[0])
