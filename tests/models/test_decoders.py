@@ -215,6 +215,25 @@ def test_ntk_attention_trains_two_steps(load: Any, case: str) -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [peft.PrefixTuningConfig(num_tokens=3), *(peft.NTKAttentionConfig(mass=mass) for mass in ("absolute", "relative"))],
+)
+@pytest.mark.parametrize("case", ["mistral", "gemma2"])
+def test_adapters_decode_with_a_ring_as_without(load: Any, case: str, config: Any) -> None:
+    """The tokens that a full pass over prompt and continuation has on top."""
+    model = peft.apply(load(case), config)
+    for _, weight in nnx.to_flat_state(nnx.state(model, peft.AdapterParam)):
+        weight.set_value(0.5 * jnp.abs(jax.random.normal(jax.random.key(1), weight.shape)))
+    ids, mask = (jnp.asarray(x) for x in padded(parts(case)[1], left=True))
+    new = models.generate(model, ids, mask, NEW)
+    assert (np.asarray(new) != parts(case)[3]).any()
+    whole = jnp.concatenate([ids, new], axis=1), jnp.concatenate([mask, jnp.ones_like(new, bool)], axis=1)
+    logits = call(model, *whole).logits
+    np.testing.assert_array_equal(logits[:, LONGEST - 1 : -1].argmax(axis=2), new)
+
+
 def test_a_calibration_batch_is_seen_at_the_layers_own_scale_cap_and_window(load: Any) -> None:
     model = load("gemma2")
     graph, state = nnx.split(model)
