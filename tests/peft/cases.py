@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from ntk_prefix import peft
-from tests.peft.tiny import FEATURES, HEAD_DIM, HEADS, KEY_HEADS, LABELS, LAYERS, TOKENS, Tiny
+from tests.peft.tiny import FEATURES, HEAD_DIM, HEADS, KEY_HEADS, LABELS, LAYERS, TOKENS, tiny
 
 HEAD = FEATURES * LABELS + LABELS
 STATE = HEADS * HEAD_DIM * (HEAD_DIM + 1)
@@ -52,7 +52,7 @@ METHODS = {
     "lora and ntk": ([peft.LoraConfig(r=3), peft.NTKAttentionConfig()], LAYERS * (LORA + STATE) + HEAD),
     "head": (peft.HeadConfig(), HEAD),
     "bitfit": (peft.BitFitConfig(), LAYERS * BIASES + HEAD),
-    "full": (peft.FullConfig(), sum(leaf.size for leaf in jax.tree.leaves(nnx.state(Tiny(), nnx.Param)))),
+    "full": (peft.FullConfig(), sum(leaf.size for leaf in jax.tree.leaves(nnx.state(tiny(), nnx.Param)))),
 }
 IN_PLACE = {"bitfit", "full"}
 HOSTED = [name for name in METHODS if name not in IN_PLACE]
@@ -95,7 +95,7 @@ def train(model, steps: int = 2):
 
 @functools.cache
 def _trained(method: str):
-    return train(put(Tiny(), method))
+    return train(put(tiny(), method))
 
 
 def trained(method: str):
@@ -106,7 +106,7 @@ def trained(method: str):
 @functools.cache
 def frozen() -> np.ndarray:
     """Return what the model computes without an adapter."""
-    return np.asarray(Tiny()(*inputs()))
+    return np.asarray(tiny()(*inputs()))
 
 
 def structure(model) -> list:

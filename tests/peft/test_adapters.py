@@ -26,7 +26,7 @@ from tests.peft.cases import (
     train,
     trained,
 )
-from tests.peft.tiny import LABELS, Tiny
+from tests.peft.tiny import LABELS, tiny
 
 EXACT = {"rtol": 2e-6, "atol": 2e-6}
 """Float32 sums of some tens of terms, in another order."""
@@ -44,7 +44,7 @@ def method(request):
 
 
 def test_starts_where_it_should(method):
-    start = put(Tiny(), method)(*inputs())
+    start = put(tiny(), method)(*inputs())
     if method in ELSEWHERE:
         assert np.abs(start - frozen()).max() > 1e-4
     else:
@@ -53,7 +53,7 @@ def test_starts_where_it_should(method):
 
 
 def test_trained_weights_are_counted_by_the_formula(method, capsys):
-    model = put(Tiny(), method)
+    model = put(tiny(), method)
     count = METHODS[method][1]
     assert peft.trainable_parameters(model)[0] == count
     peft.print_trainable_parameters(model)
@@ -61,7 +61,7 @@ def test_trained_weights_are_counted_by_the_formula(method, capsys):
 
 
 def test_only_adapters_get_gradients_and_optimizer_state_and_all_of_them_do(method):
-    model = put(Tiny(), method)
+    model = put(tiny(), method)
     count = METHODS[method][1]
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=peft.AdapterParam)
     moments = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(optimizer, nnx.optimizer.OptState)) if leaf.ndim)
@@ -77,7 +77,7 @@ def test_only_adapters_get_gradients_and_optimizer_state_and_all_of_them_do(meth
 
 
 def test_training_moves_the_adapter_and_nothing_else(method):
-    before, after = bits(put(Tiny(), method)), bits(trained(method))
+    before, after = bits(put(tiny(), method)), bits(trained(method))
     types = dict(nnx.to_flat_state(nnx.state(trained(method))))
     changed = {path for path in after if not np.array_equal(before[path], after[path])}
     trained_paths = {path for path, leaf in types.items() if isinstance(leaf, peft.AdapterParam)}
@@ -100,7 +100,7 @@ def test_without_its_adapter_a_model_is_the_frozen_one_bit_for_bit(method):
     assert peft.trainable_parameters(model)[0] == METHODS[method][1]
     peft.delete_adapter(model, "default")
     np.testing.assert_array_equal(model(*inputs()), frozen())
-    assert same(bits(model), bits(Tiny()))
+    assert same(bits(model), bits(tiny()))
 
 
 @pytest.mark.parametrize("method", sorted(IN_PLACE))
@@ -112,7 +112,7 @@ def test_what_changes_the_weights_themselves_stands_alone(method):
     with pytest.raises(ValueError, match="stand alone"):
         peft.apply(model, peft.LoraConfig(), name="second")
     with pytest.raises(ValueError, match="stand alone"):
-        put(put(Tiny(), "lora"), method, name="second")
+        put(put(tiny(), "lora"), method, name="second")
 
 
 @pytest.mark.parametrize("method", HOSTED)
@@ -150,11 +150,11 @@ def test_different_methods_take_turns_on_one_model():
 
 
 def test_a_failed_apply_changes_nothing():
-    model = Tiny()
+    model = tiny()
     with pytest.raises(ValueError, match="Two methods that replace attention"):
         peft.apply(model, [peft.LoraConfig(), peft.NTKAttentionConfig(), peft.PrefixTuningConfig()])
     assert peft.configs(model) == {}
-    assert structure(model) == structure(Tiny())
+    assert structure(model) == structure(tiny())
 
 
 def test_together_each_method_adds_what_it_adds():
@@ -257,7 +257,7 @@ def test_merged_is_unmerged(method):
     np.testing.assert_allclose(merged(*inputs()), unmerged, **EXACT)
     assert np.abs(unmerged - frozen()).max() > 1e-2
     # nothing is left of adapters: the model is of the frozen one's structure, and trains what it is told to
-    assert structure(merged) == structure(Tiny())
+    assert structure(merged) == structure(tiny())
     assert peft.configs(merged) == {}
 
 
@@ -321,7 +321,7 @@ def test_recomputing_layers_leaves_gradients_as_they_are(method):
 
 @pytest.mark.parametrize("method", ["prefix", "lora and ntk"])
 def test_bfloat16_activations(method):
-    narrow = put(Tiny(dtype=jnp.dtype("bfloat16")), method)
+    narrow = put(tiny(dtype=jnp.dtype("bfloat16")), method)
     for path, leaf in nnx.to_flat_state(nnx.state(trained(method), peft.AdapterParam)):
         holder = narrow
         for part in path[:-1]:
@@ -344,7 +344,7 @@ def test_frozen_maps_are_stored_as_narrow_as_they_compute(method):
     """Bit for bit: what was rounded in every step is rounded once."""
 
     def outcome(narrow):
-        model = put(Tiny(dtype=jnp.dtype("bfloat16")), method)
+        model = put(tiny(dtype=jnp.dtype("bfloat16")), method)
         if narrow:
             peft.narrow_frozen(model)
         optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=peft.AdapterParam)
@@ -428,9 +428,9 @@ def test_any_update_leaves_k_at_or_above_zero_and_others_free(k, update):
 
 def test_a_target_that_matches_nothing_says_what_there_is():
     with pytest.raises(ValueError, match=r"for lora, got 'q_proj', which matches none of .*layers.0.attention.query"):
-        peft.apply(Tiny(), peft.LoraConfig(target="q_proj"))
+        peft.apply(tiny(), peft.LoraConfig(target="q_proj"))
     with pytest.raises(ValueError, match=r"matches none of \['layers.0.attention', 'layers.1.attention'\]"):
-        peft.apply(Tiny(), peft.NTKAttentionConfig(target="query"))
+        peft.apply(tiny(), peft.NTKAttentionConfig(target="query"))
 
 
 @pytest.mark.parametrize(
@@ -442,10 +442,10 @@ def test_a_target_that_matches_nothing_says_what_there_is():
         (lambda: peft.NTKAttentionConfig(rank=0), "rank: expected at least 1, or None for a full Z, got 0"),
         (lambda: peft.NTKAttentionConfig(feature_map="gelu"), "feature_map: expected a positive map"),
         (lambda: peft.NTKAttentionConfig(init="from_prefix", whiten=True), "init: expected mass=.absolute"),
-        (lambda: peft.apply(Tiny(), []), "at least one configuration"),
-        (lambda: peft.apply(Tiny(), peft.LoraConfig(), name="a.b"), "name without dots"),
+        (lambda: peft.apply(tiny(), []), "at least one configuration"),
+        (lambda: peft.apply(tiny(), peft.LoraConfig(), name="a.b"), "name without dots"),
         (lambda: put(trained("lora"), "ntk"), "is there already. Delete it first"),
-        (lambda: peft.apply(Tiny(), peft.NTKAttentionConfig(whiten=True)), "calibration: expected a batch"),
+        (lambda: peft.apply(tiny(), peft.NTKAttentionConfig(whiten=True)), "calibration: expected a batch"),
         (lambda: peft.activate(trained("lora"), "x"), r"expected an adapter among \['default'\], got 'x'"),
         (lambda: peft.delete_adapter(trained("lora"), "x"), r"expected an adapter among \['default'\], got 'x'"),
         (lambda: peft.record(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {}), "attention layers"),
@@ -457,10 +457,10 @@ def test_errors_say_what_was_expected(make, message):
 
 
 def test_a_head_named_beside_another_method_is_trained_once():
-    model = peft.apply(Tiny(), [peft.LoraConfig(r=3, alpha=6), peft.HeadConfig()])
+    model = peft.apply(tiny(), [peft.LoraConfig(r=3, alpha=6), peft.HeadConfig()])
     assert peft.trainable_parameters(model)[0] == METHODS["lora"][1]
 
 
 def test_a_model_without_a_head_has_none_to_train():
-    model = peft.apply(Tiny(head=False), peft.NTKAttentionConfig())
+    model = peft.apply(tiny(head=False), peft.NTKAttentionConfig())
     assert peft.trainable_parameters(model)[0] == METHODS["ntk"][1] - 16 * LABELS - LABELS

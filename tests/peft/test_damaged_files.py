@@ -22,7 +22,7 @@ from ntk_prefix.peft.patterns import matching
 from tests import fuzz
 from tests.peft.cases import put
 from tests.peft.test_files import HUGGING_FACE_LORA, QUERY, lora_tensors, query_and_value, read, write
-from tests.peft.tiny import Tiny
+from tests.peft.tiny import tiny
 
 
 def snapshot(model: Any) -> tuple[Any, list[Any]]:
@@ -38,13 +38,13 @@ def unchanged(model: Any, before: tuple[Any, list[Any]]) -> bool:
 
 # ------------------------------------------------------------------------------------------------ fuzzing
 
-MODEL = Tiny(head=False)
+MODEL = tiny(head=False)
 """One for all inputs: refusals leave it as it is, and what was read is put on copies."""
 
 
 def saved(method: str, folder: Path) -> Path:
     if not folder.exists():
-        model = put(Tiny(head=False), method) if method != "huggingface" else MODEL
+        model = put(tiny(head=False), method) if method != "huggingface" else MODEL
         if method == "huggingface":
             write(folder, HUGGING_FACE_LORA, lora_tensors(query_and_value()))
         else:
@@ -106,7 +106,7 @@ def test_no_damage_gets_through(
 def test_weights_that_are_no_finite_numbers_are_refused_by_name(
     change: Callable[[np.ndarray], np.ndarray], message: str, tmp_path: Path
 ) -> None:
-    peft.save_pretrained(put(Tiny(head=False), "ntk"), tmp_path)
+    peft.save_pretrained(put(tiny(head=False), "ntk"), tmp_path)
     _, tensors = read(tmp_path)
     key = next(key for key in tensors if key.endswith("layer.0.attention.self.z"))
     with np.errstate(invalid="ignore"):
@@ -119,13 +119,13 @@ def test_weights_that_are_no_finite_numbers_are_refused_by_name(
 
 
 def test_a_negative_k_is_refused(tmp_path: Path) -> None:
-    peft.save_pretrained(put(Tiny(head=False), "ntk"), tmp_path)
+    peft.save_pretrained(put(tiny(head=False), "ntk"), tmp_path)
     _, tensors = read(tmp_path)
     key = next(key for key in tensors if key.endswith("1.attention.self.k"))
     tensors[key][0, 1] = -1e-3
     safetensors.numpy.save_file(tensors, tmp_path / files.WEIGHTS)
     with pytest.raises(ValueError, match=r"layer.1.attention.self.k: expected numbers >= 0.*got -0.001"):
-        peft.load_adapter(Tiny(head=False), tmp_path)
+        peft.load_adapter(tiny(head=False), tmp_path)
 
 
 def test_float64_that_float32_holds_is_read(tmp_path: Path) -> None:
@@ -134,12 +134,12 @@ def test_float64_that_float32_holds_is_read(tmp_path: Path) -> None:
     safetensors.numpy.save_file(
         {key: value.astype(np.float64) for key, value in tensors.items()}, tmp_path / files.WEIGHTS
     )
-    model = peft.load_adapter(Tiny(head=False), tmp_path)
+    model = peft.load_adapter(tiny(head=False), tmp_path)
     assert model.layers[0].attention.query.adapters["default"].a.dtype == jnp.float32
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    model = put(Tiny(head=False), "ntk")
+    model = put(tiny(head=False), "ntk")
     peft.save_pretrained(model, tmp_path)
     before = (tmp_path / files.WEIGHTS).read_bytes()
     z = model.layers[1].attention.core.adapters["default"].z
@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 def test_sizes_and_types_are_looked_at_before_anything_is_made(changes: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, HUGGING_FACE_LORA | changes, lora_tensors(query_and_value()))
     with fuzz.survives(tmp_path), pytest.raises(ValueError, match=r"adapter_config|shape \(65536, 16\)"):
-        peft.load_adapter(Tiny(), tmp_path)
+        peft.load_adapter(tiny(), tmp_path)
 
 
 @pytest.mark.parametrize("pattern", ["(([a-z.0-9])*)*!", "(a|[a-z.0-9])+$!", ".*.*.*.*.*.*.*.*.*.*!", r"(\w+\.?)+\d!"])
@@ -167,7 +167,7 @@ def test_a_regular_expression_that_would_run_for_ever_is_ended(pattern: str, tmp
     write(tmp_path, HUGGING_FACE_LORA | {"target_modules": pattern}, lora_tensors(query_and_value()))
     begun = time.perf_counter()
     with pytest.raises(ValueError, match="target_modules"):
-        peft.load_adapter(Tiny(), tmp_path)
+        peft.load_adapter(tiny(), tmp_path)
     assert time.perf_counter() - begun < fuzz.SECONDS
 
 
@@ -192,7 +192,7 @@ def test_regular_expressions_that_are_meant_well_select_what_they_say() -> None:
 
 def test_layers_to_transform_may_be_an_empty_list(tmp_path: Path) -> None:
     write(tmp_path, HUGGING_FACE_LORA | {"layers_to_transform": []}, lora_tensors(query_and_value()))
-    assert peft.trainable_parameters(peft.load_adapter(Tiny(head=False), tmp_path))[0] > 0
+    assert peft.trainable_parameters(peft.load_adapter(tiny(head=False), tmp_path))[0] > 0
 
 
 # --------------------------------------------------------------------------------- every tensor accounted for
@@ -263,7 +263,7 @@ def test_a_tensor_without_a_place_is_refused_by_name(key: str, tmp_path: Path) -
     tensors = lora_tensors(query_and_value()) | {key: np.ones((2, 2), np.float32)}
     name = key.removeprefix("base_model.model.").removeprefix("tiny.")
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        peft.load_adapter(Tiny(), write(tmp_path, HUGGING_FACE_LORA, tensors))
+        peft.load_adapter(tiny(), write(tmp_path, HUGGING_FACE_LORA, tensors))
 
 
 # ------------------------------------------------------------------------------------------- maps of one's own
@@ -279,6 +279,6 @@ class Sharp(Elu1):
 @pytest.mark.parametrize("phi", [Elu1(), Taylor(degree=2), Sharp()])
 def test_a_feature_map_given_as_an_object_is_saved_by_its_name(phi: FeatureMap, tmp_path: Path) -> None:
     config = peft.NTKAttentionConfig(feature_map=phi, train_k=phi.positive)  # type: ignore[arg-type]
-    model = peft.apply(Tiny(head=False), config)
+    model = peft.apply(tiny(head=False), config)
     peft.save_pretrained(model, tmp_path)
-    assert peft.load_adapter(Tiny(head=False), tmp_path).layers[0].attention.core.adapters["default"].phi == phi
+    assert peft.load_adapter(tiny(head=False), tmp_path).layers[0].attention.core.adapters["default"].phi == phi

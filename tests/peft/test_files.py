@@ -19,7 +19,7 @@ from ntk_prefix.peft.base import targets
 from ntk_prefix.peft.methods import lora
 from ntk_prefix.peft.names import Fields, Names
 from tests.peft.cases import METHODS, bits, frozen, inputs, put, same, structure, train, trained
-from tests.peft.tiny import FEATURES, HEAD_DIM, KEY_HEADS, LAYERS, Tiny
+from tests.peft.tiny import FEATURES, HEAD_DIM, KEY_HEADS, LAYERS, tiny
 
 QUERY, VALUE = (f"base_model.model.tiny.encoder.layer.{{}}.attention.self.{x}" for x in ("query", "value"))
 SELF = "base_model.model.tiny.encoder.layer.{}.attention.self"
@@ -88,7 +88,7 @@ def query_and_value(layers=range(LAYERS)):
 
 def with_added(tensors, scales):
     """Return what the model computes with ``scale B A`` added to weights, and a head put in place, by hand."""
-    model = Tiny()
+    model = tiny()
     for module, scale in scales.items():
         layer, name = re.search(r"layer\.(\d)\.attention\.(?:self\.)?(.*)$", module).groups()
         linear = getattr(model.layers[int(layer)].attention, name.replace("output.dense", "out"))
@@ -127,7 +127,7 @@ def test_lora_has_the_names_and_layouts_of_peft(tmp_path):
 
 def test_a_prefix_lies_as_peft_lays_it(tmp_path):
     # measured on peft: column ((2 layer + key or value) K + head) H + i
-    model = put(Tiny(), "shifting prefix")
+    model = put(tiny(), "shifting prefix")
     for index, layer in enumerate(model.layers):
         tokens = layer.attention.core.adapters["default"]
         for part, variable in enumerate((tokens.key, tokens.value)):
@@ -232,13 +232,13 @@ def test_lora_of_peft_computes_what_the_weights_say(tmp_path):
     tensors = lora_tensors(query_and_value()) | drawn(
         **{"base_model.model.classifier.weight": (3, FEATURES), "base_model.model.classifier.bias": (3,)}
     )
-    model = peft.load_adapter(Tiny(), write(tmp_path, HUGGING_FACE_LORA, tensors))
+    model = peft.load_adapter(tiny(), write(tmp_path, HUGGING_FACE_LORA, tensors))
     expected = with_added(tensors, dict.fromkeys(query_and_value(), 2))
     np.testing.assert_allclose(model(*inputs()), expected, rtol=1e-5, atol=1e-5)
     # the bare model's names do as well, and a pooler's LoRA has nothing to change here
     bare = {key.replace("tiny.", ""): value for key, value in tensors.items()}
     bare |= drawn(**{f"base_model.model.pooler.dense.lora_{x}.weight": (3, 16) for x in "AB"})
-    again = peft.load_adapter(Tiny(), write(tmp_path, HUGGING_FACE_LORA, bare))
+    again = peft.load_adapter(tiny(), write(tmp_path, HUGGING_FACE_LORA, bare))
     np.testing.assert_array_equal(again(*inputs()), model(*inputs()))
 
 
@@ -279,20 +279,20 @@ OUT = "base_model.model.tiny.encoder.layer.{}.attention.output.dense"
 )
 def test_modules_ranks_and_scales_are_chosen_as_peft_chooses(tmp_path, changes, modules, rank, scale):
     tensors = lora_tensors(modules, rank)
-    model = peft.load_adapter(Tiny(), write(tmp_path, HUGGING_FACE_LORA | changes, tensors))
+    model = peft.load_adapter(tiny(), write(tmp_path, HUGGING_FACE_LORA | changes, tensors))
     expected = with_added(tensors, {module: scale(module) for module in modules})
     np.testing.assert_allclose(model(*inputs()), expected, rtol=1e-5, atol=1e-5)
     # and as it was read it is written
     peft.save_pretrained(model, tmp_path / "again")
-    again = peft.load_adapter(Tiny(), tmp_path / "again")
+    again = peft.load_adapter(tiny(), tmp_path / "again")
     np.testing.assert_array_equal(again(*inputs()), model(*inputs()))
     assert read(tmp_path / "again")[1].keys() == tensors.keys()
 
 
 @settings(max_examples=25)
-@given(st.sets(st.sampled_from(targets(Tiny(head=False), peft.LoraConfig(target=""))), min_size=1))
+@given(st.sets(st.sampled_from(targets(tiny(head=False), peft.LoraConfig(target=""))), min_size=1))
 def test_any_choice_of_modules_survives_the_way_through_target_modules(chosen):
-    model = Tiny(head=False)
+    model = tiny(head=False)
     names = Names(model)
     fields = Fields(HUGGING_FACE_LORA | {"target_modules": lora.target_modules(chosen, model, names)}, "a file")
     (config,), _ = peft.LoraConfig.from_hugging_face(fields, model, names, {})
@@ -304,7 +304,7 @@ def test_a_prefix_of_peft_shifts_positions_and_ours_says_so(tmp_path):
     form = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, "num_layers": LAYERS, "prefix_projection": True}
     form |= {"encoder_hidden_size": 99, "num_transformer_submodules": 1, "token_dim": 8, "task_type": "SEQ_CLS"}
     prompt = drawn(prompt_embeddings=(5, width))
-    model = peft.load_adapter(Tiny(), write(tmp_path, form, prompt))
+    model = peft.load_adapter(tiny(), write(tmp_path, form, prompt))
     assert model.position_offset == 5
     shifted = np.asarray(model(*inputs()))
     peft.delete_adapter(model, "default")
@@ -333,22 +333,22 @@ def test_a_prefix_of_peft_shifts_positions_and_ours_says_so(tmp_path):
 def test_fields_that_change_what_is_computed_are_refused_by_name(tmp_path, field, value):
     write(tmp_path, HUGGING_FACE_LORA | {field: value}, lora_tensors(query_and_value()))
     with pytest.raises(ValueError, match=rf"expected (fields that are known here or off, got .*)?{field}"):
-        peft.load_adapter(Tiny(), tmp_path)
+        peft.load_adapter(tiny(), tmp_path)
 
 
 def test_fields_of_later_versions_are_taken_as_long_as_they_are_off(tmp_path):
     later = {"a": None, "b": False, "c": {}, "d": [], "e": "none", "f": ""}
     write(tmp_path, HUGGING_FACE_LORA | later, lora_tensors(query_and_value()))
-    peft.load_adapter(Tiny(), tmp_path)
+    peft.load_adapter(tiny(), tmp_path)
     peft.save_pretrained(trained("ntk"), tmp_path)
     form, _ = read(tmp_path)
     form["methods"][0]["later"] = None
     (tmp_path / "adapter_config.json").write_text(json.dumps(form))
-    peft.load_adapter(Tiny(), tmp_path)
+    peft.load_adapter(tiny(), tmp_path)
     form["methods"][0]["later"] = 3
     (tmp_path / "adapter_config.json").write_text(json.dumps(form))
     with pytest.raises(ValueError, match=r"got \{'later': 3\}"):
-        peft.load_adapter(Tiny(), tmp_path)
+        peft.load_adapter(tiny(), tmp_path)
 
 
 # ----------------------------------------------------------------------------------- there and back
@@ -358,7 +358,7 @@ def test_fields_of_later_versions_are_taken_as_long_as_they_are_off(tmp_path):
 def test_a_loaded_adapter_computes_the_same_and_trains_on(tmp_path, method):
     model = trained(method)
     peft.save_pretrained(model, tmp_path)
-    loaded = peft.load_adapter(put(Tiny(), "head", "other") if method not in ("bitfit", "full") else Tiny(), tmp_path)
+    loaded = peft.load_adapter(put(tiny(), "head", "other") if method not in ("bitfit", "full") else tiny(), tmp_path)
     computed = np.asarray(loaded(*inputs()))
     np.testing.assert_allclose(computed, model(*inputs()), rtol=1e-6, atol=1e-6)
     assert np.abs(computed - frozen()).max() > 1e-3
@@ -374,11 +374,11 @@ def test_a_loaded_adapter_computes_the_same_and_trains_on(tmp_path, method):
 
 def test_without_a_head_the_rest_is_loaded(tmp_path):
     peft.save_pretrained(trained("ntk"), tmp_path)
-    model = peft.load_adapter(Tiny(), tmp_path, load_head=False)
-    assert structure(model.head) == structure(Tiny().head)
+    model = peft.load_adapter(tiny(), tmp_path, load_head=False)
+    assert structure(model.head) == structure(tiny().head)
     z = model.layers[1].attention.core.adapters["default"].z[...]
     np.testing.assert_array_equal(z, trained("ntk").layers[1].attention.core.adapters["default"].z[...])
-    other = peft.load_adapter(Tiny(head=False), tmp_path, load_head=False)
+    other = peft.load_adapter(tiny(head=False), tmp_path, load_head=False)
     assert same(bits(other, peft.AdapterParam), bits(model, peft.AdapterParam))
 
 
@@ -404,7 +404,7 @@ def test_weights_in_bfloat16_are_read(tmp_path):
     _, tensors = read(tmp_path)
     narrow = {key: np.asarray(jnp.asarray(value, jnp.bfloat16)) for key, value in tensors.items()}
     safetensors.numpy.save_file(narrow, tmp_path / "adapter_model.safetensors")
-    model = peft.load_adapter(Tiny(), tmp_path)
+    model = peft.load_adapter(tiny(), tmp_path)
     assert model.layers[0].attention.query.adapters["default"].a.dtype == jnp.float32
     np.testing.assert_allclose(model(*inputs()), trained("lora")(*inputs()), atol=0.05)
 

@@ -14,7 +14,7 @@ from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.peft.methods.ntk_attention import RIDGE
 from tests.peft.cases import inputs, put, trained
-from tests.peft.tiny import FEATURES, HEAD_DIM, HEADS, KEY_HEADS, TOKENS, Tiny
+from tests.peft.tiny import FEATURES, HEAD_DIM, HEADS, KEY_HEADS, TOKENS, Tiny, tiny
 
 
 def heads(is_causal=False, seed=0):
@@ -125,28 +125,28 @@ def test_a_record_need_not_outlive_its_layer():
 
     queries: list[weakref.ref] = []
     x, mask = inputs()
-    assert set(peft.record(Tiny(), {"x": x, "attention_mask": mask}, keep)) == {f"layers.{i}.attention" for i in (0, 1)}
+    assert set(peft.record(tiny(), {"x": x, "attention_mask": mask}, keep)) == {f"layers.{i}.attention" for i in (0, 1)}
     assert alive == [(0, "layers.0.attention"), (0, "layers.1.attention")]
-    kept = peft.record(Tiny(), {"x": x, "attention_mask": mask}, lambda path, seen: (keep(path, seen), seen))
+    kept = peft.record(tiny(), {"x": x, "attention_mask": mask}, lambda path, seen: (keep(path, seen), seen))
     assert alive[2:] == [(0, "layers.0.attention"), (1, "layers.1.attention")]
     assert len(kept) == 2
 
 
 def test_a_model_that_recomputes_its_layers_is_recorded_too():
-    model = Tiny()
+    model = tiny()
     model.remat = True
     records = peft.record(model, {"x": inputs()[0]})
     assert model.remat
     np.testing.assert_array_equal(
-        records["layers.1.attention"].query, peft.record(Tiny(), {"x": inputs()[0]})["layers.1.attention"].query
+        records["layers.1.attention"].query, peft.record(tiny(), {"x": inputs()[0]})["layers.1.attention"].query
     )
 
 
 @pytest.mark.parametrize("method", ["ntk white", "ntk white and relative"])
 def test_in_its_basis_features_are_white_and_a_unit_is_the_heads_own(method):
     x, mask = inputs()
-    seen = peft.record(Tiny(), {"x": x, "attention_mask": mask})["layers.1.attention"]
-    state = put(Tiny(), method).layers[1].attention.core.adapters["default"]
+    seen = peft.record(tiny(), {"x": x, "attention_mask": mask})["layers.1.attention"]
+    state = put(tiny(), method).layers[1].attention.core.adapters["default"]
     real = np.asarray(mask, bool)
     scaled = np.asarray(seen.query, np.float64)[real] / HEAD_DIM**0.25
     features = np.where(scaled > 0, scaled + 1, np.exp(np.minimum(scaled, 0)))
@@ -172,7 +172,7 @@ def test_a_head_whose_mass_float32_cannot_hold_stays_as_it_is(loud):
     """A head of the ViT has masses of e^215: its coordinates were infinite, and the first step NaN."""
     x, mask = inputs()
     calibration = {"x": x, "attention_mask": mask}
-    model = Tiny()
+    model = tiny()
     key = model.layers[1].attention.key.kernel
     key[...] = loud * key[...]
     if loud > 1:
@@ -199,17 +199,17 @@ def test_padding_is_not_calibrated_on():
     config = peft.NTKAttentionConfig(whiten=True)
 
     def basis(x):
-        model = peft.apply(Tiny(), config, calibration={"x": x, "attention_mask": mask})
+        model = peft.apply(tiny(), config, calibration={"x": x, "attention_mask": mask})
         return np.asarray(model.layers[0].attention.core.adapters["default"].basis[...])
 
     other = jnp.where(mask[..., None] == 1, x, 7.0)
     np.testing.assert_allclose(basis(x), basis(other), rtol=1e-4, atol=1e-5)
-    unmasked = peft.apply(Tiny(), config, calibration={"x": other})
+    unmasked = peft.apply(tiny(), config, calibration={"x": other})
     assert np.abs(basis(x) - unmasked.layers[0].attention.core.adapters["default"].basis[...]).max() > 1e-2
 
 
 def test_low_rank_starts_at_zero_and_stays_low():
-    state = put(Tiny(), "ntk low rank").layers[0].attention.core.adapters["default"].state()[0]
+    state = put(tiny(), "ntk low rank").layers[0].attention.core.adapters["default"].state()[0]
     assert not np.asarray(state.left @ state.right).any()
     z = core("ntk low rank").adapters["default"].state()[0]
     values = np.linalg.svd(np.asarray(z.left @ z.right), compute_uv=False)
@@ -220,8 +220,8 @@ def test_low_rank_starts_at_zero_and_stays_low():
 def test_a_prefix_of_text_is_what_the_state_starts_as():
     x = jax.random.normal(jax.random.key(3), (16, TOKENS, FEATURES), jnp.float32)
     config = peft.NTKAttentionConfig(init="from_prefix", target=r"\.0\.attention$")
-    model = peft.apply(Tiny(), config, calibration={"x": x})
-    seen = peft.record(Tiny(), {"x": x})["layers.0.attention"]
+    model = peft.apply(tiny(), config, calibration={"x": x})
+    seen = peft.record(tiny(), {"x": x})["layers.0.attention"]
     query, key, value = (array[1:] for array in (seen.query, seen.key, seen.value))
     exact = npx.prefix_attention(query, key, value, seen.key[0], seen.value[0])
     started = model.layers[0].attention.core(query, key, value)
@@ -263,7 +263,7 @@ def test_what_ends_an_application_half_way_leaves_the_model_as_it_was():
                 raise MemoryError
             return super().inject(module, name, rngs, measured)
 
-    model, places = Tiny(), iter(range(9))
+    model, places = tiny(), iter(range(9))
     before = jax.tree.structure(nnx.state(model))
     with pytest.raises(MemoryError):
         peft.apply(model, Broken())

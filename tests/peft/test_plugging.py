@@ -16,14 +16,14 @@ from ntk_prefix.peft import hugging_face
 from ntk_prefix.peft.base import Adapter, Host, InactiveParam
 from ntk_prefix.training import Trainer
 from tests.peft.cases import bits, frozen, inputs, put, same, train, trained
-from tests.peft.tiny import LABELS, Tiny
+from tests.peft.tiny import LABELS, tiny
 
 TIMES = {"x": inputs()[0], "attention_mask": inputs()[1]}
 """A calibration batch."""
 
 
 def fitted(preset: str, model: Any = None, **batch: Any) -> Any:
-    return peft.apply(model or Tiny(), peft.PRESETS[preset], calibration=batch or TIMES)
+    return peft.apply(model or tiny(), peft.PRESETS[preset], calibration=batch or TIMES)
 
 
 # ------------------------------------------------------------------------------------- a method from outside
@@ -69,7 +69,7 @@ class TestAMethodFromOutside:
     """It is nowhere but here and, for files, in the registry."""
 
     def test_is_put_on_trained_switched_off_and_taken_off(self) -> None:
-        model = peft.apply(Tiny(), RescaleConfig())
+        model = peft.apply(tiny(), RescaleConfig())
         np.testing.assert_allclose(model(*inputs()), frozen(), rtol=1e-5, atol=1e-5)
         train(model)
         moved = np.asarray(model(*inputs()))
@@ -82,26 +82,26 @@ class TestAMethodFromOutside:
             np.testing.assert_array_equal(model(*inputs()), frozen())
         peft.delete_adapter(model, "default")
         peft.delete_adapter(model, "second")
-        assert same(bits(model), bits(Tiny()))
+        assert same(bits(model), bits(tiny()))
 
     def test_keeps_at_or_above_zero_what_it_marks(self) -> None:
-        model = peft.apply(Tiny(), RescaleConfig(start=0.01, train_head=False))
+        model = peft.apply(tiny(), RescaleConfig(start=0.01, train_head=False))
         optimizer = nnx.Optimizer(model, peft.non_negative(optax.sgd(1.0)), wrt=peft.AdapterParam)
         gradients = jax.tree.map(jnp.ones_like, nnx.state(model, peft.AdapterParam))
         optimizer.update(model, gradients)
         assert all((value == 0).all() for value in bits(model, peft.AdapterParam).values())
 
     def test_is_saved_and_loaded_once_it_is_registered(self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = train(peft.apply(Tiny(), RescaleConfig()), 1)
+        model = train(peft.apply(tiny(), RescaleConfig()), 1)
         peft.save_pretrained(model, tmp_path)
         with pytest.raises(ValueError, match=r"a method among .*, got 'rescale'"):
-            peft.load_adapter(Tiny(), tmp_path)
+            peft.load_adapter(tiny(), tmp_path)
         monkeypatch.setitem(hugging_face.METHODS, "rescale", RescaleConfig)
-        np.testing.assert_allclose(peft.load_adapter(Tiny(), tmp_path)(*inputs()), model(*inputs()), atol=1e-6)
+        np.testing.assert_allclose(peft.load_adapter(tiny(), tmp_path)(*inputs()), model(*inputs()), atol=1e-6)
 
     def test_cannot_be_merged_or_mixed_unless_it_says_how(self) -> None:
         with pytest.raises(ValueError, match=r"got \['RescaledLinear'\]: no matrix"):
-            peft.merge(peft.apply(Tiny(), RescaleConfig()))
+            peft.merge(peft.apply(tiny(), RescaleConfig()))
 
 
 # --------------------------------------------------------------------------------------- all that there are
@@ -112,7 +112,7 @@ def test_recomputed_layers_have_the_same_gradients_beside_narrow_weights(preset:
     """With every method of the registry, through the train step; in float32 it is a line of tests/train/test_grid.py."""
     weights = []
     for remat in (False, True):
-        model = peft.narrow_frozen(fitted(preset, Tiny(dtype=jnp.dtype(jnp.bfloat16))))
+        model = peft.narrow_frozen(fitted(preset, tiny(dtype=jnp.dtype(jnp.bfloat16))))
         model.remat = remat
         trainer = Trainer(loss=loss, optimizer=optax.sgd(1.0), wrt=peft.AdapterParam)
         state = trainer.init(model)
@@ -144,19 +144,19 @@ def test_presets_name_the_methods_of_the_registry() -> None:
 @pytest.mark.parametrize("first", ["lora", "bitfit"])
 def test_biases_inside_wrapped_maps_are_trained_in_either_order(first: str, tmp_path: Any) -> None:
     chosen = [peft.LoraConfig(), peft.BitFitConfig()]
-    model = peft.apply(Tiny(), chosen if first == "lora" else chosen[::-1])
+    model = peft.apply(tiny(), chosen if first == "lora" else chosen[::-1])
     biases = {path[:-1] for path in bits(model, peft.AdapterParam) if path[-1] == "bias"}
     assert {("layers", 0, "attention", name, "base") for name in ("query", "value")} <= biases
-    alone = peft.apply(Tiny(), peft.BitFitConfig())
+    alone = peft.apply(tiny(), peft.BitFitConfig())
     assert len(biases) == len([path for path in bits(alone, peft.AdapterParam) if path[-1] == "bias"])
     with pytest.raises(ValueError, match="changed the weights themselves"):
         peft.activate(model, None)
     peft.save_pretrained(train(model, 1), tmp_path)
-    np.testing.assert_allclose(peft.load_adapter(Tiny(), tmp_path)(*inputs()), model(*inputs()), atol=1e-6)
+    np.testing.assert_allclose(peft.load_adapter(tiny(), tmp_path)(*inputs()), model(*inputs()), atol=1e-6)
 
 
 def test_an_adapter_that_cannot_be_put_on_leaves_the_model_as_it_was() -> None:
-    model, before = Tiny(), bits(Tiny())
+    model, before = tiny(), bits(tiny())
     with pytest.raises(ValueError, match="matches none"):
         peft.apply(model, [peft.BitFitConfig(), peft.LoraConfig(target="nothing")])
     assert same(bits(model), before)
@@ -177,7 +177,7 @@ def test_a_second_adapter_is_measured_on_the_frozen_model() -> None:
 
 
 def test_what_a_user_sets_of_positions_stays() -> None:
-    model = Tiny()
+    model = tiny()
     model.position_offset = 2
     put(model, "lora")
     assert model.position_offset == 2
@@ -197,7 +197,7 @@ def test_what_a_user_sets_of_positions_stays() -> None:
 @pytest.mark.parametrize("config", [peft.PRESETS["ntk_attention"][0], peft.NTKAttentionConfig(whiten=True)])
 def test_a_windowed_encoder_is_measured_over_what_its_tokens_see(config: peft.AdapterConfig) -> None:
     def measured(window: int | None) -> Any:
-        model = Tiny()
+        model = tiny()
         model.window = window
         return peft.apply(model, config, calibration=TIMES).layers[1].attention.core.adapters["default"]
 
@@ -208,7 +208,7 @@ def test_a_windowed_encoder_is_measured_over_what_its_tokens_see(config: peft.Ad
 
 
 def test_a_windowed_layer_is_recorded_as_whole_sequences() -> None:
-    model = Tiny()
+    model = tiny()
     model.window = 2
     seen = peft.record(model, TIMES)["layers.0.attention"]
     x, padding = inputs()
