@@ -24,6 +24,7 @@ from ntk_prefix.peft.inject import (
 from ntk_prefix.peft.methods import *  # noqa: F403  a new method needs no line here
 from ntk_prefix.peft.methods import METHODS, PRESETS
 from ntk_prefix.peft.record import LayerRecord, record
+from ntk_prefix.peft.sites import attention_fn
 
 __all__ = [
     "METHODS",
@@ -34,6 +35,7 @@ __all__ = [
     "activate",
     "active_adapter",
     "apply",
+    "attention_fn",
     "configs",
     "delete_adapter",
     "disable_adapter",

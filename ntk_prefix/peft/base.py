@@ -329,7 +329,9 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
         raise expected(
             "target",
             f"an expression that matches modules for {config.method}",
-            f"{config.target!r}, which matches none of {[known for _, known in candidates][:8]} ...",
+            f"{config.target!r}, which matches none of {[known for _, known in candidates][:8]} ..."
+            if candidates
+            else f"{type(model).__name__}, which has no module that the method changes: see ntk_prefix.peft.sites",
         )
     return found
 

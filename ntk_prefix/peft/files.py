@@ -63,6 +63,9 @@ HEAD = re.compile(r"(head|classifier|score)\.")
 UNREAD = re.compile(r"pooler\.")
 """What stands behind the last hidden state in Hugging Face's models and is not built here: nothing here could read it."""
 
+CORE = re.compile(r"(\.attention_fn)?\.core$")
+"""Of an attention layer's place, what Hugging Face's models have not: see :mod:`ntk_prefix.peft.sites`."""
+
 DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -192,7 +195,7 @@ def _slots(model: Any, name: str, names: Names) -> Iterator[_Slot]:
         if isinstance(module, Host) and name in module.adapters:
             adapter: Adapter = module.adapters[name]
             # a core's tensors are the attention layer's: Hugging Face's models have no cores
-            prefix = names.module(place.removesuffix(".core"))
+            prefix = names.module(CORE.sub("", place))
             for attribute, value in adapter.file_values().items():
                 key, turned = (
                     f"{prefix}.{adapter.file_names.get(attribute, attribute)}",

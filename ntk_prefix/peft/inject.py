@@ -26,6 +26,7 @@ from ntk_prefix.peft.base import (
 )
 from ntk_prefix.peft.head import HeadConfig
 from ntk_prefix.peft.record import LayerRecord, record, stand_in
+from ntk_prefix.peft.sites import attention_site, released
 from ntk_prefix.typing import Array, Int
 
 __all__ = [
@@ -55,7 +56,8 @@ def apply(
     """Put an adapter on a model, make it the active one, and make it the only thing that is trained.
 
     Args:
-        model: any model of :mod:`ntk_prefix.models`; it is changed and returned.
+        model: any model of :mod:`ntk_prefix.models`, or an ``nnx.Module`` of your own: places of attention are found as in
+            :mod:`ntk_prefix.peft.sites`, linear maps by their class. It is changed and returned.
         config: one method's configuration, or several that act together, such as LoRA and NTK-Attention; each finds its
             targets on the model as those before it left it. LoRA beside BitFit trains biases inside the maps that it
             wraps, in either order; the adapter as a whole then cannot be switched off.
@@ -78,9 +80,9 @@ def apply(
     rngs = nnx.Rngs(0) if rngs is None else rngs
     _check(model, chosen, name)
     measured = _measure(model, chosen, calibration) if calibration is not None else {}
-    has_head = hasattr(model, "head") and any(each.train_head for each in chosen)
+    head = HeadConfig()
+    has_head = hasattr(model, "head") and any(each.train_head for each in chosen) and head.hosts(model.head)
     try:
-        head = HeadConfig()
         for i, each in enumerate((*chosen, head) if has_head else chosen):
             for path in targets(model, each):
                 if has_head and each is not head and path in ("head", "head.base"):
@@ -108,7 +110,8 @@ def _measure(model: Any, chosen: Sequence[AdapterConfig], calibration: Mapping[s
         with jax.ensure_compile_time_eval():
             alike: dict[Any, Any] = {}  # layers of the same heads
             for i, path in ((i, path) for i, paths in wanted.items() for path in paths):
-                layer = module_at(model, path)
+                layer = attention_site(module_at(model, path))
+                assert layer is not None
                 key = (i, layer.num_heads, layer.num_key_heads, layer.head_dim)
                 if key not in alike:
                     alike[key] = chosen[i].measure(stand_in(layer))
@@ -248,6 +251,7 @@ def merge(model: Any) -> Any:
             _replace(model, dotted(path), module.bare() if module.current() is None else module.merge())
     # what an in-place method trained is from here on a weight like any other
     _freeze_in_place(model)
+    released(model)
     model.adapter_configs = ()
     return model
 
@@ -357,6 +361,7 @@ def _remove(model: Any, name: str) -> None:
                 module.remove(name)
             if not module.adapters:
                 _replace(model, dotted(path), module.bare())
+    released(model)
 
 
 def _hosts(model: Any) -> list[Host]:

@@ -7,15 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from flax import nnx
-
 from ntk_prefix.artifacts import checked
 from ntk_prefix.checks import expected
-from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.loading import module_aliases, module_names
-from ntk_prefix.peft.base import dotted
 
-__all__ = ["CONFIG", "LARGEST", "Fields", "Names", "attention_layers", "exactly"]
+__all__ = ["CONFIG", "LARGEST", "Fields", "Names", "exactly"]
 
 CONFIG = "adapter_config.json"
 
@@ -147,13 +143,6 @@ class Names:
         bare = [self.module(path), *([self.aliases[path]] if path in self.aliases else [])]
         bare += [self.head] if path == "head" != self.head else []
         return [*bare, *(self.prefix + name for name in bare)]
-
-
-def attention_layers(model: Any) -> list[tuple[str, AttentionLayer]]:
-    """Return all attention layers with their paths, first layer first."""
-    found = [(path, layer) for path, layer in nnx.iter_modules(model) if isinstance(layer, AttentionLayer)]
-    found.sort(key=lambda item: [int(part) for part in map(str, item[0]) if part.isdigit()])
-    return [(dotted(path), layer) for path, layer in found]
 
 
 def exactly(paths: Sequence[str]) -> str:

@@ -14,9 +14,10 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix.checks import expected
-from ntk_prefix.models.attention import AttentionCore, AttentionLayer, AttentionOptions
+from ntk_prefix.models.attention import AttentionCore, AttentionKind, AttentionOptions
 from ntk_prefix.models.run import Runnable
 from ntk_prefix.models.window import seen_in_windows, windowed
+from ntk_prefix.peft.sites import AttentionSite, attention_sites
 from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["LayerRecord", "record", "stand_in"]
@@ -94,7 +95,7 @@ class _Recorder(AttentionCore):
         return output
 
 
-def stand_in(layer: AttentionLayer) -> LayerRecord:
+def stand_in(layer: AttentionSite) -> LayerRecord:
     """Return a record of made-up numbers with a layer's heads: of what is measured on it, the shapes are right.
 
     The numbers are there even while a program is traced, for a method measures with NumPy.
@@ -105,7 +106,8 @@ def stand_in(layer: AttentionLayer) -> LayerRecord:
         draw = np.random.default_rng(0)
         made = {name: jnp.asarray(draw.normal(size=(rows, tokens, n, dim)), jnp.float32) for name, n in heads.items()}
         mask = jnp.ones((rows, layer.num_heads, tokens, tokens), bool)
-        return LayerRecord(**made, mask=mask, output=made["query"], scores=layer.kind.scores())
+        kind: AttentionKind | None = getattr(layer, "kind", None)
+        return LayerRecord(**made, mask=mask, output=made["query"], scores=kind.scores() if kind else {})
 
 
 def record(
@@ -114,7 +116,7 @@ def record(
     """Run the model once and return what each attention layer saw, by the layer's dotted path.
 
     Args:
-        model: any backbone or classifier of :mod:`ntk_prefix.models`; it is left as it was.
+        model: any with attention that :mod:`ntk_prefix.peft.sites` finds; it is left as it was.
         inputs: its keyword arguments, a small batch of real inputs.
         keep: what to keep of a layer, given its path and its :class:`LayerRecord` as soon as it has run; by default all
             of it, which is as much memory as the model has layers.
@@ -122,9 +124,7 @@ def record(
     Raises:
         ValueError: there is no attention layer.
     """
-    layers = {
-        ".".join(map(str, path)): layer for path, layer in nnx.iter_modules(model) if isinstance(layer, AttentionLayer)
-    }
+    layers = dict(attention_sites(model))
     if not layers:
         raise expected("model", "one with attention layers", f"{type(model).__name__} without any")
     records: dict[str, Any] = {}

@@ -61,7 +61,7 @@ class LoraConfig(AdapterConfig):
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str | None] = "LORA"
-    target: str = r"\.attention\.(query|value)$"
+    target: str = r"(^|\.)(query|value)$"
     r: int = 8
     alpha: float | None = None
     use_rslora: bool = False
@@ -140,14 +140,17 @@ class LoraConfig(AdapterConfig):
         ], tensors
 
     def hosts(self, module: nnx.Module) -> bool:
-        """Linear maps, also those that host other LoRA adapters."""
+        """Linear maps, also those that host other LoRA adapters; those of ``nnx.MultiHeadAttention`` are of many axes."""
+        if isinstance(module, nnx.LinearGeneral):
+            axes = tuple(range(-len(module.in_features), 0))
+            return not module.batch_axis and tuple(module.axis) == axes
         return isinstance(module, (nnx.Linear, LoraLinear))
 
     def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs, measured: Any = None) -> nnx.Module:
         """Wrap the linear map, or add to the wrapper that is there."""
-        assert isinstance(module, (nnx.Linear, LoraLinear))
+        assert isinstance(module, (nnx.Linear, nnx.LinearGeneral, LoraLinear))
         host = module if isinstance(module, LoraLinear) else LoraLinear(module)
-        return host.add(name, _Factors(host.base.in_features, host.base.out_features, self, rngs))
+        return host.add(name, _Factors(*host.features, self, rngs))
 
 
 class _Factors(Adapter):
@@ -164,42 +167,53 @@ class _Factors(Adapter):
 
 
 class LoraLinear(Host):
-    """A frozen linear map and its low-rank additions."""
+    """A frozen linear map and its low-rank additions; several axes of features count as one."""
 
     unmergeable: ClassVar[str | None] = None
 
-    def __init__(self, base: nnx.Linear):
+    def __init__(self, base: nnx.Linear | nnx.LinearGeneral):
         super().__init__()
         self.base = base
 
-    def bare(self) -> nnx.Linear:
+    @property
+    def features(self) -> tuple[int, int]:
+        """How many go in and come out."""
+        if isinstance(self.base, nnx.Linear):
+            return self.base.in_features, self.base.out_features
+        return math.prod(self.base.in_features), math.prod(self.base.out_features)
+
+    def bare(self) -> nnx.Linear | nnx.LinearGeneral:
         """Return the frozen map."""
         return self.base
 
-    def __call__(self, x: Float[Array, "B *T D"]) -> Float[Array, "B *T E"]:
-        """Return ``base(x)`` plus the addition of the active adapter, or of each row's own."""
-        output = self.base(x)
+    def __call__(self, x: Float[Array, "B ..."], **options: Any) -> Float[Array, "B ..."]:
+        """Return ``base(x)`` plus the addition of the active adapter, or of each row's own; options are the base's."""
+        output = self.base(x, **options)
+        if isinstance(self.base, nnx.LinearGeneral):
+            x = x.reshape(*x.shape[: x.ndim - len(self.base.in_features)], -1)
         if self.rows is not None:
             hosted = [self.adapters[name] for name in self.names]
             a = gather_rows([factors.a[...] for factors in hosted], self.rows)
             b = gather_rows([factors.scale * factors.b[...] for factors in hosted], self.rows)
             addition = jnp.einsum("b...d,bdr->b...r", x, a.astype(x.dtype))
-            return output + jnp.einsum("b...r,bre->b...e", addition, b.astype(x.dtype)).astype(output.dtype)
+            addition = jnp.einsum("b...r,bre->b...e", addition, b.astype(x.dtype))
+            return output + addition.astype(output.dtype).reshape(output.shape)
         factors = self.current()
         if factors is None:
             return output
         addition = (x @ factors.a[...].astype(x.dtype)) @ (factors.scale * factors.b[...]).astype(x.dtype)
-        return output + addition.astype(output.dtype)
+        return output + addition.astype(output.dtype).reshape(output.shape)
 
-    def merge(self) -> nnx.Linear:
+    def merge(self) -> nnx.Linear | nnx.LinearGeneral:
         """Return one linear map that computes what this one does now: ``W + scale A B``, summed in float32.
 
         It is rounded to what W is kept in.
         """
         factors = self.current()
         if factors is not None:
-            addition = factors.scale * (factors.a[...] @ factors.b[...])
-            self.base.kernel[...] = (self.base.kernel[...] + addition).astype(self.base.kernel.dtype)
+            kernel = self.base.kernel[...]
+            addition = factors.scale * (factors.a[...] @ factors.b[...]).reshape(kernel.shape)
+            self.base.kernel[...] = (kernel + addition).astype(self.base.kernel.dtype)
         return self.base
 
 

@@ -26,11 +26,12 @@ from flax import nnx
 from ntk_prefix.attention import LowRank, ntk_attention, softmax_attention
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.feature_maps import FeatureMap, feature_map
-from ntk_prefix.models.attention import AttentionCore, AttentionLayer, AttentionOptions
+from ntk_prefix.models.attention import AttentionCore, AttentionOptions
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Calibration, Host, stacked
 from ntk_prefix.peft.methods.lora import LoraConfig
 from ntk_prefix.peft.methods.prefix_tuning import host_core
 from ntk_prefix.peft.record import LayerRecord
+from ntk_prefix.peft.sites import attention_site
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.typing import Array, Float
 
@@ -75,7 +76,7 @@ class NTKAttentionConfig(AdapterConfig):
 
     method: ClassVar[str] = "ntk_attention"
     objects: ClassVar[frozenset[str]] = frozenset({"feature_map"})
-    target: str = r"\.attention$"
+    target: str = ""
     feature_map: str = "elu1"
     feature_map_options: tuple[tuple[str, int | float], ...] = ()
     rank: int | None = None
@@ -135,14 +136,13 @@ class NTKAttentionConfig(AdapterConfig):
 
     def hosts(self, module: nnx.Module) -> bool:
         """Attention layers."""
-        return isinstance(module, AttentionLayer)
+        return attention_site(module) is not None
 
     def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs, measured: Measured | None = None) -> nnx.Module:
         """Replace the layer's core, or add to the one that is there."""
-        assert isinstance(module, AttentionLayer)
-        host_core(module, StateCore).add(
-            name, State(module.num_heads, module.head_dim, self, rngs=rngs, measured=measured)
-        )
+        site = attention_site(module)
+        assert site is not None
+        host_core(site, StateCore).add(name, State(site.num_heads, site.head_dim, self, rngs=rngs, measured=measured))
         return module
 
 

@@ -15,9 +15,10 @@ from msgspec import Meta
 
 from ntk_prefix.attention import prefix_attention, softmax_attention
 from ntk_prefix.checks import expected
-from ntk_prefix.models.attention import AttentionCore, AttentionLayer, AttentionOptions
+from ntk_prefix.models.attention import AttentionCore, AttentionOptions
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, targets
-from ntk_prefix.peft.names import LARGEST, Fields, Names, attention_layers
+from ntk_prefix.peft.names import LARGEST, Fields, Names
+from ntk_prefix.peft.sites import AttentionSite, attention_site, attention_sites
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["PrefixCore", "PrefixTuningConfig", "Tokens", "host_core"]
@@ -60,7 +61,7 @@ class PrefixTuningConfig(AdapterConfig):
 
     method: ClassVar[str] = "prefix_tuning"
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
-    target: str = r"\.attention$"
+    target: str = ""
     num_tokens: int = 16
     init_scale: float = 0.02
     shift_positions: bool = False
@@ -86,7 +87,7 @@ class PrefixTuningConfig(AdapterConfig):
         cls, chosen: Sequence[AdapterConfig], model: Any, names: Names, tensors: Mapping[str, Array]
     ) -> tuple[dict[str, Any], dict[str, Array]] | None:
         """Return Hugging Face's fields, and all prefixes in one array, if every attention layer has one."""
-        layers = attention_layers(model)
+        layers = attention_sites(model)
         config = chosen[0]
         if len(chosen) > 1 or set(targets(model, config)) != {path for path, _ in layers}:
             return None
@@ -119,7 +120,7 @@ class PrefixTuningConfig(AdapterConfig):
         given = fields.read(_Fields)
         if given.num_transformer_submodules not in (None, 1):
             raise expected(fields.file, "num_transformer_submodules 1", "an adapter of an encoder and a decoder")
-        layers, tokens = attention_layers(model), given.num_virtual_tokens
+        layers, tokens = attention_sites(model), given.num_virtual_tokens
         width = sum(2 * layer.num_key_heads * layer.head_dim for _, layer in layers)
         whole = tensors.get("prompt_embeddings")
         if whole is None or whole.shape != (tokens, width):
@@ -137,19 +138,20 @@ class PrefixTuningConfig(AdapterConfig):
 
     def hosts(self, module: nnx.Module) -> bool:
         """Attention layers."""
-        return isinstance(module, AttentionLayer)
+        return attention_site(module) is not None
 
     def inject(self, module: nnx.Module, name: str, rngs: nnx.Rngs, measured: Any = None) -> nnx.Module:
         """Replace the layer's core, or add to the one that is there."""
-        assert isinstance(module, AttentionLayer)
-        host_core(module, PrefixCore).add(name, Tokens(module.num_key_heads, module.head_dim, self, rngs))
+        site = attention_site(module)
+        assert site is not None
+        host_core(site, PrefixCore).add(name, Tokens(site.num_key_heads, site.head_dim, self, rngs))
         return module
 
 
 Core = TypeVar("Core", bound=Host)
 
 
-def host_core(layer: AttentionLayer, kind: type[Core]) -> Core:
+def host_core(layer: AttentionSite, kind: type[Core]) -> Core:
     """Return the layer's core of this kind, put in place of a plain one if need be.
 
     Raises:
