@@ -331,7 +331,8 @@ def targets(model: Any, config: AdapterConfig) -> list[str]:
             f"an expression that matches modules for {config.method}",
             f"{config.target!r}, which matches none of {[known for _, known in candidates][:8]} ..."
             if candidates
-            else f"{type(model).__name__}, which has no module that the method changes: see ntk_prefix.peft.sites",
+            else f"{config.target!r}, which matches none: {type(model).__name__} has no module that the method changes",
+            "ntk_prefix.peft.sites says what is found",
         )
     return found
 
