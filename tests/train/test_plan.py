@@ -27,7 +27,14 @@ from train.plan.figure import draw
 from train.plan.hlo import arrays, parse
 from train.plan.plan import largest_batch, plan
 from train.plan.shapes import abstract_batch, abstract_model
-from train.plan.step import Compiled, DoesNotFitError, abstract_arguments, check_mesh, out_of_memory
+from train.plan.step import (
+    Compiled,
+    DoesNotFitError,
+    abstract_arguments,
+    check_mesh,
+    out_of_memory,
+    program_text,
+)
 from train.plan.topology import CHIPS, Topology
 
 TOY = (Path(__file__).parent / "plan_toy.hlo.txt").read_text()
@@ -458,3 +465,39 @@ def test_ntk_attention_takes_no_more_room_than_the_step_without_it(for_tpu: Call
 def test_a_batch_that_does_not_fit_is_said_with_what_it_needs(for_tpu: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(AssertionError, match=r"does not fit: at least .* GiB of 15\.75 GiB"):
         for_tpu("--model-shape", "Llama-3.2-1B", "--topology", "v5e:1x1", "--method", "full", "--batch-size", "64")
+
+
+class _Unreadable:
+    """What JAX makes of a program whose instructions it does not know, and a compiler that writes text where it is told."""
+
+    def __init__(self, said: str, files: dict[str, str]):
+        self.said, self.files = said, files
+
+    def as_text(self) -> str:
+        raise jax.errors.JaxRuntimeError(self.said)
+
+    def compile(self, compiler_options: dict[str, Any]) -> None:
+        for name, text in self.files.items():
+            (Path(compiler_options["xla_dump_to"]) / name).write_text(text)
+
+
+LAST = "module_0001.jit_step.after_optimizations_after_buffer_assignment.txt"
+
+
+class TestTheTextOfAProgram:
+    unknown = "INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands but sees 3"
+
+    def test_is_written_by_the_compiler_where_jax_cannot_read_it(self) -> None:
+        made: Any = _Unreadable(self.unknown, {LAST: "HloModule step", "module_0001.before_optimizations.txt": "no"})
+        assert program_text(made, made) == "HloModule step"
+
+    @pytest.mark.parametrize("files", [{}, {LAST: "a", f"module_0002.{LAST}": "b"}])
+    def test_is_asked_for_elsewhere_where_none_or_several_were_written(self, files: dict[str, str]) -> None:
+        made: Any = _Unreadable(self.unknown, files)
+        with pytest.raises(UsageError, match=f"expected the text of one compiled program, got {len(files)} files"):
+            program_text(made, made)
+
+    def test_other_errors_are_what_they_are(self) -> None:
+        made: Any = _Unreadable("INTERNAL: something else", {LAST: "HloModule step"})
+        with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+            program_text(made, made)

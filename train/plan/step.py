@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from train.config import TrainConfig
 from train.plan.shapes import abstract_batch
 from train.sources import spec_of
 
-__all__ = ["Compiled", "DoesNotFitError", "check_mesh", "compile_step"]
+__all__ = ["Compiled", "DoesNotFitError", "check_mesh", "compile_step", "program_text"]
 
 
 class DoesNotFitError(Exception):
@@ -131,10 +133,11 @@ def compile_step(config: TrainConfig, model: Any, placement: Mapping[str, Any]) 
             raise
         raise DoesNotFitError(*out_of_memory(str(error))) from None
     done = time.perf_counter()
+    text = program_text(lowered, compiled)
     stats, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     parts = {"argument": "argument", "output": "output", "alias": "alias", "temp": "temp", "code": "generated_code"}
     return Compiled(
-        text=compiled.as_text() or "",
+        text=text,
         arguments={
             "weights": bytes_on_a_device(frozen),
             "adapters": bytes_on_a_device(state.trained),
@@ -150,6 +153,38 @@ def compile_step(config: TrainConfig, model: Any, placement: Mapping[str, Any]) 
             "compile": done - after_lower,
         },
     )
+
+
+def program_text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
+    """Return the compiled program as text, written by the compiler itself where JAX cannot read what it has made.
+
+    A compiler that is newer than JAX has instructions that JAX does not know: libtpu 0.0.52 fuses a collective and what
+    runs beside it into an ``async-update`` of several operands on a v5p, at which JAX 0.10.2 ends. It is compiled again
+    then, into a folder.
+    """
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RET_CHECK" not in str(error):
+            raise
+    with tempfile.TemporaryDirectory() as folder:
+        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        return _last_program(Path(folder))
+
+
+def _last_program(folder: Path) -> str:
+    """Return the text of the program that a compiler has written into a folder after its last pass.
+
+    Raises:
+        UsageError: there is none, or several.
+    """
+    found = sorted(folder.glob("*after_optimizations_after_buffer_assignment.txt"))
+    if len(found) != 1:
+        raise expected(
+            "libtpu", "the text of one compiled program", f"{len(found)} files of it",
+            "Plan another topology, or with the JAX that this libtpu was made for",
+        )  # fmt: skip
+    return found[0].read_text()
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
