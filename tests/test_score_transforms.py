@@ -17,6 +17,7 @@ from ntk_prefix import flash
 from ntk_prefix.attention import attention_with_lse, ntk_attention, prefix_attention, softmax_attention
 from ntk_prefix.feature_maps import feature_map
 from ntk_prefix.prefix_state import PrefixState
+from tests.models.calling import quick
 
 BATCH, QUERIES, KEYS, HEADS, KEY_HEADS, SIZE, PREFIX = 2, 7, 13, 4, 2, 4, 3
 
@@ -118,7 +119,7 @@ class TestTwoLayers:
         offset = options.pop("query_offset", None)
 
         def grads(layer, offset=offset):
-            run = jax.jit(jax.value_and_grad(functools.partial(two_layers, layer, options), argnums=1))
+            run = quick(jax.value_and_grad(functools.partial(two_layers, layer, options), argnums=1))
             return run(offset, a)
 
         wanted = grads(lambda **xs: formula(**xs)[0])
@@ -126,7 +127,7 @@ class TestTwoLayers:
             layer = functools.partial(ntk_attention, implementation=implementation)
             assert worst(grads(layer, None if offset is None else jnp.int32(offset)), wanted) <= 1e-8, implementation
         if offset is not None:  # known before the program runs
-            known = jax.jit(jax.value_and_grad(functools.partial(two_layers, layer, options, offset)))(a)
+            known = quick(jax.value_and_grad(functools.partial(two_layers, layer, options, offset)))(a)
             assert worst(known, wanted) <= 1e-8
         if (
             "logits_soft_cap" in options
@@ -155,22 +156,22 @@ class TestEveryVerb:
                 own, lse = plain(**a, **options)
                 return jnp.sum(jnp.sin(3 * output)) + jnp.sum(own * lse[..., None]), (output, own, lse)
 
-            return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(a, prefix)
+            return quick(jax.grad(loss, (0, 1), has_aux=True))(a, prefix)
 
         named = OPTIONS | {"implementation": implementation}
         wanted = both(lambda **xs: formula(**xs)[0], formula, OPTIONS)
         got = both(prefix_attention, attention_with_lse, named)
         assert worst(got, wanted) <= 1e-8
-        assert worst(jax.jit(lambda a: softmax_attention(**a, **named))(a), got[1][1]) <= 1e-12
+        assert worst(quick(lambda a: softmax_attention(**a, **named))(a), got[1][1]) <= 1e-12
 
     def test_a_state_passes_both_on_and_its_features_are_not_capped(self):
         a, s = arrays(), state()
         held = PrefixState(s["z"], s["k"])
         options = dict(logits_soft_cap=0.5, local_window_size=2)
-        wanted = formula(**a, **s, logits_soft_cap=0.5, local_window_size=(2, 2))[0]
-        assert worst(jax.jit(lambda a: held.attend(**a, **options))(a), wanted) <= 1e-12
-        own = formula(**a, logits_soft_cap=0.5, local_window_size=(2, 2))[0]
-        relative = jax.jit(lambda a: held.attend(**a, **options, mass="relative"))(a)
+        plain = functools.partial(formula, logits_soft_cap=0.5, local_window_size=(2, 2))
+        wanted, own = quick(lambda a, s: (plain(**a, **s)[0], plain(**a)[0]))(a, s)
+        assert worst(quick(lambda a: held.attend(**a, **options))(a), wanted) <= 1e-12
+        relative = quick(lambda a: held.attend(**a, **options, mass="relative"))(a)
         phi = feature_map("elu1")(a["query"] / SIZE**0.25)
         mass = 1 + jnp.einsum("btnr,nr->btn", phi, s["k"])[..., None]
         assert worst(relative, (own + jnp.einsum("btnr,nrh->btnh", phi, s["z"])) / mass) <= 1e-12
@@ -186,15 +187,14 @@ class TestEveryVerb:
 
 
 class TestExtremes:
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize("implementation", ["reference", "xla"])
+    @pytest.mark.parametrize(("implementation", "dtype"), [("reference", "float32"), ("xla", "bfloat16")])
     def test_scores_of_1e9_and_empty_windows_have_no_nan(self, implementation, dtype):
         """Queries 5 and 6 see no key: zeros without a prefix, and the prefix alone with one."""
         a = jax.tree.map(lambda x: jnp.asarray(x, dtype), arrays(keys=4))
         a["query"] = a["query"].at[:, 1:3].multiply(1e9)
         s = jax.tree.map(jnp.float32, state())
 
-        @jax.jit
+        @quick
         def run(a, s):
             options = dict(logits_soft_cap=30.0, local_window_size=1, implementation=implementation)
 
@@ -250,18 +250,18 @@ class TestSchedule:
         assert len(self.blocks(4096, 6, jnp.int32(2000), queries=1).pairs()) <= 3
         a = arrays(queries=1, keys=48)
 
-        @jax.jit
+        @quick
         def run(a, offset):
             return softmax_attention(
                 **a, is_causal=True, local_window_size=6, query_offset=offset, implementation="xla"
             )
 
+        whole = quick(lambda a, offset: formula(**a, is_causal=True, local_window_size=(6, 0), query_offset=offset)[0])
         for offset in (0, 3, 20, 47):
             first, last = max(offset - 6, 0) // 4 * 4, offset // 4 * 4 + 4  # in whole blocks
-            near = (jnp.arange(48) >= first) & (jnp.arange(48) < last)
-            hidden = {n: x if n == "query" else jnp.where(near[:, None, None], x, jnp.nan) for n, x in a.items()}
-            wanted = formula(**a, is_causal=True, local_window_size=(6, 0), query_offset=offset)[0]
-            assert worst(run(hidden, offset), wanted) <= 1e-12, offset
+            near = ((np.arange(48) >= first) & (np.arange(48) < last))[None, :, None, None]
+            hidden = {n: x if n == "query" else np.where(near, x, np.nan) for n, x in a.items()}
+            assert worst(run(hidden, offset), whole(a, offset)) <= 1e-12, offset
 
 
 @pytest.mark.parametrize(
