@@ -330,6 +330,7 @@ class Backbone(Runnable, nnx.Module):
         hugging_face_ignored: regular expression of tensors (without that prefix) that have no place here.
         hugging_face_head: the module of the classifier's linear map, if it is one that
             :class:`~ntk_prefix.models.classifier.Classifier` has.
+        hugging_face_head_bias: whether that map has a bias there; here it has one in any case.
         hugging_face_transform: of the classifier's ``transform``, our path -> Hugging Face's module; empty without one.
         head_pooling: what the file's head stands on, if it is not ``pooling``.
         tasks: what ``from_pretrained(task=...)`` may ask for.
@@ -343,6 +344,7 @@ class Backbone(Runnable, nnx.Module):
     hugging_face_prefix: ClassVar[str]
     hugging_face_ignored: ClassVar[str]
     hugging_face_head: ClassVar[str | None] = None
+    hugging_face_head_bias: ClassVar[bool] = True
     hugging_face_transform: ClassVar[dict[str, str]] = {}
     head_pooling: Pooling | None = None
     tasks: ClassVar[tuple[str, ...]]

@@ -249,6 +249,7 @@ class Llama(Backbone):
         r"(score\.(weight|bias)|lm_head\.weight|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq)$"
     )
     hugging_face_head: ClassVar[str | None] = "score"
+    hugging_face_head_bias: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("causal-lm", "sequence-classification")
     pooling: Pooling = "last"
 

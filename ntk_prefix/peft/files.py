@@ -155,6 +155,8 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default", *, lo
         )
     chosen, tensors = from_fields(fields, model, names, tensors)
     has_head = "head.weight" in tensors
+    if has_head and not getattr(names.backbone, "hugging_face_head_bias", True):
+        tensors.setdefault("head.bias", np.zeros(len(tensors["head.weight"]), np.float32))
     chosen = [dataclasses.replace(each, train_head=each.train_head and has_head) for each in chosen]
     try:
         wanted = _wanted(model, chosen, name, names)

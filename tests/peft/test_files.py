@@ -223,6 +223,12 @@ def test_a_model_is_called_as_its_task_is(tmp_path):
     peft.load_adapter(bare, tmp_path / "sorts", load_head=False)
     with pytest.raises(ValueError, match="expected a head that this model has, got score"):
         peft.load_adapter(models.Llama(llama, causal_lm=False, rngs=nnx.Rngs(0)), tmp_path / "sorts")
+    # Llama's head has no bias there
+    form, tensors = read(tmp_path / "sorts")
+    without = {key: value for key, value in tensors.items() if key != "base_model.model.score.bias"}
+    assert len(without) == len(tensors) - 1
+    peft.load_adapter(sorts, write(tmp_path / "theirs", form, without), "theirs")
+    assert not sorts.head.adapters["theirs"].bias[...].any()
 
 
 # ----------------------------------------------------------------------------------- Hugging Face's
