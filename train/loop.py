@@ -315,7 +315,7 @@ class _Run:
         json_text(summary)  # before the adapter is written: refuses what is not finite
         if jax.process_index() == 0:
             if config.method != "full":
-                peft.save_pretrained(model, self.folder.path / "adapter", base_model_name_or_path=config.model)
+                peft.save_pretrained(model, self.folder.path / "adapter", base_model_name_or_path=setup.model_source)
                 weights = self.folder.path / "adapter" / "adapter_model.safetensors"
                 summary["adapter_bytes"] = weights.stat().st_size
             if test is not None and before is not None:

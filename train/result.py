@@ -64,6 +64,7 @@ def summary(
         "adapter_bytes": None,
         "label_names": task.label_names,
         "source": task.source,
+        "model_source": setup.model_source,
         "config": config.as_dict(),
         **_confidence(validation, test),
         **provenance("orbax-checkpoint", sources=("ntk_prefix/**/*.py", "train/**/*.py")),

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ntk_prefix import models, peft
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.backbone import BackboneConfig
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
@@ -69,6 +69,8 @@ class Setup:
     task: tasks.Task
     trainer: Trainer
     tokenizer: tokenizers.Tokenizer | None
+    model_source: str
+    """The model's name; of one from the hub with the revision that was loaded."""
 
 
 def build(config: TrainConfig) -> Setup:
@@ -98,7 +100,8 @@ def build(config: TrainConfig) -> Setup:
     adapt(model, config, model_inputs(model, first))
     trainer = trainer_of(config, task.kind, placement)
     trainer.lay_out_frozen(model)
-    return Setup(config, model, task, trainer, tokenizer)
+    own = config.model == "tiny-vit" or config.model in assets.ASSETS
+    return Setup(config, model, task, trainer, tokenizer, config.model if own else models.pinned(config.model))
 
 
 def adapt(model: Any, config: TrainConfig, calibration: Mapping[str, Any]) -> None:
@@ -165,12 +168,14 @@ def model_path(name: str) -> Path | None:
         return None
     if name in assets.ASSETS:
         return assets.asset(name)
-    if not Path(name).exists():
-        hub = f"Get a model of the hub with: hf download {name} --local-dir DIR" if name.count("/") == 1 else ""
-        raise expected(
-            "--model", f"an asset ({', '.join(assets.ASSETS)}), tiny-vit, or an existing path", repr(name), hub
-        )
-    return Path(name)
+    try:
+        path = models.local_files(name)
+    except FileNotFoundError as error:
+        raise UsageError(f"--model: {error}") from None
+    if not path.exists():
+        known = f"an asset ({', '.join(assets.ASSETS)}), tiny-vit, an existing path, or owner/name of the hub"
+        raise expected("--model", known, repr(name))
+    return path
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:

@@ -20,7 +20,7 @@ from ntk_prefix.models.families.distilbert import DistilBert, DistilBertConfig
 from ntk_prefix.models.families.modernbert import ModernBert, ModernBertConfig
 from ntk_prefix.models.families.roberta import Roberta, RobertaConfig
 from ntk_prefix.models.families.t5 import T5Config, T5Encoder
-from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer
+from ntk_prefix.models.formats import gguf_chat_template, gguf_tokenizer, local_files, pinned
 from ntk_prefix.models.generation import generate
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.loading import from_pretrained, module_aliases, module_names
@@ -62,6 +62,8 @@ __all__ = [
     "gguf_tokenizer",
     "image_normalization",
     "load_tokenizer",
+    "local_files",
     "module_aliases",
     "module_names",
+    "pinned",
 ]

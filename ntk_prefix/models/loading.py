@@ -81,7 +81,8 @@ def from_pretrained(
     """Load a pretrained model.
 
     Args:
-        path: a Hugging Face folder (config.json and safetensors, sharded or not), a .gguf file or an .onnx file.
+        path: a Hugging Face folder (config.json and safetensors, sharded or not), a .gguf file or an .onnx file; or a model
+            of the hub, "owner/name" or "owner/name@revision", where there is network or a copy in Hugging Face's cache.
         task: None is the bare backbone, without logits; else "sequence-classification", "image-classification" or
             "causal-lm".
         num_labels: of a classifier. Its head is the checkpoint's if that has one of this size that is a linear map

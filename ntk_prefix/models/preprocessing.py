@@ -9,7 +9,7 @@ import msgspec
 
 from ntk_prefix.artifacts import read_json
 from ntk_prefix.checks import expected, extra
-from ntk_prefix.models.formats import gguf_tokenizer
+from ntk_prefix.models.formats import gguf_tokenizer, local_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -53,7 +53,7 @@ def image_normalization(path: str | Path) -> ImageNormalization | None:
     Raises:
         UsageError: a file that cannot be read, a number missing or not positive, or other than three channels.
     """
-    file = Path(path).expanduser() / "preprocessor_config.json"
+    file = local_files(path) / "preprocessor_config.json"
     if not file.is_file():
         return None
     found = read_json(file, _Preprocessor)
@@ -112,7 +112,7 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
         UsageError: a broken file, or a vocabulary that has no tokenizer.json beside it and is not a BERT's.
         MissingPackageError: the package ``tokenizers`` is not installed.
     """
-    path = Path(path).expanduser()
+    path = local_files(path)
     if path.suffix == ".gguf":
         return gguf_tokenizer(path)
     if (path / "tokenizer.json").is_file():

@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("tiny", "--batch-size", "12"), "--batch-size: expected rows divisible by the 8 devices"),
         (("tiny", "--validation-size", "0.99999"), "--validation-size: expected fewer than all 1438 training rows"),
         (("tiny", "--image-size", "9"), "--image-size: expected a multiple of the model's patches of 2, got 9"),
-        (("tiny", "--model", "/nowhere"), "or an existing path, got '/nowhere'"),
+        (("tiny", "--model", "/nowhere"), "an existing path, or owner/name of the hub, got '/nowhere'"),
         (("sst2", "--data-dir", "/nowhere", "--model", "tiny-vit"), "in /nowhere or in a folder sst2 there"),
     ],
 )
