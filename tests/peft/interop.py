@@ -67,7 +67,6 @@ OURS: dict[str, tuple[str, str | None, list[peft.AdapterConfig]]] = {
         )
         for family in ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma2", "Gemma3")
     },
-    "qwen3 prefix": ("Qwen3ForCausalLM", "causal-lm", [peft.PrefixTuningConfig(num_tokens=5, shift_positions=True)]),
     "qwen3 classifier lora": (
         "Qwen3ForSequenceClassification",
         "sequence-classification",

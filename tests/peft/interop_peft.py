@@ -54,7 +54,6 @@ CASES = {
         )
         for family in ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma2", "Gemma3")
     },
-    "qwen3 prefix": ("Qwen3ForCausalLM", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
     "qwen3 classifier lora": ("Qwen3ForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
     "llama classifier lora": ("LlamaForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
     "llama classifier prefix": (
