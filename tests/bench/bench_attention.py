@@ -182,16 +182,22 @@ for batch, length, heads, size, dtype, causal, backward in cases:
 side = 8192 if device == "cuda" else 1536
 a = torch.randn(side, side, device=device, dtype=getattr(torch, cases[0][4]))
 found.append(timed(lambda: a @ a))
+if device == "cpu":
+    batch, length, heads, size, dtype = cases[0][:5]
+    q, k, v = (torch.randn(batch, heads, length, size, dtype=getattr(torch, dtype)) for _ in range(3))
+    found.append(timed(lambda: (q @ k.transpose(2, 3)) @ v))
+    found.append(timed(lambda: torch.softmax(q @ k.transpose(2, 3), dim=-1) @ v))
 print(json.dumps({"version": torch.__version__, "device": device, "seconds": found}))
 """
-"""Seconds of torch's SDPA for each case, and of a large product in the first case's dtype."""
+"""Seconds of torch's SDPA for each case, of a large product in the first case's dtype, and on a CPU of the first case's
+parts: its two products, and softmax between them."""
 
 Case = tuple[int, int, int, int, str, bool, bool]
 """Batch, length, heads, head dimension, dtype, whether it is causal, whether the backward pass is in it."""
 
 
 def torch_attention(python: Path | str, cases: list[Case], rounds: int, threads: int = 2) -> dict[str, Any]:
-    """Return torch's version, device and seconds [case, round], the last row those of a large product.
+    """Return torch's version, device and seconds [case, round], with the rows more that :data:`TORCH` says.
 
     Raises:
         RuntimeError: it cannot run there; the text is its last line.
@@ -215,18 +221,43 @@ def beside_torch(python: Path, rounds: int) -> None:
     }
     square = jnp.ones((1536, 1536))
     product: Programs = {"product": (jnp.matmul, (square, square))}
-    groups = [forward, differentiated(forward, cotangent), product]
+    groups = [forward, differentiated(forward, cotangent), product, parts(*arguments[:3])]
     before = [measure(group, -(-rounds // 2)) for group in groups]
     theirs = torch_attention(python, [(2, 512, 8, 64, "float32", False, b) for b in (False, True)], rounds)
     after = [measure(group, -(-rounds // 2)) for group in groups]
     print(f"\ntorch {theirs['version']} SDPA in the same run, float32, B=2 T=S=512 N=8 H=64, {theirs['device']}")
     titles = ("forward", "forward and backward", "product 1536^3: what is not attention's")
-    for title, one, two, seconds in zip(titles, before, after, theirs["seconds"], strict=True):
+    for title, one, two, seconds in zip(titles, before[:3], after[:3], theirs["seconds"][:3], strict=True):
         peer = statistics.median(seconds)
         print(f"  {title}: torch {1e3 * peer:.2f} ms")
         for name in one:
             median = statistics.median(one[name].seconds + two[name].seconds)
             print(f"    {name:24s} {1e3 * median:9.2f} ms   ours / torch {median / peer:5.2f}")
+    print("  parts of the forward, in blocks as ours are; torch's of the whole:")
+    medians = {name: statistics.median(before[3][name].seconds + after[3][name].seconds) for name in before[3]}
+    peers_parts = [statistics.median(row) for row in theirs["seconds"][3:]]
+    for (name, median), peer in zip(medians.items(), [peers_parts[0], None, peers_parts[1]], strict=True):
+        print(f"    {name:24s} {1e3 * median:9.2f} ms   torch {'-' if peer is None else f'{1e3 * peer:.2f} ms'}")
+
+
+def parts(query: jax.Array, key: jax.Array, value: jax.Array) -> Programs:
+    """Return what a forward in blocks of 256 queries cannot do without: products; exponentials; and a whole softmax."""
+    batch, _, heads, size = query.shape
+    blocks = query.reshape(batch, -1, 256, heads, size).transpose(1, 0, 3, 2, 4)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+
+    def program(between: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+        def run(blocks: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            def one(block: jax.Array) -> jax.Array:
+                scores = jnp.einsum("bnth,bnsh->bnts", block, key)
+                return jnp.einsum("bnts,bnsh->bnth", between(scores), value)
+
+            return jax.lax.map(one, blocks)
+
+        return run
+
+    steps = {"two products": lambda x: x, "exponentials between": jnp.exp, "softmax between": jax.nn.softmax}
+    return {name: (program(between), (blocks, key, value)) for name, between in steps.items()}
 
 
 def on_cpu(rounds: int) -> None:
