@@ -48,7 +48,7 @@ __all__ = [
     "embedded",
 ]
 
-Pooling = Literal["mean", "cls", "last"]
+Pooling = Literal["mean", "cls", "last", "cls+mean", "cls+distillation"]
 
 
 @jax.tree_util.register_dataclass
@@ -333,8 +333,10 @@ class Backbone(Runnable, nnx.Module):
         hugging_face_head_bias: whether that map has a bias there; here it has one in any case.
         hugging_face_transform: of the classifier's ``transform``, our path -> Hugging Face's module; empty without one.
         head_pooling: what the file's head stands on, if it is not ``pooling``.
+        once_head_pooling: what heads in adapters' files have stood on under the name of the family's own.
         tasks: what ``from_pretrained(task=...)`` may ask for.
         pooling: what a classifier pools by unless told otherwise.
+        poolings: what it may pool by.
     """
 
     input_names: ClassVar[tuple[str, ...]]
@@ -347,8 +349,10 @@ class Backbone(Runnable, nnx.Module):
     hugging_face_head_bias: ClassVar[bool] = True
     hugging_face_transform: ClassVar[dict[str, str]] = {}
     head_pooling: Pooling | None = None
+    once_head_pooling: ClassVar[Pooling | None] = None
     tasks: ClassVar[tuple[str, ...]]
     pooling: Pooling
+    poolings: ClassVar[tuple[Pooling, ...]] = ("mean", "cls", "last")
 
     layers: nnx.List
     config: BackboneConfig

@@ -17,10 +17,16 @@ from ntk_prefix.checks import expected
 from ntk_prefix.models.backbone import Backbone, BackboneConfig, Output, Pooling
 from ntk_prefix.models.elementwise import ACTIVATIONS
 from ntk_prefix.models.run import Runnable, RunOptions
+from ntk_prefix.models.vit import VitConfig
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["Classifier", "HeadTransform"]
+__all__ = ["Classifier", "HeadTransform", "pooled_states"]
+
+
+def pooled_states(pooling: Pooling) -> int:
+    """Return how many states of D features a head reads."""
+    return 1 + ("+" in pooling)
 
 
 class HeadTransform(nnx.Module):
@@ -59,7 +65,9 @@ class Classifier(Runnable, nnx.Module):
     Args:
         backbone: any of the three.
         num_labels: >= 1.
-        pooling: "mean" over the tokens that are attended to, "cls" the first token, "last" the last one attended to.
+        pooling: "mean" over the tokens that are attended to, "cls" the first token, "last" the last one attended to; of
+            images, "cls+mean" the first token and behind it the mean over patches (DINOv2's), "cls+distillation" the first
+            two tokens, one behind the other (DeiT's).
         transform: what stands between the pooled state and the linear map; nothing if None.
         rngs: for the head.
 
@@ -78,8 +86,8 @@ class Classifier(Runnable, nnx.Module):
         transform: HeadTransform | None = None,
         rngs: nnx.Rngs,
     ):
-        if pooling not in ("mean", "cls", "last"):
-            raise expected("pooling", '"mean", "cls" or "last"', repr(pooling))
+        if pooling not in backbone.poolings:
+            raise expected("pooling", f"one of {backbone.poolings}", repr(pooling))
         if num_labels < 1:
             raise expected("num_labels", "at least 1", num_labels)
         self.backbone = backbone
@@ -87,7 +95,8 @@ class Classifier(Runnable, nnx.Module):
         self.transform = transform
         # as small as transformers are initialized: the first loss is that of a guess
         init = nnx.initializers.normal(0.02)
-        self.head = nnx.Linear(backbone.config.hidden_size, num_labels, kernel_init=init, rngs=rngs)
+        features = backbone.config.hidden_size * pooled_states(pooling)
+        self.head = nnx.Linear(features, num_labels, kernel_init=init, rngs=rngs)
 
     def __call__(
         self,
@@ -122,6 +131,10 @@ class Classifier(Runnable, nnx.Module):
         pooling = (leading.pooling if leading is not None else None) or self.pooling
         hidden = output.leading_states if pooling == "prefix" else output.last_hidden_state
         hidden = hidden.astype(accumulation_dtype(hidden.dtype))
+        if pooling == "prefix" and pooled_states(self.pooling) > 1:
+            raise expected(
+                "pooling", "a head on one state beside leading rows", self.pooling, 'Load it with pooling="cls"'
+            )
         if pooling in ("cls", "prefix"):
             return hidden[:, 0]
         if pooling == "last":
@@ -129,6 +142,11 @@ class Classifier(Runnable, nnx.Module):
                 return hidden[:, -1]
             last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1].astype(bool), axis=1)
             return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        if pooling == "cls+distillation":
+            return hidden[:, :2].reshape(len(hidden), -1)
+        if pooling == "cls+mean":
+            patches = hidden[:, cast(VitConfig, self.config).own_tokens :]
+            return jnp.concatenate([hidden[:, 0], patches.mean(axis=1)], axis=1)
         if mask is None:
             return hidden.mean(axis=1)
         weights = mask.astype(bool).astype(hidden.dtype)

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.backbone import Backbone, BackboneConfig, Pooling
 from ntk_prefix.models.bert import Bert, BertConfig
-from ntk_prefix.models.classifier import Classifier
+from ntk_prefix.models.classifier import Classifier, pooled_states
 from ntk_prefix.models.families.distilbert import DistilBert, DistilBertConfig
 from ntk_prefix.models.families.gemma2 import Gemma, Gemma2Config
 from ntk_prefix.models.families.gemma3 import Gemma3Config
@@ -47,7 +47,9 @@ logger = logging.getLogger(__name__)
 
 MODELS: dict[str, tuple[Any, type[Backbone]]] = {
     "bert": (BertConfig, Bert),
+    "deit": (VitConfig, Vit),
     "dinov2": (VitConfig, Vit),
+    "dinov2_with_registers": (VitConfig, Vit),
     "distilbert": (DistilBertConfig, DistilBert),
     "gemma2": (Gemma2Config, Gemma),
     "gemma3_text": (Gemma3Config, Gemma),
@@ -86,7 +88,7 @@ def from_pretrained(
         task: None is the bare backbone, without logits; else "sequence-classification", "image-classification" or
             "causal-lm".
         num_labels: of a classifier. Its head is the checkpoint's if that has one of this size that is a linear map
-            on pooled hidden states (pooling "cls" for images, "last" for Llama), and a new one otherwise. None
+            on pooled hidden states (pooling "cls" for images, "cls+mean" for DINOv2, "last" for Llama), and a new one otherwise. None
             takes the checkpoint's.
         pooling: see :class:`Classifier`; None is the checkpoint's own where it brings a head, and "mean" for BERT, "cls"
             for images, "last" for Llama. With another, a head of the checkpoint is not taken.
@@ -115,8 +117,7 @@ def from_pretrained(
     """
     into = Target(parameter_dtype(param_dtype), _auto(mesh), progress or (lambda done, total: None))
     checkpoint = read_checkpoint(path)
-    config, model_class = _config(checkpoint)
-    checkpoint = model_class.stored(checkpoint)
+    config, model_class, checkpoint = _config(checkpoint)
     classify = task is not None and task.endswith("-classification")
     if task not in (None, *model_class.tasks):
         model_type = checkpoint.config["model_type"]
@@ -135,7 +136,7 @@ def from_pretrained(
     # a head's place is on the pooling it was trained on: on another it would be noise
     own_pooling = model.head_pooling or model.pooling
     transform: Any = model.head_transform(_AnyKey(jax.random.key(0)))
-    head = _head(model, transform, checkpoint) if pooling in (None, own_pooling) else None
+    head = _head(model, transform, checkpoint, own_pooling) if pooling in (None, own_pooling) else None
     if head is not None and num_labels in (None, head["head.kernel"].shape[0]):
         num_labels, pooling = head["head.kernel"].shape[0], own_pooling
     elif num_labels is not None:
@@ -171,8 +172,8 @@ def _auto(mesh: Mesh | None) -> Mesh | None:
     return None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
 
-def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone]]:
-    """Return the sizes that a checkpoint claims, and the class that has them.
+def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone], Checkpoint]:
+    """Return the sizes that a checkpoint claims, the class that has them, and its tensors as that class has them.
 
     Raises:
         UsageError: a model that is not built here, or sizes that cannot be; nothing has been allocated yet.
@@ -196,8 +197,9 @@ def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone]]:
             "AutoModel.from_pretrained(folder).dequantize().save_pretrained(new_folder)",
         )
     config_class, model_class = MODELS[model_type]
+    checkpoint = model_class.stored(checkpoint)
     try:
-        sizes: BackboneConfig = config_class.from_hugging_face(config)
+        sizes: BackboneConfig = config_class.from_hugging_face(checkpoint.config)
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None
     # before anything is built layer by layer
@@ -209,7 +211,7 @@ def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone]]:
         raise expected(
             f"{source}: num_hidden_layers", f"at most the {have} of the file's tensors", sizes.num_hidden_layers
         )
-    return sizes, model_class
+    return sizes, model_class, checkpoint
 
 
 _QUANTIZED = re.compile(
@@ -382,8 +384,9 @@ def _transform_slots(model: Backbone, transform: Any) -> list[Slot]:
     return [slot for path, module in modules.items() for _, slot in parameters(f"transform.{path}", module)]
 
 
-def _head(model: Backbone, transform: Any, checkpoint: Checkpoint) -> dict[str, StoredTensor] | None:
-    """Return the numbers of the checkpoint's head by our paths, if it is the family's own: [labels, D] behind ``transform``.
+def _head(model: Backbone, transform: Any, checkpoint: Checkpoint, pooling: Pooling) -> dict[str, StoredTensor] | None:
+    """Return the numbers of the checkpoint's head by our paths, if it is the family's own: of its pooling's width, behind
+    ``transform``.
 
     Raises:
         UsageError: a part of such a head has another shape.
@@ -394,8 +397,8 @@ def _head(model: Backbone, transform: Any, checkpoint: Checkpoint) -> dict[str, 
         return checkpoint.tensors.get(name) or checkpoint.tensors.get(f"{prefix}{name}")
 
     weight, bias = (stored(f"{model.hugging_face_head}.{end}") for end in ("weight", "bias"))
-    if weight is None or len(weight.shape) != 2 or weight.shape[1] != model.config.hidden_size:
-        return None  # DINOv2's reads two pooled states
+    if weight is None or len(weight.shape) != 2 or weight.shape[1] != model.config.hidden_size * pooled_states(pooling):
+        return None
     if bias is not None and bias.shape != weight.shape[:1]:
         raise expected(f"{bias.file}: {bias.name}", f"shape {weight.shape[:1]}", bias.shape)
     found = {"head.kernel": weight} | ({} if bias is None else {"head.bias": bias})

@@ -1,8 +1,9 @@
-"""Vision transformers in two layouts: Hugging Face's ``vit``, and ``dinov2`` with LayerScale.
+"""Vision transformers in Hugging Face's layouts: ``vit``, and ``deit`` with a second class token; ``dinov2`` with LayerScale,
+and ``dinov2_with_registers`` with tokens that have no position beside.
 
 Position embeddings stand on a grid; for another image size the grid is resampled (bicubic, as torch does it).
 
-Source: arXiv 2010.11929 and 2304.07193; the layouts and the names are those of Hugging Face.
+Source: arXiv 2010.11929, 2012.12877, 2304.07193 and 2309.16588; the layouts and the names are those of Hugging Face.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from ntk_prefix.models.backbone import (
     known_fields,
 )
 from ntk_prefix.models.elementwise import layer_norm
+from ntk_prefix.models.formats import Checkpoint
+from ntk_prefix.models.formats.checkpoint import average, cut
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
@@ -61,15 +64,19 @@ def _side(name: str, value: Any) -> Any:
 class VitConfig(BackboneConfig):
     """Sizes of a vision transformer; the names and defaults are those of Hugging Face's config.json.
 
-    ``model_type`` is the layout: "vit", or "dinov2", which has LayerScale.
+    ``model_type`` is the layout; those of DINOv2 have LayerScale. ``distilled_head`` says that a DeiT's file has a head on
+    each of its two class tokens, whose logits are averaged.
     """
 
-    model_type: Literal["vit", "dinov2"]
+    model_type: Literal["vit", "deit", "dinov2", "dinov2_with_registers"]
     image_size: Side = 224
     patch_size: Side = 16
     num_channels: Size = 3
     layer_norm_eps: Epsilon = 1e-12
     qkv_bias: bool = True
+    num_register_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**10)] = 0
+    use_swiglu_ffn: bool = False
+    distilled_head: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,18 +88,32 @@ class VitConfig(BackboneConfig):
         """Take what is known here from a config.json.
 
         Raises:
-            UsageError: a value is missing or of a wrong type, the model has a gated MLP, or its images or patches are
-                not square.
+            UsageError: a value is missing or of a wrong type, or its images or patches are not square.
         """
-        if config.get("use_swiglu_ffn"):
-            raise expected("use_swiglu_ffn", "false", "true", "DINOv2 giant is not built here")
-        if config.get("model_type") == "dinov2":
-            config = {"layer_norm_eps": 1e-6, "patch_size": 14, **config}
-            if config.get("mlp_ratio") is not None and config.get("hidden_size") is not None:
-                ratio = checked(config["mlp_ratio"], _Ratio, "mlp_ratio")
-                config["intermediate_size"] = int(ratio * checked(config["hidden_size"], Size, "hidden_size"))
+        model_type = config.get("model_type")
+        given = {**config, "num_register_tokens": 0}
+        if model_type == "dinov2_with_registers":
+            given["num_register_tokens"] = config.get("num_register_tokens", 4)
+        if model_type in ("dinov2", "dinov2_with_registers"):
+            given = {"layer_norm_eps": 1e-6, "patch_size": 14 if model_type == "dinov2" else 16, **given}
+            ratio, features = config.get("mlp_ratio"), config.get("hidden_size")
+            if ratio is None and "intermediate_size" not in config:
+                ratio = 4
+            if ratio is not None and features is not None:
+                wide = int(checked(ratio, _Ratio, "mlp_ratio") * checked(features, Size, "hidden_size"))
+                if config.get("use_swiglu_ffn"):
+                    wide = -(-int(wide * 2 / 3) // 8) * 8  # two of three maps, rounded up
+                    given["hidden_act"] = "silu"
+                given["intermediate_size"] = wide
+        else:
+            given["use_swiglu_ffn"] = False
         sides = {name: _side(name, config[name]) for name in ("image_size", "patch_size") if name in config}
-        return cls(**known_fields(cls, {**config, **sides}))
+        return cls(**known_fields(cls, {**given, **sides}))
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens before the patches."""
+        return (2 if self.model_type == "deit" else 1) + self.num_register_tokens
 
     @property
     def grid(self) -> int:
@@ -101,7 +122,8 @@ class VitConfig(BackboneConfig):
 
 
 class VitEmbeddings(nnx.Module):
-    """Patches, linearly mapped, after a class token; plus positions."""
+    """Patches, linearly mapped, after a class token; plus positions. A DeiT's second class token has a position, registers
+    have none."""
 
     def __init__(self, config: VitConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.patch_size = config.patch_size
@@ -109,8 +131,16 @@ class VitEmbeddings(nnx.Module):
         self.patches = nnx.Linear(
             config.patch_size**2 * config.num_channels, config.hidden_size, dtype=dtype, rngs=rngs
         )
-        self.cls_token = nnx.Param(jnp.zeros((1, 1, config.hidden_size), jnp.float32))
-        self.position_embeddings = nnx.Param(jnp.zeros((1, 1 + config.grid**2, config.hidden_size), jnp.float32))
+        self.antialias = config.model_type == "dinov2_with_registers"
+        deit, registers, features = config.model_type == "deit", config.num_register_tokens, config.hidden_size
+
+        def tokens(count: int) -> nnx.Param:
+            return nnx.Param(jnp.zeros((1, count, features), jnp.float32))
+
+        self.cls_token = tokens(1)
+        self.distillation_token = tokens(1) if deit else None
+        self.register_tokens = tokens(registers) if registers else None
+        self.position_embeddings = tokens(1 + deit + config.grid**2)
 
     def __call__(self, pixel_values: Float[Array, "B height width channels"]) -> Float[Array, "B T D"]:
         """Return the layers' input."""
@@ -132,21 +162,25 @@ class VitEmbeddings(nnx.Module):
         # a convolution whose stride is its width is one matrix product over patches
         patches = pixel_values.reshape(batch, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
         x = self.patches(patches.reshape(batch, rows * columns, -1))
-        positions = self._positions(rows, columns, accumulation_dtype(x.dtype)).astype(x.dtype)
-        first = self.cls_token[...].astype(x.dtype) + positions[:, :1]
+        classes = [token[...] for token in (self.cls_token, self.distillation_token) if token is not None]
+        positions = self._positions(rows, columns, len(classes), accumulation_dtype(x.dtype)).astype(x.dtype)
+        first = jnp.concatenate(classes, axis=1).astype(x.dtype) + positions[:, : len(classes)]
+        if self.register_tokens is not None:
+            first = jnp.concatenate([first, self.register_tokens[...].astype(x.dtype)], axis=1)
         first = jnp.broadcast_to(first, (batch, *first.shape[1:]))
-        return jnp.concatenate([first, x + positions[:, 1:]], axis=1)
+        return jnp.concatenate([first, x + positions[:, len(classes) :]], axis=1)
 
-    def _positions(self, rows: int, columns: int, dtype: jnp.dtype) -> Float[Array, "1 T D"]:
-        """Resample the grid of position embeddings to the image's."""
+    def _positions(self, rows: int, columns: int, classes: int, dtype: jnp.dtype) -> Float[Array, "1 T D"]:
+        """Resample the grid of position embeddings, which stands behind those of class tokens, to the image's."""
         embeddings = self.position_embeddings[...].astype(dtype)
-        grid = round((embeddings.shape[1] - 1) ** 0.5)
+        grid = round((embeddings.shape[1] - classes) ** 0.5)
         if (rows, columns) == (grid, grid):
             return embeddings
-        down, across = (jnp.asarray(bicubic_matrix(grid, n), embeddings.dtype) for n in (rows, columns))
-        square = embeddings[0, 1:].reshape(grid, grid, -1)
+        matrix = antialiased_bicubic_matrix if self.antialias else bicubic_matrix
+        down, across = (jnp.asarray(matrix(grid, n), embeddings.dtype) for n in (rows, columns))
+        square = embeddings[0, classes:].reshape(grid, grid, -1)
         square = jnp.einsum("rh,hwd,cw->rcd", down, square, across)
-        return jnp.concatenate([embeddings[:, :1], square.reshape(1, rows * columns, -1)], axis=1)
+        return jnp.concatenate([embeddings[:, :classes], square.reshape(1, rows * columns, -1)], axis=1)
 
 
 def bicubic_matrix(old: int, new: int, a: float = -0.75) -> np.ndarray:
@@ -160,12 +194,30 @@ def bicubic_matrix(old: int, new: int, a: float = -0.75) -> np.ndarray:
     """
     centers = (np.arange(new) + 0.5) * old / new - 0.5
     taps = np.floor(centers).astype(int)[:, None] + np.arange(-1, 3)
-    distance = np.abs(centers[:, None] - taps)
+    matrix = np.zeros((new, old))
+    weights = _keys(np.abs(centers[:, None] - taps), a)
+    np.add.at(matrix, (np.arange(new)[:, None], taps.clip(0, old - 1)), weights)
+    return matrix
+
+
+def antialiased_bicubic_matrix(old: int, new: int, a: float = -0.5) -> np.ndarray:
+    """Return the linear map [new, old] of bicubic resampling along one axis, with antialiasing.
+
+    As :func:`bicubic_matrix`, but the kernel is as much wider as the axis becomes shorter, and at a border the weights of
+    what is there are made to sum to 1.
+
+    Source: Keys 1981; ``a`` and the borders are those of torch with ``antialias=True``, and of Pillow.
+    """
+    centers = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = _keys(np.abs(centers[:, None] - np.arange(old)) / max(old / new, 1), a)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _keys(distance: np.ndarray, a: float) -> np.ndarray:
+    """Return Keys' kernel at distances >= 0; it is zero from 2 on."""
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
-    matrix = np.zeros((new, old))
-    np.add.at(matrix, (np.arange(new)[:, None], taps.clip(0, old - 1)), np.where(distance <= 1, near, far))
-    return matrix
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
 
 
 _SHARED_NAMES = {
@@ -186,8 +238,50 @@ _ATTENTION_OF_TRANSFORMERS_5 = {
 }
 
 
+_VIT_NAMES = {
+    **_SHARED_NAMES,
+    "layers.{i}.attention_norm": "encoder.layer.{i}.layernorm_before",
+    "layers.{i}.mlp.up": "encoder.layer.{i}.intermediate.dense",
+    "layers.{i}.mlp.down": "encoder.layer.{i}.output.dense",
+    "layers.{i}.mlp_norm": "encoder.layer.{i}.layernorm_after",
+}
+
+_DINOV2_NAMES = {
+    **_SHARED_NAMES,
+    "layers.{i}.attention_norm": "encoder.layer.{i}.norm1",
+    "layers.{i}.attention_scale": "encoder.layer.{i}.layer_scale1.lambda1",
+    "layers.{i}.mlp_norm": "encoder.layer.{i}.norm2",
+    "layers.{i}.mlp_scale": "encoder.layer.{i}.layer_scale2.lambda1",
+}
+
+_MLP_NAMES = {"layers.{i}.mlp.up": "encoder.layer.{i}.mlp.fc1", "layers.{i}.mlp.down": "encoder.layer.{i}.mlp.fc2"}
+
+_SWIGLU_NAMES = {
+    "layers.{i}.mlp.gate": "encoder.layer.{i}.mlp.weights_in.gate",
+    "layers.{i}.mlp.up": "encoder.layer.{i}.mlp.weights_in.up",
+    "layers.{i}.mlp.down": "encoder.layer.{i}.mlp.weights_out",
+}
+
+# transformers 5 builds its modules by these names and peft writes them; its checkpoints keep those above
+_VIT_ALIASES = {
+    **{f"layers.{{i}}.{ours}": f"layers.{{i}}.{name}" for ours, name in _ATTENTION_OF_TRANSFORMERS_5.items()},
+    "layers.{i}.attention_norm": "layers.{i}.layernorm_before",
+    "layers.{i}.mlp.up": "layers.{i}.mlp.fc1",
+    "layers.{i}.mlp.down": "layers.{i}.mlp.fc2",
+    "layers.{i}.mlp_norm": "layers.{i}.layernorm_after",
+}
+
+_DINOV2_ALIASES = {
+    f"layers.{{i}}.{ours}": f"encoder.layer.{{i}}.{name}" for ours, name in _ATTENTION_OF_TRANSFORMERS_5.items()
+}
+
+_SWIGLU_ALIASES = {
+    f"layers.{{i}}.mlp.{part}": f"encoder.layer.{{i}}.mlp.{part}_proj" for part in ("gate", "up", "down")
+}
+
+
 class Vit(Backbone):
-    """A vision transformer: images [B, height, width, channels] -> hidden states [B, 1 + patches, D].
+    """A vision transformer: images [B, height, width, channels] -> hidden states [B, own tokens + patches, D].
 
     Args:
         config: layout and sizes.
@@ -196,48 +290,18 @@ class Vit(Backbone):
     """
 
     input_names: ClassVar[tuple[str, ...]] = ("pixel_values",)
-    NAMES: ClassVar[dict[str, dict[str, str]]] = {
-        "vit": {
-            **_SHARED_NAMES,
-            "layers.{i}.attention_norm": "encoder.layer.{i}.layernorm_before",
-            "layers.{i}.mlp.up": "encoder.layer.{i}.intermediate.dense",
-            "layers.{i}.mlp.down": "encoder.layer.{i}.output.dense",
-            "layers.{i}.mlp_norm": "encoder.layer.{i}.layernorm_after",
-        },
-        "dinov2": {
-            **_SHARED_NAMES,
-            "layers.{i}.attention_norm": "encoder.layer.{i}.norm1",
-            "layers.{i}.attention_scale": "encoder.layer.{i}.layer_scale1.lambda1",
-            "layers.{i}.mlp.up": "encoder.layer.{i}.mlp.fc1",
-            "layers.{i}.mlp.down": "encoder.layer.{i}.mlp.fc2",
-            "layers.{i}.mlp_norm": "encoder.layer.{i}.norm2",
-            "layers.{i}.mlp_scale": "encoder.layer.{i}.layer_scale2.lambda1",
-        },
-    }
-    # transformers 5 builds its modules by these names and peft writes them; its checkpoints keep those above
-    ALIASES: ClassVar[dict[str, dict[str, str]]] = {
-        "vit": {
-            **{f"layers.{{i}}.{ours}": f"layers.{{i}}.{name}" for ours, name in _ATTENTION_OF_TRANSFORMERS_5.items()},
-            "layers.{i}.attention_norm": "layers.{i}.layernorm_before",
-            "layers.{i}.mlp.up": "layers.{i}.mlp.fc1",
-            "layers.{i}.mlp.down": "layers.{i}.mlp.fc2",
-            "layers.{i}.mlp_norm": "layers.{i}.layernorm_after",
-        },
-        "dinov2": {
-            f"layers.{{i}}.{ours}": f"encoder.layer.{{i}}.{name}" for ours, name in _ATTENTION_OF_TRANSFORMERS_5.items()
-        },
-    }
     hugging_face_ignored: ClassVar[str] = (
-        r"((pooler\.dense|classifier|decoder\.0)\.(weight|bias)|embeddings\.mask_token)$"
+        r"((pooler\.dense|classifier|(cls|distillation)_classifier|head|decoder\.0)\.(weight|bias)|embeddings\.mask_token)$"
     )
-    hugging_face_head: ClassVar[str | None] = "classifier"
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
     pooling: Pooling = "cls"
+    once_head_pooling: ClassVar[Pooling | None] = "cls"
 
     config: VitConfig
 
     def __init__(self, config: VitConfig, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype)
+        self.head_pooling = "cls+distillation" if config.distilled_head else "cls+mean" if self._dinov2 else None
         norm = layer_norm(config.hidden_size, config.layer_norm_eps, self.dtype, rngs)
         self.embeddings = VitEmbeddings(config, dtype=self.dtype, rngs=rngs)
         self.layers = nnx.List(
@@ -249,28 +313,66 @@ class Vit(Backbone):
                     dtype=self.dtype,
                     rngs=rngs,
                 ),
-                Mlp(config, dtype=self.dtype, rngs=rngs),
+                Mlp(config, gated=config.use_swiglu_ffn, dtype=self.dtype, rngs=rngs),
                 norm,
-                layer_scale=config.model_type == "dinov2",
+                layer_scale=self._dinov2,
             )
             for _ in range(config.num_hidden_layers)
         )
         self.final_norm = norm()
 
     @property
+    def _dinov2(self) -> bool:
+        return self.config.model_type in ("dinov2", "dinov2_with_registers")
+
+    @property
+    def poolings(self) -> tuple[Pooling, ...]:  # type: ignore[override]
+        """Of a DeiT, the second class token too."""
+        both: tuple[Pooling, ...] = ("cls+distillation",) if self.config.model_type == "deit" else ()
+        return (*super().poolings, "cls+mean", *both)
+
+    @property
     def hugging_face_names(self) -> dict[str, str]:  # type: ignore[override]
         """The layout's table."""
-        return self.NAMES[self.config.model_type]
+        if self._dinov2:
+            mlp = _SWIGLU_NAMES if self.config.use_swiglu_ffn else _MLP_NAMES
+            return _DINOV2_NAMES | mlp | {"embeddings.register_tokens": "embeddings.register_tokens"}
+        return _VIT_NAMES | {"embeddings.distillation_token": "embeddings.distillation_token"}
 
     @property
     def hugging_face_aliases(self) -> dict[str, str]:  # type: ignore[override]
         """The layout's other names."""
-        return self.ALIASES[self.config.model_type]
+        if self._dinov2:
+            return _DINOV2_ALIASES | (_SWIGLU_ALIASES if self.config.use_swiglu_ffn else {})
+        return _VIT_ALIASES
 
     @property
     def hugging_face_prefix(self) -> str:  # type: ignore[override]
         """The layout's prefix."""
         return f"{self.config.model_type}."
+
+    @property
+    def hugging_face_head(self) -> str:  # type: ignore[override]
+        """The one map of the file's head, or the one that two of them make (:meth:`stored`)."""
+        return "head" if self.config.distilled_head else "classifier"
+
+    @classmethod
+    def stored(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """Cut a gated MLP's map in two; make one head of a DeiT's two, on both class tokens, which computes their average."""
+        tensors = cut(checkpoint.tensors, {"mlp.weights_in": ("gate", "up")})
+        config, names = checkpoint.config, ("cls_classifier", "distillation_classifier")
+        if config.get("model_type") != "deit" or f"{names[0]}.weight" not in tensors:
+            return checkpoint._replace(tensors=tensors)
+        for end, axis in (("weight", 1), ("bias", None)):
+            parts = [tensors.pop(f"{name}.{end}", None) for name in names]
+            whole = [part for part in parts if part is not None]
+            if whole:
+                if len(whole) < len(names) or len({part.shape for part in whole}) > 1:
+                    raise expected(
+                        checkpoint.where, f"two heads with a {end} each, of one shape", [p.shape for p in whole]
+                    )
+                tensors[f"head.{end}"] = average(f"head.{end}", whole, axis)
+        return checkpoint._replace(config={**config, "distilled_head": True}, tensors=tensors)
 
     def __call__(self, pixel_values: Float[Array, "B height width channels"]) -> Output:
         """Encode a batch of images, normalized as the checkpoint wants them.

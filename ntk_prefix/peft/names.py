@@ -85,7 +85,8 @@ class Names:
         pooled = getattr(self.backbone, "head_pooling", None) or getattr(self.backbone, "pooling", None)
         transform = getattr(self.backbone, "hugging_face_transform", {})
         # the family's own head: on its pooling, behind what it stands behind
-        own = getattr(model, "pooling", None) == pooled and bool(transform) == (
+        once = getattr(self.backbone, "once_head_pooling", None) or pooled
+        own = getattr(model, "pooling", None) in (pooled, once) and bool(transform) == (
             getattr(model, "transform", None) is not None
         )
         known_head = getattr(self.backbone, "hugging_face_head", None)

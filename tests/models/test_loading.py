@@ -293,7 +293,7 @@ EXTRA = np.zeros((1, 2), np.float32)
         ("bert", changed(position_embedding_type="relative_key"), "absolute positions, got .*relative_key"),
         ("bert", changed(is_decoder=True), "expected a BERT encoder"),
         ("bert", changed(hidden_act="sinh"), "hidden_act: expected one of .*, got 'sinh'"),
-        ("dinov2", changed(use_swiglu_ffn=True), "use_swiglu_ffn: expected false, got true"),
+        ("dinov2", changed(use_swiglu_ffn=True), r"missing: encoder\.layer\.0\.mlp\.weights_in\.gate"),
         ("llama", changed(rope_parameters={"rope_type": "llama3", "rope_theta": 1.0}), "factor: expected a number"),
         (
             "llama_tied",
@@ -346,11 +346,11 @@ def test_tasks_that_do_not_fit(tmp_path: Path, kind: str, options: dict[str, Any
         models.from_pretrained(write(tmp_path, CONFIGS[kind], draw(CONFIGS[kind])), **options)
 
 
-@pytest.mark.parametrize("width", [24, 48])
-def test_heads_that_cannot_be_taken(tmp_path: Path, width: int) -> None:
-    """BERT's head stands behind a pooler, which is missing; DINOv2's on two pooled states: neither is taken."""
-    kind, task = ("bert", "sequence-classification") if width == 24 else ("dinov2", "image-classification")
-    tensors = draw(CONFIGS[kind]) | {"classifier.weight": np.zeros((2, width), np.float32)}
+@pytest.mark.parametrize("kind", ["bert", "dinov2"])
+def test_heads_that_cannot_be_taken(tmp_path: Path, kind: str) -> None:
+    """BERT's head stands behind a pooler, which is missing; DINOv2's reads two pooled states, and not one: neither is taken."""
+    task = "sequence-classification" if kind == "bert" else "image-classification"
+    tensors = draw(CONFIGS[kind]) | {"classifier.weight": np.zeros((2, 24), np.float32)}
     with pytest.raises(ValueError, match=r"num_labels: expected a number, .* brings no head"):
         models.from_pretrained(write(tmp_path, CONFIGS[kind], tensors), task)
 

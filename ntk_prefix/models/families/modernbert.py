@@ -6,7 +6,6 @@ Source: arXiv 2412.13663; the layout and the names are those of Hugging Face's `
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +32,7 @@ from ntk_prefix.models.backbone import (
 from ntk_prefix.models.classifier import HeadTransform
 from ntk_prefix.models.elementwise import layer_norm
 from ntk_prefix.models.formats import Checkpoint
+from ntk_prefix.models.formats.checkpoint import cut
 from ntk_prefix.models.rotary import Factor, Rope, rope_fields
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -227,15 +227,5 @@ class ModernBert(Backbone):
     @classmethod
     def stored(cls, checkpoint: Checkpoint) -> Checkpoint:
         """Cut the maps that a file has in one piece."""
-        tensors = {}
-        for name, tensor in checkpoint.tensors.items():
-            found = re.search(r"\.(attn\.Wqkv|mlp\.Wi)(\.(?:weight|bias))$", name)
-            parts = ("query", "key", "value") if found and found[1] == "attn.Wqkv" else ("gate", "up")
-            if found is None or not tensor.shape or tensor.shape[0] % len(parts):
-                tensors[name] = tensor
-                continue
-            size = tensor.shape[0] // len(parts)
-            for i, part in enumerate(parts):
-                own = f"{name[: found.start(2)]}.{part}{found[2]}"
-                tensors[own] = tensor.rows(own, i * size, (i + 1) * size)
-        return checkpoint._replace(tensors=tensors)
+        maps = {"attn.Wqkv": ("query", "key", "value"), "mlp.Wi": ("gate", "up")}
+        return checkpoint._replace(tensors=cut(checkpoint.tensors, maps))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ntk_prefix.checks import NonFiniteError, expected
 
-__all__ = ["Checkpoint", "StoredTensor"]
+__all__ = ["Checkpoint", "StoredTensor", "average", "cut"]
 
 BLOCK = 2**18
 """Numbers that are read, checked and converted at a time: they stay in a processor's cache, and beside a model they are
@@ -120,3 +120,39 @@ class Checkpoint(NamedTuple):
     def where(self) -> str:
         """What to call the checkpoint where its configuration and its tensors disagree: either may be wrong."""
         return str(self.source) if self.source == self.weights else f"{self.source} and {self.weights.name}"
+
+
+def cut(tensors: Mapping[str, StoredTensor], maps: Mapping[str, tuple[str, ...]]) -> dict[str, StoredTensor]:
+    """Return tensors with some linear maps in parts, which a file has in one piece, stacked along their outputs.
+
+    Args:
+        tensors: by name.
+        maps: ending of a map's name -> what the parts are called after it.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        place, _, end = name.rpartition(".")
+        parts = next((parts for map_, parts in maps.items() if f".{place}".endswith(f".{map_}")), ())
+        if not parts or end not in ("weight", "bias") or not tensor.shape or tensor.shape[0] % len(parts):
+            found[name] = tensor
+            continue
+        size = tensor.shape[0] // len(parts)
+        for i, part in enumerate(parts):
+            own = f"{place}.{part}.{end}"
+            found[own] = tensor.rows(own, i * size, (i + 1) * size)
+    return found
+
+
+def average(name: str, parts: Sequence[StoredTensor], axis: int | None) -> StoredTensor:
+    """Return the average of tensors of one shape; with an axis, of what they make of as many inputs: side by side."""
+
+    def load(bounds: Iterable[slice]) -> Iterator[np.ndarray]:
+        bounds = list(bounds)
+        for rows in zip(*(part.load(bounds) for part in parts), strict=True):
+            together = [np.asarray(each, np.float32) / np.float32(len(parts)) for each in rows]
+            yield np.sum(together, axis=0) if axis is None else np.concatenate(together, axis=axis)
+
+    shape = list(parts[0].shape)
+    if axis is not None:
+        shape[axis] *= len(parts)
+    return parts[0]._replace(name=name, shape=tuple(shape), load=load)
