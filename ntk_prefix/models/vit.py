@@ -122,8 +122,10 @@ class VitConfig(BackboneConfig):
 
 
 class VitEmbeddings(nnx.Module):
-    """Patches, linearly mapped, after a class token; plus positions. A DeiT's second class token has a position, registers
-    have none."""
+    """Patches, linearly mapped, after a class token; plus positions.
+
+    A DeiT's second class token has a position, registers have none.
+    """
 
     def __init__(self, config: VitConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.patch_size = config.patch_size
