@@ -88,8 +88,8 @@ def from_pretrained(
         task: None is the bare backbone, without logits; else "sequence-classification", "image-classification" or
             "causal-lm".
         num_labels: of a classifier. Its head is the checkpoint's if that has one of this size that is a linear map
-            on pooled hidden states (pooling "cls" for images, "cls+mean" for DINOv2, "last" for Llama), and a new one otherwise. None
-            takes the checkpoint's.
+            on pooled hidden states (pooling "cls" for images, "cls+mean" for DINOv2, "last" for Llama), and a new one
+            otherwise. None takes the checkpoint's.
         pooling: see :class:`Classifier`; None is the checkpoint's own where it brings a head, and "mean" for BERT, "cls"
             for images, "last" for Llama. With another, a head of the checkpoint is not taken.
         dtype: of the computation, e.g. ``jnp.bfloat16``; float32 if None. It says nothing of what weights are kept in.
@@ -385,8 +385,9 @@ def _transform_slots(model: Backbone, transform: Any) -> list[Slot]:
 
 
 def _head(model: Backbone, transform: Any, checkpoint: Checkpoint, pooling: Pooling) -> dict[str, StoredTensor] | None:
-    """Return the numbers of the checkpoint's head by our paths, if it is the family's own: of its pooling's width, behind
-    ``transform``.
+    """Return the numbers of the checkpoint's head by our paths, if it is the family's own.
+
+    That is a map on what ``pooling`` makes, behind ``transform``.
 
     Raises:
         UsageError: a part of such a head has another shape.

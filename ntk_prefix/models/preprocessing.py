@@ -75,13 +75,15 @@ def _per_channel(file: Path, values: float | list[float], unit: float) -> tuple[
 
 # --------------------------------------------------------------------------------------- tokenizers
 
-_FOREIGN_VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_SENTENCE_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 _CONVERT = (
     "Write tokenizer.json: transformers.AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)"
 )
 
 _Token = str | dict[str, object] | None
+
+_BERTS = (None, "BertTokenizer", "DistilBertTokenizer")
 
 
 class _TokenizerConfig(msgspec.Struct):
@@ -99,7 +101,10 @@ class _TokenizerConfig(msgspec.Struct):
 
 
 def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
-    """Return the tokenizer of a pretrained model: its tokenizer.json, a BERT's vocab.txt, or what a GGUF carries.
+    """Return the tokenizer of a pretrained model.
+
+    That is its tokenizer.json, a BERT's vocab.txt, the vocab.json and merges.txt of a GPT-2, RoBERTa or Qwen, or what a GGUF
+    carries.
 
     Args:
         path: what :func:`ntk_prefix.models.from_pretrained` takes.
@@ -109,7 +114,7 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
         nothing of the sort, as beside a model of images.
 
     Raises:
-        UsageError: a broken file, or a vocabulary that has no tokenizer.json beside it and is not a BERT's.
+        UsageError: a broken file, or a vocabulary that has no tokenizer.json beside it and is none of those.
         MissingPackageError: the package ``tokenizers`` is not installed.
     """
     path = local_files(path)
@@ -119,8 +124,12 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
         return _tokenizer_json(path / "tokenizer.json")
     if (path / "vocab.txt").is_file():
         return _word_pieces(path / "vocab.txt")
-    if found := [name for name in _FOREIGN_VOCABULARIES if (path / name).is_file()]:
-        raise expected(str(path), "a tokenizer.json, or the vocab.txt of a BERT", ", ".join(found), _CONVERT)
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        return _byte_pairs(path)
+    if found := [name for name in (*_SENTENCE_PIECES, "vocab.json", "merges.txt") if (path / name).is_file()]:
+        raise expected(
+            str(path), "a tokenizer.json, a BERT's vocab.txt, or vocab.json with merges.txt", ", ".join(found), _CONVERT
+        )
     return None
 
 
@@ -142,7 +151,7 @@ def _word_pieces(file: Path) -> tokenizers.Tokenizer:
 
     settings_file = file.with_name("tokenizer_config.json")
     settings = read_json(settings_file, _TokenizerConfig) if settings_file.is_file() else _TokenizerConfig()
-    if settings.tokenizer_class not in (None, "BertTokenizer", "BertTokenizerFast"):
+    if settings.tokenizer_class is not None and settings.tokenizer_class.removesuffix("Fast") not in _BERTS:
         raise expected(str(settings_file), "a BertTokenizer beside a vocab.txt", settings.tokenizer_class, _CONVERT)
     try:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -183,4 +192,89 @@ def _word_pieces(file: Path) -> tokenizers.Tokenizer:
         pair=f"{first}:0 $A:0 {last}:0 $B:1 {last}:1",
         special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
     )
+    return tokenizer
+
+
+class _ByteLevelConfig(msgspec.Struct):
+    """The fields of a byte-level tokenizer_config.json that say how text is cut."""
+
+    tokenizer_class: str | None = None
+    add_prefix_space: bool = False
+    add_bos_token: bool = False
+    bos_token: _Token = None
+    cls_token: _Token = "<s>"
+    sep_token: _Token = "</s>"
+    added_tokens_decoder: dict[str, dict[str, object]] = {}
+
+
+class _ModelType(msgspec.Struct):
+    model_type: str | None = None
+
+
+_BYTE_LEVEL = {
+    "GPT2Tokenizer": ("gpt2",),
+    "RobertaTokenizer": ("roberta",),
+    "Qwen2Tokenizer": ("qwen2", "qwen3"),
+}
+"""Classes of transformers, and the models that have one where no file says so."""
+
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_pairs(folder: Path) -> tokenizers.Tokenizer:
+    """Build a byte-level BPE tokenizer from vocab.json and merges.txt, as transformers does."""
+    with extra("models"):
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    settings_file, config_file = folder / "tokenizer_config.json", folder / "config.json"
+    settings = read_json(settings_file, _ByteLevelConfig) if settings_file.is_file() else _ByteLevelConfig()
+    model_type = read_json(config_file, _ModelType).model_type if config_file.is_file() else None
+    kind = (settings.tokenizer_class or "").removesuffix("Fast") or next(
+        (name for name, types in _BYTE_LEVEL.items() if model_type in types), ""
+    )
+    if kind not in _BYTE_LEVEL:
+        wanted = f"tokenizer_class one of {sorted(_BYTE_LEVEL)} beside vocab.json and merges.txt"
+        raise expected(str(settings_file), wanted, kind or f"none, of a {model_type}", _CONVERT)
+    vocabulary = read_json(folder / "vocab.json", dict[str, int])
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    except Exception as error:  # tokenizers has no class of its own for this
+        raise expected(str(folder / "merges.txt"), "merges of two tokens each, all in vocab.json", error) from None
+    qwen, space = kind == "Qwen2Tokenizer", settings.add_prefix_space
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=not qwen)
+    if qwen:
+        tokenizer.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(_QWEN), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, tokenizer.pre_tokenizer])
+    tokenizer.decoder = decoders.ByteLevel()
+    added = {int(i): token for i, token in settings.added_tokens_decoder.items() if i.isdecimal()}
+    for index, token in sorted(added.items()):
+        flags = {name: bool(token.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+        own = AddedToken(str(token.get("content")), special=bool(token.get("special")), **flags)
+        (tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens)([own])
+        if tokenizer.token_to_id(own.content) != index:
+            raise expected(
+                f"{settings_file}: added_tokens_decoder", f"{own.content!r} to be token {index}", "another", _CONVERT
+            )
+
+    def special(name: str, token: _Token) -> tuple[str, int]:
+        text = token.get("content") if isinstance(token, dict) else token
+        index = tokenizer.token_to_id(text) if isinstance(text, str) else None
+        if not isinstance(text, str) or index is None:
+            raise expected(str(folder / "vocab.json"), f"the token {text!r} ({name})", "none")
+        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+        return text, index
+
+    if kind == "RobertaTokenizer":
+        ends = special("sep_token", settings.sep_token), special("cls_token", settings.cls_token)
+        tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=space)
+    elif kind == "GPT2Tokenizer" and settings.add_bos_token:
+        first, index = special("bos_token", settings.bos_token or "<|endoftext|>")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="bos $A", pair="bos $A bos $B", special_tokens=[{"id": "bos", "ids": [index], "tokens": [first]}]
+        )
     return tokenizer

@@ -8,6 +8,7 @@ import pytest
 
 from ntk_prefix import models
 from ntk_prefix.checks import UsageError
+from tests.models import byte_pairs
 
 HALF = {"image_mean": [0.5, 0.25, 0.125], "image_std": [0.5, 0.5, 0.25]}
 
@@ -81,14 +82,13 @@ def test_a_vocabulary_with_capitals_says_whether_it_is_cased(tmp_path: Path) -> 
 
 def test_other_vocabularies_are_told_how_to_become_a_tokenizer_json(tmp_path: Path) -> None:
     assert models.load_tokenizer(tmp_path) is None
-    (tmp_path / "vocab.json").write_text("{}")
-    (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(
-        UsageError, match=r"expected a tokenizer\.json.*got vocab\.json, merges\.txt\. Write tokenizer\.json"
-    ):
-        models.load_tokenizer(tmp_path)
+    for name in ("vocab.json", "tokenizer.model"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UsageError, match=rf"expected a tokenizer\.json.*{name}.*\. Write tokenizer\.json"):
+            models.load_tokenizer(tmp_path)
     with pytest.raises(UsageError, match=r"expected a BertTokenizer beside a vocab\.txt, got RoFormerTokenizer"):
         words(tmp_path / "other", VOCABULARY, tokenizer_class="RoFormerTokenizer")
+    assert words(tmp_path / "distilbert", VOCABULARY, tokenizer_class="DistilBertTokenizerFast") is not None
     with pytest.raises(UsageError, match=r"vocab\.txt: expected the token '\[CLS\]' \(cls_token\)"):
         words(tmp_path / "short", ["[UNK]", "a"])
 
@@ -97,3 +97,54 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "nothing of the sort"}}')
     with pytest.raises(UsageError, match=r"tokenizer\.json: expected a tokenizer, got a file that is broken"):
         models.load_tokenizer(tmp_path)
+
+
+RECORDED = {
+    "GPT2Tokenizer": [
+        [263, 264, 266, 226, 226, 265, 226, 26, 265],
+        [133, 108, 204, 204, 78, 89, 12, 88, 226, 49, 52, 60, 42, 55],
+        [70, 5, 71],
+    ],
+    "RobertaTokenizer": [
+        [0, 263, 264, 266, 226, 226, 265, 226, 26, 265, 2],
+        [0, 133, 108, 204, 204, 78, 89, 12, 88, 226, 49, 52, 60, 42, 55, 2],
+        [0, 70, 5, 71, 2],
+    ],
+    "Qwen2Tokenizer": [
+        [263, 264, 266, 226, 226, 22, 23, 226, 26, 22, 23],
+        [133, 108, 204, 204, 78, 89, 12, 88, 226, 49, 52, 60, 42, 55],
+        [70, 5, 71],
+    ],
+}
+"""What transformers 5.24 makes of the texts by the same two files (``AutoTokenizer``'s class by name)."""
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_vocabularies_of_byte_pairs_are_read_as_transformers_does(tmp_path: Path, kind: str) -> None:
+    tokenizer = models.load_tokenizer(byte_pairs.write(tmp_path, kind))
+    assert tokenizer is not None
+    assert [tokenizer.encode(text).ids for text in byte_pairs.TEXTS] == RECORDED[kind]
+    assert tokenizer.decode(RECORDED[kind][0]) == byte_pairs.TEXTS[0]
+    model_type = {"GPT2Tokenizer": "gpt2", "RobertaTokenizer": "roberta", "Qwen2Tokenizer": "qwen3"}[kind]
+    bare = byte_pairs.write(tmp_path / "bare", None)
+    (bare / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert models.load_tokenizer(bare).encode(byte_pairs.TEXTS[0]).ids == RECORDED[kind][0]
+
+
+def test_byte_pairs_that_cannot_be_are_named(tmp_path: Path) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            models.load_tokenizer(tmp_path)
+
+    byte_pairs.write(tmp_path, None)
+    refused(r"tokenizer_class one of .*got none, of a None\. Write tokenizer\.json")
+    byte_pairs.write(tmp_path, "BloomTokenizer")
+    refused("got BloomTokenizer")
+    byte_pairs.write(tmp_path, "GPT2Tokenizer", added_tokens_decoder={"9999": {"content": "<new>", "special": True}})
+    refused("'<new>' to be token 9999")
+    byte_pairs.write(tmp_path, "RobertaTokenizer", sep_token="[END]")
+    refused(r"vocab\.json: expected the token '\[END\]' \(sep_token\)")
+    (tmp_path / "merges.txt").write_text("a b c\n")
+    refused(r"merges\.txt: expected merges of two tokens")
+    (tmp_path / "vocab.json").write_text("[]")
+    refused(r"vocab\.json")

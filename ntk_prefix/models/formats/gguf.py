@@ -165,6 +165,10 @@ def read_gguf(path: Path) -> Checkpoint:
         UsageError: a broken file, or an architecture that is not built here.
     """
     file = _File(path)
+    # first: only the first part says what it is a part of
+    if (parts := file.get("split.count", int, 1)) > 1:
+        way = "llama-gguf-split --merge FIRST-PART NEW-FILE joins them"
+        raise expected(str(path), "a whole model", f"one of {parts} parts", way)
     architecture = file.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _FAMILIES:
         raise expected(
@@ -176,8 +180,6 @@ def read_gguf(path: Path) -> Checkpoint:
     family = _FAMILIES[architecture]
     if changes := {key: value for key in _CHANGES if (value := file.get(f"{architecture}.{key}"))}:
         raise expected(str(path), f"a plain {architecture}", f"one with {changes}")
-    if (parts := file.get("split.count", int, 1)) > 1:
-        raise expected(str(path), "a whole model", f"one of {parts} parts", "llama-gguf-split --merge joins them")
     stored = {name: file.get(f"{architecture}.{key}") for name, key in _CONFIG.items()}
     config = {name: value for name, value in stored.items() if value is not None}
     if "rms_norm_eps" not in config:  # Hugging Face has a default for it, llama.cpp has not
