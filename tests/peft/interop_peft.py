@@ -10,15 +10,24 @@ import transformers
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 HIDDEN = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
-LLAMA = {**HIDDEN, "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0}
+LLAMA = {
+    **HIDDEN, "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 LAYERS = {"rank_pattern": {"layer.0.attention.self.query": 2}, "alpha_pattern": {"layer.1.attention.self.value": 3}}
 
-WINDOWS = {
+FAMILIES: dict[str, dict] = {
+    "Llama": {"rope_parameters": LLAMA_3},
     "Mistral": {"sliding_window": 5, "head_dim": 16},
     "Gemma2": {"sliding_window": 5, "head_dim": 16},
     "Gemma3": {"sliding_window": 5, "head_dim": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
 }
 FILES = {"Gemma3": "Gemma3Text"}
+DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma2", "Gemma3")
+IMAGES = {**HIDDEN, "image_size": 24, "patch_size": 6}
 
 CASES = {
     "bert lora": ("AutoModel", LoraConfig(task_type="FEATURE_EXTRACTION", r=8, lora_alpha=16)),
@@ -45,21 +54,48 @@ CASES = {
             task_type="FEATURE_EXTRACTION", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=32
         ),
     ),
-    "llama lora": ("LlamaForCausalLM", LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")),
-    "llama prefix": ("LlamaForCausalLM", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
     **{
-        f"{family.lower()} lora": (
-            f"{family}ForCausalLM",
-            LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+        f"{family.lower()} {case}": (
+            f"{FILES.get(family, family) if end != 'ForCausalLM' else family}{end}",
+            LoraConfig(task_type=task, r=4, target_modules="all-linear" if end == "ForCausalLM" else None),
         )
-        for family in ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma2", "Gemma3")
+        for family in DECODERS
+        for case, end, task in (
+            ("lora", "ForCausalLM", "CAUSAL_LM"),
+            ("bare lora", "Model", "FEATURE_EXTRACTION"),
+            ("classifier lora", "ForSequenceClassification", "SEQ_CLS"),
+        )
     },
-    "qwen3 classifier lora": ("Qwen3ForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
-    "llama classifier lora": ("LlamaForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
+    **{
+        f"{family.lower()} prefix": (
+            f"{family}ForCausalLM",
+            PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        )
+        for family in DECODERS
+    },
     "llama classifier prefix": (
         "LlamaForSequenceClassification",
         PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5),
     ),
+    **{
+        f"{family.lower()} bare lora": (
+            f"{family}Model",
+            LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=modules),
+        )
+        for family, modules in (
+            ("Roberta", ["query", "value"]),
+            ("DistilBert", ["q_lin", "v_lin"]),
+            ("ViT", ["q_proj", "v_proj", "fc1"]),
+            ("ModernBert", ["Wqkv", "Wo"]),
+        )
+    },
+    **{
+        f"{family.lower()} classifier lora": (
+            f"{family}ForImageClassification",
+            LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
+        )
+        for family in ("ViT", "DeiT", "Dinov2")
+    },
     "bert classifier lora": ("AutoModelForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
     "bert's own classifier lora": ("BertForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
     "roberta classifier lora": ("RobertaForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
@@ -79,6 +115,11 @@ ENCODERS = {
     "Bert": {**HIDDEN, "vocab_size": 99},
     "Roberta": {**HIDDEN, "vocab_size": 99, "pad_token_id": 0, "type_vocab_size": 1},
     "DistilBert": {"vocab_size": 99, "dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 96, "pad_token_id": 0},
+    "ModernBert": {**HIDDEN, "vocab_size": 99, "pad_token_id": 0, "local_attention": 6}
+    | {f"{name}_token_id": None for name in ("cls", "bos", "eos", "sep")},
+    "ViT": IMAGES,
+    "DeiT": IMAGES,
+    "Dinov2": {**IMAGES, "mlp_ratio": 2},
 }
 
 
@@ -87,7 +128,7 @@ def base(kind: str, folder: Path) -> torch.nn.Module:
     place = folder / "models" / kind
     if not place.exists():
         family = kind.partition("For")[0].removesuffix("Model")
-        sizes = ENCODERS.get(family, {**LLAMA, **WINDOWS.get(family, {})})
+        sizes = ENCODERS.get(family, {**LLAMA, **FAMILIES.get(family.removesuffix("Text"), {})})
         sizes = sizes | ({"num_labels": 3} if "Classification" in kind else {})
         config = getattr(transformers, f"{FILES.get(family, family)}Config")(**sizes)
         getattr(transformers, kind)(config).save_pretrained(place)
@@ -95,14 +136,18 @@ def base(kind: str, folder: Path) -> torch.nn.Module:
 
 
 def outputs(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    # ours has channels last
+    inputs = {key: value.permute(0, 3, 1, 2) if key == "pixel_values" else value for key, value in inputs.items()}
     result = model(**inputs, output_hidden_states=True)
     # MiniLM's file has no classifier: compare what comes before it
     if "logits" in result and model.name_or_path.rpartition("/")[2] != "AutoModelForSequenceClassification":
         return result.logits
-    return result.hidden_states[-1]
+    return result.last_hidden_state if "last_hidden_state" in result else result.hidden_states[-1]
 
 
-def batch() -> dict[str, torch.Tensor]:
+def batch(kind: str) -> dict[str, torch.Tensor]:
+    if any(family in kind for family in ("ViT", "DeiT", "Dinov2")):
+        return {"pixel_values": torch.randn(4, 24, 24, 3)}
     ids = torch.randint(1, 99, (4, 12))
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
@@ -111,7 +156,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def train(case: str, folder: Path) -> None:
-    inputs = batch()
+    inputs = batch(CASES[case][0])
     model = base(CASES[case][0], folder)
     with torch.no_grad():
         frozen = outputs(model, inputs)
@@ -145,4 +190,10 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     for name in filter(re.compile(only).search, CASES):
         (Path(where) / name).mkdir(exist_ok=True)
-        {"train": train, "evaluate": evaluate}[what](name, Path(where))
+        try:
+            {"train": train, "evaluate": evaluate}[what](name, Path(where))
+        except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError) as error:
+            # told by the other side: what peft cannot do there is a result
+            (Path(where) / name / f"{what}.failed").write_text(
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
