@@ -1,6 +1,7 @@
 """Vision transformers in Hugging Face's layouts: ``vit``, ``deit``, ``dinov2`` and ``dinov2_with_registers``.
 
-A DeiT has a second class token; a DINOv2 has LayerScale, and its registers are tokens without a position. Position embeddings stand on a grid; for another image size the grid is resampled (bicubic, as torch does it).
+A DeiT has a second class token; a DINOv2 has LayerScale, and its registers are tokens without a position.
+Position embeddings stand on a grid; for another image size the grid is resampled (bicubic, as torch does it).
 
 Source: arXiv 2010.11929, 2012.12877, 2304.07193 and 2309.16588; the layouts and the names are those of Hugging Face.
 """
