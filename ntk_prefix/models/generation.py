@@ -48,7 +48,7 @@ def generate(
 
     Args:
         model: made with ``causal_lm``.
-        input_ids: [B, T] prompts, padded on the left.
+        input_ids: [B, T] prompts, padded on either side: a row's tokens are moved to the right, in their order.
         attention_mask: [B, T], zero at padding; no padding if None.
         max_new_tokens: length of the result.
         eos_token_id: a row ends with this token, or one of these; the loop ends when all rows have.
@@ -58,8 +58,7 @@ def generate(
         [B, max_new_tokens], the new tokens only, of the dtype of ``input_ids``.
 
     Raises:
-        UsageError: ids that the model has not, prompts padded on the right, an empty prompt, no token to be made, or a
-            model without logits.
+        UsageError: ids that the model has not, an empty prompt, no token to be made, or a model without logits.
     """
     if not model.causal_lm:
         raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
@@ -70,8 +69,8 @@ def generate(
     check_tokens(input_ids, attention_mask, model.config.vocab_size)
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, bool)
-    elif not np.asarray(attention_mask)[:, -1].all():
-        raise expected("attention_mask", "padding on the left", "a prompt whose last token is padding")
+    elif not isinstance(attention_mask, jax.core.Tracer) and not np.asarray(attention_mask).any(axis=1).all():
+        raise expected("attention_mask", "at least one token a row", "a row of padding")
     ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
     padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
     graph, state = nnx.split(model)
@@ -112,6 +111,9 @@ def _generate(
         _widen(model)
     if on_cpu and batch > 1:
         _use_rows(model)
+    # the last slot of a row is its last token, which the next one follows: padding goes to the left
+    order = jnp.argsort(mask, axis=1, stable=True)
+    prompts, mask = (jnp.take_along_axis(x, order, axis=1) for x in (prompts, mask))
     mask = jnp.concatenate([mask, jnp.ones((batch, new), bool)], axis=1)
 
     def best(ids: Array, cache: tuple[KeyValueCache, ...], start: Array | int) -> tuple[Array, Any]:

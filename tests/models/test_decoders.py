@@ -116,11 +116,16 @@ def test_a_dynamic_base_is_that_of_the_texts_length_and_of_each_row_by_itself(lo
 
 @some("llama dynamic", "mistral", "gemma3")
 def test_greedy_decoding_with_a_cache_is_that_of_transformers(load: Any, case: str) -> None:
-    """Prompts padded on the left, one longer than the window and one that grows past it."""
+    """Prompts padded on the left, on the right, and in the middle; one longer than the window, one that grows past it."""
     _, texts, _, tokens = parts(case)
-    ids, mask = padded(texts, left=True)
+    sides = [padded(texts, left=left) for left in (True, False)]
+    ids, mask = (np.concatenate(each) for each in zip(*sides, strict=True))
+    gap = [*range(2), *range(LENGTHS[1], LONGEST), *range(2, LENGTHS[1])]  # of the second text, padded on the right
+    ids, mask = (np.concatenate([x, x[3:][:, gap]]) for x in (ids, mask))
+    assert not mask[3, -1]
+    assert mask[4, [0, -1]].all()
     new = models.generate(load(case), jnp.asarray(ids), jnp.asarray(mask), NEW)
-    np.testing.assert_array_equal(new, tokens)
+    np.testing.assert_array_equal(new, tokens[[0, 1, 0, 1, 1]])
 
 
 # --------------------------------------------------------------------------------------------------- windows
