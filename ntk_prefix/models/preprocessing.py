@@ -240,7 +240,9 @@ def _byte_pairs(folder: Path) -> tokenizers.Tokenizer:
     vocabulary = read_json(folder / "vocab.json", dict[str, int])
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        merges = [
+            (first, second) for first, second in (line.split(" ") for line in lines if line and line[:8] != "#version")
+        ]
         tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     except Exception as error:  # tokenizers has no class of its own for this
         raise expected(str(folder / "merges.txt"), "merges of two tokens each, all in vocab.json", error) from None
