@@ -67,6 +67,15 @@ class DataConfig(Checked):
     """Height and width that images are resized to."""
     grouped: int = 32
     """Batches of text that are drawn together and divided by length, for less padding; 1 leaves them as drawn."""
+    prompt_template: str | None = None
+    """What a question is put into, at its {} (instruct, math); None is the turns of a chat model, or a plain form."""
+    unrelated: str = "reviews"
+    """Text that a decoder's forgetting is measured on: reviews (an asset), a .txt file of texts parted by empty lines, a
+    table with a column "text", or none."""
+    unrelated_rows: int = 32
+    """How many texts of it."""
+    unrelated_length: int = 128
+    """Tokens after which each is cut."""
 
     @property
     def columns(self) -> dict[str, str | None]:
@@ -76,7 +85,7 @@ class DataConfig(Checked):
 
     def check(self) -> None:
         """Refuse sizes that no data can have."""
-        for name in ("train_size", "test_size", "image_size", "grouped"):
+        for name in ("train_size", "test_size", "image_size", "grouped", "unrelated_rows"):
             at_least(name, getattr(self, name), 1)
         at_least("validation_size", self.validation_size, 0)
         if self.validation_size is not None and not (
@@ -85,6 +94,9 @@ class DataConfig(Checked):
             raise expected("--validation-size", "a number of rows, or a share of them below 1", self.validation_size)
         at_least("test_beyond", self.test_beyond, 0)
         at_least("max_length", self.max_length, 8)
+        at_least("unrelated_length", self.unrelated_length, 2)
+        if self.prompt_template is not None and self.prompt_template.count("{}") != 1:
+            raise expected("--prompt-template", "text with one {}, for the question", repr(self.prompt_template))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +154,8 @@ class EvalConfig(Checked):
     """Of generated answers (math)."""
     test: bool = True
     """Read the test split at the end; a run that did not is brought up to it by the same command with it."""
+    before: bool = True
+    """With the test split, also answer it as the model was at the start (math), which takes as long again."""
 
     def check(self) -> None:
         """Refuse intervals below one step."""
@@ -449,6 +463,16 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
             data=DataConfig(train_size=1000, validation_size=100, max_length=128),
             optim=OptimConfig(batch_size=8),
             eval=EvalConfig(max_new_tokens=80, choose_by="loss"),
+        ),
+    ),
+    "metamath": (
+        "MetaMathQA to GSM8K, SmolLM2: --data-dir with MetaMathQA-395K.json and GSM8K's test.jsonl",
+        TrainConfig(
+            model="smollm2",
+            task="metamath",
+            data=DataConfig(max_length=512, validation_size=50),
+            optim=OptimConfig(batch_size=8),
+            eval=EvalConfig(max_new_tokens=300, choose_by="loss"),
         ),
     ),
     "gsm8k": (

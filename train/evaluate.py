@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ntk_prefix import models, sharding
+from ntk_prefix import models, peft, sharding
 from ntk_prefix.models.cross_entropy import cross_entropy, in_parts
 from ntk_prefix.training import Trainer, TrainState
 from train import data, tasks
@@ -56,6 +57,7 @@ class Evaluator:
         # what fits for training fits here; larger batches leave a CPU's caches and take up to half as long again
         self.batch_size = setup.config.optim.batch_size
         graph, *states = nnx.split(setup.model, setup.trainer.wrt, ...)
+        self._graph: Any = graph
         self._frozen: Any = states[1]
 
         # of several processes each has weights of its own, on one device
@@ -67,8 +69,10 @@ class Evaluator:
                 model: Any = nnx.merge(graph, trained, frozen)
                 return model(**model_inputs(model, batch)).logits.astype(jnp.float32)
 
-        @jax.jit
-        def tokens(trained: Any, frozen: Any, batch: data.Batch, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        @functools.partial(jax.jit, static_argnums=0)
+        def tokens(
+            graph: Any, trained: Any, frozen: Any, batch: data.Batch, labels: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
             """Return for each token its cross entropy, and whether it is the most likely one: [B, T - 1] each."""
 
             def of_part(hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -113,7 +117,7 @@ class Evaluator:
         for batch in data.evaluation_batches(split, self.batch_size):
             labels = batch["labels"][:, 1:]
             answer = labels >= 0
-            entropies, right = map(np.asarray, self._tokens(trained, frozen, batch, np.maximum(labels, 0)))
+            entropies, right = map(np.asarray, self._tokens(self._graph, trained, frozen, batch, np.maximum(labels, 0)))
             kept = np.flatnonzero(batch["weight"])
             losses.append(((entropies * answer).sum(axis=1) / np.maximum(answer.sum(axis=1), 1))[kept])
             correct.append(np.all(right | ~answer, axis=1)[kept])
@@ -126,6 +130,38 @@ class Evaluator:
             for m in (True, False)
         )
         return Predictions(marked, loss, None, texts=tuple(texts), last_number=float(last.mean()))
+
+    def unrelated_loss(self, state: TrainState | None) -> float:
+        """Return the mean cross entropy per token on text that has nothing to do with the task.
+
+        Every token counts alike, whatever its text's length; summed in float64.
+
+        Args:
+            state: of the setup's trainer; None is the model without its adapter, or with the weights that it was set up
+                with where the method trains these.
+        """
+        split, trainer, model = self.setup.task.unrelated, self.setup.trainer, self.setup.model
+        assert split is not None
+        graph, frozen = self._graph, self._frozen
+        if state is None and any(each.in_place for chosen in peft.configs(model).values() for each in chosen):
+            state = trainer.init(model)
+        if state is None:
+            with peft.disable_adapter(model):
+                graph, *states = nnx.split(model, trainer.wrt, ...)
+            trained, frozen = states
+            if trainer.mesh is not None:
+                frozen = trainer.lay_out(frozen)
+            trained, frozen = self._replica(trained, frozen)
+        else:
+            trained, frozen = self._local(state)
+        total, count = 0.0, 0
+        for batch in data.evaluation_batches(split, self.batch_size):
+            labels = batch["labels"][:, 1:]
+            told = (labels >= 0) & (batch["weight"][:, None] > 0)
+            entropies, _ = self._tokens(graph, trained, frozen, batch, np.maximum(labels, 0))
+            total += float(np.asarray(entropies, np.float64)[told].sum())
+            count += int(told.sum())
+        return total / count
 
     def _generate(self, state: TrainState, split: data.Dataset) -> list[str]:
         task, config = self.setup.task, self.setup.config
@@ -149,11 +185,18 @@ class Evaluator:
     def _local(self, state: TrainState) -> tuple[Any, Any]:
         """Return the trained and frozen weights as one replica on this process's devices."""
         trainer: Trainer = self.setup.trainer
-        if trainer.parallel == "pmap" or jax.process_count() == 1:
+        if trainer.parallel == "pmap":
             return trainer.single(state.trained), self._frozen
+        return self._replica(state.trained, self._frozen)
+
+    def _replica(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
+        """Return weights as one replica on this process's devices."""
+        trainer: Trainer = self.setup.trainer
+        if trainer.parallel == "pmap" or jax.process_count() == 1:
+            return trained, frozen
         # weights are replicated, or gathered first
         gathered = jax.jit(lambda tree: tree, out_shardings=jax.sharding.NamedSharding(trainer.mesh, jax.P()))  # type: ignore[arg-type]
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered((state.trained, self._frozen)))
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered((trained, frozen)))
 
 
 def _until(tokens: np.ndarray, end: int | None) -> list[int]:

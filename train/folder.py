@@ -47,6 +47,7 @@ class Summary(TypedDict):
     test_loss_before: NotRequired[Loss | None]
     test_last_number: NotRequired[Share | None]
     test_last_number_before: NotRequired[Share | None]
+    forgetting: NotRequired[float | None]
     seconds_a_step: NotRequired[Loss | None]
     adapter_bytes: NotRequired[Count | None]
     macro_f1: NotRequired[Share | None]

@@ -297,10 +297,16 @@ class _Run:
         validation = self.best_predictions or self.evaluate(best, setup.task.validation, generate=False)
         language = config.eval.test and setup.task.kind == "causal-lm"
         if language:
-            self._say(f"answering {setup.task.test.rows} test rows, as trained and as at the start")
+            start = " and as at the start" if config.eval.before else ""
+            self._say(f"answering {setup.task.test.rows} test rows, as trained{start}")
         test = self.evaluate(best, setup.task.test) if config.eval.test else None
         # the model that was set up still has the weights of the start
-        before = self.evaluate(setup.trainer.init(setup.model), setup.task.test) if language else None
+        before = None
+        if language and config.eval.before:
+            before = self.evaluate(setup.trainer.init(setup.model), setup.task.test)
+        unrelated = None
+        if language and setup.task.unrelated is not None:
+            unrelated = self.evaluate.unrelated_loss(None), self.evaluate.unrelated_loss(best)
         model = setup.trainer.model(setup.model, best)
         summary = result.summary(
             setup,
@@ -311,6 +317,7 @@ class _Run:
             validation=validation,
             test=test,
             before=before,
+            unrelated=unrelated,
         )
         json_text(summary)  # before the adapter is written: refuses what is not finite
         if jax.process_index() == 0:
@@ -318,15 +325,9 @@ class _Run:
                 peft.save_pretrained(model, self.folder.path / "adapter", base_model_name_or_path=setup.model_source)
                 weights = self.folder.path / "adapter" / "adapter_model.safetensors"
                 summary["adapter_bytes"] = weights.stat().st_size
-            if test is not None and before is not None:
-                rows = setup.task.test
-                self.folder.write_answers(
-                    {
-                        "question": rows["question"],
-                        "answer": rows["answer"],
-                        "before": before.texts,
-                        "generated": test.texts,
-                    }
-                )
+            if test is not None and language:
+                columns: dict[str, Any] = {name: setup.task.test[name] for name in ("question", "answer")}
+                columns |= {} if before is None else {"before": before.texts}
+                self.folder.write_answers({**columns, "generated": test.texts})
             write_whole(self.folder.summary, json_text(summary).encode())
         return json.loads(json_text(summary))

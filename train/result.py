@@ -27,6 +27,7 @@ def summary(
     validation: Predictions,
     test: Predictions | None,
     before: Predictions | None,
+    unrelated: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Return what a run leaves behind.
 
@@ -39,6 +40,7 @@ def summary(
         validation: of the best weights.
         test: of the best weights; None if that split was not read.
         before: of the model as it was at the start, on the test split, for language.
+        unrelated: its loss on unrelated text, without its adapter and with the best weights; None if not measured.
     """
     config, task = setup.config, setup.task
     trained, whole = peft.trainable_parameters(model)
@@ -53,6 +55,9 @@ def summary(
         "test_last_number": test and test.last_number,
         "test_last_number_before": before and before.last_number,
         "test_rows": test and len(test.correct),
+        "unrelated_loss_before": unrelated and unrelated[0],
+        "unrelated_loss": unrelated and unrelated[1],
+        "forgetting": unrelated and unrelated[1] - unrelated[0],
         "validation_score": validation.score,
         "validation_loss": validation.loss,
         "best_step": best_step,

@@ -144,7 +144,7 @@ def _check_vocabulary(model: Any, task: tasks.Task, name: str) -> None:
     A tokenizer may know more tokens than the model, as long as no text has one.
     """
     known = getattr(getattr(model, "backbone", model).config, "vocab_size", math.inf)
-    for split in (task.train, task.validation, task.test):
+    for split in filter(None, (task.train, task.validation, task.test, task.unrelated)):
         for column in {"input_ids", "prompt_ids"} & split.keys():
             if (largest := max((int(ids.max()) for ids in split[column] if len(ids)), default=0)) >= known:
                 raise expected(

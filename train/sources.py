@@ -36,7 +36,7 @@ from train.columns import Columns, checked, column_flag, label_names, read_colum
 from train.images import decoded
 from train.readers import ENDINGS, saved_files, saved_splits
 
-__all__ = ["TASKS", "Columns", "Kind", "Rows", "TaskSpec", "check_source", "find_folder", "read", "spec_of"]
+__all__ = ["TASKS", "Columns", "Kind", "Rows", "TaskSpec", "check_source", "find_folder", "read", "reviews", "spec_of"]
 
 Kind = Literal["sequence-classification", "image-classification", "causal-lm"]
 
@@ -64,7 +64,9 @@ class TaskSpec:
         hub, subset: the usual data set on the hub and the folder in it.
         folders: other names that a folder of it goes by.
         validation: names of the split that is our ``validation``; without, that is split off train.
+        train: names of the split that is our ``train``.
         test: names of the split that is our ``test``.
+        foreign_test: whether ``test`` is another data set's, so that none may be set aside of ``train`` instead.
         headerless: the column names of files that come without a header.
         assets: rows from the package assets, ``{"train": ..., "test": ...}``; None if no asset has them.
         own: whether it is anybody's own data; its pictures stay encoded until a batch needs them, for they may be large.
@@ -76,8 +78,10 @@ class TaskSpec:
     hub: str = ""
     subset: str = ""
     folders: tuple[str, ...] = ()
+    train: tuple[str, ...] = ("train",)
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ("test",)
+    foreign_test: bool = False
     headerless: tuple[str, ...] = ()
     assets: Callable[[], dict[str, Columns]] | None = None
     own: bool = False
@@ -113,7 +117,7 @@ def find_folder(name: str, data_dir: Path | str) -> Path | None:
     # the folder named after the task first: two data sets may stand side by side
     for folder in (*(root / one for one in sorted(names)), root):
         for inner in (folder, folder / spec.subset, folder / "data"):
-            if inner.is_dir() and _files(inner, ("train",)):
+            if inner.is_dir() and _files(inner, spec.train):
                 return inner
     return None
 
@@ -194,8 +198,10 @@ def _splits(name: str, spec: TaskSpec, data_dir: Path | str | None) -> tuple[dic
         check_source(name, data_dir)
     folder = find_folder(name, data_dir)
     assert folder is not None
-    wanted = {"train": ("train",), "validation": spec.validation, "test": spec.test}
+    wanted = {"train": spec.train, "validation": spec.validation, "test": spec.test}
     files = {split: _files(folder, names) for split, names in wanted.items() if names}
+    if spec.foreign_test and not files["test"]:
+        raise expected(f"{name}: {source}", "a test split beside it", "none", "Put test.jsonl of GSM8K into the folder")
     found = {split: read_columns(name, spec, some) for split, some in files.items() if some}
     return {split: rows for split, (rows, _) in found.items()}, source, found["train"][1]
 
@@ -235,7 +241,8 @@ def _files(place: Path, names: Sequence[str]) -> list[Path]:
 # ------------------------------------------------------------------------------------------- assets
 
 
-def _reviews(source: str) -> dict[str, Columns]:
+def reviews(source: str) -> dict[str, Columns]:
+    """Return the film reviews of an asset: ``imdb``, or the sentences of ``rotten_tomatoes``."""
     with asset("reviews").open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["source"] == source]
     return {"train": {"text": [row["text"] for row in rows], "label": [row["label"] for row in rows]}}
@@ -355,7 +362,7 @@ TASKS: dict[str, TaskSpec] = {
         columns=_SENTENCE,
         label_names=("negative", "positive"),
         hub="cornell-movie-review-data/rotten_tomatoes",
-        assets=lambda: _reviews("rotten_tomatoes"),
+        assets=lambda: reviews("rotten_tomatoes"),
     ),
     "imdb": TaskSpec(
         kind="sequence-classification",
@@ -363,7 +370,7 @@ TASKS: dict[str, TaskSpec] = {
         label_names=("negative", "positive"),
         hub="stanfordnlp/imdb",
         subset="plain_text",
-        assets=lambda: _reviews("imdb"),
+        assets=lambda: reviews("imdb"),
     ),
     "newsgroups": TaskSpec(
         kind="sequence-classification",
@@ -438,6 +445,15 @@ TASKS: dict[str, TaskSpec] = {
         assets=_cifar10,
     ),
     "gsm8k": TaskSpec(kind="causal-lm", columns=_SOLVED, hub="openai/gsm8k", subset="main"),
+    # trained on one data set, tested on another: see train.tasks
+    "metamath": TaskSpec(
+        kind="causal-lm",
+        columns={"question": ("query", "question"), "answer": ("response", "answer")},
+        folders=("MetaMathQA",),
+        train=("train", "MetaMathQA-395K"),
+        validation=_VALIDATION,
+        foreign_test=True,
+    ),
     "gsm_symbolic": TaskSpec(kind="causal-lm", columns=_SOLVED, assets=lambda: _gsm_symbolic(train=5000, test=500)),
     "gsm_symbolic_short": TaskSpec(
         kind="causal-lm",

@@ -1,9 +1,9 @@
 """Tasks: how the rows of ``train.sources`` are split, and how they become tokens or images.
 
 Splits. ``test`` is the public test split, or the public dev split where that test has no labels (GLUE); look at it
-once. Where a source has none, such as a single file, a fifth of its train split is set aside, repeated inputs left out
-first. ``validation`` is split off train, unless somebody's own data have one. Both are stratified and the same for every
-``seed``: that draws only the ``train_size`` rows to train on.
+once. It may be another data set's, as that of metamath is. Where a source has none, such as a single file, a fifth of its
+train split is set aside, repeated inputs left out first. ``validation`` is split off train, unless somebody's own data have
+one. Both are stratified and the same for every ``seed``: that draws only the ``train_size`` rows to train on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ntk_prefix.models import load_tokenizer
 from train.config import DataConfig
 from train.data import Dataset, ImageFormat
 from train.sources import Columns, Kind, read, spec_of
+from train.unrelated import NONE, texts
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Task", "encode_texts", "exact_match", "extract_answer", "load"]
 
@@ -55,6 +56,8 @@ class Task:
     tokenizer: Tokenizer | None = None
     end_id: int | None = None
     """The token that ends an answer; causal language modeling only."""
+    unrelated: Dataset | None = None
+    """Text that forgetting is measured on, see :mod:`train.unrelated`; causal language modeling only."""
 
     def __str__(self) -> str:
         """How many rows of what, for the log."""
@@ -142,12 +145,17 @@ def load(
         if "label" in columns:
             arrays["labels"] = np.asarray(columns["label"], np.int32)
         if encoder is not None:
-            encode = _encode_answers if spec.kind == "causal-lm" else encode_texts
-            arrays |= encode(encoder, columns, max_length)
+            if spec.kind == "causal-lm":
+                arrays |= _encode_answers(encoder, columns, max_length, settings.prompt_template)
+            else:
+                arrays |= encode_texts(encoder, columns, max_length)
         if drop:
             arrays = _without_long(name, arrays, max_length)
         return Dataset(arrays, pad_id=pad_id, image=image)
 
+    unrelated = None
+    if encoder is not None and end_id is not None and settings.unrelated != NONE:
+        unrelated = _unrelated(encoder, settings, pad_id)
     return Task(
         name=name,
         kind=spec.kind,
@@ -158,6 +166,7 @@ def load(
         source=source,
         tokenizer=encoder,
         end_id=end_id,
+        unrelated=unrelated,
     )
 
 
@@ -170,6 +179,21 @@ def extract_answer(text: str) -> Decimal | None:
     return _value(found.group(1)) if found else None
 
 
+def metamath_answer(text: str) -> Decimal | None:
+    """Return the number after the last "The answer is", which MetaMathQA's answers end with; None if there is none.
+
+    As in peft's method comparison, but for what is no number there: that divides fractions out and compares other text as
+    it stands, which of GSM8K's whole numbers makes a difference only where a model answers 36/2 for 18.
+    """
+    found = re.findall(r"The (?:final )?answer is:? \s*\$?(-?[0-9][0-9.,]*)(?![0-9.,]*\s*/)", text)
+    return _value(found[-1]) if found else None
+
+
+def marked_answer(text: str) -> Decimal | None:
+    """Return the number that a text marks as its answer, as GSM8K's or else as MetaMathQA's do."""
+    return extract_answer(text) if "####" in text else metamath_answer(text)
+
+
 def last_number(text: str) -> Decimal | None:
     """Return the last number of a text, whatever stands before it; None if there is none."""
     # a hyphen behind a digit or a bracket takes away
@@ -180,19 +204,19 @@ def last_number(text: str) -> Decimal | None:
 def exact_match(generated: str, reference: str, *, marked: bool = True) -> bool:
     """Return whether a generated answer ends in the same number as the reference; no number is never right.
 
-    A reference without a number after ``####`` is not one of GSM8K's: then the texts are compared, but for case and white
-    space.
+    A reference that marks no number is not one of GSM8K's or MetaMathQA's: then the texts are compared, but for case and
+    white space.
 
     Args:
         generated: what the model wrote.
-        reference: the true answer, its number after ``####``.
-        marked: the model's number must stand after ``####`` too; else its last number counts, which a model that was
+        reference: the true answer, its number after ``####`` or "The answer is".
+        marked: the model's number must stand after one of them too; else its last number counts, which a model that was
             not taught that form can be right by.
     """
-    if "####" not in reference:
+    if "####" not in reference and metamath_answer(reference) is None:
         return generated.casefold().split() == reference.casefold().split()
-    value = extract_answer(generated) if marked else last_number(generated)
-    return value is not None and value == extract_answer(reference)
+    value = marked_answer(generated) if marked else last_number(generated)
+    return value is not None and value == marked_answer(reference)
 
 
 def _value(number: str) -> Decimal | None:
@@ -316,15 +340,29 @@ def encode_texts(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dic
     return encoded
 
 
-def _encode_answers(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dict[str, np.ndarray]:
+def _unrelated(tokenizer: Tokenizer, settings: DataConfig, pad_id: int) -> Dataset:
+    """Return text whose every token but the first is to be said."""
+    columns = {"text": texts(settings.unrelated, settings.unrelated_rows)}
+    tokens = encode_texts(tokenizer, columns, settings.unrelated_length)["input_ids"]
+    tokenizer.no_truncation()
+    if not (kept := [ids for ids in tokens if len(ids) > 1]):
+        raise expected("--unrelated", "texts of two tokens or more", f"none in {settings.unrelated}")
+    return Dataset({"input_ids": _token_column(kept), "prompt_length": np.ones(len(kept), np.int32)}, pad_id=pad_id)
+
+
+def _encode_answers(
+    tokenizer: Tokenizer, columns: Columns, max_length: int, template: str | None = None
+) -> dict[str, np.ndarray]:
     """Return prompt and answer in one row; the loss is on the answer and the token that ends it."""
-    if tokenizer.token_to_id("<|im_start|>") is not None:
+    if template is not None:
+        pass
+    elif tokenizer.token_to_id("<|im_start|>") is not None:
         template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     else:
         template = "Question: {}\nAnswer:\n"
     # GSM8K marks its arithmetic for a calculator, <<48/2=24>>: not part of the text
     answers = [re.sub(r"<<[^>]*>>", "", answer) for answer in columns["answer"]]
-    prompts = [one.ids for one in tokenizer.encode_batch_fast([template.format(q) for q in columns["question"]])]
+    prompts = [one.ids for one in tokenizer.encode_batch_fast([template.replace("{}", q) for q in columns["question"]])]
     ends = [one.ids for one in tokenizer.encode_batch_fast(answers, add_special_tokens=False)]
     rows = [prompt + answer + [_end_id(tokenizer)] for prompt, answer in zip(prompts, ends, strict=True)]
     longest = max(map(len, prompts))

@@ -184,13 +184,14 @@ class TestInstructions:
             "--answer-column",
             "say",
         )
-        arguments += ("--max-length", 24, "--max-new-tokens", 4, "--learning-rate", 0.05)
+        arguments += ("--max-length", 24, "--max-new-tokens", 4, "--learning-rate", 0.05, "--unrelated", "none")
         arguments += ("--steps", 30, "--method", "full")
         monkeypatch.setattr(
             sys.modules[__name__], "QUICK", ["--batch-size", "8", "--evaluate-every", "30", "--devices", "1"]
         )
         summary = trained(monkeypatch, tmp_path / "run", "instruct", *arguments)
         assert (summary["test_score_before"], summary["test_score"]) == (0, 1)
+        assert summary["forgetting"] is None
         with pytest.raises(ValueError, match="expected a run of classification"):
             load(tmp_path / "run")
 

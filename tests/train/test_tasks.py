@@ -24,7 +24,11 @@ WORDS = [*"abcdefgh", *"0123456789", "good", "bad", "question", "answer", ":", "
 
 def load(name: str, *, tokenizer: object = None, seed: int = 0, **fields: object) -> tasks.Task:
     """A task by the fields of its configuration; a tenth for validation."""
-    settings = {"validation_size": None, **{key: str(v) if isinstance(v, Path) else v for key, v in fields.items()}}
+    settings = {
+        "validation_size": None,
+        "unrelated": "none",
+        **{key: str(v) if isinstance(v, Path) else v for key, v in fields.items()},
+    }
     return tasks.load(name, DataConfig(**settings), tokenizer=tokenizer, seed=seed)
 
 
@@ -259,6 +263,39 @@ def test_an_answer_without_its_mark_is_read_by_its_last_number(text, number):
     truth = f"#### {number}"
     assert tasks.exact_match(text, truth, marked=False) == (number is not None)
     assert tasks.exact_match(text, truth) == ("####" in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("4 * 4 = $\\boxed{16}$.The answer is: 16", 16),
+        ("The answer is 3. No: The final answer is: $1,234.50.", Decimal("1234.5")),
+        ("The answer is: 20/14", None),
+        ("The answer is: x", None),
+        ("#### 18 The answer is: 19", 18),
+    ],
+)
+def test_answers_as_metamath_marks_them(text, number):
+    """A reference of GSM8K, an answer in the form of either."""
+    assert tasks.marked_answer(text) == number
+    assert tasks.exact_match(text, f"#### {number}") == (number is not None)
+
+
+def test_metamath_is_tested_on_gsm8k_and_on_nothing_else(tmp_path, tokenizer):
+    rows = [json.dumps({"query": f"a {i} ?", "response": f"b The answer is: {i}", "type": "GSM"}) for i in range(30)]
+    write(tmp_path / "MetaMathQA" / "MetaMathQA-395K.json", ["[", ",\n".join(rows), "]"])
+    with pytest.raises(ValueError, match=r"expected a test split beside it, got none. Put test.jsonl of GSM8K"):
+        load("metamath", data_dir=tmp_path)
+    write(tmp_path / "MetaMathQA" / "test.jsonl", [json.dumps({"question": "a ?", "answer": "b #### 3"})])
+    template = "Question: {} Think.\nAnswer:"
+    whole = {"tokenizer": tokenizer, "max_length": 40, "prompt_template": template}
+    task = load("metamath", data_dir=tmp_path, validation_size=5, **whole)
+    assert (task.train.rows, task.validation.rows, task.test.rows) == (25, 5, 1)
+    assert task.tokenizer is not None
+    assert task.test["prompt_ids"][0].tolist() == task.tokenizer.encode("Question: a ? Think.\nAnswer:").ids
+    for wrong in ("no place", "{} and {}"):
+        with pytest.raises(ValueError, match=r"--prompt-template: expected text with one \{\}"):
+            load("metamath", data_dir=tmp_path, prompt_template=wrong)
 
 
 def test_the_hub_is_asked_for_the_files_of_the_task(glue, monkeypatch):
