@@ -1,9 +1,10 @@
 """``python -m train.compare``: methods x tasks x seeds, one table and one figure; run it again to go on.
 
 Each cell is one run of ``python -m train`` in a folder and a process of its own: a crash costs one cell, memory is
-measured for each, and a finished cell is never run again. Every row gets the same tuning budget: the same grid of
-learning rates, one run each with the first seed; the rate with the best *validation* score is then run with the other
-seeds. The test split is read for the chosen rate only. A run that diverged has no score, and the table says so.
+measured for each, and a finished cell is never run again. Every row gets the same tuning budget, unless the profile says
+otherwise: the same grid of learning rates, one run each with the first seed; the rate with the best *validation* score is
+then run with the other seeds. The test split is read for the chosen rate only. A run that diverged has no score, and the
+table says so.
 
 Two processes may fill one folder with different tasks or rows; the table is then written by running it once more for all.
 """
@@ -43,11 +44,10 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
     for cell in comparison.grid_cells(seeds=comparison.repeats):
         run.check_folder(comparison, cell)
     pairs = comparison.pairs()
-    each = len(comparison.rates) + comparison.repeats
     lines: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("cells", total=each * len(pairs))
+        bar = progress.add_task("cells", total=sum(_count(comparison, row) for _, row in pairs))
         for task, row in pairs:
             finished: dict[Cell, dict[str, Any]] = {}
             for cell, test in _cells(comparison, task, row, finished):
@@ -68,11 +68,19 @@ def _cells(
     comparison: Comparison, task: str, row: Row, finished: dict[Cell, dict[str, Any]]
 ) -> Iterator[tuple[Cell, bool]]:
     """Yield the grid with the first seed, then the best rate with all seeds; and whether the test split is read."""
-    for rate in comparison.rates:
-        yield Cell(task, row, rate, 0), False
-    best = _best_rate(comparison, finished)
+    rates = comparison.rates_of(row)
+    if len(rates) > 1:
+        for rate in rates:
+            yield Cell(task, row, rate, 0), False
+    best = rates[0] if len(rates) == 1 else _best_rate(comparison, finished)
     for seed in range(comparison.repeats):
         yield Cell(task, row, best, seed), True
+
+
+def _count(comparison: Comparison, row: Row) -> int:
+    """Return how many cells a line is made of."""
+    rates = len(comparison.rates_of(row))
+    return comparison.repeats + (rates if rates > 1 else 0)
 
 
 def _best_rate(comparison: Comparison, finished: dict[Cell, dict[str, Any]]) -> float:
@@ -91,6 +99,7 @@ def _best_rate(comparison: Comparison, finished: dict[Cell, dict[str, Any]]) -> 
 def _compare(console: Console) -> int:
     comparison = parsed(lambda: tyro.cli(Comparison, prog="python -m train.compare"))
     comparison.check()
+    comparison.check_sources()
     try:
         lines = compare(comparison, console)
     except KeyboardInterrupt:

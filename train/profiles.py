@@ -40,6 +40,22 @@ LONG_ROWS: tuple[Row, ...] = (
 )
 """Of long documents: MiniLM's 6 layers of 384; 32 propagated rows are as much as 16 tokens of prefix tuning."""
 
+YARDSTICK_ROWS: tuple[Row, ...] = (
+    ("full", "full", ()),
+    ("lora r=32", "lora", ("r=32", "alpha=64")),
+    # as peft starts its embedding, and as its init_weights="zero" does
+    ("prefix 200", "prefix_tuning", ("num_tokens=200", "init_scale=1.0", "shift_positions=true")),
+    ("prefix 200, zero", "prefix_tuning", ("num_tokens=200", "init_scale=0.0", "shift_positions=true")),
+    # the third version of arXiv 2506.13674 calls Prefix-Tuning+ so: a trained memory matrix behind a feature map, outside
+    # of the softmax, which is what prefix_tuning_plus computes. Its code was not to be had here: whether its feature map
+    # or its start differ from those of the second version's is not known
+    ("prefixmemory", "prefix_tuning_plus", ()),
+    ("ntk", "ntk_attention", ()),
+)
+"""Of the method comparison of Hugging Face's peft (``method_comparison/MetaMathQA`` at 5d602fd), with its settings of the
+rows that it has, and the methods of states that it has not. Its best prefix, 50 tokens whose keys and values start as those
+of a system prompt, is missing: ours do not start from text."""
+
 SHARED_ROWS: tuple[Row, ...] = (
     ("full", "full", ()),
     ("head", "head", ()),
@@ -96,6 +112,8 @@ class Profile:
     """Tasks and labels of rows that it leaves out."""
     grid: tuple[float, ...] = (5e-5, 5e-4, 5e-3, 5e-2)
     """Learning rates that every row is tuned over: low enough for all weights, high enough for a prefix."""
+    own_grids: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """Labels of rows with learning rates of their own, where a setting is somebody else's."""
     seeds: int = 3
     """Runs of each row's best rate."""
 
@@ -113,7 +131,44 @@ def _all_of_it(steps: dict[str, int]) -> dict[str, dict[str, Any]]:
     return {name: {**whole, "steps": count, "evaluate_every": count // 20} for name, count in steps.items()}
 
 
-Name = Literal["small", "confirm", "full", "ablation", "math", "math_short", "long", "long_full"]
+Name = Literal[
+    "small",
+    "confirm",
+    "full",
+    "ablation",
+    "math",
+    "math_short",
+    "long",
+    "long_full",
+    "yardstick",
+    "yardstick_small",
+]
+
+_YARDSTICK: dict[str, Any] = {
+    "model": "meta-llama/Llama-3.2-3B",
+    "prompt_template": "Question: {} Think step by step.\nAnswer:",
+    "max_length": 768,
+    "batch_size": 4,
+    "grouped": 20,
+    "steps": 5000,
+    "warmup": 0.1,
+    "weight_decay": 0.1,
+    "validation_size": 50,
+    "evaluate_every": 250,
+    "checkpoint_every": 1000,
+    "patience": 0,
+    "max_new_tokens": 300,
+    "before": False,
+    "precision": "bfloat16",
+    "param_dtype": "bfloat16",
+    "unrelated_rows": 100,
+    "unrelated_length": 768,
+}
+"""What the method comparison of peft has for all rows: steps, rows of a step, AdamW with warm-up and cosine decay, lengths,
+prompt and bfloat16. What differs here: the loss is of the answer alone, each row's own mean (theirs also of the question,
+each token alike); the answer ends in the end token in every row (theirs not in the longest of a batch); rows above 768
+tokens are left out (theirs by 1,300 characters); the weights that are kept are those with the lowest validation loss (theirs
+the last); forgetting is on film reviews, unless ``--set unrelated=FILE`` names their wiki pages; three seeds (theirs one)."""
 
 _SAMPLE = {"train_size": 4000, "checkpoint_every": 200, "patience": 0}
 
@@ -194,6 +249,43 @@ PROFILES: dict[Name, Profile] = {
         tasks=_all_of_it({"newsgroups_long": 6000, "imdb": 6000, "imdb_longer": 6000}),
         rows=LONG_ROWS,
         grid=(5e-4, 1e-3, 5e-3, 1e-2, 5e-2),
+    ),
+    # peft's own comparison, for a GPU: --data-dir with MetaMathQA, GSM8K, or both; --set model=FOLDER for another decoder.
+    # Rows of theirs have their rates; the two that they have not are tuned on the validation loss
+    "yardstick": Profile(
+        tasks={"metamath": {}, "gsm8k": {}},
+        shared=_YARDSTICK,
+        rows=YARDSTICK_ROWS,
+        grid=(1e-4, 1e-3, 1e-2),
+        own_grids=(
+            ("full", (1e-5,)),
+            ("lora r=32", (1e-4,)),
+            ("prefix 200", (1e-3,)),
+            ("prefix 200, zero", (5e-3,)),
+        ),
+    ),
+    # its rows for SmolLM2 on GSM8K, 160 examples a run, 15 cells. One rate a row, those that the table of math_short chose
+    # on its validation split; half of that for LoRA, whose scale is twice that table's. --seeds 1 first is a whole table
+    "yardstick_small": Profile(
+        tasks={
+            "gsm8k": {
+                "steps": 40,
+                "batch_size": 4,
+                "validation_size": 32,
+                "evaluate_every": 40,
+                "checkpoint_every": 40,
+                "test_size": 64,
+                "max_length": 256,
+                "max_new_tokens": 128,
+                "before": False,
+                "warmup": 0.1,
+                "patience": 0,
+            }
+        },
+        rows=YARDSTICK_ROWS,
+        without=(("gsm8k", "prefix 200"),),
+        grid=(1e-2,),
+        own_grids=(("full", (1e-4,)), ("lora r=32", (5e-3,)), ("prefixmemory", (1e-3,))),
     ),
 }
 """Every table of ours, by name."""

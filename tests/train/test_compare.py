@@ -22,7 +22,7 @@ from train.compare import compare
 from train.comparison import run
 from train.comparison.plan import Cell, Comparison
 from train.config import CONFIGS, METHODS, TrainConfig, adapter_config
-from train.profiles import ABLATION_ROWS, LONG_ROWS, MODEL_ROWS, PROFILES
+from train.profiles import ABLATION_ROWS, LONG_ROWS, MODEL_ROWS, PROFILES, YARDSTICK_ROWS
 
 QUIET = Console(quiet=True)
 
@@ -103,9 +103,9 @@ class TestTuning:
         assert document["git"]
         assert len(document["lines"]) == 2
         text = (tmp_path / "table.md").read_text()
-        assert "| sst2 | ntk | 61.0 | 1.0 | - | 0.700 | 40.0 | 10.0 | 2.0 | 100 |" in text
+        assert "| sst2 | ntk | 61.0 | 1.0 | - | 0.700 | - | 40.0 | 10.0 | 2.0 | 100 |" in text
         # 0.01 / sqrt(3) each, independent
-        assert "| sst2 | lora r=8 | 51.0 | 1.0 | +10.0 ± 0.8 | 0.700 | 40.0 |" in text
+        assert "| sst2 | lora r=8 | 51.0 | 1.0 | +10.0 ± 0.8 | 0.700 | - | 40.0 |" in text
         assert "before" not in text.splitlines()[2]  # no run said
         for name in ("table.png", "reliability.png"):
             assert (tmp_path / name).stat().st_size > 1000
@@ -152,13 +152,34 @@ class TestTuning:
             "test_last_number": 0.75,
             "test_loss_before": 2.0,
         }
-        monkeypatch.setattr(run, "run_cell", lambda _, cell, __, test: summary(cell) | said)
+        monkeypatch.setattr(
+            run, "run_cell", lambda _, cell, __, test: summary(cell) | said | {"forgetting": 0.5 + 0.1 * cell.seed}
+        )
         compare(comparison(tmp_path), QUIET)
         lines = (tmp_path / "table.md").read_text().splitlines()
         assert (
             "| before | score | spread | ntk is ahead by | last number before | last number | loss before |" in lines[2]
         )
-        assert lines[-1].startswith("| sst2 | ntk | 0.0 | 61.0 | 1.0 | - | 25.0 | 75.0 | 2.000 | 0.700 |")
+        assert lines[-1].startswith(
+            "| sst2 | ntk | 0.0 | 61.0 | 1.0 | - | 25.0 | 75.0 | 2.000 | 0.700 | 0.600 ± 0.100 |"
+        )
+
+    def test_a_row_with_a_single_rate_is_run_with_it_and_not_tuned(
+        self, ran: list[tuple[Cell, bool]], tmp_path: Path
+    ) -> None:
+        """As in the yardstick, whose rows have the rates of their own experiments."""
+        chosen = comparison(tmp_path, profile="yardstick", tasks=("gsm8k",), rows=("full", "ntk"), grid=(), seeds=1)
+        compare(chosen, QUIET)
+        done = [(cell.row[0], cell.learning_rate, test) for cell, test in ran]
+        assert done[0] == ("full", 1e-5, True)
+        assert done[1:] == [("ntk", rate, False) for rate in (1e-4, 1e-3, 1e-2)] + [
+            ("ntk", 1e-4, True)
+        ]  # of equal losses
+        text = (tmp_path / "table.md").read_text()
+        assert "out of 0.0001, 0.001, 0.01 with seed 0" in text
+        assert "one learning rate for some rows" in text
+        assert "| 1e-05 |" in text
+        assert "| 0.0001* |" in text
 
 
 class TestCells:
@@ -337,7 +358,7 @@ def backbone(name: str) -> models.Backbone:
     return models.Vit(config, rngs=nnx.Rngs(0))
 
 
-LABELED = {**MODEL_ROWS, "minilm": MODEL_ROWS["minilm"] + LONG_ROWS + ABLATION_ROWS}
+LABELED = {**MODEL_ROWS, "yardstick": YARDSTICK_ROWS, "minilm": MODEL_ROWS["minilm"] + LONG_ROWS + ABLATION_ROWS}
 MATCHED = {
     "smollm2": [("lora r=19", "prefix 96", "prefix-tuning+", "ntk published", "ntk")],
     "minilm": [

@@ -12,7 +12,7 @@ from ntk_prefix.checks import expected
 from train.command import Checked, check_rates, typed_changes
 from train.config import CONFIGS, FIELD_TYPES, TrainConfig
 from train.profiles import PROFILES, Name, Row
-from train.sources import find_folder
+from train.sources import check_source, find_folder
 
 __all__ = ["Cell", "Comparison"]
 
@@ -51,7 +51,8 @@ class Comparison(Checked):
     """small: samples sized for four hours of two cores; confirm: its rows of equal count on test rows that it has not
     read; full: all data and two more tasks, for a GPU; ablation: parts of NTK-Attention; math and math_short: SmolLM2 on
     all kinds of generated problems and on eight short ones; long and long_full: small and full for long documents, sized
-    for three hours."""
+    for three hours; yardstick: the method comparison of Hugging Face's peft, for a decoder on a GPU; yardstick_small: its
+    short form, SmolLM2 on GSM8K."""
     tasks: tuple[str, ...] = ()
     """Some of the profile's tasks; all for none."""
     rows: tuple[str, ...] = ()
@@ -59,7 +60,7 @@ class Comparison(Checked):
     seeds: int | None = None
     """How many; the profile's own (3, or 1 for mathematics) if None."""
     grid: tuple[float, ...] = ()
-    """Learning rates that every row is tuned over; the profile's own for none."""
+    """Learning rates that every row is tuned over; the profile's own, which may differ by row, for none."""
     data_dir: Path | None = None
     """A folder with data sets; tasks that are not in it come from the assets."""
     set: tuple[str, ...] = ()
@@ -102,15 +103,28 @@ class Comparison(Checked):
         """The number of seeds."""
         return self.seeds or PROFILES[self.profile].seeds
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The grid."""
-        return tuple(dict.fromkeys(self.grid)) or PROFILES[self.profile].grid
+    def rates_of(self, row: Row) -> tuple[float, ...]:
+        """Return the learning rates that a row is tuned over; of one, which needs no choice, only that."""
+        profile = PROFILES[self.profile]
+        return tuple(dict.fromkeys(self.grid)) or dict(profile.own_grids).get(row[0], profile.grid)
+
+    def check_sources(self) -> None:
+        """Refuse tasks whose rows are nowhere, before the first cell.
+
+        Raises:
+            UsageError, AssetError, FileNotFoundError: as :func:`train.sources.check_source`.
+        """
+        for task in self.chosen_tasks:
+            usual = CONFIGS[task][1].task
+            here = self.data_dir is not None and find_folder(usual, self.data_dir) is not None
+            given = typed_changes("--set", self.set, FIELD_TYPES).get("data_dir")
+            check_source(usual, given or (self.data_dir if here else None))
 
     def grid_cells(self, *, seeds: int = 1) -> Iterator[Cell]:
         """Yield a cell for each line and rate, with the first seeds."""
-        for (task, row), rate, seed in itertools.product(self.pairs(), self.rates, range(seeds)):
-            yield Cell(task, row, rate, seed)
+        for task, row in self.pairs():
+            for rate, seed in itertools.product(self.rates_of(row), range(seeds)):
+                yield Cell(task, row, rate, seed)
 
     def config(self, cell: Cell) -> TrainConfig:
         """Return the configuration of a cell.

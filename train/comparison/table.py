@@ -38,6 +38,10 @@ def table_line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: 
         values = [run[name] for run in whole if run.get(name) is not None]
         return statistics.fmean(values) if values else None
 
+    def spread(name: str) -> float | None:
+        values = [run[name] for run in whole if run.get(name) is not None]
+        return statistics.stdev(values) if len(values) > 1 else None
+
     return {
         "task": task,
         "row": row[0],
@@ -55,6 +59,8 @@ def table_line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: 
         "last_number": mean("test_last_number"),
         "loss_before": mean("test_loss_before"),
         "loss": mean("test_loss"),
+        "forgetting": mean("forgetting"),
+        "forgetting_spread": spread("forgetting"),
         "seconds_a_step": median("seconds_a_step"),
         "peak_memory_bytes": median("peak_memory_bytes"),
         "adapter_bytes": median("adapter_bytes"),
@@ -82,17 +88,17 @@ def markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         else "Test score of one seed"
     )
     about = (
-        f"{seeds}; learning rate chosen on validation out of {', '.join(f'{r:g}' for r in comparison.rates)} with "
-        "seed 0, marked * at an end of these: one beyond might be better; the head's is that of the task's configuration, "
+        f"{seeds}; {_about_rates(comparison)}; the head's is that of the task's configuration, "
         "but for the row that trains nothing else. Parameters include the head. Before: at the start, of language; the "
         "score is that of generated answers, right if the number marked ####, and last number if the last one, is; the "
         "loss is that of the true answers. Diverged: runs whose numbers did not stay finite; they have no score. "
         "Ahead by: the difference of the means and its "
-        "standard error, the seeds of both rows taken as independent. Loss: mean cross entropy on the test rows. F1: macro; "
+        "standard error, the seeds of both rows taken as independent. Loss: mean cross entropy on the test rows. "
+        "Forgetting: rise of the mean cross entropy per token on text that has nothing to do with the task, over the model "
+        "without adapter; - of runs that did not measure it, and of encoders, which have no loss of language. F1: macro; "
         f"ECE: expected calibration error, {BINS} bins of equal width; scaled: with a temperature from validation.\n"
     )
     ours = {line["task"]: line for line in lines if line["row"] == "ntk"}
-    ends = (min(comparison.rates), max(comparison.rates))
     columns = {
         "task": [line["task"] for line in lines],
         "method": [line["row"] for line in lines],
@@ -105,18 +111,45 @@ def markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         "last number": [as_number(line["last_number"], 0.01, 1) for line in lines],
         "loss before": [as_number(line["loss_before"], 1, 3) for line in lines],
         "loss": [as_number(line["loss"], 1, 3) for line in lines],
+        "forgetting": [_forgetting(line) for line in lines],
         "F1": [as_number(line["macro_f1"], 0.01, 1) for line in lines],
         "ECE": [as_number(line["calibration_error"], 0.01, 1) for line in lines],
         "ECE, scaled": [as_number(line["calibration_error_scaled"], 0.01, 1) for line in lines],
         "parameters": [as_whole(line["trainable_parameters"]) for line in lines],
-        "learning rate": [f"{line['learning_rate']:g}{'*' * (line['learning_rate'] in ends)}" for line in lines],
+        "learning rate": [_rate(comparison, line) for line in lines],
         "s / step": [as_number(line["seconds_a_step"], 1, 2) for line in lines],
         "peak memory, MiB": [as_number(line["peak_memory_bytes"], 2**20, 0) for line in lines],
         "adapter, KiB": [as_number(line["adapter_bytes"], 2**10, 0) for line in lines],
     }
-    known = {name: values for name, values in columns.items() if set(values) != {"-"}}
+    known = {name: values for name, values in columns.items() if name == "forgetting" or set(values) != {"-"}}
     rows = [list(known), ["---"] * len(known), *map(list, zip(*known.values(), strict=True))]
     return "\n".join([about, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _about_rates(comparison: Comparison) -> str:
+    """Return how learning rates were chosen."""
+    grids = {comparison.rates_of(row) for _, row in comparison.pairs()}
+    several = sorted(", ".join(f"{rate:g}" for rate in grid) for grid in grids if len(grid) > 1)
+    said = [
+        f"learning rate chosen on validation out of {' or '.join(several)} with seed 0, marked * at an end of these: one "
+        "beyond might be better"
+    ] * bool(several)
+    if len(several) < len(grids):
+        said.append(f"one learning rate {'for some rows' if several else 'a row'}, of the profile, not tuned here")
+    return "; ".join(said)
+
+
+def _rate(comparison: Comparison, line: dict[str, Any]) -> str:
+    """Return a line's rate, marked at an end of its grid."""
+    rate = line["learning_rate"]
+    (grid,) = {comparison.rates_of(row) for _, row in comparison.pairs() if row[0] == line["row"]}
+    return f"{rate:g}{'*' * (len(grid) > 1 and rate in (min(grid), max(grid)))}"
+
+
+def _forgetting(line: dict[str, Any]) -> str:
+    """Return its mean over seeds, with the standard deviation of more than one."""
+    spread = line["forgetting_spread"]
+    return as_number(line["forgetting"], 1, 3) + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def _lead(ours: dict[str, Any] | None, line: dict[str, Any]) -> str:
