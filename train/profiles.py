@@ -264,18 +264,18 @@ PROFILES: dict[Name, Profile] = {
             ("prefix 200, zero", (5e-3,)),
         ),
     ),
-    # its rows for SmolLM2 on GSM8K, 160 examples a run, 15 cells. One rate a row, those that the table of math_short chose
-    # on its validation split; half of that for LoRA, whose scale is twice that table's. --seeds 1 first is a whole table
+    # its rows for SmolLM2 on GSM8K, 120 examples a run, 15 cells, about 90 minutes of one core. One rate a row, those that
+    # the table of math_short chose on its validation split; half of that for LoRA, whose scale is twice that table's.
+    # With --seeds 1 first it is a whole table sooner
     "yardstick_small": Profile(
         tasks={
             "gsm8k": {
-                "steps": 40,
+                "steps": 30,
                 "batch_size": 4,
-                "validation_size": 32,
-                "evaluate_every": 40,
-                "checkpoint_every": 40,
-                "test_size": 64,
-                "max_length": 256,
+                "validation_size": 16,
+                "evaluate_every": 30,
+                "checkpoint_every": 15,
+                "test_size": 32,
                 "max_new_tokens": 128,
                 "before": False,
                 "warmup": 0.1,
