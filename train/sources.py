@@ -133,17 +133,18 @@ def check_source(name: str, data_dir: Path | str | None) -> None:
     spec = spec_of(name)
     if data_dir is None:
         if spec.assets is None:
-            rows = "a file or folder with your rows" if spec.own else f"a folder with the files of {spec.hub}"
+            files = spec.hub or " or ".join(spec.folders)
+            rows = "a file or folder with your rows" if spec.own else f"a folder with the files of {files}"
             hub = "hub:owner/name" if spec.own else "hub"
-            raise AssetError(
-                f'{name}: expected a data_dir, for no asset has its rows: {rows}, or "{hub}" to fetch that.'
-            )
+            fetched = f', or "{hub}" to fetch that' if spec.own or spec.hub else ""
+            raise AssetError(f"{name}: expected a data_dir, for no asset has its rows: {rows}{fetched}.")
     elif not _on_hub(str(data_dir)) and find_folder(name, data_dir) is None:
         place = Path(os.path.expanduser(data_dir))
         found = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
         shown = f"{found[:20]}{' and more' if len(found) > 20 else ''}" if place.is_dir() else "no such file or folder"
+        names = " or ".join(spec.train)
         raise FileNotFoundError(
-            f"{name}: expected train.({'|'.join(ending[1:] for ending in ENDINGS)}) in {place} or in a folder {name} there, "
+            f"{name}: expected {names}.({'|'.join(ending[1:] for ending in ENDINGS)}) in {place} or in a folder {name} there, "
             f"or the name of one such file, found {shown}."
         )
 

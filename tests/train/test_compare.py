@@ -342,6 +342,17 @@ def test_nonsense_is_refused(change: dict, message: str, tmp_path: Path) -> None
         comparison(tmp_path, **change)
 
 
+def test_a_task_whose_rows_are_nowhere_is_refused_before_a_cell(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").touch()
+    here = comparison(tmp_path, profile="yardstick", tasks=(), rows=(), grid=(), data_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"metamath: expected train or MetaMathQA-395K.*found"):
+        here.check_sources()
+    dataclasses.replace(here, tasks=("gsm8k",)).check_sources()
+    with pytest.raises(ValueError, match=r"gsm8k: expected a data_dir.*openai/gsm8k"):
+        dataclasses.replace(here, tasks=("gsm8k",), data_dir=None).check_sources()
+
+
 def backbone(name: str) -> models.Backbone:
     """Two layers with the heads of the table's models; all layers get as much, and what adapters do not see is tiny."""
     if name == "minilm":

@@ -12,7 +12,7 @@ from ntk_prefix.checks import expected
 from train.command import Checked, check_rates, typed_changes
 from train.config import CONFIGS, FIELD_TYPES, TrainConfig
 from train.profiles import PROFILES, Name, Row
-from train.sources import check_source, find_folder
+from train.sources import check_source, find_folder, spec_of
 
 __all__ = ["Cell", "Comparison"]
 
@@ -116,9 +116,10 @@ class Comparison(Checked):
         """
         for task in self.chosen_tasks:
             usual = CONFIGS[task][1].task
-            here = self.data_dir is not None and find_folder(usual, self.data_dir) is not None
-            given = typed_changes("--set", self.set, FIELD_TYPES).get("data_dir")
-            check_source(usual, given or (self.data_dir if here else None))
+            given = typed_changes("--set", self.set, FIELD_TYPES).get("data_dir") or self.data_dir
+            # a task that is not in the folder comes from the assets, if these have it
+            found = given is not None and find_folder(usual, given) is not None
+            check_source(usual, given if found or spec_of(usual).assets is None else None)
 
     def grid_cells(self, *, seeds: int = 1) -> Iterator[Cell]:
         """Yield a cell for each line and rate, with the first seeds."""
