@@ -264,17 +264,17 @@ PROFILES: dict[Name, Profile] = {
             ("prefix 200, zero", (5e-3,)),
         ),
     ),
-    # its rows for SmolLM2 on GSM8K, 120 examples a run, 15 cells, about 90 minutes of one core. One rate a row, those that
+    # its rows for SmolLM2 on GSM8K, 80 examples a run, 15 cells, about 90 minutes of one core. One rate a row, those that
     # the table of math_short chose on its validation split; half of that for LoRA, whose scale is twice that table's.
     # With --seeds 1 first it is a whole table sooner
     "yardstick_small": Profile(
         tasks={
             "gsm8k": {
-                "steps": 30,
-                "batch_size": 4,
+                "steps": 40,
+                "batch_size": 2,
                 "validation_size": 16,
-                "evaluate_every": 30,
-                "checkpoint_every": 15,
+                "evaluate_every": 40,
+                "checkpoint_every": 10,
                 "test_size": 32,
                 "max_new_tokens": 128,
                 "before": False,
