@@ -326,6 +326,7 @@ class Backbone(Runnable, nnx.Module):
         hugging_face_names: our module's path -> the module in a Hugging Face checkpoint; ``{i}`` is the layer. The
             loader goes by it, and adapter files are written by it.
         hugging_face_aliases: our module's path -> what else it is called in files, by other versions of transformers.
+        hugging_face_fused: a Hugging Face model's map -> what its parts are called in ``hugging_face_names`` behind its name.
         hugging_face_prefix: what a Hugging Face task model puts before these names, or the bare model leaves out.
         hugging_face_ignored: regular expression of tensors (without that prefix) that have no place here.
         hugging_face_head: the module of the classifier's linear map, if it is one that
@@ -343,6 +344,7 @@ class Backbone(Runnable, nnx.Module):
     encoder: ClassVar[bool] = True
     hugging_face_names: ClassVar[dict[str, str]]
     hugging_face_aliases: ClassVar[dict[str, str]] = {}
+    hugging_face_fused: ClassVar[dict[str, tuple[str, ...]]] = {}
     hugging_face_prefix: ClassVar[str]
     hugging_face_ignored: ClassVar[str]
     hugging_face_head: ClassVar[str | None] = None

@@ -14,8 +14,8 @@ anything else, together too  NTK_PREFIX                      as above; ``prefix_
 
 The first two are read and written by Hugging Face peft (0.21); it cannot read the others, several methods in one
 adapter among them. Modules are called what they are called in a Hugging Face checkpoint, by the models' table
-``hugging_face_names``; for BERT and Llama that is also what peft calls them, while transformers 5 renames the modules
-of ViTs when it loads them, so there peft finds none of its own. Weights of linear maps are stored [out, in].
+``hugging_face_names``; in files of LoRA, what transformers 5 calls them once it has loaded them, which is what peft goes by
+(those of ViTs it renames). Weights of linear maps are stored [out, in].
 
 ``z`` and ``k`` are stored in the published meaning: the coordinates they were trained in (``whiten``) are multiplied
 in, and ``mass`` stands in the configuration. So a file is enough to compute and to train on, from the same function,

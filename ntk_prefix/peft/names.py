@@ -82,6 +82,14 @@ class Names:
             if ours.endswith("attention.query"):
                 self.modules[ours.rpartition(".")[0]] = theirs.rpartition(".")[0]
         self._canonical = {alias: self.modules[ours] for ours, alias in self.aliases.items()}
+        self._built = {canonical: alias for alias, canonical in self._canonical.items()}
+        # a map of theirs whose parts are maps of ours, in the order of its outputs
+        self.fused: dict[str, tuple[str, ...]] = {
+            canonical.rpartition(".")[0]: parts
+            for canonical in self.modules.values()
+            for whole, parts in getattr(self.backbone, "hugging_face_fused", {}).items()
+            if canonical.rpartition(".")[0].endswith(f".{whole}")
+        }
         pooled = getattr(self.backbone, "head_pooling", None) or getattr(self.backbone, "pooling", None)
         transform = getattr(self.backbone, "hugging_face_transform", {})
         # the family's own head: on its pooling, behind what it stands behind
@@ -116,8 +124,15 @@ class Names:
         return self.modules.get(path.removeprefix(self.wrapper))
 
     def saved(self, path: str) -> str:
-        """Return the name that a file's settings have for the module at one of our paths."""
-        return self.head if path == "head" else self.module(path)
+        """Return the name that a file's settings have for the module at one of our paths, or for the map it is a part of."""
+        if path == "head":
+            return self.head
+        name = self.module(path)
+        return whole if (whole := name.rpartition(".")[0]) in self.fused else self.built(name)
+
+    def built(self, canonical: str) -> str:
+        """Return a module's or a tensor's name as transformers' class has it today, which is what peft goes by."""
+        return _renamed(canonical, self._built)
 
     def key(self, canonical: str) -> str:
         """Return a tensor's name in a file."""
@@ -131,19 +146,24 @@ class Names:
         key = key.removeprefix("base_model.").removeprefix("model.").removeprefix(self.prefix)
         if key.startswith(f"{self.head}."):
             return f"head.{key.removeprefix(f'{self.head}.')}"
-        parts = key.split(".")
-        # what a tensor is called within its module may have dots: lora_A.weight
-        for end in range(len(parts) - 1, 0, -1):
-            if (name := self._canonical.get(".".join(parts[:end]))) is not None:
-                return ".".join([name, *parts[end:]])
-        return key
+        return _renamed(key, self._canonical)
 
     def every_name(self, path: str) -> list[str]:
         """Return what peft may call the module at one of our paths: of the bare model, of a task model, by either version."""
         path = path.removeprefix(self.wrapper)
         bare = [self.module(path), *([self.aliases[path]] if path in self.aliases else [])]
         bare += [self.head] if path == "head" != self.head else []
+        bare += [whole for whole in (bare[0].rpartition(".")[0],) if whole in self.fused]
         return [*bare, *(self.prefix + name for name in bare)]
+
+
+def _renamed(key: str, table: Mapping[str, str]) -> str:
+    """Return a name with the module in it called otherwise; what a tensor is called within may have dots: lora_A.weight."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        if (name := table.get(".".join(parts[:end]))) is not None:
+            return ".".join([name, *parts[end:]])
+    return key
 
 
 def exactly(paths: Sequence[str]) -> str:

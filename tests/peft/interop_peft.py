@@ -57,7 +57,9 @@ CASES = {
     **{
         f"{family.lower()} {case}": (
             f"{FILES.get(family, family) if end != 'ForCausalLM' else family}{end}",
-            LoraConfig(task_type=task, r=4, target_modules="all-linear" if end == "ForCausalLM" else None),
+            LoraConfig(
+                task_type=task, r=4, target_modules="all-linear" if end == "ForCausalLM" else ["q_proj", "v_proj"]
+            ),
         )
         for family in DECODERS
         for case, end, task in (

@@ -140,8 +140,8 @@ class _Unchanged(nnx.Module):
 class ModernBert(Backbone):
     """A ModernBERT encoder: ids [B, T] -> hidden states [B, T, D].
 
-    A file has query, key and value in one map, and both halves of the MLP's; here they are apart, and an adapter's file
-    calls them ``attn.Wqkv.query`` and so on, which Hugging Face's peft has no place for.
+    A file has query, key and value in one map, and both halves of the MLP's; here they are apart. LoRA on some of them is, in
+    a file, LoRA on the whole map (:mod:`ntk_prefix.peft.fused`); other adapters' files call them ``attn.Wqkv.query`` and so on.
 
     Args:
         config: the sizes.
@@ -163,6 +163,10 @@ class ModernBert(Backbone):
         "layers.{i}.mlp.up": "layers.{i}.mlp.Wi.up",
         "layers.{i}.mlp.down": "layers.{i}.mlp.Wo",
         "final_norm": "final_norm",
+    }
+    hugging_face_fused: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attn.Wqkv": ("query", "key", "value"),
+        "mlp.Wi": ("gate", "up"),
     }
     hugging_face_prefix: ClassVar[str] = "model."
     hugging_face_ignored: ClassVar[str] = r"(head\.(dense|norm)|classifier|decoder)\.(weight|bias)$"
@@ -227,5 +231,4 @@ class ModernBert(Backbone):
     @classmethod
     def stored(cls, checkpoint: Checkpoint) -> Checkpoint:
         """Cut the maps that a file has in one piece."""
-        maps = {"attn.Wqkv": ("query", "key", "value"), "mlp.Wi": ("gate", "up")}
-        return checkpoint._replace(tensors=cut(checkpoint.tensors, maps))
+        return checkpoint._replace(tensors=cut(checkpoint.tensors, cls.hugging_face_fused))

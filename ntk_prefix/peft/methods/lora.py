@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from ntk_prefix.checks import expected
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, module_at, targets
+from ntk_prefix.peft.fused import joined, parted
 from ntk_prefix.peft.head import HeadConfig
 from ntk_prefix.peft.names import LARGEST, Fields, Names, exactly
 from ntk_prefix.peft.patterns import matching
@@ -92,7 +93,11 @@ class LoraConfig(AdapterConfig):
         if len(ours) + len(whole) < len(chosen) or len({each.use_rslora for each in ours}) > 1:
             return None
         first, paths = ours[0], [_linears(model, each) for each in ours]
-        others = [(each, names.saved(path)) for each, group in zip(ours, paths, strict=True) for path in group]
+        placed = [(each, path) for each, group in zip(ours, paths, strict=True) for path in group]
+        tensors, forms = joined(tensors, names.fused, {names.module(path): each.scale for each, path in placed})
+        ranks = {names.saved(path): each.r for each, path in placed} | {name: r for name, (r, _) in forms.items()}
+        alphas = {names.saved(path): each.numerator for each, path in placed}
+        alphas |= {name: scale * (math.sqrt(r) if first.use_rslora else r) for name, (r, scale) in forms.items()}
         fields = {
             "peft_type": cls.peft_type,
             "r": first.r,
@@ -101,11 +106,12 @@ class LoraConfig(AdapterConfig):
             "lora_dropout": 0.0,
             "bias": "none",
             "target_modules": target_modules({path for group in paths for path in group}, model, names),
-            "rank_pattern": {module: each.r for each, module in others if each.r != first.r},
-            "alpha_pattern": {module: each.numerator for each, module in others if each.numerator != first.numerator},
+            "rank_pattern": {module: r for module, r in ranks.items() if r != first.r},
+            "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != first.numerator},
         }
         saved = [names.saved(path) for each in whole for path in targets(model, each)]
-        return fields | ({"modules_to_save": saved} if saved else {}), {names.key(k): v for k, v in tensors.items()}
+        named = {names.key(names.built(key)): value for key, value in tensors.items()}
+        return fields | ({"modules_to_save": saved} if saved else {}), named
 
     @classmethod
     def from_hugging_face(
@@ -123,11 +129,17 @@ class LoraConfig(AdapterConfig):
         if "head.lora_A.weight" not in tensors:
             # trained whole, or not asked for
             wanted -= {f"{names.wrapper}head", "head"}
+        tensors, parts = parted(tensors, names.fused)
+        wanted -= {path for path in every if parts.get(names.module(path), (1, 1))[0] == 0}
         ranks = _patterned(given.rank_pattern, every, f"{fields.file}: rank_pattern")
         alphas = _patterned(given.alpha_pattern, every, f"{fields.file}: alpha_pattern")
         groups: dict[tuple[int, float], list[str]] = {}
         for path in (path for path in every if path in wanted):
-            form = ranks.get(path, given.r), alphas.get(path, given.lora_alpha)
+            r, alpha = ranks.get(path, given.r), alphas.get(path, given.lora_alpha)
+            kept, whole = parts.get(names.module(path), (r, r))
+            if whole == r != kept:  # another number than theirs is one of another rank, which is refused below
+                r, alpha = kept, alpha * (math.sqrt(kept / whole) if given.use_rslora else kept / whole)
+            form = r, alpha
             groups.setdefault(form, []).append(path.removeprefix(names.wrapper))
         if not groups:
             raise expected(
@@ -228,10 +240,12 @@ def _linears(model: Any, config: LoraConfig) -> list[str]:
 def target_modules(chosen: set[str], model: Any, names: Names) -> list[str]:
     """Return endings of module names that select these modules and no other linear map; whole names if none do."""
     every = {path: names.saved(path) for path in targets(model, LoraConfig(target=""))}
+    # a part stands for the map that it is a part of
+    chosen = {path for path, name in every.items() if name in {every[each] for each in chosen}}
     endings = sorted({re.split(r"\.\d+\.", every[path])[-1] for path in chosen})
     if {path for path, theirs in every.items() if _ends(theirs, endings)} == chosen:
         return endings
-    return sorted(every[path] for path in chosen)
+    return sorted({every[path] for path in chosen})
 
 
 def _ends(name: str, endings: Iterable[str]) -> bool:
