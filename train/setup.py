@@ -124,7 +124,8 @@ def adapt(model: Any, config: TrainConfig, calibration: Mapping[str, Any]) -> No
     peft.narrow_frozen(model)
     model.remat, model.scan_layers = config.device.remat, config.device.scan_layers
     if model.scan_layers:
-        check_alike(getattr(model, "backbone", model).layers)
+        backbone = getattr(model, "backbone", model)
+        check_alike(backbone.layers[backbone.unlike_layers :])
 
 
 def trainer_of(config: TrainConfig, kind: str, placement: Mapping[str, Any]) -> Trainer:

@@ -338,6 +338,7 @@ class Backbone(Runnable, nnx.Module):
         tasks: what ``from_pretrained(task=...)`` may ask for.
         pooling: what a classifier pools by unless told otherwise.
         poolings: what it may pool by.
+        unlike_layers: how many of the first layers are of another build than the rest, and run before a loop over these.
     """
 
     input_names: ClassVar[tuple[str, ...]]
@@ -355,6 +356,7 @@ class Backbone(Runnable, nnx.Module):
     tasks: ClassVar[tuple[str, ...]]
     pooling: Pooling
     poolings: ClassVar[tuple[Pooling, ...]] = ("mean", "cls", "last")
+    unlike_layers: ClassVar[int] = 0
 
     layers: nnx.List
     config: BackboneConfig
@@ -431,12 +433,13 @@ class Backbone(Runnable, nnx.Module):
             return constrain(layer(constrain(x, "batch"), **options)[0], "batch")
 
         policy = REMAT_POLICIES["full" if self.remat is True else str(self.remat)] if self.remat else None
-        if self.scan_layers:
-            return scan(list(self.layers), run, x, rows, policy), None
         # nnx's, not jax's: an adapter in the layer may hold state of any type
         run_layer = run if policy is None else nnx.remat(run, graph_updates=False, policy=policy)
-        for index, layer in enumerate(self.layers):
+        alone = self.unlike_layers if self.scan_layers else len(self.layers)
+        for index, layer in enumerate(self.layers[:alone]):
             x = run_layer(layer, x, None if rows is None else rows[index])
+        if alone < len(self.layers):
+            x = scan(list(self.layers[alone:]), run, x, None if rows is None else rows[alone:], policy)
         return x, None
 
     def rotary(self, positions: Int[Array, "#B T"]) -> dict[Rope, Rotary]:

@@ -10,7 +10,8 @@ copies of bfloat16 ones, is there for one layer at a time. A layer's weights are
 taken again.
 
 Layers may differ in their :class:`~ntk_prefix.models.attention.AttentionKind`, as where some have a window: then a turn runs
-the program of its layer's kind, of which each is compiled once.
+the program of its layer's kind, of which each is compiled once. First layers of another build, such as ModernBERT's, which has
+no norm before attention, run before the loop (``Backbone.unlike_layers``).
 """
 
 from __future__ import annotations

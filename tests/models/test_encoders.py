@@ -141,6 +141,14 @@ def test_leading_rows_stand_outside_of_positions_and_windows(name: str) -> None:
     assert output.logits.shape == (4, 2)
 
 
+def test_a_first_layer_of_another_build_runs_before_the_loop_over_the_others() -> None:
+    """ModernBERT's, which has no norm; its layers with a window and the others are in the loop."""
+    model, theirs = loaded("modernbert"), recorded("modernbert")
+    model.scan_layers = True
+    real = theirs["attention_mask"].astype(bool)
+    assert error(call(model, **inputs("modernbert")).last_hidden_state, theirs["last_hidden_state"], real) <= 1e-5
+
+
 def test_a_window_is_refused_beside_a_position_bias() -> None:
     model = loaded("t5")
     model.window = 3

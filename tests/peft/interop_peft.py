@@ -192,6 +192,8 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     for name in filter(re.compile(only).search, CASES):
         (Path(where) / name).mkdir(exist_ok=True)
+        if what == "evaluate" and not (Path(where) / name / "ours").exists():
+            continue  # refused on either side before
         try:
             {"train": train, "evaluate": evaluate}[what](name, Path(where))
         except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError) as error:

@@ -174,6 +174,7 @@ class ModernBert(Backbone):
     hugging_face_transform: ClassVar[dict[str, str]] = {"dense": "head.dense", "norm": "head.norm"}
     tasks: ClassVar[tuple[str, ...]] = ("sequence-classification",)
     pooling: Pooling = "mean"
+    unlike_layers: ClassVar[int] = 1
 
     config: ModernBertConfig
 
