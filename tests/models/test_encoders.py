@@ -66,7 +66,18 @@ def test_hidden_states_and_logits_are_those_of_transformers(name: str) -> None:
     assert error(output.last_hidden_state, shifted, real) > 0.1
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"bert", "xlm-roberta", "modernbert"}))
+SHARED = {"roberta", "distilbert"}
+"""Families whose layers are BERT's: what is not of their embeddings is quick for another one."""
+
+
+def each(*without: str) -> Any:
+    names = [name for name in FAMILIES if name not in without]
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=pytest.mark.slow) if n in SHARED else n for n in names]
+    )
+
+
+@each("bert", "xlm-roberta", "modernbert")
 def test_ntk_attention_trains_two_steps(name: str) -> None:
     """Each family once; BERT is trained elsewhere."""
     model = peft.apply(loaded(name, num_labels=3, pooling="mean"), peft.NTKAttentionConfig())
@@ -95,7 +106,7 @@ def test_ntk_attention_trains_two_steps(name: str) -> None:
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each("bert", "xlm-roberta", "modernbert", "modernbert-mean")
 def test_lora_has_hugging_faces_names_and_goes_there_and_back(name: str, tmp_path: Path) -> None:
     target = r"layers\.\d\.(attention\.out|mlp\.down)$"
     model = peft.apply(loaded(name), peft.LoraConfig(target=target, r=2, train_head=False))

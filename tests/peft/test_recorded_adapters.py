@@ -22,7 +22,7 @@ from tests.models.drawing import draw_tensor
 TESTS = Path(__file__).parents[1]
 FIXTURES = TESTS / "fixtures" / "peft"
 ADAPTERS = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())
-QUICK = {"roberta", "modernbert", "vit", "llama-llama3", "gemma3"}
+QUICK = {"roberta", "modernbert", "vit", "llama-llama3"}
 
 
 @pytest.fixture(autouse=True, params=[False], ids=["float32"])
