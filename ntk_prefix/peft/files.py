@@ -76,6 +76,8 @@ def save_pretrained(
 
     Hugging Face's prefix tuning counts the prefix in the positions of the tokens. A prefix trained with
     ``shift_positions=False`` says so in its file; peft warns of the field and ignores it, so there, positions are off.
+    Where layers have a window, as Mistral's, Hugging Face's prefix lies in it and is left behind by tokens beyond the
+    window's size less the prefix's; ours is seen by all. Both ways, a warning says up to which token they are equal.
     Likewise a classifier's head is one of Hugging Face's (``classifier``, ``score``) only where that model has the
     same pooling; BERT's has not, and our ``head`` is ignored there.
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from ntk_prefix import models, peft
+from ntk_prefix.models.attention import AttentionKind
 from ntk_prefix.peft import files
 from ntk_prefix.peft.base import targets
 from ntk_prefix.peft.methods import lora
@@ -403,6 +404,18 @@ def test_a_prefix_trained_on_its_own_positions_warns_peft_of_it(tmp_path, caplog
     peft.save_pretrained(trained("prefix"), tmp_path)
     assert "shift positions by the prefix" in caplog.text
     assert read(tmp_path)[0]["shift_positions"] is False
+
+
+def test_a_prefix_before_a_window_warns_of_where_peft_leaves_it_behind(tmp_path, caplog):
+    model = trained("prefix")
+    peft.save_pretrained(model, tmp_path)
+    assert "window" not in caplog.text  # control: there is none
+    for layer in model.layers:
+        layer.attention.kind = AttentionKind(window=8)
+    for way in (peft.save_pretrained, peft.load_adapter):
+        caplog.clear()
+        way(model, tmp_path, "default" if way is peft.save_pretrained else "second")
+        assert "prefix of 5 tokens in layers with a window of 8: the same as peft's up to token 3" in caplog.text
 
 
 def test_weights_in_bfloat16_are_read(tmp_path):

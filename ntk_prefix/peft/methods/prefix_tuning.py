@@ -105,6 +105,7 @@ class PrefixTuningConfig(AdapterConfig):
         if not config.shift_positions:
             logger.warning("trained with shift_positions=False: Hugging Face's models shift positions by the prefix")
             fields["shift_positions"] = False
+        _warn_of_windows(layers, config.num_tokens)
         # [M, layers, key and value, K, H], flat but for M
         keys = [f"{names.module(path)}.{part}" for path, _ in layers for part in PARTS]
         whole = jnp.stack([tensors[key] for key in keys], axis=1)
@@ -134,6 +135,7 @@ class PrefixTuningConfig(AdapterConfig):
         for index, (path, _) in enumerate(layers):
             for part, name in enumerate(PARTS):
                 unpacked[f"{names.module(path)}.{name}"] = parts[:, index, part]
+        _warn_of_windows(layers, tokens)
         return [cls(num_tokens=tokens, shift_positions=given.shift_positions)], unpacked
 
     def hosts(self, module: nnx.Module) -> bool:
@@ -146,6 +148,19 @@ class PrefixTuningConfig(AdapterConfig):
         assert site is not None
         host_core(site, PrefixCore).add(name, Tokens(site.num_key_heads, site.head_dim, self, rngs))
         return module
+
+
+def _warn_of_windows(layers: Sequence[tuple[str, AttentionSite]], tokens: int) -> None:
+    """Say where Hugging Face's prefix, which lies in the cache, moves out of a layer's window; here it is always seen."""
+    windows = [getattr(getattr(layer, "kind", None), "window", None) for _, layer in layers]
+    if known := [window for window in windows if window is not None]:
+        logger.warning(
+            "prefix of %d tokens in layers with a window of %d: the same as peft's up to token %d of a text; beyond it, "
+            "peft's window leaves the prefix behind, and here every token sees all of it",
+            tokens,
+            min(known),
+            max(min(known) - tokens, 0),
+        )
 
 
 Core = TypeVar("Core", bound=Host)
