@@ -21,9 +21,9 @@ LAYERS = {"rank_pattern": {"layer.0.attention.self.query": 2}, "alpha_pattern": 
 
 FAMILIES: dict[str, dict] = {
     "Llama": {"rope_parameters": LLAMA_3},
-    "Mistral": {"sliding_window": 5, "head_dim": 16},
-    "Gemma2": {"sliding_window": 5, "head_dim": 16},
-    "Gemma3": {"sliding_window": 5, "head_dim": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "Mistral": {"sliding_window": 64, "head_dim": 16},
+    "Gemma2": {"sliding_window": 64, "head_dim": 16},
+    "Gemma3": {"sliding_window": 64, "head_dim": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
 }
 FILES = {"Gemma3": "Gemma3Text"}
 DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma2", "Gemma3")
