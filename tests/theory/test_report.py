@@ -37,7 +37,7 @@ def npy(array: object, **options: bool) -> bytes:
     return file.getvalue()
 
 
-CHEAP = ("gradients", "perturbation")
+CHEAP = ("gradients", "positivity")
 SMALL = (*CHEAP, "--inputs", "4", "--width", "3", "--jobs", "2")
 
 
@@ -351,7 +351,7 @@ class TestInterruption:
         options = {"cwd": CHECKOUT, "env": QUICKLY_COMPILED, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(arguments, **options) as process:
             until = time.monotonic() + 300
-            while not (tmp_path / ".unfinished" / "gradients.json").exists():
+            while not (tmp_path / ".unfinished" / "positivity.json").exists():
                 assert process.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.05)
@@ -362,12 +362,12 @@ class TestInterruption:
             assert time.monotonic() < until, "a claim is measured for nobody"
             time.sleep(0.05)
         assert not {path.name for path in tmp_path.iterdir()} & {"index.html", "report.md", "claims.json", "figures"}
-        before = (tmp_path / ".unfinished" / "gradients.json").read_bytes()
+        before = (tmp_path / ".unfinished" / "positivity.json").read_bytes()
         done = run(*arguments[3:], compiled=compiled)
         assert done.returncode == 0, done.stdout
         assert "from the interrupted run" in done.stdout
         records = json.loads((tmp_path / "claims.json").read_text())
-        assert records[0] == json.loads(before)
+        assert records[1] == json.loads(before)
         beside = json.loads((report / "claims.json").read_text())
         assert [record | {"seconds": 0} for record in records] == [record | {"seconds": 0} for record in beside]
         assert not (tmp_path / ".unfinished").exists()
