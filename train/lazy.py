@@ -151,6 +151,36 @@ class _Logits(nnx.Module):
         return self.model(**model_inputs(self.model, batch)).logits
 
 
+HEAD = nnx.All(peft.AdapterParam, nnx.PathContains("head"))
+"""What is trained of a classifier's head."""
+
+
+class _Identity(nnx.Module):
+    def __call__(self, x: Array) -> Array:
+        return x
+
+
+def head_ntk(model: _Logits, x: Array, columns: int) -> Float[Array, "n labels columns labels"]:
+    """Return the kernel of the logits with respect to the head alone, of rows with the first ``columns`` of them.
+
+    Logits are linear in it, ``W^T h(x) + b``, so no derivative is taken: ``(<h(x_i), h(x_j)> + 1) delta_kl``, without the 1
+    where no bias is trained.
+
+    Raises:
+        UsageError: no head is trained.
+    """
+    trained = {path[-1]: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, HEAD))}
+    if "kernel" not in trained:
+        raise expected("model", "a head that is trained", sorted(trained))
+    head, model.model.head = model.model.head, _Identity()
+    try:
+        states = model(x)
+    finally:
+        model.model.head = head
+    products = states @ states[:columns].T + ("bias" in trained)
+    return jnp.einsum("ij,kl->ikjl", products, jnp.eye(trained["kernel"][-1], dtype=products.dtype))
+
+
 class _StoredView(TypedDict):
     """A :class:`View` in its file."""
 
@@ -215,11 +245,14 @@ def view(options: Options, method: str, seed: int, console: Console) -> View:
     start = np.split(_finite("logits", np.asarray(model(everything), np.float64)), ends)
     residual = (np.eye(split.num_labels)[labels[0]] - start[0]).ravel()
 
-    def kernels(wrt: Any) -> list[np.ndarray]:
-        """Of the training examples with themselves, validation, test, divided by the trace of the first."""
+    def of_adapter() -> Array:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KernelFallbackWarning)  # structured derivatives do not know attention
-            whole = empirical_ntk(model, everything, arrays[0], wrt=wrt, implementation="jacobian", batch_size=block)
+            wrt = nnx.All(peft.AdapterParam, nnx.Not(HEAD))
+            return empirical_ntk(model, everything, arrays[0], wrt=wrt, implementation="jacobian", batch_size=block)
+
+    def normalized(whole: Array) -> list[np.ndarray]:
+        """Of the training examples with themselves, validation, test, divided by the trace of the first."""
         columns = whole.shape[2] * whole.shape[3]
         found = _finite(f"kernel of {method}", np.asarray(whole, np.float64))
         parts = [rows.reshape(-1, columns) for rows in np.split(found, ends)]
@@ -239,11 +272,10 @@ def view(options: Options, method: str, seed: int, console: Console) -> View:
         ridge = max(RIDGES, key=lambda r: score(1, validation, r))
         return eigenvalues[::-1], ridge, score(2, test, ridge)
 
-    head = nnx.All(peft.AdapterParam, nnx.PathContains("head"))
-    of_head = kernels(head)
-    of_adapter = of_head if method == "head" else kernels(nnx.All(peft.AdapterParam, nnx.Not(head)))
-    eigenvalues, ridge, regression = regress(*of_adapter)
-    joint = regress(*(a + b for a, b in zip(of_adapter, of_head, strict=True)))[2]
+    by_head = normalized(head_ntk(model, everything, len(arrays[0])))
+    by_adapter = by_head if method == "head" else normalized(of_adapter())
+    eigenvalues, ridge, regression = regress(*by_adapter)
+    joint = regress(*(a + b for a, b in zip(by_adapter, by_head, strict=True)))[2]
     console.print(
         f"{method}, seed {seed}: kernel regression {regression:.3f}, with the head's {joint:.3f}; fine-tuning ..."
     )

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ntk_prefix import models
+from ntk_prefix import models, peft
 from ntk_prefix.artifacts import json_text
 from ntk_prefix.checks import NonFiniteError
+from ntk_prefix.kernels import empirical_ntk
 from tests.fuzz import damaged_json, fuzzed, read_whole
 from train import data, lazy
 from train.lazy import Options, cached_view, main, view
@@ -40,6 +41,21 @@ def test_of_the_head_alone_there_is_one_kernel(tmp_path: Path) -> None:
     blocks = seen.eigenvalues.reshape(60, 10)
     np.testing.assert_allclose(blocks, blocks[:, :1] + np.zeros(10), atol=1e-6 * seen.eigenvalues[0])
     assert seen.eigenvalues.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", [peft.HeadConfig(), peft.NTKAttentionConfig(train_head=False)])
+def test_the_head_s_kernel_is_what_its_gradients_say(method: peft.AdapterConfig) -> None:
+    model = models.from_pretrained(BERT, task="sequence-classification", num_labels=3, rngs=nnx.Rngs(0))
+    peft.apply(model, method)
+    seen = lazy._Logits(model)
+    x = jnp.stack([jnp.arange(18).reshape(3, 6) % 9, jnp.ones((3, 6), int), jnp.zeros((3, 6), int)], axis=-1)
+    if method.method != "head":
+        with pytest.raises(ValueError, match="expected a head that is trained"):
+            lazy.head_ntk(seen, x, 2)
+        return
+    wanted = empirical_ntk(seen, x, x[:2], wrt=lazy.HEAD, implementation="jacobian")
+    np.testing.assert_allclose(lazy.head_ntk(seen, x, 2), wanted, atol=1e-5 * np.abs(wanted).max())
+    assert seen.model.head is model.head
 
 
 def test_a_view_ends_in_a_figure_and_the_rate_that_validation_prefers(tmp_path: Path) -> None:
