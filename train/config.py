@@ -69,9 +69,9 @@ class DataConfig(Checked):
     """Batches of text that are drawn together and divided by length, for less padding; 1 leaves them as drawn."""
     prompt_template: str | None = None
     """What a question is put into, at its {} (instruct, math); None is the turns of a chat model, or a plain form."""
-    unrelated: str = "reviews"
+    unrelated: str | None = None
     """Text that a decoder's forgetting is measured on: reviews (an asset), a .txt file of texts parted by empty lines, a
-    table with a column "text", or none."""
+    table with a column "text", or none; None is the reviews if they can be had."""
     unrelated_rows: int = 32
     """How many texts of it."""
     unrelated_length: int = 128

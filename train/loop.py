@@ -305,6 +305,8 @@ class _Run:
         if language and config.eval.before:
             before = self.evaluate(setup.trainer.init(setup.model), setup.task.test)
         unrelated = None
+        if language and config.data.unrelated is None and setup.task.unrelated is None:
+            self._say("forgetting is not measured: the reviews could not be fetched; --unrelated FILE takes other text")
         if language and setup.task.unrelated is not None:
             unrelated = self.evaluate.unrelated_loss(None), self.evaluate.unrelated_loss(best)
         model = setup.trainer.model(setup.model, best)

@@ -23,10 +23,11 @@ from tokenizers import Tokenizer
 
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models import load_tokenizer
+from train.assets import AssetError
 from train.config import DataConfig
 from train.data import Dataset, ImageFormat
 from train.sources import Columns, Kind, read, spec_of
-from train.unrelated import NONE, texts
+from train.unrelated import NONE, REVIEWS, texts
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Task", "encode_texts", "exact_match", "extract_answer", "load"]
 
@@ -340,9 +341,14 @@ def encode_texts(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dic
     return encoded
 
 
-def _unrelated(tokenizer: Tokenizer, settings: DataConfig, pad_id: int) -> Dataset:
-    """Return text whose every token but the first is to be said."""
-    columns = {"text": texts(settings.unrelated, settings.unrelated_rows)}
+def _unrelated(tokenizer: Tokenizer, settings: DataConfig, pad_id: int) -> Dataset | None:
+    """Return text whose every token but the first is to be said; None if it cannot be had, and nobody asked for it."""
+    try:
+        columns = {"text": texts(settings.unrelated or REVIEWS, settings.unrelated_rows)}
+    except AssetError:
+        if settings.unrelated is not None:
+            raise
+        return None
     tokens = encode_texts(tokenizer, columns, settings.unrelated_length)["input_ids"]
     tokenizer.no_truncation()
     if not (kept := [ids for ids in tokens if len(ids) > 1]):

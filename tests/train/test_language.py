@@ -1,5 +1,6 @@
 """A language run: trained on answers, judged by generating them."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ntk_prefix.models import from_pretrained
 from tests.models.formulas import CONFIGS, draw, write
 from train import tasks
+from train.assets import AssetError
 from train.config import TrainConfig
 from train.loop import run
 
@@ -108,6 +111,21 @@ def test_a_run_that_trains_nothing_forgets_nothing(sums: Path, tmp_path: Path) -
     assert summary["test_score_before"] is None
     assert "before" not in (tmp_path / "answers.jsonl").read_text()
     assert summary["unrelated_loss_before"] > 0
+
+
+def test_without_the_reviews_a_run_goes_on_unless_they_were_asked_for(
+    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> None:
+        raise AssetError("reviews: expected an archive, got no network.")
+
+    monkeypatch.setattr("train.unrelated.reviews", absent)
+    said = io.StringIO()
+    summary = run(config(sums, "full", 1, unrelated=None), tmp_path, Console(file=said, width=200))
+    assert summary["forgetting"] is None
+    assert "forgetting is not measured: the reviews could not be fetched" in said.getvalue()
+    with pytest.raises(AssetError, match="--unrelated: reviews: expected an archive, got no network; give --unrelated"):
+        run(config(sums, "full", 1, unrelated="reviews"), tmp_path / "asked")
 
 
 @pytest.mark.parametrize(
