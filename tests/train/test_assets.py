@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -38,6 +39,7 @@ def tar_of(files: dict[str, bytes], mode: str) -> bytes:
     return stream.getvalue()
 
 
+@functools.cache  # its entries bear the time at which it is made
 def wheel() -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
