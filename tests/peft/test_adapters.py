@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ntk_prefix import models, peft
-from ntk_prefix.peft.base import InactiveParam
+from ntk_prefix.peft.base import Adapter, InactiveParam
 from tests.peft.cases import (
     ELSEWHERE,
     HOSTED,
@@ -132,6 +132,17 @@ def test_training_one_adapter_leaves_the_other_alone(method):
     np.testing.assert_array_equal(model(*inputs()), frozen())
     peft.activate(model, "second")
     np.testing.assert_array_equal(model(*inputs()), second)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "ntk" in m or m == "prefix tuning plus"])
+def test_settled_as_for_generation_it_computes_the_same(method):
+    model = trained(method)
+    before = np.asarray(model(*inputs()))
+    settled = [module for _, module in nnx.iter_modules(model) if isinstance(module, Adapter)]
+    assert settled
+    for each in settled:
+        each.settle()
+    np.testing.assert_allclose(model(*inputs()), before, atol=1e-5)
 
 
 def test_different_methods_take_turns_on_one_model():

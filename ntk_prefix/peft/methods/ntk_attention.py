@@ -235,7 +235,8 @@ class State(Adapter):
             self.z_left, self.z_right = AdapterParam(z.left), AdapterParam(z.right)
         else:
             self.z = AdapterParam(z)
-        self.k = AdapterParam(k)
+        if self.k is not None:
+            self.k = AdapterParam(k)
         self.basis = self.unit = None
 
     def state(self) -> tuple[Array | LowRank, Array]:
