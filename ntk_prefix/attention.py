@@ -51,7 +51,7 @@ from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.flash import BACKENDS, Flash, Source, reference
 from ntk_prefix.flash.base import problem
-from ntk_prefix.flash.merging import Linear, attend, attend_with_lse
+from ntk_prefix.flash.merging import Linear, attend, attend_with_lse, relative, relative_clipped
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -76,16 +76,16 @@ class LowRank(NamedTuple):
     Source: derived; it answers the complaint that ``R H + R`` numbers are more than a short prefix has.
     """
 
-    left: Float[Array, "N R rank"]
-    right: Float[Array, "N rank H"]
+    left: Float[Array, "J R rank"]
+    right: Float[Array, "J rank H"]
 
 
 def ntk_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    z: Float[Array, "N R H"] | LowRank,
-    k: Float[Array, "N R"],
+    z: Float[Array, "J R H"] | LowRank,
+    k: Float[Array, "J R"],
     *,
     feature_map: str | FeatureMap = "elu1",
     bias: Float[Array, "#B #N #T #S"] | None = None,
@@ -116,9 +116,11 @@ def ntk_attention(
     Args:
         query: [B, T, N, H], not scaled: 1/sqrt(H) is applied here.
         key, value: [B, S, K, H] with N a multiple of K; query head n meets key head n // (N // K).
-        z: [N, R, H], the prefix's values summed with features, or a :class:`LowRank` pair.
-        k: [N, R], the prefix's features summed; it stands in the denominator.
-        feature_map: a name known to :func:`ntk_prefix.feature_maps.feature_map`, or a map.
+        z: [N, R, H], the prefix's values summed with features, or a :class:`LowRank` pair. A state may be shared by the
+            query heads of a group: with J heads, a divisor of N such as K, query head n has the state n // (N // J).
+        k: [N, R] or [J, R], the prefix's features summed; it stands in the denominator.
+        feature_map: a name known to :func:`ntk_prefix.feature_maps.feature_map`, or a map; the arrays of one that owns some
+            have their gradients, where its definition has one.
         bias: added to the scaled scores, as in ``jax.nn``; every axis may be 1.
         mask: True where a query may see a key; it concerns the keys only, the prefix is always seen.
         is_causal: query t sees keys s <= t + ``query_offset``, both counted from 0, as in ``jax.nn``.
@@ -161,12 +163,10 @@ def ntk_attention(
     linear = _linear(query, z, k, resolve_feature_map(feature_map), definition.scale)
     flashes = _choose(implementation, definition, query, own)
     if mass == "relative":
-        own_output = _softmax(definition, flashes, query, own)
         # in the layout of scores, where both parts are computed: one copy at the end instead of one for each
-        one = 1 / linear.unit[None, :, None]
-        own_part = own_output.transpose(0, 2, 1, 3).astype(one.dtype) * one[..., None]
-        total = (own_part + linear.numerator) / (one + linear.mass)[..., None]
-        return total.transpose(0, 2, 1, 3).astype(query.dtype)
+        own_output = _softmax(definition, flashes, query, own).transpose(0, 2, 1, 3).astype(linear.mass.dtype)
+        merge = relative if flashes is None or linear.row_log_unit is None else relative_clipped
+        return merge(own_output, linear).transpose(0, 2, 1, 3).astype(query.dtype)
     if mass != "absolute":
         raise expected("mass", '"absolute" or "relative"', repr(mass))
     if flashes is None:
@@ -373,21 +373,30 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
     batch, length, heads, head_dim = query.shape
     features_dim = phi.dim(head_dim)
     _check_state(z, k, heads, features_dim, head_dim, phi)
+    phi.check(heads, head_dim)
     factors = z if isinstance(z, LowRank) else (z,)
     dtype = accumulation_dtype(query.dtype)
     unit = _unit((*factors, k), dtype)
-    features = phi(query.transpose(0, 2, 1, 3).astype(dtype) * math.sqrt(scale)) / unit[None, :, None, None]
+    states, groups = len(k), heads // len(k)
+    features, row_log_unit = phi.per_head(query.transpose(0, 2, 1, 3).astype(dtype) * math.sqrt(scale))
+    # the queries of heads that share a state are rows of one product
+    features = features.reshape(batch, states, groups * length, features_dim) / unit[None, :, None, None]
     numerator = features
     for factor in factors:
         if length < factor.shape[2]:
-            numerator = jnp.einsum("bntr,nrh->bnth", numerator, factor.astype(dtype))
+            numerator = jnp.einsum("bjtr,jrh->bjth", numerator, factor.astype(dtype))
         else:  # repeated for the rows of the batch it is no larger than they are, and they stay where they are
             numerator = numerator @ jnp.broadcast_to(factor.astype(dtype), (batch, *factor.shape))
     mass = jnp.sum(features * k.astype(dtype)[None, :, None], axis=-1)
-    return Linear(numerator, jnp.where(mass < 0, 0, mass), unit)  # `maximum` would halve the gradient at k = 0
+    return Linear(
+        numerator.reshape(batch, heads, length, head_dim),
+        jnp.where(mass < 0, 0, mass).reshape(batch, heads, length),  # `maximum` would halve the gradient at k = 0
+        jnp.repeat(unit, groups),
+        row_log_unit,
+    )
 
 
-def _unit(arrays: tuple[Array, ...], dtype: jnp.dtype) -> Float[Array, "N"]:
+def _unit(arrays: tuple[Array, ...], dtype: jnp.dtype) -> Float[Array, "J"]:
     """Return 1, or a power of two for a head with an entry beyond the root of the largest float.
 
     Float32: entries from 2^64 to 2^128, in units of 2^96, are within 2^32 of 1, with room for sums and squares.
@@ -456,17 +465,18 @@ def _choose(implementation: str | None, definition: Flash, query: Array, *source
 
 
 def _check_state(z: Array | LowRank, k: Array, heads: int, features: int, head_dim: int, phi: FeatureMap) -> None:
-    """Raise unless z and k are those of so many heads and features, in floating point."""
+    """Raise unless z and k are those of so many heads, or of a divisor of them, and features, in floating point."""
     factors = z if isinstance(z, LowRank) else (z,)
     shapes = tuple(x.shape for x in factors)
     rank = shapes[0][-1] if isinstance(z, LowRank) and shapes[0] else head_dim
-    wanted = ((heads, features, rank), (heads, rank, head_dim))[: len(shapes)]
-    if k.shape != (heads, features) or shapes != wanted:
+    states = k.shape[0] if k.ndim == 2 and k.shape[0] and heads % k.shape[0] == 0 else heads
+    wanted = ((states, features, rank), (states, rank, head_dim))[: len(shapes)]
+    if k.shape != (states, features) or shapes != wanted:
         got = f"left {shapes[0]}, right {shapes[1]}" if isinstance(z, LowRank) else f"{shapes[0]}"
         raise expected(
             "state",
             f"k {(heads, features)} and z {(heads, features, head_dim)}, or factors of such a z, for {heads} query heads and "
-            f"{phi}",
+            f"{phi}; a state that heads share has a divisor of {heads} in the place of {heads}",
             f"k {k.shape} and z {got}",
             "Use the map and the heads that it was made with",
         )

@@ -46,19 +46,26 @@ __all__ = ["FitOptions", "FitReport", "PrefixState", "Samples"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefixState:
-    """What stands in for a prefix in one attention layer; a pytree whose leaves are ``z`` and ``k``.
+    """What stands in for a prefix in one attention layer; a pytree whose leaves are ``z``, ``k`` and the map's arrays.
+
+    States of several layers may be stacked, and mapped over.
 
     Args:
-        z: [N, R, H], or a :class:`~ntk_prefix.attention.LowRank` pair.
-        k: [N, R].
-        feature_map: the map that z and k were made with, and that queries must be given.
+        z: [N, R, H], or a :class:`~ntk_prefix.attention.LowRank` pair; [K, R, H] if the query heads of a group share it.
+        k: [N, R], or [K, R].
+        feature_map: the map that z and k were made with, and that queries must be given; a name or a map.
         scale: that of the layer's scores; 1/sqrt(H) if None.
     """
 
-    z: Float[Array, "N R H"] | LowRank
-    k: Float[Array, "N R"]
-    feature_map: FeatureMap = dataclasses.field(default=Elu1(), metadata={"static": True})
+    z: Float[Array, "*layers J R H"] | LowRank
+    k: Float[Array, "*layers J R"]
+    feature_map: FeatureMap = dataclasses.field(default=Elu1())
     scale: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        """Take a map by its name; what ``jax.tree`` puts there is left as it is."""
+        if isinstance(self.feature_map, str):
+            object.__setattr__(self, "feature_map", resolve_feature_map(self.feature_map))
 
     @classmethod
     def from_prefix(
@@ -93,6 +100,7 @@ class PrefixState:
         phi = resolve_feature_map(feature_map)
         _check_heads(_check_prefix(prefix_key, prefix_value), num_heads)
         check_count("block", block)
+        phi.check(*prefix_key.shape[1:])
         add = functools.partial(_add_block, phi, _root(scale, prefix_key.shape[-1]))
         sums = _zero_sums(phi, prefix_key)
         block = min(block, max(prefix_key.shape[0], 1))
@@ -128,12 +136,13 @@ class PrefixState:
             ValueError: there is no block, or one of another shape than the first.
         """
         phi = resolve_feature_map(feature_map)
-        add = jax.jit(_add_block, static_argnums=(0, 1))
+        add = jax.jit(_add_block, static_argnums=1)
         sums = None
         for key, value in blocks:
             key, value = jnp.asarray(key), jnp.asarray(value)
             if sums is None:
                 _check_heads(_check_prefix(key, value), num_heads)
+                phi.check(*key.shape[1:])
                 sums, shape = _zero_sums(phi, key), key.shape[1:]
             check_array("prefix_key of a block", key, "M", *shape)
             check_array("prefix_value of a block", value, *key.shape)
@@ -361,7 +370,7 @@ def _zero_sums(phi: FeatureMap, key: Array) -> tuple[tuple[Array, Array], tuple[
 
 def _add_block(phi: FeatureMap, root: float, sums: Any, key: Array, value: Array) -> Any:
     dtype = accumulation_dtype(key.dtype)
-    features = phi(key.astype(dtype) * root)
+    features = jnp.swapaxes(phi(jnp.swapaxes(key.astype(dtype) * root, 0, 1)), 0, 1)
     block = jnp.einsum("mnr,mnh->nrh", features, value.astype(dtype)), jnp.sum(features, axis=0)
 
     def add(total: Array, lost: Array, x: Array) -> tuple[Array, Array]:

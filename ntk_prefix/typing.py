@@ -12,6 +12,7 @@ letter  axis                                   letter  axis
 ``K``   key-value heads, N % K == 0            ``n``   inputs of the stylized model
 ``G``   N // K                                 ``d``   input and output dimension there
 ``o``   outputs of the fixed-value model       ``m``   prefix tokens there
+``J``   heads of a state, N % J == 0
 ======  =====================================  ======  ====================================
 
 The annotations are documentation everywhere and are *executed* only by the tests, through jaxtyping's import hook

@@ -23,7 +23,7 @@ from ntk_prefix.flash.base import Flash, Source, Statistics
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["RESULT", "Linear", "attend", "linear_weight"]
+__all__ = ["RESULT", "Linear", "attend", "linear_weight", "relative", "relative_clipped"]
 
 RESULT = "attention"
 """The name of what the backward pass needs of the forward pass beside its inputs, for policies of ``jax.checkpoint``."""
@@ -32,17 +32,21 @@ RESULT = "attention"
 class Linear(NamedTuple):
     """What stands beside the softmax sums: a numerator and its mass >= 0, in the layout of scores.
 
-    Both are in a head's ``unit``, 1 for all but states so large that their sums would overflow.
+    Both are in units, which are constants: they have no derivative.
     """
 
     numerator: Float[Array, "B N T H"]
     mass: Float[Array, "B N T"]
     unit: Float[Array, "N"]
+    """Of a head, 1 for all but states so large that their sums would overflow."""
+    row_log_unit: Float[Array, "B N T"] | None = None
+    """The log of a row's own, beside its head's, from feature maps in log space."""
 
     @property
-    def log_unit(self) -> Float[Array, "1 N 1"]:
+    def log_unit(self) -> Float[Array, "#B N #T"]:
         """Of every row, exactly 0 for a unit of 1."""
-        return jnp.log(self.unit)[None, :, None]
+        of_head = jnp.log(self.unit)[None, :, None]
+        return of_head if self.row_log_unit is None else of_head + self.row_log_unit
 
 
 def attend(
@@ -82,14 +86,14 @@ def _attend_forward(
     if linear is not None and query.dtype == jnp.float16:  # where a capped weight still goes beyond 65504
         output = jnp.clip(output, jnp.finfo(jnp.float16).min, jnp.finfo(jnp.float16).max)
     statistics = checkpoint_name(statistics._replace(output=output.astype(query.dtype)), RESULT)
-    unit = None if linear is None else linear.unit
+    units = None if linear is None else linear[2:]
     lse = jnp.where(_empty(statistics), -jnp.inf, statistics.lse) if with_lse else None
-    return (statistics.output, lse), (query, sources, statistics, unit)
+    return (statistics.output, lse), (query, sources, statistics, units)
 
 
 def _attend_backward(plan: _Plan, residuals: Any, cotangents: tuple[Array, Array | None]) -> tuple[Any, ...]:
     flashes, _ = plan
-    query, sources, statistics, unit = residuals
+    query, sources, statistics, units = residuals
     d_output, d_lse = cotangents
     if d_lse is not None:  # a row that sees nothing has no derivative, whatever has been made of its -inf
         d_lse = jnp.where(_empty(statistics), 0, d_lse)
@@ -99,22 +103,27 @@ def _attend_backward(plan: _Plan, residuals: Any, cotangents: tuple[Array, Array
         d_queries.append(d_query if len(sources) == 1 else d_query.astype(accumulation_dtype(query.dtype)))
         d_sources.append(d_source)
     d_query = functools.reduce(jnp.add, d_queries).astype(query.dtype)
-    return d_query, tuple(d_sources), None if unit is None else _d_linear(unit, statistics, d_output, d_lse)
+    return d_query, tuple(d_sources), None if units is None else _d_linear(units, statistics, d_output, d_lse)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 _attend_jitted = jax.jit(_attend, static_argnums=0)  # one program, also when called outside of jit
 
 
-def _d_linear(unit: Array, statistics: Statistics, d_output: Array, d_lse: Array | None) -> Linear:
-    weight = linear_weight((statistics.maximum - jnp.log(unit)[None, :, None]) + statistics.log_sum)
+def _d_linear(units: Any, statistics: Statistics, d_output: Array, d_lse: Array | None) -> Linear:
+    log_unit = Linear(statistics.output, statistics.maximum, *units).log_unit
+    weight = linear_weight((statistics.maximum - log_unit) + statistics.log_sum)
     d_total = d_output.astype(weight.dtype)
     projection = jnp.sum(d_total * statistics.output.astype(weight.dtype), axis=-1).transpose(0, 2, 1)
     if d_lse is not None:
         projection = projection - d_lse
-    largest = math.exp(_largest_log(weight.dtype))
-    d_numerator = jnp.clip(weight[..., None] * d_total.transpose(0, 2, 1, 3), -largest, largest)
-    return Linear(d_numerator, jnp.clip(-weight * projection, -largest, largest), jnp.zeros_like(unit))
+    d_numerator = _clipped(weight[..., None] * d_total.transpose(0, 2, 1, 3))
+    return Linear(d_numerator, _clipped(-weight * projection), *jax.tree.map(jnp.zeros_like, units))
+
+
+def _clipped(cotangent: Array) -> Array:
+    largest = math.exp(_largest_log(cotangent.dtype))
+    return jnp.clip(cotangent, -largest, largest)
 
 
 def _empty(statistics: Statistics) -> Array:
@@ -152,6 +161,45 @@ def linear_weight(log_mass: Array) -> Array:
 
 def _largest_log(dtype: jnp.dtype) -> float:
     return math.log(jnp.finfo(dtype).max) - 20
+
+
+def relative(own_output: Float[Array, "B N T H"], linear: Linear) -> Float[Array, "B N T H"]:
+    """Return ``(o + N) / (1 + E)``: the linear part in units of each query's own mass."""
+    if linear.row_log_unit is None:
+        one = 1 / linear.unit[None, :, None]
+        return (own_output * one[..., None] + linear.numerator) / (one + linear.mass)[..., None]
+    return _weigh(own_output, linear)[0]
+
+
+def _weigh(own_output: Array, linear: Linear) -> tuple[Array, Array, Array]:
+    """Return (o + N) / (1 + E), and what o and N are multiplied by; it is :func:`_merge` with an own mass of 1."""
+    log_mass = jnp.log(jnp.where(linear.mass > 0, linear.mass, 1)) + linear.log_unit
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.where(linear.mass > 0, log_mass, 0), 0))
+    own, weight = jnp.exp(-largest), linear_weight(largest - linear.log_unit)
+    total = own + weight * linear.mass
+    own, weight = own / total, weight / total
+    return own[..., None] * own_output + weight[..., None] * linear.numerator, own, weight
+
+
+@jax.custom_vjp
+def relative_clipped(own_output: Float[Array, "B N T H"], linear: Linear) -> Float[Array, "B N T H"]:
+    """Return what :func:`relative` does of rows with a unit, with cotangents of the linear part that stay finite."""
+    return _weigh(own_output, linear)[0]
+
+
+def _relative_forward(own_output: Array, linear: Linear) -> tuple[Array, Any]:
+    output, own, weight = _weigh(own_output, linear)
+    return output, (output, own, weight, linear[2:])
+
+
+def _relative_backward(residuals: Any, d_output: Array) -> tuple[Array, Linear]:
+    output, own, weight, units = residuals
+    d_mass = -weight * jnp.sum(d_output * output, axis=-1)
+    d_units = jax.tree.map(jnp.zeros_like, units)
+    return own[..., None] * d_output, Linear(_clipped(weight[..., None] * d_output), _clipped(d_mass), *d_units)
+
+
+relative_clipped.defvjp(_relative_forward, _relative_backward)
 
 
 def _forward(flash: Flash, query: Array, source: Source) -> Statistics:

@@ -1,127 +1,22 @@
-r"""Feature maps ``phi`` with ``phi(q) . phi(k)`` in the place of ``exp(q . k)``.
-
-A prefix enters attention only through ``sum_j exp(q . k_j) v_j`` and ``sum_j exp(q . k_j)``. With a feature
-map these become ``phi(q) Z`` and ``phi(q) . k``: a state whose size does not depend on the length of the
-prefix.
-
-==============================  ============  ========  =====================================================
-``feature_map(...)``            dimension R   positive  is phi(q) . phi(k) close to exp(q . k)?
-==============================  ============  ========  =====================================================
-``"elu1"``                      H             yes       no: Z and k must be trained or fitted
-``"taylor", degree=g``          C(H + g, g)   no        yes, deterministically; use an even degree
-``"positive_random", features``  features     yes       yes, in probability
-``"elu"``, ``"gelu"``           H             no        no: the maps of Prefix-Tuning+, without a mass
-==============================  ============  ========  =====================================================
-
-Every map takes the *scaled* vector: attention calls ``phi(q * sqrt(scale))`` and ``phi(k * sqrt(scale))``, so
-that ``phi(q) . phi(k)`` stands for ``exp(scale * q . k)``; with the usual ``scale = 1/sqrt(H)`` that is
-``phi(q / H**0.25)``. A new map is one class, here or anywhere: see :class:`FeatureMap`. Maps are frozen
-dataclasses: equal settings are equal maps, and a map may be a static argument of ``jax.jit``.
-"""
+"""Maps without arrays: what they are is their settings."""
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 import itertools
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.checks import check_count, check_positive, expected
+from ntk_prefix.feature_maps.base import FeatureMap, checked_size
 from ntk_prefix.typing import Array, Float
 
-__all__ = [
-    "LARGEST_DIM",
-    "Elu",
-    "Elu1",
-    "FeatureMap",
-    "Gelu",
-    "PositiveRandom",
-    "Taylor",
-    "attention_error_bound",
-    "feature_map",
-    "feature_maps",
-]
-
-
-LARGEST_DIM = 2**20
-"""Features per vector, at most: a state of them is 256 MiB per head at H = 64 in float32."""
-
-_MAPS: dict[str, type[FeatureMap]] = {}
-
-
-class FeatureMap(abc.ABC):
-    """A map from scaled queries and keys to features.
-
-    A map of your own is a frozen dataclass that says ``class Sharp(FeatureMap)``, has a ``name`` and the four methods
-    below; its fields are its options. By that it is known to :func:`feature_map`, and to the tests, which run on
-    the ``examples`` of every map.
-    """
-
-    name: ClassVar[str]
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Make the map known by its name, and refuse one that is not whole."""
-        super().__init_subclass__(**options)
-        missing = [name for name in ("positive", "dim", "__call__", "error_bound") if _is_abstract(cls, name)]
-        if missing or not isinstance(getattr(cls, "name", None), str):
-            raise TypeError(
-                f"{cls.__name__}: expected a feature map with a name and the methods positive, dim, __call__ and "
-                f"error_bound, got one without {', '.join(missing) or 'a name'}."
-            )
-        known = _MAPS.get(cls.name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(
-                f"{cls.__name__}: expected a name of its own, got {cls.name!r}, which is {known.__name__}'s."
-            )
-        _MAPS[cls.name] = cls
-
-    @classmethod
-    def examples(cls) -> tuple[FeatureMap, ...]:
-        """Return the map at settings that show what it does; what the tests of every map run on."""
-        return (cls(),)
-
-    @property
-    @abc.abstractmethod
-    def positive(self) -> bool:
-        """Whether every feature is > 0, so that ``k >= 0`` makes ``phi(q) . k >= 0`` for every query."""
-
-    @abc.abstractmethod
-    def dim(self, head_dim: int) -> int:
-        """Return R, the number of features of a vector of ``head_dim`` entries."""
-
-    @abc.abstractmethod
-    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
-        """Return the features of scaled vectors ``x = q * sqrt(scale)``, in the dtype of ``x``."""
-
-    @abc.abstractmethod
-    def error_bound(self, norm: float) -> float:
-        """Return a bound on ``|phi(q) . phi(k) / exp(q . k) - 1|`` for scaled q, k of norm <= ``norm``."""
-
-    def affordable_dim(self, head_dim: int) -> int:
-        """Return :meth:`dim`, for whoever is about to make that many features.
-
-        Raises:
-            UsageError: there are more than ``LARGEST_DIM``.
-        """
-        features = self.dim(head_dim)
-        if features > LARGEST_DIM:
-            raise expected(
-                f"{self}",
-                f"at most {LARGEST_DIM:,} features",
-                f"{features:,} for a head dimension of {head_dim}",
-                "Take a lower degree, or fewer features",
-            )
-        return features
-
-
-def _is_abstract(cls: type, name: str) -> bool:
-    return getattr(getattr(cls, name), "__isabstractmethod__", False)
+__all__ = ["Elu", "Elu1", "Gelu", "PositiveRandom", "Taylor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +138,7 @@ class Taylor(FeatureMap):
 
     def error_bound(self, norm: float) -> float:
         """Return ``e^s s^{g+1} / (g+1)!`` at ``s = norm**2``, the largest possible score."""
-        score = _checked(norm) ** 2
+        score = checked_size(norm) ** 2
         if score == 0:
             return 0.0
         log_bound = score + (self.degree + 1) * math.log(score) - math.lgamma(self.degree + 2)
@@ -304,71 +199,9 @@ class PositiveRandom(FeatureMap):
 
     def error_bound(self, norm: float) -> float:
         """Return ``sqrt((e^{4 norm^2} - 1) / (R failure_probability))``: Chebyshev, for one pair (q, k)."""
-        if 4 * _checked(norm) ** 2 > 700:
+        if 4 * checked_size(norm) ** 2 > 700:
             return math.inf
         return math.sqrt(math.expm1(4 * norm**2) / (self.features * self.failure_probability))
-
-
-def feature_maps() -> dict[str, type[FeatureMap]]:
-    """Return every map that is known, by name."""
-    return dict(_MAPS)
-
-
-def feature_map(name: str | FeatureMap, **options: Any) -> FeatureMap:
-    """Return the feature map of that name; a map is returned as it is.
-
-    Args:
-        name: of a map in :func:`feature_maps`: those of this module's table, and yours; or a map.
-        options: the map's fields, such as ``degree=2`` or ``features=256, seed=0``.
-
-    Raises:
-        ValueError: the name is not known, an option is missing, unknown or out of range, or options come with a map that
-            is already made.
-    """
-    if isinstance(name, FeatureMap):
-        if options:
-            raise expected("options", "none beside a feature map", options, "Use dataclasses.replace")
-        return name
-    if not isinstance(name, str) or name not in _MAPS:
-        raise expected("feature_map", f"one of {sorted(_MAPS)}, or a FeatureMap", repr(name))
-    kind = _MAPS[name]
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
-    known = [field.name for field in fields if field.init]
-    if unknown := sorted(set(options) - set(known)):
-        raise expected(f"feature map {name!r}", f"options among {known}", unknown)
-    if missing := [
-        field.name
-        for field in fields
-        if field.init
-        and field.name not in options
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]:
-        raise expected(f"feature map {name!r}", f"its options {missing}", options or "none")
-    return kind(**options)
-
-
-def attention_error_bound(kernel_error: float, value_max: float) -> float:
-    """Return the bound on ``|T - PrefixAttn|_max`` that a relative error of all kernel entries implies.
-
-    ``2 eps / (1 - eps) * max|V|``, for sums made by :meth:`~ntk_prefix.prefix_state.PrefixState.from_prefix`.
-
-    Args:
-        kernel_error: ``eps``, from :meth:`FeatureMap.error_bound`; infinity is returned from 1 on.
-        value_max: the largest ``|V|`` over prefix and own values.
-
-    Source: derived (theory/README.md, section 11).
-    """
-    if not kernel_error >= 0:
-        raise expected("kernel_error", "a number >= 0", kernel_error)
-    _checked(value_max, "value_max")
-    return 2 * kernel_error / (1 - kernel_error) * value_max if kernel_error < 1 else math.inf
-
-
-def _checked(value: float, name: str = "norm") -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise expected(name, "a finite number >= 0", value)
-    return value
 
 
 @jax.custom_jvp

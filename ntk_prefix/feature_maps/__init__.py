@@ -1,0 +1,54 @@
+r"""Feature maps ``phi`` with ``phi(q) . phi(k)`` in the place of ``exp(q . k)``.
+
+A prefix enters attention only through ``sum_j exp(q . k_j) v_j`` and ``sum_j exp(q . k_j)``. With a feature
+map these become ``phi(q) Z`` and ``phi(q) . k``: a state whose size does not depend on the length of the
+prefix.
+
+==============================  ============  ========  =====================================================
+``feature_map(...)``            dimension R   positive  is phi(q) . phi(k) close to exp(q . k)?
+==============================  ============  ========  =====================================================
+``"elu1"``                      H             yes       no: Z and k must be trained or fitted
+``"taylor", degree=g``          C(H + g, g)   no        yes, deterministically; use an even degree
+``"positive_random", features``  features     yes       yes, in probability
+``"elu"``, ``"gelu"``           H             no        no: the maps of Prefix-Tuning+, without a mass
+``"anchors", points``           R             yes       no: Z and k are one's own, as the points are
+``"nearest", centroids``        R             yes       no: one number for each cell
+``"projected", inner, ...``     inner's       inner's   no: ``inner`` on some directions of the head
+``"concatenated", maps``        their sum     if all    no: the features of several maps, side by side
+==============================  ============  ========  =====================================================
+
+Every map takes the *scaled* vector: attention calls ``phi(q * sqrt(scale))`` and ``phi(k * sqrt(scale))``, so
+that ``phi(q) . phi(k)`` stands for ``exp(scale * q . k)``; with the usual ``scale = 1/sqrt(H)`` that is
+``phi(q / H**0.25)``. A new map is one class, here or anywhere: see :class:`FeatureMap`.
+
+Every map is a pytree. Those of the first four rows have no leaves: they are frozen dataclasses, equal settings are equal
+maps, and one may be a static argument of ``jax.jit``. The others own arrays, which are their leaves, and may be traced,
+trained, stacked and mapped over like those of any other tree; they are arguments and never static.
+"""
+
+from ntk_prefix.feature_maps.base import (
+    LARGEST_DIM,
+    FeatureMap,
+    attention_error_bound,
+    feature_map,
+    feature_maps,
+)
+from ntk_prefix.feature_maps.fixed import Elu, Elu1, Gelu, PositiveRandom, Taylor
+from ntk_prefix.feature_maps.with_arrays import Anchors, Concatenated, Nearest, Projected
+
+__all__ = [
+    "LARGEST_DIM",
+    "Anchors",
+    "Concatenated",
+    "Elu",
+    "Elu1",
+    "FeatureMap",
+    "Gelu",
+    "Nearest",
+    "PositiveRandom",
+    "Projected",
+    "Taylor",
+    "attention_error_bound",
+    "feature_map",
+    "feature_maps",
+]
