@@ -10,17 +10,14 @@ import jax
 import jaxtyping
 import pytest
 
-# Most of a test's time is the compilation of a program that runs once. What MLIR and LLVM make of it when they take their
-# time, users see, and `make verify`, the benchmarks, and notebooks and commands that tests start: XLA's own passes are the
-# same. Here a kernel comes from XLA's older emitter and a program is one LLVM module, a quarter to a third less time.
+from tests import compiling
+
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if jax.__version__ == "0.10.2":  # XLA ends a process at a flag it does not know
-    with pytest.MonkeyPatch.context() as patch:
-        flags = "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"
-        patch.setenv("XLA_FLAGS", " ".join([*os.environ.get("XLA_FLAGS", "").split(), *flags]))
-        jax.devices()  # reads them, once
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", compiling.XLA_FLAGS)
+    jax.devices()  # reads them, once
 
 # Traces are made of small objects that live long: Python's collector goes through them 2,500 times in 100 seconds, a
 # twentieth of them. Fifty times do.

@@ -1,10 +1,18 @@
 """Every notebook runs from a fresh kernel at the repository's root, and stands in git without its outputs."""
 
+import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
 import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.compiling import quickly
+from train.assets import asset
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -17,21 +25,70 @@ def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
+def run(notebook: nbformat.NotebookNode, **options: Any) -> None:
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute(**options)
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def check(notebook: nbformat.NotebookNode) -> None:
+    assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
+    assert not [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of compiled programs that these notebooks share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def first_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return MiniLM without all of its layers but the first: there is six times less to compile."""
+    folder = shutil.copytree(asset("minilm"), tmp_path_factory.mktemp("model") / "minilm")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not re.search(r"\.layer\.[1-9]", name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors")
+    return folder
+
+
+INSTEAD = """
+from pathlib import Path
+from train import assets
+fetched = assets.asset
+assets.asset = lambda name, **options: Path({folder!r}) if name == "minilm" else fetched(name, **options)
+"""
+"""A cell before all others: whoever asks for MiniLM is given another folder."""
+
+
 @every_notebook
-def test_it_runs(path: Path) -> None:
+def test_it_runs(path: Path, compiled: Path, first_layer: Path) -> None:
+    """Every cell as it stands, compiled as tests are; of a pretrained model the first layer."""
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
-    figures = [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
-    ]
-    assert figures
-    warnings = [
-        output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"
-    ]
-    assert not warnings
+    pretrained = [cell for cell in notebook.cells if 'asset("minilm")' in cell.source]
+    assert bool(pretrained) == path.stem.startswith("03")
+    if pretrained:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(INSTEAD.format(folder=str(first_layer))))
+        (cell,) = pretrained
+        cell.source += "\nassert len(model.backbone.layers) == 1"
+    run(notebook, env=quickly(compiled))
+    check(notebook)
 
 
-def test_rows_of_one_s_own_take_the_place_of_x() -> None:
+@pytest.mark.slow
+@every_notebook
+def test_it_runs_as_readers_run_it(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    run(notebook)
+    check(notebook)
+
+
+def test_rows_of_one_s_own_take_the_place_of_x(compiled: Path) -> None:
     """As the first notebook says: one line is replaced, and everything follows from it."""
     notebook = nbformat.read(ROOT / "notebooks" / "01_explore_the_kernel.ipynb", as_version=4)
     said = "any float array [n, d]"
@@ -41,7 +98,7 @@ def test_rows_of_one_s_own_take_the_place_of_x() -> None:
     for cell in notebook.cells:  # fewer sizes to compile for: what is tested are the shapes
         cell.source = cell.source.replace("2 ** np.arange(6, 17, 2), 5", "2 ** np.arange(6, 9, 2), 2")
         cell.source = cell.source.replace("(64, 1024, 16384)", "(64, 128, 256)")
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    run(notebook, env=quickly(compiled))
 
 
 @every_notebook

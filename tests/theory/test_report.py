@@ -22,6 +22,7 @@ from rich.console import Console
 
 import theory.__main__ as command
 from ntk_prefix.artifacts import CHECKOUT
+from tests.compiling import quickly
 from tests.fuzz import damaged_bytes, damaged_json, fuzzed, read_whole, survives
 from theory import figures, fits, jobs
 from theory.claim import Check, Claim, Control, Evidence, Undecidable, examine
@@ -41,19 +42,10 @@ CHEAP = ("gradients", "positivity")
 SMALL = (*CHEAP, "--inputs", "4", "--width", "3", "--jobs", "2")
 
 
-QUICKLY_COMPILED = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-"""As the tests themselves: `make verify` measures every claim with what XLA makes of it when it takes its time."""
-
-
 def run(*arguments: str | Path, compiled: Path) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it, with a folder where programs are kept that were compiled before."""
-    kept = {
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
+    """The command as a user runs it, but for how programs are compiled, and where they are kept."""
     command = [sys.executable, "-m", "theory", *map(str, arguments)]
-    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=QUICKLY_COMPILED | kept)
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=quickly(compiled))
 
 
 @pytest.fixture
@@ -348,7 +340,7 @@ class TestInterruption:
         """What is left is measured alone, to the numbers that it has beside the other."""
         arguments = [sys.executable, "-m", "theory", *SMALL, "--out", str(tmp_path)]
         # compiles anew: it must still be measuring when it is killed
-        options = {"cwd": CHECKOUT, "env": QUICKLY_COMPILED, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        options = {"cwd": CHECKOUT, "env": quickly(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(arguments, **options) as process:
             until = time.monotonic() + 300
             while not (tmp_path / ".unfinished" / "positivity.json").exists():

@@ -1,0 +1,31 @@
+"""How tests compile: most of a test's time is the compilation of a program that runs once.
+
+A kernel comes from XLA's older emitter and a program is one LLVM module, a quarter to a third less time. What MLIR and LLVM
+make of programs when they take their time, users see, and `make verify`, the benchmarks, and other commands that tests
+start: XLA's own passes are the same.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+
+KNOWN = jax.__version__ == "0.10.2"  # XLA ends a process at a flag it does not know
+FLAGS = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"] if KNOWN else []
+XLA_FLAGS = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *FLAGS])
+
+
+def quickly(kept: Path | None = None) -> dict[str, str]:
+    """Return the environment of a process that compiles as tests do.
+
+    Args:
+        kept: a folder of programs that were compiled before, for one process at a time: JAX writes its entries in place.
+    """
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "XLA_FLAGS": XLA_FLAGS}
+    if kept is not None:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(kept),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
+    return environment
