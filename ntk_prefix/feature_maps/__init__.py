@@ -12,6 +12,7 @@ prefix.
 ``"positive_random", features``  features     yes       yes, in probability
 ``"elu"``, ``"gelu"``           H             no        no: the maps of Prefix-Tuning+, without a mass
 ``"anchors", points``           R             yes       no: Z and k are one's own, as the points are
+``"normalized_anchors"``          R             yes       no: the same, as probabilities
 ``"nearest", centroids``        R             yes       no: one number for each cell
 ``"projected", inner, ...``     inner's       inner's   no: ``inner`` on some directions of the head
 ``"concatenated", maps``        their sum     if all    no: the features of several maps, side by side
@@ -34,7 +35,7 @@ from ntk_prefix.feature_maps.base import (
     feature_maps,
 )
 from ntk_prefix.feature_maps.fixed import Elu, Elu1, Gelu, PositiveRandom, Taylor
-from ntk_prefix.feature_maps.with_arrays import Anchors, Concatenated, Nearest, Projected
+from ntk_prefix.feature_maps.with_arrays import Anchors, Concatenated, Nearest, NormalizedAnchors, Projected
 
 __all__ = [
     "LARGEST_DIM",
@@ -45,6 +46,7 @@ __all__ = [
     "FeatureMap",
     "Gelu",
     "Nearest",
+    "NormalizedAnchors",
     "PositiveRandom",
     "Projected",
     "Taylor",

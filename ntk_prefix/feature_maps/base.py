@@ -118,6 +118,12 @@ class FeatureMap(abc.ABC):
             UsageError: it has arrays of another number of heads, or of another length.
         """
 
+    def placed(self, query: np.ndarray, key: np.ndarray, draw: np.random.Generator) -> FeatureMap:
+        """Return the map with arrays chosen for scaled queries [N, Q, H] and keys [K, M, H]; itself without arrays."""
+        if self.arrays:
+            raise expected("feature_map", "a map that chooses its own arrays", f"{self!r}", "Give it a method placed")
+        return self
+
     def affordable_dim(self, head_dim: int) -> int:
         """Return :meth:`dim`, for whoever is about to make that many features.
 

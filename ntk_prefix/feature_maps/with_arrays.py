@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.checks import check_array, check_positive, check_soft_cap, expected
-from ntk_prefix.feature_maps.base import FeatureMap
+from ntk_prefix.feature_maps.base import LARGEST_DIM, FeatureMap
 from ntk_prefix.feature_maps.fixed import Elu1, Taylor
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["Anchors", "Concatenated", "Nearest", "Projected"]
+__all__ = ["Anchors", "Concatenated", "Nearest", "NormalizedAnchors", "Projected", "drawn_arrays"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +71,7 @@ class Anchors(FeatureMap):
     @classmethod
     def examples(cls) -> tuple[FeatureMap, ...]:
         """Return points of three entries, one head's, without and with a soft cap."""
-        return cls(_drawn(1, 5, 3)), cls(_drawn(1, 4, 3), logits_soft_cap=1.5)
+        return cls(drawn_arrays(1, 5, 3)), cls(drawn_arrays(1, 4, 3), logits_soft_cap=1.5)
 
     @property
     def positive(self) -> bool:
@@ -102,9 +102,31 @@ class Anchors(FeatureMap):
         cap = self.logits_soft_cap
         return scores if cap is None else cap * jnp.tanh(scores / cap)
 
+    def placed(self, query: np.ndarray, key: np.ndarray, draw: np.random.Generator) -> FeatureMap:
+        """Return anchors that are as many of the keys, far from one another."""
+        return dataclasses.replace(self, points=_spread("anchors", _pooled(key, self.points), self.points, draw))
+
     def error_bound(self, norm: float) -> float:
         """Return infinity: the points are not made for all keys."""
         return math.inf
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class NormalizedAnchors(Anchors):
+    """Attention to the anchors: ``phi(x) = softmax_j(cap(x . c_j))``, features that add up to 1 for every query.
+
+    What ``mass="relative"`` wants: for keys that stand still, ``phi(q) Z`` trains as values of a prefix do.
+    """
+
+    name: ClassVar[str] = "normalized_anchors"
+
+    def per_head(self, x: Float[Array, "*batch N T H"]) -> tuple[Float[Array, "*batch N T R"], Array | None]:
+        """Return the probabilities, which need no unit."""
+        return self(x), None
+
+    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
+        """Return the probabilities; x as :class:`Anchors` takes it."""
+        return jax.nn.softmax(self._scores(x), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -130,7 +152,7 @@ class Nearest(FeatureMap):
     @classmethod
     def examples(cls) -> tuple[FeatureMap, ...]:
         """Return centroids of three entries, one head's."""
-        return (cls(_drawn(1, 5, 3)),)
+        return (cls(drawn_arrays(1, 5, 3)),)
 
     @property
     def positive(self) -> bool:
@@ -150,6 +172,17 @@ class Nearest(FeatureMap):
         x, centroids = jax.lax.stop_gradient((x, self.centroids.astype(x.dtype)))
         scores = _by_head("centroids", centroids, x, -jnp.sum(centroids**2, axis=-1) / 2)
         return jax.nn.one_hot(jnp.argmax(scores, axis=-1), self.dim(x.shape[-1]), dtype=x.dtype)
+
+    def placed(self, query: np.ndarray, key: np.ndarray, draw: np.random.Generator) -> FeatureMap:
+        """Return the centers of the queries' clusters (Lloyd's algorithm, 20 turns)."""
+        points = _pooled(query, self.centroids)
+        centers = np.array(_spread("centroids", points, self.centroids, draw), np.float64)
+        for _ in range(20):
+            for own, vectors in zip(centers, points, strict=True):
+                nearest = np.argmax(vectors @ own.T - np.sum(own**2, axis=1) / 2, axis=1)
+                for j in np.unique(nearest):
+                    own[j] = vectors[nearest == j].mean(axis=0)
+        return dataclasses.replace(self, centroids=jnp.asarray(centers, self.centroids.dtype))
 
     def error_bound(self, norm: float) -> float:
         """Return infinity: there is no bound."""
@@ -178,7 +211,7 @@ class Projected(FeatureMap):
     @classmethod
     def examples(cls) -> tuple[FeatureMap, ...]:
         """Return maps with and without arrays, on two of three directions."""
-        return cls(Taylor(3), _drawn(1, 2, 3)), cls(Anchors(_drawn(1, 4, 2)), _drawn(1, 2, 3))
+        return cls(Taylor(3), drawn_arrays(1, 2, 3)), cls(Anchors(drawn_arrays(1, 4, 2)), drawn_arrays(1, 2, 3))
 
     @property
     def positive(self) -> bool:
@@ -201,6 +234,22 @@ class Projected(FeatureMap):
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
         """Return ``inner(D x)``; x is [*batch, N, T, H], or [*batch, H] for directions of K = 1."""
         return self.inner(_by_head("directions", self.directions, x))
+
+    def placed(self, query: np.ndarray, key: np.ndarray, draw: np.random.Generator) -> FeatureMap:
+        """Return the map on the principal directions of the queries, the inner map placed there."""
+        heads, rank, head_dim = self.directions.shape
+        if rank > head_dim:
+            raise expected("rank", f"at most {head_dim} directions of a head", rank)
+        points = _pooled(query, self.directions)
+        _, vectors = np.linalg.eigh(np.swapaxes(points, 1, 2) @ points)
+        directions = np.swapaxes(vectors[..., : -rank - 1 : -1], 1, 2)  # [K, rank, H], the largest first
+
+        def on_them(x: np.ndarray) -> np.ndarray:
+            own = directions if heads == len(x) else directions[np.arange(len(x)) * heads // len(x)]
+            return x @ np.swapaxes(own, 1, 2)
+
+        inner = self.inner.placed(on_them(query), on_them(key), draw)
+        return Projected(inner, jnp.asarray(directions, self.directions.dtype))
 
     def error_bound(self, norm: float) -> float:
         """Return infinity: nothing is known of the other directions."""
@@ -232,7 +281,7 @@ class Concatenated(FeatureMap):
     @classmethod
     def examples(cls) -> tuple[FeatureMap, ...]:
         """Return maps with a unit and without one."""
-        return cls((Elu1(), Taylor(2))), cls((Anchors(_drawn(1, 4, 3)), Elu1()))
+        return cls((Elu1(), Taylor(2))), cls((Anchors(drawn_arrays(1, 4, 3)), Elu1()))
 
     @property
     def positive(self) -> bool:
@@ -263,6 +312,10 @@ class Concatenated(FeatureMap):
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
         """Return all features; x as every map takes it."""
         return jnp.concatenate([phi(x) for phi in self.maps], axis=-1)
+
+    def placed(self, query: np.ndarray, key: np.ndarray, draw: np.random.Generator) -> FeatureMap:
+        """Return the maps, each placed."""
+        return Concatenated(tuple(phi.placed(query, key, draw) for phi in self.maps))
 
     def error_bound(self, norm: float) -> float:
         """Return infinity: a sum of kernels is near exp only for weights that are fitted."""
@@ -314,6 +367,39 @@ def _check_maps(name: str, maps: tuple[object, ...]) -> None:
             raise expected(name, "feature maps", repr(phi), "Make one with ntk_prefix.feature_map(name, ...)")
 
 
-def _drawn(*shape: int) -> Array:
-    """Return an example's array."""
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape))
+def _pooled(x: np.ndarray, own: Array) -> np.ndarray:
+    """Return the vectors that each of a map's own heads is for: [n, M, H] -> [K, ., H]."""
+    heads = len(own)
+    if len(x) % heads and heads % len(x):
+        raise expected("heads", f"a divisor or a multiple of {len(x)}", heads)
+    return np.repeat(x, heads // len(x), axis=0) if heads > len(x) else x.reshape(heads, -1, x.shape[-1])
+
+
+def _spread(name: str, points: np.ndarray, own: Array, draw: np.random.Generator) -> Array:
+    """Return R of each head's vectors [K, M, H], each drawn in proportion to its squared distance from those before it.
+
+    Source: Arthur and Vassilvitskii, k-means++ (2007).
+    """
+    heads, count, size = len(points), own.shape[-2], points.shape[-1]
+    if points.shape[1] < count:
+        raise expected(name, f"at least {count} vectors to choose {count} of", points.shape[1], "Give more tokens")
+    distance, taken = np.full(points.shape[:2], np.inf), np.empty((heads, count, size))
+    for j in range(count):
+        weights = np.ones_like(distance) if j == 0 else distance
+        # where all that is left are copies, any of them
+        total = np.cumsum(np.where(weights.sum(axis=1, keepdims=True) > 0, weights, 1), axis=1)
+        chosen = np.argmax(total > draw.random((heads, 1)) * total[:, -1:], axis=1)
+        taken[:, j] = points[np.arange(heads), chosen]
+        distance = np.minimum(distance, np.sum((points - taken[:, j, None]) ** 2, axis=-1))
+    return jnp.asarray(taken, own.dtype)
+
+
+def drawn_arrays(heads: int, features: int, head_dim: int) -> Array:
+    """Return numbers of a shape, the same every time: arrays of an example, and of a map that is yet to get its own.
+
+    Raises:
+        UsageError: more features than a state can have.
+    """
+    if features > LARGEST_DIM:
+        raise expected("features", f"at most {LARGEST_DIM:,} features", features)
+    return jnp.asarray(np.random.default_rng(0).standard_normal((heads, features, head_dim)), jnp.float32)

@@ -25,6 +25,7 @@ from ntk_prefix.peft.methods import *  # noqa: F403  a new method needs no line 
 from ntk_prefix.peft.methods import METHODS, PRESETS
 from ntk_prefix.peft.record import LayerRecord, record
 from ntk_prefix.peft.sites import attention_fn
+from ntk_prefix.peft.states import apply_states
 
 __all__ = [
     "METHODS",
@@ -35,6 +36,7 @@ __all__ = [
     "activate",
     "active_adapter",
     "apply",
+    "apply_states",
     "attention_fn",
     "configs",
     "delete_adapter",

@@ -24,7 +24,8 @@ __all__ = ["CONFIG", "Names", "from_fields", "to_fields"]
 
 THEIRS = {kind.peft_type: kind for kind in METHODS.values() if kind.peft_type}
 
-Methods = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=16)]
+Methods = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=1024)]
+"""Several act together, and layers may each have a state of another size."""
 
 
 def to_fields(

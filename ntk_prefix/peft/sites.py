@@ -129,8 +129,8 @@ def released(model: Any) -> None:
 
 
 def attention_fn(
-    z: Float[Array, "N R H"],
-    k: Float[Array, "N R"],
+    z: Float[Array, "J R H"],
+    k: Float[Array, "J R"],
     *,
     feature_map: str | FeatureMap = "elu1",
     mass: Literal["absolute", "relative"] = "absolute",

@@ -140,7 +140,7 @@ CLAIM = Claim(
     "Taylor features of degree g; raw elu1 sums do not approximate, a least-squares fit of the same size does better",
     proof="11",
     computed_by=("feature_maps.Taylor.error_bound", "feature_maps.attention_error_bound"),
-    source="bound derived (ntk_prefix/feature_maps.py); the theorem it stands beside is arXiv 2406.14036, recalled",
+    source="bound derived (ntk_prefix/feature_maps/base.py); the theorem it stands beside is arXiv 2406.14036, recalled",
     measure=_measure,
     controls=(
         Control(

@@ -24,14 +24,15 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix.attention import LowRank, ntk_attention, softmax_attention
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from ntk_prefix.feature_maps import FeatureMap, feature_map
+from ntk_prefix.feature_maps.described import array_names, described, placed, template
 from ntk_prefix.models.attention import AttentionCore, AttentionOptions
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Calibration, Host, stacked
 from ntk_prefix.peft.methods.lora import LoraConfig
 from ntk_prefix.peft.methods.prefix_tuning import host_core
 from ntk_prefix.peft.record import LayerRecord
-from ntk_prefix.peft.sites import attention_site
+from ntk_prefix.peft.sites import AttentionSite, attention_site
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.typing import Array, Float
 
@@ -47,12 +48,13 @@ has 215: no float32 state of absolute mass can move what most of its tokens see.
 
 
 class Measured(NamedTuple):
-    """Of one layer: the coordinates to train in and the state to start from; None for what is not asked for."""
+    """Of one layer: the map, the coordinates to train in and the state to start from; None for what is not asked for."""
 
-    basis: Float[Array, "N R R"] | None
-    unit: Float[Array, "N"] | None
-    z: Float[Array, "N R H"] | None
-    k: Float[Array, "N R"] | None
+    basis: Float[Array, "J R R"] | None = None
+    unit: Float[Array, "J"] | None = None
+    z: Float[Array, "J R H"] | None = None
+    k: Float[Array, "J R"] | None = None
+    phi: FeatureMap | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,12 @@ class NTKAttentionConfig(AdapterConfig):
 
     Args:
         target: which attention layers.
-        feature_map: name of the map, see :func:`ntk_prefix.feature_map`.
-        feature_map_options: its options, as pairs, such as ``(("degree", 2),)``.
+        feature_map: name of the map, see :func:`ntk_prefix.feature_map`; also of one with arrays, such as "anchors", and of
+            several, "anchors+elu1", see :mod:`ntk_prefix.feature_maps.described`. Arrays are chosen on the calibration
+            batch, for each layer its own: anchors are some of its keys.
+        feature_map_options: its options, as pairs, such as ``(("degree", 2),)`` or ``(("features", 32),)``.
+        train_map: train the map's arrays too.
+        grouped: one state for all query heads of a group, ``K (R H + R)`` weights a layer.
         rank: of Z, ``rank (R + H) + R`` weights a head; None is full.
         mass: "absolute", the published form, or "relative", see :func:`ntk_prefix.ntk_attention`.
         whiten: train in coordinates in which features are white and the output's unit is the head's own; needs a
@@ -70,6 +76,8 @@ class NTKAttentionConfig(AdapterConfig):
         train_k: False leaves the denominator alone, k = 0.
         init: "zero" is the frozen model; "from_prefix" the state fitted to a prefix, the first sequence of the
             calibration batch, on the queries of the others, of all if those are few (mass "absolute" only).
+        given: the numbers come from a file, or from :func:`ntk_prefix.peft.apply_states`: nothing is measured, and k is
+            taken as it is, beside a map with negative features too.
 
     Source: arXiv 2406.14036 for the published form; the coordinates and the relative mass are ours.
     """
@@ -84,14 +92,32 @@ class NTKAttentionConfig(AdapterConfig):
     whiten: bool = False
     train_k: bool = True
     init: Literal["zero", "from_prefix"] = "zero"
+    train_map: bool = False
+    grouped: bool = False
+    given: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing together."""
         super().__post_init__()
         phi = self.phi
+        if jax.tree.leaves(phi) and isinstance(self.feature_map, FeatureMap):
+            raise expected(
+                "feature_map",
+                "the name of a map whose arrays are measured, or a map without arrays",
+                phi,
+                "peft.apply_states puts states with such a map on a model",
+            )
+        if self.train_map and not jax.tree.leaves(phi):
+            raise expected("train_map", "False for a map without arrays", f"True beside {phi}")
+        if self.given and (self.whiten or self.init != "zero"):
+            raise expected("given", 'False with whiten=True or init="from_prefix", which measure', True)
+        if self.grouped and self.init == "from_prefix":
+            raise expected(
+                "grouped", 'False with init="from_prefix"', True, "PrefixState.fit and peft.apply_states do it"
+            )
         if self.rank is not None and self.rank < 1:
             raise expected("rank", "at least 1, or None for a full Z", self.rank)
-        if self.train_k and not phi.positive:
+        if self.train_k and not phi.positive and not self.given:
             raise expected("feature_map", "a positive map with train_k=True", phi, "Set train_k=False")
         if self.init == "from_prefix" and (self.mass != "absolute" or self.whiten or self.rank is not None):
             raise expected(
@@ -103,13 +129,19 @@ class NTKAttentionConfig(AdapterConfig):
 
     @property
     def phi(self) -> FeatureMap:
-        """The feature map itself."""
-        return feature_map(self.feature_map, **dict(self.feature_map_options))
+        """The feature map itself; of arrays it has, only the number of features is that of a layer's map."""
+        return self.map_of(1, 1)
+
+    def map_of(self, heads: int, head_dim: int) -> FeatureMap:
+        """Return the feature map of a layer of K such heads, its arrays yet to be measured or loaded."""
+        if isinstance(self.feature_map, FeatureMap):
+            return feature_map(self.feature_map, **dict(self.feature_map_options))
+        return template(self.feature_map, self.feature_map_options, heads, head_dim)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether :func:`ntk_prefix.peft.apply` wants a calibration batch."""
-        return self.whiten or self.init == "from_prefix"
+        return self.whiten or self.init == "from_prefix" or (not self.given and bool(jax.tree.leaves(self.phi)))
 
     @classmethod
     def presets(cls) -> dict[str, tuple[AdapterConfig, ...]]:
@@ -123,16 +155,21 @@ class NTKAttentionConfig(AdapterConfig):
         Raises:
             ValueError: the feature map is an object that no name and no options stand for.
         """
-        name, options = _named(self.phi) if isinstance(self.feature_map, FeatureMap) else (
-            self.feature_map, self.feature_map_options
-        )  # fmt: skip
-        return dataclasses.replace(self, whiten=False, init="zero", feature_map=name, feature_map_options=options)
+        is_map = isinstance(self.feature_map, FeatureMap)
+        name, options = described(self.phi) if is_map else (self.feature_map, self.feature_map_options)
+        given = self.given or bool(jax.tree.leaves(self.phi))
+        return dataclasses.replace(
+            self, whiten=False, init="zero", feature_map=name, feature_map_options=options, given=given
+        )
 
     def measure(self, seen: LayerRecord) -> Measured:
         """Return what this method wants to know of a layer of the frozen model."""
-        basis, unit = _coordinates(seen, self.phi, self.mass) if self.whiten else (None, None)
-        z, k = _state_of_first_sequence(seen, self.phi) if self.init == "from_prefix" else (None, None)
-        return Measured(basis, unit, z, k)
+        phi = self.map_of(seen.key.shape[2], seen.key.shape[3])
+        if jax.tree.leaves(phi):
+            phi = _placed(phi, seen)
+        basis, unit = _coordinates(seen, phi, self.mass, self.grouped) if self.whiten else (None, None)
+        z, k = _state_of_first_sequence(seen, phi) if self.init == "from_prefix" else (None, None)
+        return Measured(basis, unit, z, k, phi)
 
     def hosts(self, module: nnx.Module) -> bool:
         """Attention layers."""
@@ -142,7 +179,7 @@ class NTKAttentionConfig(AdapterConfig):
         """Replace the layer's core, or add to the one that is there."""
         site = attention_site(module)
         assert site is not None
-        host_core(site, StateCore).add(name, State(site.num_heads, site.head_dim, self, rngs=rngs, measured=measured))
+        host_core(site, StateCore).add(name, State(site, self, rngs=rngs, measured=measured))
         return module
 
 
@@ -164,55 +201,36 @@ class PrefixTuningPlusConfig(NTKAttentionConfig):
         return {cls.method: (cls(),)}
 
 
-def _named(phi: FeatureMap) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """Return the name and the options that make a map equal to this one.
-
-    Raises:
-        ValueError: there are none.
-    """
-    name = getattr(phi, "name", None)
-    options = tuple(dataclasses.asdict(phi).items()) if dataclasses.is_dataclass(phi) else ()
-    try:
-        if isinstance(name, str) and feature_map(name, **dict(options)) == phi:
-            return name, options
-    except (UsageError, TypeError):
-        pass
-    raise expected(
-        "feature_map",
-        "a map that a file can name",
-        f"{phi!r}, which another process does not know",
-        "The adapter stays on the model: keep its weights in a checkpoint, or build the map "
-        "into ntk_prefix.feature_maps",
-    )
-
-
 class State(Adapter):
     """The trained z', k' of one layer and the fixed coordinates they are given in."""
 
     def __init__(
         self,
-        heads: int,
-        head_dim: int,
+        site: AttentionSite,
         config: NTKAttentionConfig,
         *,
         rngs: nnx.Rngs,
         measured: Measured | None = None,
     ):
-        self.phi, self.mass = config.phi, config.mass
-        features = self.phi.affordable_dim(head_dim)
         if config.needs_calibration and measured is None:
             raise expected(
                 "calibration",
-                "a batch for whiten=True or init='from_prefix'",
+                "a batch for whiten=True, init='from_prefix' or a map with arrays",
                 "none",
                 "Give apply(..., calibration=...)",
             )
-        basis, unit, z, k = measured or Measured(None, None, None, None)
+        basis, unit, z, k, phi = measured or Measured()
+        phi = config.map_of(site.num_key_heads, site.head_dim) if phi is None else phi
+        phi.check(site.num_heads, site.head_dim)
+        self.mass = config.mass
+        self._set_map(phi, AdapterParam if config.train_map else Calibration)
+        heads = site.num_key_heads if config.grouped else site.num_heads
+        features, head_dim = phi.affordable_dim(site.head_dim), site.head_dim
         self.basis: Any = None if basis is None else Calibration(basis)
         self.unit: Any = None if unit is None else Calibration(unit)
         z = jnp.zeros((heads, features, head_dim)) if z is None else z
         k = jnp.zeros((heads, features)) if k is None else k
-        self.k = AdapterParam(k, non_negative=True) if config.train_k else None
+        self.k = AdapterParam(k, non_negative=phi.positive) if config.train_k else None
         if config.rank is None:
             self.z = AdapterParam(z)
         else:
@@ -222,11 +240,32 @@ class State(Adapter):
             self.z_left = AdapterParam(left)
             self.z_right = AdapterParam(jnp.zeros((heads, config.rank, head_dim)))
 
+    def _set_map(self, phi: FeatureMap, kind: type[nnx.Variable]) -> None:
+        """Keep a map: its arrays as variables, by their place in it, and its settings."""
+        leaves, self._settings = jax.tree.flatten(phi)
+        self._arrays = array_names(phi)
+        for name, leaf in zip(self._arrays, leaves, strict=True):
+            setattr(self, name, kind(leaf))
+
+    @property
+    def phi(self) -> FeatureMap:
+        """The feature map, with the arrays as they are now."""
+        return jax.tree.unflatten(self._settings, [vars(self)[name][...] for name in self._arrays])
+
+    def take(self, state: PrefixState) -> None:
+        """Become this state, of the shapes that there are."""
+        of_map = dict(zip(self._arrays, jax.tree.leaves(state.feature_map), strict=True))
+        z = {"z_left": state.z.left, "z_right": state.z.right} if isinstance(state.z, LowRank) else {"z": state.z}
+        for name, value in ({"k": state.k} | z | of_map).items():
+            variable = vars(self)[name]
+            variable[...] = jnp.asarray(value, variable.dtype)
+
     def file_values(self) -> dict[str, Array]:
         """Return the state in the published coordinates."""
         z, k = self.state()
         effective = {"z_left": z.left, "z_right": z.right} if isinstance(z, LowRank) else {"z": z}
-        return effective if self.k is None else {**effective, "k": k}
+        arrays = {name: vars(self)[name][...] for name in self._arrays}
+        return effective | arrays if self.k is None else {**effective, "k": k, **arrays}
 
     def settle(self) -> None:
         """Multiply the coordinates in."""
@@ -240,7 +279,7 @@ class State(Adapter):
         self.basis = self.unit = None
 
     def state(self) -> tuple[Array | LowRank, Array]:
-        """Return z [N, R, H] (or a low-rank pair) and k [N, R], as attention takes them."""
+        """Return z [J, R, H] (or a low-rank pair) and k [J, R], as attention takes them."""
         z = LowRank(self.z_left[...], self.z_right[...]) if hasattr(self, "z_left") else self.z[...]
         heads, features = (z.left if isinstance(z, LowRank) else z).shape[:2]
         k = jnp.zeros((heads, features)) if self.k is None else self.k[...]
@@ -283,42 +322,63 @@ class StateCore(Host, AttentionCore):
         assert self.rows is not None
         rows = self.rows
         hosted: list[Any] = [self.adapters[name] for name in self.names]
-        kinds = {(state.phi, state.mass) for state in hosted}
+        kinds = {(state._settings, state.mass): f"{state.phi}, {state.mass}" for state in hosted}
         if len(kinds) > 1:
             raise expected(
-                "names", "adapters of one feature map and one mass in a mixed batch", kinds, "Train them alike"
+                "names",
+                "adapters of one feature map and one mass in a mixed batch",
+                sorted(kinds.values()),
+                "Train them alike",
             )
         z, k = (stacked(list(part), rows) for part in zip(*(state.state() for state in hosted), strict=True))
+        phis = stacked([state.phi for state in hosted], rows)
 
         # what there is of each row goes with it, the rest is one for all
         whole: dict[str, Any] = dict(options)
         own = {name: whole.pop(name) for name in ("mask", "bias") if whole.get(name) is not None}
         own = {name: jnp.broadcast_to(x, (query.shape[0], *x.shape[1:])) for name, x in own.items()}
 
-        def one(query: Array, key: Array, value: Array, own: dict[str, Array], z: Any, k: Array) -> Array:
+        def one(query: Array, key: Array, value: Array, own: dict[str, Array], z: Any, k: Array, phi: Any) -> Array:
             row: dict[str, Any] = {name: x[None] for name, x in own.items()}
-            phi, mass = hosted[0].phi, hosted[0].mass
             return ntk_attention(
-                query[None], key[None], value[None], z, k, feature_map=phi, mass=mass, **whole, **row
+                query[None], key[None], value[None], z, k, feature_map=phi, mass=hosted[0].mass, **whole, **row
             )[0]  # fmt: skip
 
-        return jax.vmap(one)(query, key, value, own, z, k)
+        return jax.vmap(one)(query, key, value, own, z, k, phis)
 
 
-def _coordinates(seen: LayerRecord, phi: FeatureMap, mass: str) -> tuple[Float[Array, "N R R"], Float[Array, "N"]]:
+def _placed(phi: FeatureMap, seen: LayerRecord) -> FeatureMap:
+    """Return the map with arrays chosen for what a layer sees on the calibration batch."""
+    tokens, root = np.asarray(seen.seen), seen.scale**0.5
+    query, key = (np.asarray(x, np.float64)[tokens].swapaxes(0, 1) * root for x in (seen.query, seen.key))
+    return placed(phi, query, key)
+
+
+def _coordinates(
+    seen: LayerRecord, phi: FeatureMap, mass: str, grouped: bool
+) -> tuple[Float[Array, "J R R"], Float[Array, "J"]]:
     """Return ``basis = rms(o) E[phi phi^T]^{-1/2}`` and ``unit = 1 / E[phi . 1]``, both times the head's mass.
 
     The mass of a head is 1 if it is relative, else the median of ``e^{lse}`` over its tokens, or 0 where float32
-    could not hold a state of that size: such a head stays as it is.
+    could not hold a state of that size: such a head stays as it is. Heads of a group that share a state are one head
+    that sees the queries of all.
     """
-    scaled = seen.query.astype(jnp.float32) * seen.scale**0.5
-    tokens = np.asarray(seen.seen)
-    features = np.asarray(phi(scaled), np.float64)[tokens]  # [tokens, N, R]
+    tokens, heads = np.asarray(seen.seen), seen.key.shape[2] if grouped else seen.query.shape[2]
+
+    def by_head(x: Array) -> np.ndarray:  # [B, T, N, ...] -> [tokens of all heads of a state, J, ...]
+        rows = np.asarray(x, np.float64)[tokens]
+        rows = rows.reshape(len(rows), heads, -1, *rows.shape[2:])
+        return np.moveaxis(rows, 2, 1).reshape(-1, heads, *rows.shape[3:])
+
+    scaled = jnp.swapaxes(seen.query.astype(jnp.float32) * seen.scale**0.5, 1, 2)
+    features = by_head(jnp.swapaxes(phi(scaled), 1, 2))
+    if not np.isfinite(features).all():
+        raise expected("whiten", "features that float32 holds", f"{phi.name} beyond it", "Take normalized_anchors")
     moments = np.einsum("qnr,qns->nrs", features, features) / len(features)
     eigenvalues, vectors = np.linalg.eigh(moments)
     inverse_root = 1 / np.sqrt(eigenvalues + RIDGE * eigenvalues[:, -1:])
-    size = np.sqrt(np.mean(np.asarray(seen.output, np.float64)[tokens] ** 2, axis=(0, 2)))  # [N]
-    log_mass = 0 * size if mass == "relative" else np.median(np.asarray(seen.log_mass())[tokens], axis=0)
+    size = np.sqrt(np.mean(by_head(seen.output) ** 2, axis=(0, 2)))  # [J]
+    log_mass = 0 * size if mass == "relative" else np.median(by_head(seen.log_mass()), axis=0)
     own = np.exp(np.where(log_mass < LARGEST_LOG_MASS, log_mass, -np.inf))
     basis = (size * own)[:, None, None] * np.einsum("nrs,ns,nts->nrt", vectors, inverse_root, vectors)
     unit = own / np.abs(features.sum(axis=2)).mean(axis=0)
