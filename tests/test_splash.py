@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntk_prefix import flash, sharding
 from ntk_prefix.attention import attention_with_lse, ntk_attention, prefix_attention, softmax_attention
+from ntk_prefix.feature_maps import Anchors
 from tests.bench.compile_attention import ENVIRONMENT
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 64
@@ -96,7 +97,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("x64", [False], indirect=True)
     def test_windows_and_a_soft_cap_through_two_layers(self, x64):
-        """Two blocks, a state that all see; without the cap (the control) this fails."""
+        """Two blocks, a state of anchors that both heads share and all see; without the cap (the control) this fails."""
 
         def loss(implementation, a, cap=2.0):
             options = dict(
@@ -107,6 +108,7 @@ class TestInterpreted:
             return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(3 * lse)), (y, lse)
 
         a = arrays(1, 200, 200, heads=2, key_heads=1)
+        a |= {"z": a["z"][:1, :9], "k": a["k"][:1, :9], "feature_map": Anchors.of_keys(a["key"][0, :9])}
         got, wanted = grads(loss, "splash", a), grads(loss, "reference", a)
         assert worst(got, wanted) <= 1e-5
         assert worst(grads(functools.partial(loss, cap=None), "reference", a)[0], wanted[0]) > 0.1

@@ -261,7 +261,7 @@ class Concatenated(FeatureMap):
     """The features of several maps, side by side: their kernels are added.
 
     Numerics: all features of a row are in the largest of the maps' units, 1 for a map without one; beside an anchor whose
-    score is above 80 (float32), features of size 1 are 0, as far as they are from counting beside it.
+    score is above 80 (float32), features of size 1 are 0, also where that anchor's own z and k are.
 
     Args:
         maps: at least one, in the order of z's and k's features.

@@ -126,6 +126,11 @@ class AdapterConfig:
         """Whether :func:`ntk_prefix.peft.apply` wants a calibration batch."""
         return False
 
+    @property
+    def calibration_tokens(self) -> int:
+        """How many tokens a calibration batch has to have for :meth:`measure`."""
+        return 1
+
     def measure(self, seen: Any) -> Any:
         """Return what the method wants to know of an attention layer of the frozen model, a ``LayerRecord``."""
         return None

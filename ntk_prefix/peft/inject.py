@@ -114,7 +114,7 @@ def _measure(model: Any, chosen: Sequence[AdapterConfig], calibration: Mapping[s
                 assert layer is not None
                 key = (i, layer.num_heads, layer.num_key_heads, layer.head_dim)
                 if key not in alike:
-                    alike[key] = chosen[i].measure(stand_in(layer))
+                    alike[key] = chosen[i].measure(stand_in(layer, chosen[i].calibration_tokens))
                 measured[i, path] = alike[key]
         return measured
 

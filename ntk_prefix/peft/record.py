@@ -95,13 +95,15 @@ class _Recorder(AttentionCore):
         return output
 
 
-def stand_in(layer: AttentionSite) -> LayerRecord:
-    """Return a record of made-up numbers with a layer's heads: of what is measured on it, the shapes are right.
+def stand_in(layer: AttentionSite, least: int = 1) -> LayerRecord:
+    """Return a record of made-up numbers with a layer's heads, of so many tokens at least.
+
+    Of what is measured on it, the shapes are right.
 
     The numbers are there even while a program is traced, for a method measures with NumPy.
     """
     with jax.ensure_compile_time_eval():
-        rows, tokens, dim = 2, 8, layer.head_dim
+        rows, tokens, dim = 2, max(8, -(-least // 2)), layer.head_dim
         heads = {"query": layer.num_heads, "key": layer.num_key_heads, "value": layer.num_key_heads}
         draw = np.random.default_rng(0)
         made = {name: jnp.asarray(draw.normal(size=(rows, tokens, n, dim)), jnp.float32) for name, n in heads.items()}

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from ntk_prefix import peft
+from ntk_prefix import models, peft
 from ntk_prefix.attention import LowRank
 from ntk_prefix.feature_maps import Anchors, Concatenated, Elu1, Nearest, NormalizedAnchors, Projected, Taylor
 from ntk_prefix.feature_maps.described import array_names, described, placed, template
@@ -132,6 +132,21 @@ class TestApplyStates:
             np.testing.assert_allclose(output[b], alone["ab"[row] if row >= 0 else None][b], atol=2e-6)
 
 
+def test_a_decoder_generates_what_its_states_say_window_and_cache_or_not():
+    """Three greedy tokens, with a cache, are the first choices of one pass over them all; without the states, others."""
+    config = models.LlamaConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=16, vocab_size=50,
+        hidden_act="silu", tie_word_embeddings=False, sliding_window=3,
+    )  # fmt: skip
+    model, prompt = models.Llama(config, rngs=nnx.Rngs(0)), jnp.arange(10).reshape(2, 5)
+    before = models.generate(model, prompt, max_new_tokens=3)
+    peft.apply_states(model, {layer: state(MAPS["anchors and elu1"], seed=layer) for layer in range(2)})
+    after = models.generate(model, prompt, max_new_tokens=3)
+    logits = model(jnp.concatenate([prompt, after[:, :-1]], axis=1)).logits
+    np.testing.assert_array_equal(after, jnp.argmax(logits[:, 4:], axis=-1))
+    assert np.any(after != before)
+
+
 class TestMeasuredMaps:
     def test_anchors_are_keys_of_the_calibration_batch_and_start_at_the_frozen_model(self):
         model = put(tiny(), ANCHORS)
@@ -213,6 +228,13 @@ class TestMeasuredMaps:
     def test_settings_that_mean_nothing_are_refused(self, change, message, without_annotations):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(ANCHORS, **change)
+
+    def test_shapes_are_known_without_a_batch_of_numbers(self):
+        """As ``train.plan`` asks for them."""
+        config = dataclasses.replace(ANCHORS, feature_map_options=(("features", 40),))
+        shape = jax.ShapeDtypeStruct(inputs()[0].shape, jnp.float32)
+        model = nnx.eval_shape(lambda: peft.apply(tiny(), config, calibration={"x": shape}))
+        assert hosted(model, 1).points.shape == (KEY_HEADS, 40, HEAD_DIM)
 
     def test_fewer_tokens_than_anchors_are_refused_by_layer(self):
         config = dataclasses.replace(ANCHORS, feature_map_options=(("features", 60),))

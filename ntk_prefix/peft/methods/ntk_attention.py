@@ -143,6 +143,12 @@ class NTKAttentionConfig(AdapterConfig):
         """Whether :func:`ntk_prefix.peft.apply` wants a calibration batch."""
         return self.whiten or self.init == "from_prefix" or (not self.given and bool(jax.tree.leaves(self.phi)))
 
+    @property
+    def calibration_tokens(self) -> int:
+        """As many as the map has arrays' features to choose."""
+        phi = self.phi
+        return phi.dim(1) if jax.tree.leaves(phi) else 1
+
     @classmethod
     def presets(cls) -> dict[str, tuple[AdapterConfig, ...]]:
         """Return the coordinates that train well, the published ones, and the former beside LoRA."""
