@@ -124,6 +124,14 @@ class FeatureMap(abc.ABC):
             raise expected("feature_map", "a map that chooses its own arrays", f"{self!r}", "Give it a method placed")
         return self
 
+    def padded(self, features: int) -> FeatureMap:
+        """Return the map with so many features, of which those beyond its own change nothing where z and k are 0.
+
+        Raises:
+            UsageError: this map has no such features.
+        """
+        raise expected(f"{self}", "a map that can be given further features", f"{features} wanted")
+
     def affordable_dim(self, head_dim: int) -> int:
         """Return :meth:`dim`, for whoever is about to make that many features.
 

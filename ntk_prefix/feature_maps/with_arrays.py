@@ -106,6 +106,10 @@ class Anchors(FeatureMap):
         """Return anchors that are as many of the keys, far from one another."""
         return dataclasses.replace(self, points=_spread("anchors", _pooled(key, self.points), self.points, draw))
 
+    def padded(self, features: int) -> FeatureMap:
+        """Return the anchors with the last of them several times."""
+        return dataclasses.replace(self, points=_repeated_last(self.points, features))
+
     def error_bound(self, norm: float) -> float:
         """Return infinity: the points are not made for all keys."""
         return math.inf
@@ -127,6 +131,10 @@ class NormalizedAnchors(Anchors):
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
         """Return the probabilities; x as :class:`Anchors` takes it."""
         return jax.nn.softmax(self._scores(x), axis=-1)
+
+    def padded(self, features: int) -> FeatureMap:
+        """Refuse it: one more anchor takes its part of the probability."""
+        return FeatureMap.padded(self, features)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -183,6 +191,10 @@ class Nearest(FeatureMap):
                 for j in np.unique(nearest):
                     own[j] = vectors[nearest == j].mean(axis=0)
         return dataclasses.replace(self, centroids=jnp.asarray(centers, self.centroids.dtype))
+
+    def padded(self, features: int) -> FeatureMap:
+        """Return the centroids with the last of them several times; of equal ones the first is the nearest."""
+        return dataclasses.replace(self, centroids=_repeated_last(self.centroids, features))
 
     def error_bound(self, norm: float) -> float:
         """Return infinity: there is no bound."""
@@ -337,6 +349,10 @@ def _by_head(name: str, weights: Array, x: Array, offset: Array | None = None) -
     result = jnp.einsum("bkth,krh->bktr", grouped, weights)
     result = result if offset is None else result + offset[None, :, None]
     return result.reshape(*batch, heads, length, features)
+
+
+def _repeated_last(array: Array, features: int) -> Array:
+    return jnp.pad(array, ((0, 0), (0, features - array.shape[1]), (0, 0)), mode="edge")
 
 
 def _check_fits(name: str, array: Array, heads: int, head_dim: int) -> None:

@@ -116,7 +116,8 @@ class TestApplyStates:
         assert not peft.configs(model)
 
     def test_rows_of_a_batch_each_have_their_own_points(self):
-        phis = [Anchors(drawn(KEY_HEADS, 3, HEAD_DIM, seed=seed)) for seed in (4, 5)]
+        """And as many as their adapter has."""
+        phis = [Anchors(drawn(KEY_HEADS, 2 * seed, HEAD_DIM, seed=seed)) for seed in (1, 2)]
         model = tiny()
         for name, phi in zip("ab", phis, strict=True):
             peft.apply_states(model, {0: state(phi), 1: state(phi, seed=2)}, name=name)
@@ -130,21 +131,33 @@ class TestApplyStates:
             output = model(x, mask)
         for b, row in enumerate(rows):
             np.testing.assert_allclose(output[b], alone["ab"[row] if row >= 0 else None][b], atol=2e-6)
+        assert np.max(np.abs(output - alone["a"])) > 1e-3
+
+    def test_rows_of_maps_that_have_no_idle_features_are_refused(self):
+        model = tiny()
+        for name, size in (("a", 2), ("b", 3)):
+            phi = NormalizedAnchors(drawn(KEY_HEADS, size, HEAD_DIM))
+            peft.apply_states(model, {0: state(phi)}, name=name)
+        with (
+            peft.mixed(model, jnp.asarray([0, 1, 0, 1, 0, 1, 0, 1]), ["a", "b"]),
+            pytest.raises(ValueError, match=r"NormalizedAnchors.*: expected a map that can be given further features"),
+        ):
+            model(*inputs())
 
 
 def test_a_decoder_generates_what_its_states_say_window_and_cache_or_not():
     """Three greedy tokens, with a cache, are the first choices of one pass over them all; without the states, others."""
     config = models.LlamaConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=16, vocab_size=50,
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=16, vocab_size=50,
         hidden_act="silu", tie_word_embeddings=False, sliding_window=3,
     )  # fmt: skip
     model, prompt = models.Llama(config, rngs=nnx.Rngs(0)), jnp.arange(10).reshape(2, 5)
-    before = models.generate(model, prompt, max_new_tokens=3)
-    peft.apply_states(model, {layer: state(MAPS["anchors and elu1"], seed=layer) for layer in range(2)})
-    after = models.generate(model, prompt, max_new_tokens=3)
-    logits = model(jnp.concatenate([prompt, after[:, :-1]], axis=1)).logits
-    np.testing.assert_array_equal(after, jnp.argmax(logits[:, 4:], axis=-1))
-    assert np.any(after != before)
+    peft.apply_states(model, {0: state(MAPS["anchors and elu1"])})
+    new = models.generate(model, prompt, max_new_tokens=3)
+    whole = jnp.asarray(np.concatenate([prompt, new[:, :-1]], axis=1))
+    np.testing.assert_array_equal(new, np.argmax(model(whole).logits[:, 4:], axis=-1))
+    with peft.disable_adapter(model):
+        assert np.any(new != np.argmax(model(whole).logits[:, 4:], axis=-1))
 
 
 class TestMeasuredMaps:

@@ -295,6 +295,19 @@ class State(Adapter):
             return LowRank(self.basis[...] @ z.left, z.right), k * self.unit[...][:, None]
         return self.basis[...] @ z, k * self.unit[...][:, None]
 
+    def padded(self, features: int) -> tuple[Array | LowRank, Array, FeatureMap]:
+        """Return z, k and the map, with features of no account up to so many: rows of a batch have as many."""
+        z, k = self.state()
+        more = features - k.shape[1]
+        if not more:
+            return z, k, self.phi
+
+        def wider(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)))
+
+        z = LowRank(wider(z.left), z.right) if isinstance(z, LowRank) else wider(z)
+        return z, wider(k), self.phi.padded(features)
+
 
 class StateCore(Host, AttentionCore):
     """NTK-Attention with the active adapter's state; also Prefix-Tuning+."""
@@ -336,8 +349,8 @@ class StateCore(Host, AttentionCore):
                 sorted(kinds.values()),
                 "Train them alike",
             )
-        z, k = (stacked(list(part), rows) for part in zip(*(state.state() for state in hosted), strict=True))
-        phis = stacked([state.phi for state in hosted], rows)
+        most = max(state.phi.dim(query.shape[-1]) for state in hosted)
+        z, k, phis = (stacked(list(part), rows) for part in zip(*(state.padded(most) for state in hosted), strict=True))
 
         # what there is of each row goes with it, the rest is one for all
         whole: dict[str, Any] = dict(options)
