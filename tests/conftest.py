@@ -18,6 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", compiling.XLA_FLAGS)
     jax.devices()  # reads them, once
+compiling.share_contexts()
 
 # Traces are made of small objects that live long: Python's collector goes through them 2,500 times in 100 seconds, a
 # twentieth of them. Fifty times do.
