@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.checks import check_count, expected
-from ntk_prefix.feature_maps.base import FeatureMap, feature_map, feature_maps
-from ntk_prefix.feature_maps.with_arrays import Concatenated, Projected, drawn_arrays
+from ntk_prefix.feature_maps.base import LARGEST_DIM, FeatureMap, feature_map, feature_maps
+from ntk_prefix.feature_maps.with_arrays import Concatenated, Projected
 
 __all__ = ["array_names", "described", "placed", "template"]
 
@@ -64,7 +65,7 @@ def described(phi: FeatureMap) -> tuple[str, tuple[tuple[str, int | float], ...]
 
 
 def template(name: str, options: Options, heads: int, head_dim: int) -> FeatureMap:
-    """Return the map of that name, its arrays drawn at random, of the right shapes.
+    """Return the map of that name, its arrays zero, of the right shapes.
 
     Args:
         name: as in the table above.
@@ -95,6 +96,8 @@ def _template(name: str, options: dict[str, Any], heads: int, head_dim: int) -> 
     kind: Any = feature_maps().get(outer)
     if kind is None or not kind.arrays:
         return feature_map(name, **options)
+    if issubclass(kind, Concatenated):
+        raise expected("feature_map", 'the maps themselves, such as "anchors+elu1"', repr(name))
     if unknown := sorted(key for key in options if key not in _known(name)):
         raise expected(f"feature map {name!r}", f"options among {sorted(_known(name))}", unknown)
     own_heads = options.pop("heads", heads)
@@ -105,13 +108,19 @@ def _template(name: str, options: dict[str, Any], heads: int, head_dim: int) -> 
             raise expected(f"feature map {name!r}", "its option rank", options or "none")
         check_count("rank", rank)
         inside = {key.removeprefix("inner."): value for key, value in options.items()}
-        return Projected(_template(inner, inside, own_heads, rank), drawn_arrays(own_heads, rank, head_dim))
+        return Projected(_template(inner, inside, own_heads, rank), _zeros(own_heads, rank, head_dim))
     if colon or "features" not in options:
         wanted = "no map inside" if colon else "its option features"
         raise expected(f"feature map {name!r}", wanted, inner if colon else options or "none")
     features = options.pop("features")
     check_count("features", features)
-    return kind(drawn_arrays(own_heads, features, head_dim), **options)
+    return kind(_zeros(own_heads, features, head_dim), **options)
+
+
+def _zeros(heads: int, features: int, head_dim: int) -> jax.Array:
+    if heads * features > LARGEST_DIM:
+        raise expected("features", f"at most {LARGEST_DIM:,} features of all heads", heads * features)
+    return jnp.zeros((heads, features, head_dim))
 
 
 def _known(name: str) -> set[str]:

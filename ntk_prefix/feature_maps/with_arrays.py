@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.checks import check_array, check_positive, check_soft_cap, expected
-from ntk_prefix.feature_maps.base import LARGEST_DIM, FeatureMap
+from ntk_prefix.feature_maps.base import FeatureMap
 from ntk_prefix.feature_maps.fixed import Elu1, Taylor
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["Anchors", "Concatenated", "Nearest", "NormalizedAnchors", "Projected", "drawn_arrays"]
+__all__ = ["Anchors", "Concatenated", "Nearest", "NormalizedAnchors", "Projected"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +71,7 @@ class Anchors(FeatureMap):
     @classmethod
     def examples(cls) -> tuple[FeatureMap, ...]:
         """Return points of three entries, one head's, without and with a soft cap."""
-        return cls(drawn_arrays(1, 5, 3)), cls(drawn_arrays(1, 4, 3), logits_soft_cap=1.5)
+        return cls(_drawn(1, 5, 3)), cls(_drawn(1, 4, 3), logits_soft_cap=1.5)
 
     @property
     def positive(self) -> bool:
@@ -160,7 +160,7 @@ class Nearest(FeatureMap):
     @classmethod
     def examples(cls) -> tuple[FeatureMap, ...]:
         """Return centroids of three entries, one head's."""
-        return (cls(drawn_arrays(1, 5, 3)),)
+        return (cls(_drawn(1, 5, 3)),)
 
     @property
     def positive(self) -> bool:
@@ -223,7 +223,7 @@ class Projected(FeatureMap):
     @classmethod
     def examples(cls) -> tuple[FeatureMap, ...]:
         """Return maps with and without arrays, on two of three directions."""
-        return cls(Taylor(3), drawn_arrays(1, 2, 3)), cls(Anchors(drawn_arrays(1, 4, 2)), drawn_arrays(1, 2, 3))
+        return cls(Taylor(3), _drawn(1, 2, 3)), cls(Anchors(_drawn(1, 4, 2)), _drawn(1, 2, 3))
 
     @property
     def positive(self) -> bool:
@@ -293,7 +293,7 @@ class Concatenated(FeatureMap):
     @classmethod
     def examples(cls) -> tuple[FeatureMap, ...]:
         """Return maps with a unit and without one."""
-        return cls((Elu1(), Taylor(2))), cls((Anchors(drawn_arrays(1, 4, 3)), Elu1()))
+        return cls((Elu1(), Taylor(2))), cls((Anchors(_drawn(1, 4, 3)), Elu1()))
 
     @property
     def positive(self) -> bool:
@@ -410,12 +410,6 @@ def _spread(name: str, points: np.ndarray, own: Array, draw: np.random.Generator
     return jnp.asarray(taken, own.dtype)
 
 
-def drawn_arrays(heads: int, features: int, head_dim: int) -> Array:
-    """Return numbers of a shape, the same every time: arrays of an example, and of a map that is yet to get its own.
-
-    Raises:
-        UsageError: more features than a state can have.
-    """
-    if features > LARGEST_DIM:
-        raise expected("features", f"at most {LARGEST_DIM:,} features", features)
+def _drawn(heads: int, features: int, head_dim: int) -> Array:
+    """Return an example's array."""
     return jnp.asarray(np.random.default_rng(0).standard_normal((heads, features, head_dim)), jnp.float32)

@@ -41,14 +41,16 @@ def apply_states(
             another scale, or with a map that no file can name.
     """
     sites = attention_sites(model)
-    if not states:
-        raise expected("states", "at least one state", "none")
+    if not isinstance(states, Mapping) or not states:
+        raise expected("states", "a PrefixState for at least one layer, by path or place", states if states else "none")
     found: dict[str, PrefixState] = {}
     for place, state in states.items():
         known = [path for i, (path, _) in enumerate(sites) if place in (i, path) and not isinstance(place, bool)]
         if not known or known[0] in found:
             wanted = f"attention layers, each once, among {[path for path, _ in sites][:8]} or their places"
             raise expected("states", wanted, repr(place))
+        if not isinstance(state, PrefixState):
+            raise expected(f"state of {known[0]}", "a PrefixState", type(state).__name__)
         found[known[0]] = state
     layers = dict(sites)
     chosen: dict[NTKAttentionConfig, list[str]] = {}

@@ -94,7 +94,9 @@ class TestApplyStates:
     @pytest.mark.parametrize(
         ("states", "message"),
         [
-            ({}, "states: expected at least one state, got none"),
+            ({}, "states: expected a PrefixState for at least one layer, by path or place, got none"),
+            ([state(Elu1())], "states: expected a PrefixState for at least one layer"),
+            ({0: Elu1()}, r"state of layers\.0\.attention: expected a PrefixState, got Elu1"),
             (
                 {7: state(Elu1())},
                 r"states: expected attention layers, each once, among \['layers.0.attention', .* got 7",
@@ -231,6 +233,11 @@ class TestMeasuredMaps:
             (dict(feature_map_options=(("features", 0),)), "features: expected a whole number >= 1"),
             (dict(feature_map_options=(("features", 10**8),)), "at most 1,048,576 features"),
             (dict(feature_map_options=(("points", 3),)), r"options among \['features', 'heads', 'logits_soft_cap'\]"),
+            (dict(feature_map="concatenated", feature_map_options=()), 'the maps themselves, such as "anchors\\+elu1"'),
+            (
+                dict(feature_map_options=(("features", 2000), ("heads", 2000))),
+                "at most 1,048,576 features of all heads",
+            ),
             (dict(feature_map="anchors+elu2"), "feature_map: expected one of"),
             (dict(feature_map="anchors+elu1", feature_map_options=(("degree", 3),)), "options among"),
             (dict(feature_map="projected:taylor", feature_map_options=(("degree", 3),)), "its option rank"),
