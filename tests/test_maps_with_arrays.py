@@ -83,6 +83,11 @@ class TestAllKeysAsAnchors:
         for other in (each, low_rank):
             np.testing.assert_allclose(attend(other, arrays, Options()), attend(shared, arrays, Options()), atol=1e-14)
 
+    @pytest.mark.parametrize("shape", [dict(batch=0), dict(length=0), dict(size=1, heads=6, key_heads=1)])
+    def test_have_the_shapes_of_attention(self, shape):
+        arrays, prefix = drawn(**shape)
+        assert jax.eval_shape(PrefixState.attend, whole(prefix), **arrays).shape == arrays["query"].shape
+
 
 def two_layers(arrays, phi, states, **options):
     """A scalar of two layers, each with a state of these features."""

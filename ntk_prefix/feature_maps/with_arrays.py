@@ -345,7 +345,7 @@ def _by_head(name: str, weights: Array, x: Array, offset: Array | None = None) -
         rows, result = x.shape[:-1], x.reshape(1, -1, x.shape[-1]) @ jnp.swapaxes(weights, 1, 2)
         return (result if offset is None else result + offset[:, None]).reshape(*rows, features)
     *batch, heads, length, head_dim = x.shape
-    grouped = x.reshape(-1, own_heads, heads // own_heads * length, head_dim)
+    grouped = x.reshape(math.prod(batch), own_heads, heads // own_heads * length, head_dim)
     result = jnp.einsum("bkth,krh->bktr", grouped, weights)
     result = result if offset is None else result + offset[None, :, None]
     return result.reshape(*batch, heads, length, features)
