@@ -354,17 +354,17 @@ def test_a_task_whose_rows_are_nowhere_is_refused_before_a_cell(tmp_path: Path) 
 
 
 def backbone(name: str) -> models.Backbone:
-    """Two layers with the heads of the table's models; all layers get as much, and what adapters do not see is tiny."""
+    """One layer with the heads of the table's models; all layers get as much, and what adapters do not see is tiny."""
     if name == "minilm":
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 12}
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 12}
         return models.Bert(
             models.BertConfig(hidden_size=384, intermediate_size=8, vocab_size=8, **sizes), rngs=nnx.Rngs(0)
         )
     if name == "smollm2":
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3}
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 9, "num_key_value_heads": 3}
         decoder = models.LlamaConfig(hidden_size=576, intermediate_size=8, vocab_size=8, **sizes)
         return models.Llama(decoder, rngs=nnx.Rngs(0))
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 6, "image_size": 28, "patch_size": 14}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 6, "image_size": 28, "patch_size": 14}
     config = models.VitConfig(model_type="dinov2", hidden_size=384, intermediate_size=8, **sizes)
     return models.Vit(config, rngs=nnx.Rngs(0))
 

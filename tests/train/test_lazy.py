@@ -25,9 +25,9 @@ BERT = Path("tests/fixtures/a340712/bert")
 
 TINY = {
     "config": "tiny",
-    "train_size": 60,
-    "validation_size": 40,
-    "test_size": 60,
+    "train_size": 30,
+    "validation_size": 20,
+    "test_size": 20,
     "steps": 4,
     "learning_rates": (1e-4, 1e-2),
 }
@@ -37,8 +37,8 @@ def test_of_the_head_alone_there_is_one_kernel(tmp_path: Path) -> None:
     """Logits are linear in the head, each in its own weights: ten equal kernels, and nothing beside them."""
     seen = view(Options(**TINY | {"learning_rates": (1e-2,)}, out=tmp_path), "head", 0, Console(quiet=True))
     assert seen.joint_score == seen.regression_score
-    assert seen.eigenvalues.shape == (600,)
-    blocks = seen.eigenvalues.reshape(60, 10)
+    assert seen.eigenvalues.shape == (300,)
+    blocks = seen.eigenvalues.reshape(30, 10)
     np.testing.assert_allclose(blocks, blocks[:, :1] + np.zeros(10), atol=1e-6 * seen.eigenvalues[0])
     assert seen.eigenvalues.sum() == pytest.approx(1)
 
@@ -69,7 +69,7 @@ def test_a_view_ends_in_a_figure_and_the_rate_that_validation_prefers(tmp_path: 
     assert lora["learning_rate"] == min(losses, key=losses.get)
     assert len(set(losses.values())) == 2
     # control: blocks of equal eigenvalues are the head's alone
-    assert np.ptp(np.reshape(lora["eigenvalues"], (60, 10)), axis=1).max() > 1e-3 * lora["eigenvalues"][0]
+    assert np.ptp(np.reshape(lora["eigenvalues"], (30, 10)), axis=1).max() > 1e-3 * lora["eigenvalues"][0]
     assert (tmp_path / "lazy.png").stat().st_size > 1000
 
 
@@ -139,7 +139,7 @@ def test_the_kernel_is_that_of_the_function_that_is_trained() -> None:
 def test_logits_that_are_not_finite_are_no_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest of NaN is the first class: it would look like a score."""
     monkeypatch.setattr(lazy._Logits, "__call__", lambda self, x: jnp.full((len(x), 10), jnp.nan))
-    with pytest.raises(NonFiniteError, match="logits: expected finite numbers, got 1,600 others"):
+    with pytest.raises(NonFiniteError, match="logits: expected finite numbers, got 700 others"):
         view(Options(**TINY, out=tmp_path), "head", 0, Console(quiet=True))
 
 
@@ -150,7 +150,7 @@ VIEW |= dict.fromkeys(("regression_score", "joint_score", "fine_tuned_score"), 0
 @fuzzed
 @given(damage=st.data())
 def test_a_damaged_view_is_read_or_refused_by_name(damage: st.DataObject, tmp_path: Path) -> None:
-    options = Options(**TINY, out=tmp_path)
+    options = Options(**TINY, methods=("lora",), out=tmp_path)  # checked method by method, for every damage
     free = ("methods", "seeds", "out")
     asked = json.loads(json_text({k: v for k, v in dataclasses.asdict(options).items() if k not in free}))
     file = tmp_path / "views" / "tiny-lora-0.json"
