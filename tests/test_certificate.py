@@ -23,14 +23,6 @@ from theory.claims.certificate import _advance
 N, D = 3, 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def optimized() -> Iterator[None]:
-    """Runs here are long: what the suite saves in compilation they would lose."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def data(seed: int = 0, n: int = N, d: int = D) -> tuple[jax.Array, jax.Array]:
     """Points in a ball, far enough apart for a kernel that is positive, and small targets."""
     rng = np.random.default_rng(seed)
@@ -270,6 +262,15 @@ def run_and_compare(count: int, seed: int) -> tuple[int, int, int]:
     return certified, broken, left
 
 
+@pytest.fixture(scope="class")
+def optimized() -> Iterator[None]:
+    """Runs here are long: what the suite saves in compilation they would lose."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.usefixtures("optimized")
 class TestPromise:
     @pytest.mark.parametrize("count", [90, pytest.param(300, marks=pytest.mark.slow)])
     def test_no_certified_run_leaves_its_envelope(self, count: int) -> None:
