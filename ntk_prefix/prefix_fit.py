@@ -21,6 +21,7 @@ import logging
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 import scipy.optimize
@@ -171,9 +172,8 @@ class Samples(NamedTuple):
             )
         own_mass, prefix_mass = np.exp(own_log - unit), np.exp(prefix_log - unit)
         share = (prefix_mass / (own_mass + prefix_mass))[..., None]
-        dtype = accumulation_dtype(query.dtype)
         return cls(
-            by_head(feature_map(query.astype(dtype) * root)),
+            _features(feature_map, query, root),
             own_mass,
             own_output,
             prefix_mass,
@@ -185,6 +185,26 @@ class Samples(NamedTuple):
     def head(self, index: int, chosen: np.ndarray) -> _Head:
         """Return one head's chosen samples."""
         return _Head(*(x[index][chosen] for x in self[:-1]))
+
+
+def _features(phi: FeatureMap, query: Array, root: float) -> np.ndarray:
+    """Return ``phi`` of all samples, [N, B T, R]; in float64 from where a map keeps them finite.
+
+    Raises:
+        UsageError: features too large for sums in float64.
+    """
+    scaled = query.astype(accumulation_dtype(query.dtype)) * root
+    features, log_unit = (
+        None if x is None else np.asarray(x, np.float64) for x in phi.per_head(jnp.swapaxes(scaled, 1, 2))
+    )
+    assert features is not None
+    if log_unit is not None:
+        if (largest := log_unit.max(initial=0)) > LARGEST_LOG_RATIO:
+            raise expected(
+                "query", f"features of at most e^{LARGEST_LOG_RATIO}", f"e^{largest:.0f}", "Scale down the points"
+            )
+        features = features * np.exp(log_unit)[..., None]
+    return np.moveaxis(features, 1, 0).reshape(features.shape[1], -1, features.shape[-1])
 
 
 def fit_prefix(
