@@ -1,18 +1,19 @@
 """Write the tiny encoders of ``tests/fixtures/encoders`` anew, and what transformers makes of them.
 
-    PYTHON -m tests.models.record_encoders      # a Python with torch and transformers; nothing of ours is imported
+    PYTHON -m tests.models.record_encoders      # a Python with torch and transformers
 
 Every parameter is drawn at random. Outputs are computed in float64, for two rows padded on the right, one on the left and one
 not at all, longer than every window.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+
+from tests.models.recording import draw_model
 
 TARGET = Path(__file__).parents[1] / "fixtures" / "encoders"
 LENGTH, VOCABULARY, PADDING = 14, 40, 1
@@ -55,15 +56,8 @@ def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 def main() -> None:
     for seed, (name, (model_class, config_class, sizes)) in enumerate(MODELS.items()):
-        torch.manual_seed(seed)
-        rng = np.random.default_rng(seed)
-        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**sizes)).eval()
-        for parameter in model.parameters():
-            parameter.data = 0.5 * parameter.data + 0.3 * torch.tensor(rng.normal(size=parameter.shape)).float()
         folder = TARGET / name
-        model.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        model, rng = draw_model(folder, model_class, config_class, sizes, seed)
         inputs = batch(rng)
         with torch.no_grad():
             output = model.double()(**{k: torch.tensor(v) for k, v in inputs.items()}, output_hidden_states=True)

@@ -1,18 +1,19 @@
 """Write the tiny models of ``tests/fixtures/images`` anew, and what transformers makes of them.
 
-    PYTHON -m tests.models.record_images      # a Python with torch, transformers and Pillow; nothing of ours is imported
+    PYTHON -m tests.models.record_images      # a Python with torch, transformers and Pillow
 
 Every parameter is drawn at random. Outputs are computed in float64, for images that are higher and narrower than those that the
 positions were made for.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+
+from tests.models.recording import draw_model
 
 TARGET = Path(__file__).parents[1] / "fixtures" / "images"
 
@@ -39,15 +40,8 @@ MODELS = {
 
 def main() -> None:
     for seed, (name, (model_class, config_class, sizes, processor_class)) in enumerate(MODELS.items()):
-        torch.manual_seed(seed)
-        rng = np.random.default_rng(seed)
-        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**sizes)).eval()
-        for parameter in model.parameters():
-            parameter.data = 0.5 * parameter.data + 0.3 * torch.tensor(rng.normal(size=parameter.shape)).float()
         folder = TARGET / name
-        model.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        model, rng = draw_model(folder, model_class, config_class, sizes, seed)
         processor = getattr(transformers, processor_class)()
         processor.save_pretrained(folder)
         raw = rng.integers(0, 256, (2, 3, 20, 8), dtype=np.uint8)

@@ -3,7 +3,6 @@
 Tolerance: 1e-5 of the largest number in float32, tens of roundings; theirs is computed in float64.
 """
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,21 @@ from ntk_prefix.checks import UsageError
 from ntk_prefix.models.families.t5 import relative_buckets
 from ntk_prefix.peft import AdapterParam
 from tests.models.calling import call, quick
+from tests.models.recording import recorded
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoders"
 FAMILIES = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())
 
 
-@pytest.fixture(autouse=True, params=[False], ids=["float32"])
-def single_precision(request):
-    with jax.enable_x64(request.param):
-        yield
-
-
-@functools.cache
-def recorded(name: str) -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / name / "recorded.npz") as file:
-        return dict(file)
+pytestmark = pytest.mark.parametrize("x64", [False], indirect=True)
 
 
 def inputs(name: str) -> dict[str, jax.Array]:
-    return {key: jnp.asarray(recorded(name)[key], jnp.int32) for key in ("input_ids", "attention_mask")}
+    return {key: jnp.asarray(recorded(FIXTURES / name)[key], jnp.int32) for key in ("input_ids", "attention_mask")}
 
 
 def loaded(name: str, **options: Any) -> Any:
-    task = "sequence-classification" if "logits" in recorded(name) or options else None
+    task = "sequence-classification" if "logits" in recorded(FIXTURES / name) or options else None
     return models.from_pretrained(FIXTURES / name, task, **options)
 
 
@@ -54,7 +45,7 @@ def error(ours: Any, theirs: np.ndarray, where: np.ndarray) -> float:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hidden_states_and_logits_are_those_of_transformers(name: str) -> None:
     """Whole, padded on the right and on the left, longer than any window; a head of two layers as it stands in the file."""
-    model, theirs = loaded(name), recorded(name)
+    model, theirs = loaded(name), recorded(FIXTURES / name)
     output = call(model, **inputs(name))
     real = theirs["attention_mask"].astype(bool)
     assert error(output.last_hidden_state, theirs["last_hidden_state"], real) <= 1e-5
@@ -154,7 +145,7 @@ def test_leading_rows_stand_outside_of_positions_and_windows(name: str) -> None:
 
 def test_a_first_layer_of_another_build_runs_before_the_loop_over_the_others() -> None:
     """ModernBERT's, which has no norm; its layers with a window and the others are in the loop."""
-    model, theirs = loaded("modernbert"), recorded("modernbert")
+    model, theirs = loaded("modernbert"), recorded(FIXTURES / "modernbert")
     model.scan_layers = True
     real = theirs["attention_mask"].astype(bool)
     assert error(call(model, **inputs("modernbert")).last_hidden_state, theirs["last_hidden_state"], real) <= 1e-5

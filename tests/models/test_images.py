@@ -3,7 +3,6 @@
 Tolerance: 1e-5 of the largest number in float32, tens of roundings; theirs is computed in float64.
 """
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,14 @@ from ntk_prefix.checks import UsageError
 from ntk_prefix.models.vit import antialiased_bicubic_matrix, bicubic_matrix
 from ntk_prefix.peft import AdapterParam
 from tests.models.calling import quick
+from tests.models.recording import recorded
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "images"
 FAMILIES = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())
 POOLING = {"deit-distilled": "cls+distillation", "dinov2": "cls+mean", "dinov2-registers": "cls+mean"}
 
 
-@pytest.fixture(autouse=True, params=[False], ids=["float32"])
-def single_precision(request):
-    with jax.enable_x64(request.param):
-        yield
-
-
-@functools.cache
-def recorded(name: str) -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / name / "recorded.npz") as file:
-        return dict(file)
+pytestmark = pytest.mark.parametrize("x64", [False], indirect=True)
 
 
 def error(ours: Any, theirs: np.ndarray) -> float:
@@ -49,7 +40,7 @@ def error(ours: Any, theirs: np.ndarray) -> float:
 )
 def test_families_are_those_of_transformers_and_ntk_attention_trains_two_steps(name: str) -> None:
     """Hidden states, and logits by the head in the file, of an image that wants new positions: before the first step."""
-    theirs = recorded(name)
+    theirs = recorded(FIXTURES / name)
     classify = "logits" in theirs
     options: dict[str, Any] = {} if classify else {"num_labels": 3}
     model = models.from_pretrained(FIXTURES / name, "image-classification", **options)
@@ -86,7 +77,7 @@ def test_families_are_those_of_transformers_and_ntk_attention_trains_two_steps(n
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pixels_are_normalized_as_the_folders_preprocessor_does(name: str) -> None:
-    found, theirs = models.image_normalization(FIXTURES / name), recorded(name)
+    found, theirs = models.image_normalization(FIXTURES / name), recorded(FIXTURES / name)
     assert found is not None
     ours = (theirs["image"] / 255 - np.asarray(found.mean)) / np.asarray(found.std)
     np.testing.assert_allclose(ours, theirs["pixel_values"], atol=1e-6)
