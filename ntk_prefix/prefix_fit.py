@@ -79,7 +79,7 @@ class FitReport(NamedTuple):
     """On queries the fit has not seen."""
     training_error: np.ndarray
     raw_error: np.ndarray
-    """Of the raw sums of :meth:`PrefixState.from_prefix`, on the same held-out queries."""
+    """Of the raw sums of :meth:`PrefixState.from_prefix`, on the same held-out queries; NaN where no float holds them."""
     no_prefix_error: np.ndarray
     """Of leaving the prefix out, on the same held-out queries; infinite without keys of their own."""
     ridge: np.ndarray

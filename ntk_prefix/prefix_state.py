@@ -27,6 +27,7 @@ import numpy as np
 
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
 from ntk_prefix.checks import (
+    UsageError,
     check_array,
     check_attention,
     check_count,
@@ -256,7 +257,13 @@ class PrefixState:
         if key is not None and value is not None:
             check_attention(query, key, value, bias, mask, scale)
             check_array("key", key, query.shape[0], "S", prefix_heads, head_dim)
-        raw = cls.from_prefix(prefix_key, prefix_value, feature_map=phi, num_heads=heads, scale=scale)
+        try:
+            raw = cls.from_prefix(prefix_key, prefix_value, feature_map=phi, num_heads=heads, scale=scale)
+            sums = np.asarray(raw.z, np.float64), np.asarray(raw.k, np.float64)
+        except UsageError:  # anchors' sums may be beyond any float, and are only reported
+            check_finite("prefix_key and prefix_value", (prefix_key, prefix_value))
+            features = phi.dim(head_dim)
+            sums = np.full((heads, features, head_dim), np.nan), np.full((heads, features), np.nan)
         samples = Samples.of(
             query,
             prefix_key,
@@ -271,7 +278,6 @@ class PrefixState:
             mask=mask,
             is_causal=is_causal,
         )
-        sums = np.asarray(raw.z, np.float64), np.asarray(raw.k, np.float64)
         z, k, report = fit_prefix(samples, options, positive=phi.positive, raw=sums, alone=key is None)
         dtype = accumulation_dtype(prefix_key.dtype)
         largest = np.maximum(np.abs(z).max((1, 2)), np.abs(k).max(1))

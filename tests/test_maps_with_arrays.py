@@ -320,3 +320,10 @@ class TestPrefixState:
         assert np.max(report.held_out_error) < 1e-5
         _, wrong = fit(feature_map=Anchors.of_keys(key[:, ::-1]))
         assert np.min(wrong.held_out_error) > 1e-2
+        # keys among themselves have scores of 1e4, and queries moderate ones
+        far = 100 * key
+        _, report = PrefixState.fit_with_report(
+            arrays["query"] / 100, far, value, iterations=0, feature_map=Anchors.of_keys(far)
+        )
+        assert np.max(report.held_out_error) < 1e-5
+        assert np.all(np.isnan(report.raw_error))
