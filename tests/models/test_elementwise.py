@@ -51,7 +51,7 @@ def test_no_finite_number_gives_nan(x: float) -> None:
     assert all(jnp.isfinite(f(value)) for f in (gelu, jax.grad(gelu), jax.grad(jax.grad(gelu))))
 
 
-@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 5, 24)])
+@pytest.mark.parametrize("shape", [(24,), (2, 5, 24)])
 def test_layer_norm_and_its_gradients_are_flaxs(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     ours, flaxs = (

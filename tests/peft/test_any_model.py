@@ -60,7 +60,6 @@ CONFIGS = {
     "ntk_attention": peft.NTKAttentionConfig(),
     "whitened": peft.NTKAttentionConfig(mass="relative", whiten=True),
     "prefix_tuning": peft.PrefixTuningConfig(num_tokens=3),
-    "lora": peft.LoraConfig(r=2),
     "lora_all": peft.LoraConfig(r=2, target=r"\.(query|key|value|out|up)$"),
     "together": [peft.LoraConfig(r=2), peft.NTKAttentionConfig()],
 }

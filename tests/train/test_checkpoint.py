@@ -65,13 +65,19 @@ def assert_same(found, expected) -> None:
         assert raw(one) == raw(other)
 
 
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    """A directory with the checkpoints of steps 2 and 3."""
-    with Checkpoints(tmp_path / "run") as checkpoints:
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    with Checkpoints(folder) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, tree(step), {"step": step})
-    return tmp_path / "run"
+    return folder
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path) -> Path:
+    """A directory with the checkpoints of steps 2 and 3: a copy, so that a test may damage it."""
+    return shutil.copytree(saved_once, tmp_path / "run")
 
 
 def test_what_is_saved_comes_back(saved):
