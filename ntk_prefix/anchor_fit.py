@@ -1,0 +1,421 @@
+r"""Anchors for a prefix: a few keys with masses and values, whose attention is closest to that of the whole prefix.
+
+For the query heads that share a key head, over sample queries x (scaled), with ``L`` the log of the exact denominator,
+``o`` the share that the queries' own keys have in the exact output and ``e`` the prefix's share of the denominator,
+minimize over points c, masses k >= 0 and Z
+
+.. math::
+
+    \sum_i |T_i - T^*_i|^2, \qquad
+    T_i = \frac{o_i + \sum_j F_{ij} Z_j}{1 - e_i + \sum_j F_{ij} k_j}, \qquad F_{ij} = e^{x_i \cdot c_j - L_i} .
+
+Everything is a share of the exact denominator, so that scores of any size are as safe as small ones. Three steps:
+
+1. *choice* (:func:`choose`): points are keys of the prefix itself, one after the other the one that lowers the least squares
+   error of the prefix's part of output and denominator most (orthogonal least squares, Chen, Billings and Luo 1989). The
+   error after each number of anchors comes with it, and is what a budget is divided by (:func:`divide`).
+2. *masses*: non-negative least squares by multiplicative steps (Lee and Seung 2001), which no share can make negative.
+3. *descent* (:func:`descend`): Adam on points and log masses. For given ones the best Z is linear least squares, so it is
+   not a variable (variable projection, Golub and Pereyra 1973).
+
+All three run where JAX runs, on a key head's queries together, in blocks of prefix tokens.
+
+Source: derived; the anchors' operator with masses and values by least squares is Attention Matching (arXiv 2602.16284),
+which keeps the keys it has chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.optimize
+
+from ntk_prefix.attention import attention_with_lse
+from ntk_prefix.checks import check_count, expected
+from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.typing import Array, Bool, Float, Int
+
+__all__ = ["Choice", "Fitted", "Rows", "choose", "descend", "divide", "rows_of"]
+
+CHOSEN_ON = 4096
+"""Queries of a key head that the choice looks at: shares of every prefix token in each are there at once, in blocks."""
+
+CANDIDATES = 512
+"""Prefix tokens of the largest mean square share that the choice is made among, or twice the anchors if that is more."""
+
+SPANNED = 1e-4
+"""A candidate whose shares are, up to this part of their square, combinations of those chosen is not looked at any more:
+what float32 leaves of it is rounding."""
+
+RIDGE = 1e-5
+"""On the moments of features of root mean square 1: the least that a Cholesky factorization in float32 stands."""
+
+FAINTEST = 1e-4
+"""Masses start at least here, relative to features of root mean square 1: the descent is in their logarithms."""
+
+
+class Rows(NamedTuple):
+    """What a fit knows of the queries that meet a key head: Q = B T N / K of them, all as shares of the exact sums."""
+
+    query: Float[Array, "K Q H"]
+    """Scaled, ``q * sqrt(scale)``."""
+    log_total: Float[Array, "K Q"]
+    """``L``: the log of the exact denominator."""
+    own: Float[Array, "K Q H"]
+    """What the queries' own keys add to the exact output."""
+    mass: Float[Array, "K Q"]
+    """``e``: the prefix's share of the denominator."""
+    part: Float[Array, "K Q H"]
+    """What the prefix adds to the exact output."""
+
+    @property
+    def target(self) -> Float[Array, "K Q H"]:
+        """The exact output."""
+        return self.own + self.part
+
+    def take(self, index: Array | np.ndarray | slice) -> Rows:
+        """Return some of the queries."""
+        return Rows(*(x[:, index] for x in self))
+
+
+class Choice(NamedTuple):
+    """Prefix tokens in the order in which they were chosen, and what is left of the error after each."""
+
+    tokens: Int[np.ndarray, "K R"]
+    left: Float[np.ndarray, "K R+1"]
+    """Mean square error per query of output and denominator, from that of no anchor; it does not rise. Where it does not
+    fall any more, no candidate was left, and the tokens from there on mean nothing."""
+
+    @property
+    def useful(self) -> Int[np.ndarray, "K"]:
+        """How many anchors lower the error, for each head."""
+        return np.sum(np.diff(self.left) < 0, axis=1)
+
+
+class Fitted(NamedTuple):
+    """Anchors of K heads, those of a head with fewer than R filled up with zeros, and their errors."""
+
+    points: Float[Array, "K R H"]
+    """Scaled."""
+    z: Float[Array, "K R H"]
+    k: Float[Array, "K R"]
+    before: Float[Array, "K"]
+    """``|T - T*|^2 / |prefix's part|^2`` over the queries, with the chosen keys as they are."""
+    after: Float[Array, "K"]
+    """The same after the descent."""
+
+
+def rows_of(
+    query: Float[Array, "B T N H"],
+    prefix_key: Float[Array, "M K H"],
+    prefix_value: Float[Array, "M K H"],
+    key: Float[Array, "B S K H"] | None = None,
+    value: Float[Array, "B S K H"] | None = None,
+    *,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+) -> Rows:
+    """Run the exact attentions, over the prefix and over the queries' own keys, and return what a fit needs of them.
+
+    Args:
+        query, key, value: not scaled; without keys the queries see the prefix alone.
+        prefix_key, prefix_value: [M, K, H].
+        mask, bias, is_causal, scale, logits_soft_cap, local_window_size: of the layer, as in
+            :func:`ntk_prefix.attention.ntk_attention`; the prefix is always seen.
+
+    Returns:
+        :class:`Rows`, in float32 (float64 for float64); a head's queries stand as [B, T, group].
+    """
+    heads, head_dim = query.shape[2:]
+    groups = heads // prefix_key.shape[1]
+    dtype = accumulation_dtype(query.dtype)
+    folded = query.reshape(1, -1, heads, head_dim)
+    part, prefix_lse = attention_with_lse(
+        folded, prefix_key[None], prefix_value[None], scale=scale, logits_soft_cap=logits_soft_cap
+    )
+    part, prefix_lse = part.reshape(query.shape).astype(dtype), prefix_lse.reshape(query.shape[:3])
+    if key is None or value is None:
+        own, lse = jnp.zeros_like(part), jnp.full_like(prefix_lse, -jnp.inf)
+    else:
+        own, lse = attention_with_lse(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            is_causal=is_causal,
+            scale=scale,
+            logits_soft_cap=logits_soft_cap,
+            local_window_size=local_window_size,
+        )
+    total = jnp.logaddexp(prefix_lse, lse)
+    mass, rest = jnp.exp(prefix_lse - total), jnp.exp(lse - total)
+
+    def by_key_head(x: Array) -> Array:
+        x = x.reshape(*x.shape[:2], heads // groups, groups, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 0).reshape(heads // groups, -1, *x.shape[4:])
+
+    root = head_dim**-0.25 if scale is None else scale**0.5
+    return Rows(
+        by_key_head(query.astype(dtype) * root),
+        by_key_head(total),
+        by_key_head(own.astype(dtype) * rest[..., None]),
+        by_key_head(mass),
+        by_key_head(part * mass[..., None]),
+    )
+
+
+# -------------------------------------------------------------------------------------------- the choice
+
+
+def choose(
+    rows: Rows, prefix: Float[Array, "K M H"], most: int, *, candidates: int = CANDIDATES, seed: int = 0
+) -> Choice:
+    """Return up to ``most`` tokens of the prefix for each head, the most useful first.
+
+    Args:
+        rows: the queries; ``CHOSEN_ON`` of them, drawn, are looked at.
+        prefix: keys, scaled.
+        most: how many; M if there are fewer tokens.
+        candidates: the choice is among so many tokens, those of the largest mean square share; at least 2 ``most``.
+        seed: of the draw.
+
+    Numerics: float32 (float64 for float64). Shares are at most 1.
+    """
+    check_count("most", most)
+    tokens = prefix.shape[1]
+    most = min(most, tokens)
+    drawn = np.random.default_rng(seed).permutation(rows.query.shape[1])[:CHOSEN_ON]
+    order, left = _choose(rows.take(np.sort(drawn)), prefix, most, min(max(candidates, 2 * most), tokens))
+    return Choice(np.asarray(order), np.asarray(left, np.float64))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _choose(rows: Rows, prefix: Array, most: int, candidates: int) -> tuple[Array, Array]:
+    return jax.vmap(lambda rows, prefix: _choose_in_head(rows, prefix, most, candidates))(rows, prefix)
+
+
+def _choose_in_head(rows: Rows, prefix: Array, most: int, candidates: int) -> tuple[Array, Array]:
+    """One head: rows [Q, ...], prefix [M, H]."""
+    square = _mean_square_shares(rows, prefix)
+    _, among = jax.lax.top_k(square, candidates)
+    features = jnp.exp(rows.query @ prefix[among].T - rows.log_total[:, None])
+    features = features / jnp.sqrt(jnp.maximum(square[among], jnp.finfo(features.dtype).tiny))[None]
+    # output and denominator count alike
+    weight = jnp.sqrt(jnp.sum(rows.part**2) / jnp.maximum(jnp.sum(rows.mass**2), jnp.finfo(features.dtype).tiny))
+    wanted = jnp.concatenate([rows.part, (weight * rows.mass)[:, None]], axis=1)
+    count = len(features)
+    moments, cross = features.T @ features / count, features.T @ wanted / count
+    free = jnp.arange(candidates)
+
+    def step(carry: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+        index, basis, rest, cross, left, taken = carry
+        gain = jnp.where(taken | (rest < SPANNED), 0, jnp.sum(cross**2, axis=1) / jnp.maximum(rest, SPANNED))
+        best = jnp.argmax(gain)
+        found = gain[best] > 0
+        root = jnp.sqrt(jnp.maximum(rest[best], SPANNED))
+        along = jnp.where(found, (moments[best] - basis.T @ basis[:, best]) / root, 0)
+        fitted = jnp.where(found, cross[best] / root, 0)
+        left = jnp.maximum(left - jnp.sum(fitted**2), 0)
+        carry = (
+            index + 1,
+            basis.at[index].set(along),
+            rest - along**2,
+            cross - along[:, None] * fitted[None],
+            left,
+            taken | (found & (free == best)),
+        )
+        return carry, (among[best], left)
+
+    all_of_it = jnp.mean(jnp.sum(wanted**2, axis=1))
+    start = (
+        0,
+        jnp.zeros((most, candidates), features.dtype),
+        jnp.diagonal(moments),
+        cross,
+        all_of_it,
+        jnp.zeros(candidates, bool),
+    )
+    _, (order, left) = jax.lax.scan(step, start, None, length=most)
+    return order, jnp.concatenate([all_of_it[None], left])
+
+
+def _mean_square_shares(rows: Rows, prefix: Array, block: int = 4096) -> Array:
+    """Return for each token of a head's prefix its mean square share in the queries' denominators, in blocks of tokens."""
+
+    def of(part: Array) -> Array:
+        return jnp.mean(jnp.exp(2 * (rows.query @ part.T - rows.log_total[:, None])), axis=0)
+
+    whole = len(prefix) // block * block
+    parts = [jax.lax.map(of, prefix[:whole].reshape(-1, block, prefix.shape[1])).reshape(-1)] if whole else []
+    return jnp.concatenate([*parts, of(prefix[whole:])]) if whole < len(prefix) else parts[0]
+
+
+def divide(curves: Float[np.ndarray, "heads R+1"], total: int) -> Int[np.ndarray, "heads"]:
+    """Return how many anchors each head gets of ``total``, so that the sum of errors is least.
+
+    Args:
+        curves: for each head the error after 0, 1, .. anchors, in one unit for all; it does not rise.
+        total: to be spent; what lowers no error is not.
+
+    The curves' convex envelopes are descended, always where it is steepest, which is best for them.
+    """
+    gains = np.stack([scipy.optimize.isotonic_regression(d, increasing=False).x for d in -np.diff(curves)])
+    order = np.argsort(-gains, axis=None, kind="stable")[:total]
+    order = order[gains.reshape(-1)[order] > 0]
+    return np.bincount(order // gains.shape[1], minlength=len(gains))
+
+
+# ------------------------------------------------------------------------------------------- the descent
+
+
+def descend(
+    rows: Rows,
+    points: Float[Array, "K R H"],
+    valid: Bool[Array, "K R"],
+    *,
+    steps: int = 100,
+    batch: int = 2048,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+) -> Fitted:
+    """Return anchors that start at ``points``, with masses and values, after some steps of descent.
+
+    Args:
+        rows: the queries.
+        points: where the anchors start, scaled.
+        valid: which of them there are; the others stay at zero.
+        steps: each on ``batch`` queries; 0 leaves the points where they are, and fits masses and values alone.
+        batch: queries of a step, drawn without replacement; all if there are fewer.
+        learning_rate: of log masses; points move so that scores change by about as much a step.
+        seed: of the draw.
+
+    Raises:
+        UsageError: fewer queries than anchors, or a count that is none.
+    """
+    check_count("steps", steps, 0)
+    check_count("batch", batch)
+    count = rows.query.shape[1]
+    if count < points.shape[1]:
+        raise expected(
+            "query",
+            f"at least {points.shape[1]} queries for as many anchors",
+            count,
+            "Give more queries, or a smaller budget",
+        )
+    # a step fits a Z of its own: from fewer queries than twice the anchors it would fit them too well
+    batch = min(max(batch, 2 * points.shape[1]), count)
+    return Fitted(*_descend(rows, points, valid, jax.random.key(seed), steps, batch, learning_rate))
+
+
+class _Unknowns(NamedTuple):
+    points: Array
+    """In units in which queries have root mean square 1."""
+    log_mass: Array
+    """Of features of root mean square 1."""
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _descend(
+    rows: Rows, points: Array, valid: Array, key: Array, steps: int, batch: int, learning_rate: Array | float
+) -> tuple[Array, ...]:
+    centered = rows.query - jnp.mean(rows.query, axis=1, keepdims=True)
+    tiny = jnp.finfo(centered.dtype).tiny
+    unit = jnp.sqrt(jnp.maximum(jnp.mean(centered**2, axis=(1, 2), keepdims=True), tiny))
+    log_features = jnp.einsum("kqh,krh->kqr", rows.query, points) - rows.log_total[..., None]
+    largest = jnp.max(log_features, axis=1)
+    square = jnp.mean(jnp.exp(2 * (log_features - largest[:, None])), axis=1)
+    log_size = largest + jnp.log(square) / 2
+
+    def features(unknowns: _Unknowns, some: Rows) -> Array:
+        scores = jnp.einsum("kqh,krh->kqr", some.query, unknowns.points / unit)
+        exponent = scores - some.log_total[..., None] - log_size[:, None]
+        # beyond the first step's sizes by e^30 no Z is found any more: keep the step finite, and its gradient zero
+        return jnp.where(valid[:, None], jnp.exp(jnp.minimum(exponent, 30)), 0)
+
+    def parts(unknowns: _Unknowns, some: Rows) -> tuple[Array, Array]:
+        """Return what Z is multiplied by, and what is to come out."""
+        found = features(unknowns, some)
+        mass = jnp.einsum("kqr,kr->kq", found, jnp.where(valid, jnp.exp(unknowns.log_mass), 0))
+        denominator = jnp.maximum(1 - some.mass + mass, 1e-6)[..., None]
+        return found / denominator, some.target - some.own / denominator
+
+    def errors(unknowns: _Unknowns, some: Rows, z: Array | None = None) -> Array:
+        left, right = parts(unknowns, some)
+        z = jax.lax.stop_gradient(_least_squares(left, right)) if z is None else z
+        residual = jnp.einsum("kqr,krh->kqh", left, z) - right
+        return jnp.sum(residual**2, axis=(1, 2)) / jnp.maximum(jnp.sum(some.part**2, axis=(1, 2)), tiny)
+
+    start = _Unknowns(points * unit, jnp.zeros(points.shape[:2], points.dtype))
+    mass = _non_negative(features(start, rows), rows.mass)
+    start = start._replace(log_mass=jnp.log(jnp.maximum(mass, FAINTEST)))
+    before = errors(start, rows)
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)), b1=0.9, b2=0.99)
+    order = jax.random.permutation(key, rows.query.shape[1])
+    batches = rows.query.shape[1] // batch
+
+    def step(i: Array, carry: tuple[_Unknowns, optax.OptState]) -> tuple[_Unknowns, optax.OptState]:
+        unknowns, state = carry
+        some = rows.take(jax.lax.dynamic_slice(order, ((i % batches) * batch,), (batch,)))
+        gradient = jax.grad(lambda unknowns: jnp.sum(errors(unknowns, some)))(unknowns)
+        update, state = optimizer.update(gradient, state)
+        # a score is a sum over H entries of a query, most of which a step of Adam moves one way
+        update = update._replace(points=POINTS_STEP * update.points)
+        moved = optax.apply_updates(unknowns, update)
+        finite = jnp.all(jnp.isfinite(moved.points), axis=2) & jnp.isfinite(moved.log_mass)
+        kept = _Unknowns(jnp.where(finite[..., None], moved.points, unknowns.points), jnp.where(finite, moved.log_mass, unknowns.log_mass))
+        return kept, state
+
+    end, _ = jax.lax.fori_loop(0, steps, step, (start, optimizer.init(start)))
+    after = errors(end, rows)
+    better = (after < before)[:, None]
+    end = _Unknowns(jnp.where(better[..., None], end.points, start.points), jnp.where(better, end.log_mass, start.log_mass))
+    z = _least_squares(*parts(end, rows))
+    natural = jnp.where(valid, jnp.exp(-log_size), 0)
+    k = jnp.where(valid, jnp.exp(end.log_mass), 0) * natural
+    return (
+        jnp.where(valid[..., None], end.points / unit, 0),
+        z * natural[..., None],
+        k,
+        before,
+        jnp.minimum(after, before),
+    )
+
+
+POINTS_STEP = 0.3
+"""Of points beside log masses, in units in which queries have root mean square 1. Tried on three layers of SmolLM2 at 32
+anchors and 100 steps: 0.1, 0.3 and 1 leave 0.0132, 0.0124 and 0.0178 of the square (0.029 at the start)."""
+
+
+def _least_squares(left: Array, right: Array) -> Array:
+    """Return the z [K, R, H] with the least ``|left z - right|^2``, left [K, Q, R]."""
+    moments = jnp.einsum("kqr,kqs->krs", left, left)
+    size = jnp.trace(moments, axis1=1, axis2=2) / moments.shape[1]
+    moments = moments + (RIDGE * size + jnp.finfo(left.dtype).tiny)[:, None, None] * jnp.eye(moments.shape[1], dtype=left.dtype)[None]
+    factor = jax.scipy.linalg.cholesky(moments, lower=True)
+    return jax.vmap(lambda c, b: jax.scipy.linalg.cho_solve((c, True), b))(
+        factor, jnp.einsum("kqr,kqh->krh", left, right)
+    )
+
+
+def _non_negative(features: Array, mass: Array, iterations: int = 300) -> Array:
+    """Return k >= 0 [K, R] with a small ``|features k - mass|^2``: each step lowers it and keeps the sign."""
+    moments = jnp.einsum("kqr,kqs->krs", features, features)
+    wanted = jnp.einsum("kqr,kq->kr", features, mass)
+    tiny = jnp.finfo(features.dtype).tiny
+    start = jnp.full_like(wanted, 1 / features.shape[2]) * jnp.mean(mass, axis=1, keepdims=True)
+
+    def step(_: int, k: Array) -> Array:
+        return k * wanted / jnp.maximum(jnp.einsum("krs,ks->kr", moments, k), tiny)
+
+    return jax.lax.fori_loop(0, iterations, step, start)
