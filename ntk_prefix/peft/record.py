@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Unpack
 
@@ -20,7 +21,7 @@ from ntk_prefix.models.window import seen_in_windows, windowed
 from ntk_prefix.peft.sites import AttentionSite, attention_sites
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["LayerRecord", "record", "stand_in"]
+__all__ = ["LayerRecord", "record", "replaced_cores", "stand_in"]
 
 
 class LayerRecord(NamedTuple):
@@ -126,26 +127,41 @@ def record(
     Raises:
         ValueError: there is no attention layer.
     """
-    layers = dict(attention_sites(model))
-    if not layers:
-        raise expected("model", "one with attention layers", f"{type(model).__name__} without any")
     records: dict[str, Any] = {}
 
     def remember(path: str) -> Callable[[LayerRecord], None]:
         return lambda seen: records.__setitem__(path, keep(path, seen))
 
+    with replaced_cores(model, lambda path, core: _Recorder(core, remember(path))):
+        model(**inputs)
+    return records
+
+
+@contextlib.contextmanager
+def replaced_cores(model: Any, replacement: Callable[[str, AttentionCore], AttentionCore]) -> Iterator[None]:
+    """Let each attention layer of a model attend with another core for a while, one layer after the other.
+
+    Args:
+        model: any with attention that :mod:`ntk_prefix.peft.sites` finds; it is left as it was.
+        replacement: from a layer's dotted path and its core to the core in its place.
+
+    Raises:
+        UsageError: there is no attention layer.
+    """
+    layers = dict(attention_sites(model))
+    if not layers:
+        raise expected("model", "one with attention layers", f"{type(model).__name__} without any")
     cores = {path: layer.core for path, layer in layers.items()}
-    # what a recomputed layer sees, or one in a loop, cannot be kept beyond it
+    # what a recomputed layer sees, or one in a loop, cannot be kept beyond it, and differs from layer to layer
     options = [(module, module.run) for _, module in nnx.iter_modules(model) if isinstance(module, Runnable)]
     try:
         for module, run in options:
             module.run = dataclasses.replace(run, remat=False, scan_layers=False)
         for path, layer in layers.items():
-            layer.core = _Recorder(cores[path], remember(path))
-        model(**inputs)
+            layer.core = replacement(path, cores[path])
+        yield
     finally:
         for path, layer in layers.items():
             layer.core = cores[path]
         for module, run in options:
             module.run = run
-    return records
