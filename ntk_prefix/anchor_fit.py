@@ -27,7 +27,7 @@ which keeps the keys it has chosen.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +217,7 @@ def _choose_in_head(rows: Rows, prefix: Array, most: int, candidates: int) -> tu
     moments, cross = features.T @ features / count, features.T @ wanted / count
     free = jnp.arange(candidates)
 
-    def step(carry: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    def step(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
         index, basis, rest, cross, left, taken = carry
         gain = jnp.where(taken | (rest < SPANNED), 0, jnp.sum(cross**2, axis=1) / jnp.maximum(rest, SPANNED))
         best = jnp.argmax(gain)
@@ -237,7 +237,7 @@ def _choose_in_head(rows: Rows, prefix: Array, most: int, candidates: int) -> tu
         return carry, (among[best], left)
 
     all_of_it = jnp.mean(jnp.sum(wanted**2, axis=1))
-    start = (
+    start: tuple[Any, ...] = (
         0,
         jnp.zeros((most, candidates), features.dtype),
         jnp.diagonal(moments),
@@ -284,7 +284,7 @@ def descend(
     valid: Bool[Array, "K R"],
     *,
     steps: int = 100,
-    batch: int = 2048,
+    batch: int = 1024,
     learning_rate: float = 0.1,
     seed: int = 0,
 ) -> Fitted:
@@ -361,25 +361,31 @@ def _descend(
     before = errors(start, rows)
 
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)), b1=0.9, b2=0.99)
-    order = jax.random.permutation(key, rows.query.shape[1])
+    # drawn once: what lies together is read three times as fast as what is gathered
+    mixed = rows.take(jax.random.permutation(key, rows.query.shape[1]))
     batches = rows.query.shape[1] // batch
 
     def step(i: Array, carry: tuple[_Unknowns, optax.OptState]) -> tuple[_Unknowns, optax.OptState]:
         unknowns, state = carry
-        some = rows.take(jax.lax.dynamic_slice(order, ((i % batches) * batch,), (batch,)))
+        some = Rows(*(jax.lax.dynamic_slice_in_dim(x, (i % batches) * batch, batch, axis=1) for x in mixed))
         gradient = jax.grad(lambda unknowns: jnp.sum(errors(unknowns, some)))(unknowns)
         update, state = optimizer.update(gradient, state)
         # a score is a sum over H entries of a query, most of which a step of Adam moves one way
         update = update._replace(points=POINTS_STEP * update.points)
         moved = optax.apply_updates(unknowns, update)
         finite = jnp.all(jnp.isfinite(moved.points), axis=2) & jnp.isfinite(moved.log_mass)
-        kept = _Unknowns(jnp.where(finite[..., None], moved.points, unknowns.points), jnp.where(finite, moved.log_mass, unknowns.log_mass))
+        kept = _Unknowns(
+            jnp.where(finite[..., None], moved.points, unknowns.points),
+            jnp.where(finite, moved.log_mass, unknowns.log_mass),
+        )
         return kept, state
 
     end, _ = jax.lax.fori_loop(0, steps, step, (start, optimizer.init(start)))
     after = errors(end, rows)
     better = (after < before)[:, None]
-    end = _Unknowns(jnp.where(better[..., None], end.points, start.points), jnp.where(better, end.log_mass, start.log_mass))
+    end = _Unknowns(
+        jnp.where(better[..., None], end.points, start.points), jnp.where(better, end.log_mass, start.log_mass)
+    )
     z = _least_squares(*parts(end, rows))
     natural = jnp.where(valid, jnp.exp(-log_size), 0)
     k = jnp.where(valid, jnp.exp(end.log_mass), 0) * natural
@@ -401,7 +407,10 @@ def _least_squares(left: Array, right: Array) -> Array:
     """Return the z [K, R, H] with the least ``|left z - right|^2``, left [K, Q, R]."""
     moments = jnp.einsum("kqr,kqs->krs", left, left)
     size = jnp.trace(moments, axis1=1, axis2=2) / moments.shape[1]
-    moments = moments + (RIDGE * size + jnp.finfo(left.dtype).tiny)[:, None, None] * jnp.eye(moments.shape[1], dtype=left.dtype)[None]
+    moments = (
+        moments
+        + (RIDGE * size + jnp.finfo(left.dtype).tiny)[:, None, None] * jnp.eye(moments.shape[1], dtype=left.dtype)[None]
+    )
     factor = jax.scipy.linalg.cholesky(moments, lower=True)
     return jax.vmap(lambda c, b: jax.scipy.linalg.cho_solve((c, True), b))(
         factor, jnp.einsum("kqr,kqh->krh", left, right)

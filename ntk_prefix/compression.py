@@ -17,6 +17,7 @@ state has no position, and the text behind it begins at 0 as it would without a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Unpack
@@ -34,10 +35,11 @@ from ntk_prefix.models.attention import AttentionCore, AttentionOptions
 from ntk_prefix.models.backbone import check_tokens
 from ntk_prefix.models.llama import Llama
 from ntk_prefix.peft.record import LayerRecord, record, replaced_cores
+from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.typing import Array, Float, Int
 
-__all__ = ["Compression", "Divergence", "Prefix", "compress", "divergence", "read_prompt", "sensitivity"]
+__all__ = ["Compression", "Divergence", "Prefix", "attending", "compress", "divergence", "read_prompt", "sensitivity"]
 
 Inputs = Mapping[str, Array]
 """``input_ids`` and ``attention_mask``, [B, T] each, padded on the right."""
@@ -83,7 +85,7 @@ class Compression:
     @property
     def numbers(self) -> int:
         """How many numbers the anchors are: points, values and masses."""
-        head_dim = next(iter(self.states.values())).z.shape[-1]
+        head_dim = jax.tree.leaves(next(iter(self.states.values())).z)[0].shape[-1]
         return int(self.anchors.sum()) * (2 * head_dim + 1)
 
 
@@ -161,6 +163,11 @@ def read_prompt(model: Any, input_ids: Int[Array, " M"], progress: Progress = la
     return {path: Prefix(c.key[0], c.value[0]) for path, c in zip(paths, cache, strict=True)}
 
 
+def attending(model: Any, prefix: Mapping[str, Prefix]) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a model attends to a prefix exactly, in the place of what is on it."""
+    return replaced_cores(model, lambda path, _: _Prefixed(prefix[path]))
+
+
 def sensitivity(
     model: Any,
     prefix: Mapping[str, Prefix],
@@ -202,7 +209,9 @@ def sensitivity(
         for path, each in found.items():
             total[path] = total[path] + np.asarray(jnp.sum(each**2, axis=(0, 1, 3)), np.float64)
         count += int(some["attention_mask"].sum())
-        progress("asking what matters", min((i + 1) * ROWS_AT_ONCE, len(queries["input_ids"])), len(queries["input_ids"]))
+        progress(
+            "asking what matters", min((i + 1) * ROWS_AT_ONCE, len(queries["input_ids"])), len(queries["input_ids"])
+        )
     return {path: each / count for path, each in total.items()}
 
 
@@ -252,7 +261,9 @@ def compress(
     recorded = _recorded(model, prefix, queries, progress)
     chosen: dict[str, Choice] = {}
     for i, (path, _) in enumerate(layers):
-        chosen[path] = choose(_rows(recorded[path], prefix[path]), _scaled(prefix[path], recorded[path][0]), most, seed=seed)
+        chosen[path] = choose(
+            _rows(recorded[path], prefix[path]), _scaled(prefix[path], recorded[path][0]), most, seed=seed
+        )
         progress("choosing anchors", i + 1, len(layers))
     cost = np.stack([_by_key_head(weights[path], len(chosen[path].left)) for path, _ in layers])
     curves = np.concatenate([chosen[path].left for path, _ in layers]) * cost.reshape(-1)[:, None]
@@ -291,7 +302,7 @@ def divergence(
     run = nnx.jit(answer)
     kl, agrees = [], []
     for some in _parts(texts):
-        with replaced_cores(model, lambda path, _: _Prefixed(prefix[path])):
+        with attending(model, prefix):
             exact = run(model, some)
         with replaced_cores(model, lambda path, core: core if states is None else _Stated(states[path])):
             ours = run(model, some)
@@ -312,8 +323,6 @@ def divergence(
 
 
 def _sites(model: Any) -> list[tuple[str, Any]]:
-    from ntk_prefix.peft.sites import attention_sites
-
     return attention_sites(model)
 
 
@@ -337,7 +346,7 @@ def _recorded(
     kept: dict[str, list[LayerRecord]] = {path: [] for path in prefix}
     rows = len(queries["input_ids"])
     for i, some in enumerate(_parts(queries)):
-        with replaced_cores(model, lambda path, _: _Prefixed(prefix[path])):
+        with attending(model, prefix):
             for path, seen in record(model, some).items():
                 kept[path].append(seen)
         progress("reading the queries", min((i + 1) * ROWS_AT_ONCE, rows), rows)

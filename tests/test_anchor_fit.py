@@ -1,0 +1,124 @@
+"""Anchors for a prefix: what is chosen, how a budget is divided, and what the descent makes of it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntk_prefix import PrefixState
+from ntk_prefix.anchor_fit import Rows, choose, descend, divide, rows_of
+from ntk_prefix.checks import UsageError
+from ntk_prefix.feature_maps import Anchors
+
+BATCH, LENGTH, HEADS, KEY_HEADS, DIM, TOKENS = 3, 20, 4, 2, 8, 24
+ROOT = DIM**-0.25
+
+
+def drawn(kinds: int = TOKENS, size: float = 1.0) -> tuple[jax.Array, ...]:
+    """Queries, a prefix of so many different tokens, and the queries' own keys and values."""
+    draw = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(draw.normal(size=(BATCH, LENGTH, n, DIM)) * scale)
+        for n, scale in ((HEADS, size), (KEY_HEADS, 1.0), (KEY_HEADS, 1.0))
+    )
+    again = np.arange(TOKENS) % kinds
+    prefix_key, prefix_value = (jnp.asarray(draw.normal(size=(kinds, KEY_HEADS, DIM))[again]) for _ in range(2))
+    return query, prefix_key, prefix_value, key, value
+
+
+def scaled(prefix_key: jax.Array) -> jax.Array:
+    return jnp.swapaxes(prefix_key, 0, 1) * ROOT
+
+
+def test_rows_are_the_shares_of_the_exact_attention() -> None:
+    query, prefix_key, prefix_value, key, value = drawn()
+    rows = rows_of(*drawn(), is_causal=True)
+    # head 3 meets key head 1; rows of a key head stand as [B, T, group]
+    b, t, head = 1, 7, 3
+    q, keys, values = query[b, t, head] / DIM**0.5, key[b, : t + 1, 1], value[b, : t + 1, 1]
+    own, prefix = jnp.exp(keys @ q), jnp.exp(prefix_key[:, 1] @ q)
+    total = own.sum() + prefix.sum()
+    at = (b * LENGTH + t) * (HEADS // KEY_HEADS) + head % 2
+    np.testing.assert_allclose(rows.query[1, at], query[b, t, head] * ROOT, rtol=1e-12)
+    np.testing.assert_allclose(rows.log_total[1, at], jnp.log(total), rtol=1e-12)
+    np.testing.assert_allclose(rows.mass[1, at], prefix.sum() / total, rtol=1e-12)
+    np.testing.assert_allclose(rows.own[1, at], own @ values / total, rtol=1e-11)
+    np.testing.assert_allclose(rows.part[1, at], prefix @ prefix_value[:, 1] / total, rtol=1e-11)
+
+
+def test_a_prefix_of_four_kinds_of_tokens_is_four_anchors() -> None:
+    """And nothing is left of the error; with three there is."""
+    rows, prefix_key = rows_of(*drawn(kinds=4), is_causal=True), drawn(kinds=4)[1]
+    chosen = choose(rows, scaled(prefix_key), 8)
+    assert np.all(np.diff(chosen.left) <= 0)
+    assert np.all(chosen.useful == 4)
+    assert all(len({token % 4 for token in tokens[:4]}) == 4 for tokens in chosen.tokens)
+    left = chosen.left / chosen.left[:, :1]
+    assert np.all(left[:, 4] < 1e-6)
+    assert np.all(left[:, 3] > 1e-4)
+
+
+def test_the_state_of_these_anchors_is_the_prefix() -> None:
+    query, prefix_key, prefix_value, key, value = drawn(kinds=4)
+    rows = rows_of(query, prefix_key, prefix_value, key, value, is_causal=True)
+    start = scaled(prefix_key)[:, :4]
+    fit = descend(rows, start, jnp.ones((KEY_HEADS, 4), bool), steps=0)
+    state = PrefixState(fit.z, fit.k, Anchors(fit.points))
+    # the ridge leaves a part of about RIDGE, the masses' multiplicative steps are not at their end
+    assert np.all(state.error(query, prefix_key, prefix_value, key, value, is_causal=True) < 1e-2)
+    np.testing.assert_allclose(fit.k, TOKENS / 4, rtol=0.2)
+    fewer = descend(rows, start[:, :2], jnp.ones((KEY_HEADS, 2), bool), steps=0)
+    state = PrefixState(fewer.z, fewer.k, Anchors(fewer.points))
+    assert np.all(state.error(query, prefix_key, prefix_value, key, value, is_causal=True) > 2e-2)
+
+
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_descent_moves_points_to_where_less_is_lost(size: float) -> None:
+    """Scores are up to a few thousand at the larger size; sums of their exponentials are in no float."""
+    query, prefix_key, *others = drawn(size=size)
+    if size > 1:
+        assert jnp.max(jnp.einsum("btnh,mnh->btnm", query[:, :, ::2], prefix_key)) * DIM**-0.5 > 1e3
+    rows = rows_of(query, prefix_key, *others, is_causal=True)
+    tokens = choose(rows, scaled(prefix_key), 6).tokens
+    start = jnp.take_along_axis(scaled(prefix_key), jnp.asarray(tokens)[..., None], axis=1)
+    valid = jnp.asarray([[True] * 6, [True] * 4 + [False] * 2])
+    fit = descend(rows, start, valid, steps=40)
+    assert all(np.isfinite(x).all() for x in fit)
+    assert np.all(fit.k >= 0)
+    assert np.all(fit.after <= fit.before)
+    if size == 1:
+        assert np.all(fit.after < 0.7 * fit.before)
+    for x in (fit.points, fit.z, fit.k):
+        assert np.all(np.asarray(x)[1, 4:] == 0)
+    # what is reported is what the state does
+    state = PrefixState(fit.z, fit.k, Anchors(fit.points))
+    output = state.attend(query, others[1], others[2], is_causal=True)
+    exact = rows.target.reshape(KEY_HEADS, BATCH, LENGTH, 2, DIM).transpose(1, 2, 0, 3, 4).reshape(query.shape)
+    lost = jnp.sum((output - exact) ** 2, axis=(0, 1, 3)).reshape(KEY_HEADS, 2).sum(axis=1)
+    np.testing.assert_allclose(lost / jnp.sum(rows.part**2, axis=(1, 2)), fit.after, rtol=1e-3, atol=1e-12)
+
+
+def test_a_budget_goes_to_where_it_lowers_the_sum_most() -> None:
+    """Equal to trying all divisions, for convex curves; of curves that are not, their envelopes are descended."""
+    curves = np.array([[9.0, 4, 2, 1.5, 1.4], [3, 2.5, 2.2, 2, 2], [5, 1, 0.5, 0.5, 0.5]])
+    for total in range(9):
+        counts = divide(curves, total)
+        assert counts.sum() <= total
+        best = min(
+            sum(curve[n] for curve, n in zip(curves, tried, strict=True))
+            for tried in itertools.product(range(5), repeat=3)
+            if sum(tried) <= total
+        )
+        assert sum(curve[n] for curve, n in zip(curves, counts, strict=True)) == pytest.approx(best)
+    assert list(divide(curves, 100)) == [4, 3, 2]
+    late = np.array([[4.0, 4, 4, 0], [3, 2, 1, 0.5]])
+    assert list(divide(late, 3)) == [3, 0]
+
+
+def test_fewer_queries_than_anchors_are_refused() -> None:
+    rows = rows_of(*drawn())
+    few = Rows(*(x[:, :3] for x in rows))
+    with pytest.raises(UsageError, match="at least 4 queries for as many anchors, got 3"):
+        descend(few, jnp.zeros((KEY_HEADS, 4, DIM)), jnp.ones((KEY_HEADS, 4), bool))

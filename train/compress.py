@@ -1,0 +1,339 @@
+"""``python -m train.compress``: a prompt as an adapter of constant size, with a report of what is lost.
+
+    python -m train.compress --model smollm2 --prompt notes.txt --budget 32 --out runs/notes
+
+The prompt is read once. Texts that could follow it, your own (``--queries``) or the model's (``--self-study``), say what it is
+asked, and ``--budget`` anchors a key head, on average, are placed and fitted for them. A part of the texts is held out, and
+the report compares the model with the adapter to the model with the prompt on those. ``--out`` gets the adapter's folder, for
+:func:`ntk_prefix.peft.load_adapter`, and the report as index.html, report.json and errors.png.
+
+An adapter takes no place in the cache and has no position: text behind it begins at 0.
+"""
+
+from __future__ import annotations
+
+from train.memory import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()
+
+import base64
+import dataclasses
+import html
+import io
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from ntk_prefix import models, peft
+from ntk_prefix.artifacts import json_text, provenance, read_bytes, write_whole
+from ntk_prefix.checks import expected
+from ntk_prefix.compression import Compression, Divergence, Prefix, attending, compress, divergence, read_prompt
+from ntk_prefix.typing import Array
+from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
+from train.readers import open_table
+from train.setup import load_tokenizer, model_path
+
+__all__ = ["Options", "main"]
+
+LARGEST_PROMPT = 2**26
+"""Bytes of a file of text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Turn a prompt into an adapter of constant size."""
+
+    model: str = "smollm2"
+    """A decoder: an asset (smollm2), a Hugging Face folder, a .gguf file, or owner/name of the hub."""
+    prompt: Path = Path("-")
+    """A file of text; - is standard input."""
+    budget: int = 32
+    """Anchors per key head, on average over the model's."""
+    queries: Path | None = None
+    """Texts that could follow the prompt: .jsonl, .csv, .tsv or .parquet with a column "text", or a text file with one a line.
+    None lets the model write some."""
+    self_study: int = 36
+    """Without --queries: how many texts the model writes behind the prompt, each from another first token."""
+    tokens: int = 128
+    """Of each text, at most."""
+    held_out: float = 0.33
+    """The part of the texts that only the report is about."""
+    steps: int = 100
+    """Of the descent on anchors and masses; 0 keeps the chosen keys."""
+    even: bool = False
+    """Give every head the same number of anchors."""
+    seed: int = 0
+    """Of the split of the texts, and of draws."""
+    out: Path = Path("runs/compressed")
+    """Folder of the adapter and the report; a new one, or one of this program."""
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before anything is loaded."""
+        for name, least in (("budget", 1), ("self_study", 2), ("tokens", 2), ("steps", 0), ("seed", 0)):
+            at_least(name, getattr(self, name), least)
+        if not 0 < self.held_out < 1:
+            raise expected("--held-out", "a part of the texts, between 0 and 1", self.held_out)
+        if self.out.is_file():
+            raise expected("--out", "a folder", f"{self.out}, which is a file")
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / "report.json").is_file():
+            raise expected("--out", "a new folder, or one of this program", f"{self.out}, which has other files in it")
+
+
+def main(options: Options, console: Console) -> None:
+    """Compress, write the adapter, compare, write the report.
+
+    Raises:
+        UsageError: no text, no decoder, more anchors than tokens, fewer queries than anchors.
+    """
+    began = time.perf_counter()
+    text = _prompt(options.prompt)
+    own = None if options.queries is None else _texts(options.queries)
+    path = model_path(options.model)
+    tokenizer = None if path is None else load_tokenizer(path)
+    if path is None or tokenizer is None:
+        raise expected("--model", "a decoder with a tokenizer", options.model)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    prompt = np.asarray(tokenizer.encode(text).ids, np.int32)
+    if options.budget > len(prompt):
+        raise expected("--budget", f"at most the prompt's {len(prompt)} tokens", options.budget)
+    with byte_progress(f"loading {options.model}") as progress:
+        model: Any = models.from_pretrained(path, task="causal-lm", progress=progress)
+    if not isinstance(model, models.Llama):
+        raise expected("--model", "a decoder", type(model).__name__)
+    with _steps(console) as told:
+        prefix = read_prompt(model, jnp.asarray(prompt), told)
+        if own is None:
+            told("writing texts", 0, 1)
+            texts = _written(model, prefix, prompt, options)
+            told("writing texts", 1, 1)
+        else:
+            texts = _encoded([tokenizer.encode(each, add_special_tokens=False).ids for each in own], options.tokens)
+        fit, held = _split(texts, options)
+        found = compress(
+            model, prefix, fit, options.budget, steps=options.steps, even=options.even, seed=options.seed, progress=told
+        )
+        told("comparing", 0, 2)
+        after = divergence(model, prefix, found.states, held)
+        told("comparing", 1, 2)
+        before = divergence(model, prefix, None, held)
+        told("comparing", 2, 2)
+    options.out.mkdir(parents=True, exist_ok=True)
+    peft.apply_states(model, {**found.states}, name="compressed")
+    peft.save_pretrained(model, options.out / "adapter")
+    report = _report(options, prompt, model, fit, held, found, after, before, time.perf_counter() - began)
+    picture = io.BytesIO()
+    draw(found).savefig(picture, dpi=150)
+    write_whole(options.out / "errors.png", picture.getvalue())
+    write_whole(options.out / "index.html", _page(report, picture.getvalue()).encode())
+    write_whole(options.out / "report.json", json_text(report).encode())
+    console.print(_said(report), markup=False, highlight=False)
+    console.print(f"{options.out / 'adapter'}, {options.out / 'index.html'}", markup=False, soft_wrap=True)
+
+
+def draw(found: Compression) -> Figure:
+    """Return the figure: how many anchors each head has, and the error that is left, layer by layer."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    panels: Any = figure.subplots(1, 2)
+    for panel, values, title, log in (
+        (panels[0], found.anchors, "anchors", False),
+        (panels[1], np.maximum(found.error, 1e-12), "error, share of the prefix's part", True),
+    ):
+        shown = np.log10(values) if log else values
+        image = panel.imshow(shown, aspect="auto", cmap="viridis", interpolation="nearest")
+        panel.set(title=title, xlabel="key head", ylabel="layer", xticks=range(values.shape[1]))
+        bar = figure.colorbar(image, ax=panel)
+        if log:
+            bar.ax.set_ylabel("log10 of the relative square error")
+    return figure
+
+
+# -------------------------------------------------------------------------------------------- texts
+
+
+def _prompt(file: Path) -> str:
+    name = "standard input" if file == Path("-") else str(file)
+    content = sys.stdin.buffer.read(LARGEST_PROMPT + 1) if file == Path("-") else read_bytes(file, LARGEST_PROMPT)
+    if len(content) > LARGEST_PROMPT:
+        raise expected("--prompt", f"at most {LARGEST_PROMPT:,} bytes", f"more from {name}")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise expected("--prompt", "text in UTF-8", f"{name}: {error.reason} at byte {error.start}") from None
+    if not text.strip():
+        raise expected("--prompt", "some text", f"{name}, which has none")
+    return text
+
+
+def _texts(file: Path) -> list[str]:
+    """Return the texts of a file: its column "text", or its lines."""
+    if file.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"):
+        texts = [str(each) for each in open_table(file).column("text") if each is not None]
+    else:
+        texts = _prompt(file).splitlines()
+    texts = [each for each in texts if each.strip()]
+    if len(texts) < 2:
+        raise expected(f"--queries {file}", "at least two texts, one of them to be held out", len(texts))
+    return texts
+
+
+def _encoded(ids: Sequence[Sequence[int]], tokens: int) -> dict[str, np.ndarray]:
+    """Return texts as arrays, padded on the right."""
+    ids = [each[:tokens] for each in ids if each]
+    if len(ids) < 2:
+        raise expected("--queries", "at least two texts of a token or more", len(ids))
+    longest = max(map(len, ids))
+    padded = np.zeros((len(ids), longest), np.int32)
+    mask = np.zeros_like(padded)
+    for row, each in enumerate(ids):
+        padded[row, : len(each)], mask[row, : len(each)] = each, 1
+    return {"input_ids": padded, "attention_mask": mask}
+
+
+def _written(model: Any, prefix: dict[str, Prefix], prompt: np.ndarray, options: Options) -> dict[str, np.ndarray]:
+    """Return texts that the model writes behind the prompt, greedily from its likeliest first tokens."""
+    # what follows the prompt is what its last token says, at its place behind the others
+    others = {path: Prefix(each.key[:-1], each.value[:-1]) for path, each in prefix.items()}
+    with attending(model, others):
+        logits = model(jnp.asarray(prompt[-1:])[None], position_offset=-1).logits[0, -1]
+    with attending(model, prefix):
+        first = jax.lax.top_k(logits, options.self_study)[1].astype(jnp.int32)[:, None]
+        follow = models.generate(model, first, max_new_tokens=options.tokens - 1)
+    ids = np.concatenate([np.asarray(first), np.asarray(follow)], axis=1)
+    return {"input_ids": ids.astype(np.int32), "attention_mask": np.ones_like(ids, np.int32)}
+
+
+def _split(texts: dict[str, np.ndarray], options: Options) -> tuple[dict[str, Array], dict[str, Array]]:
+    rows = len(texts["input_ids"])
+    held = min(max(round(options.held_out * rows), 1), rows - 1)
+    order = np.random.default_rng(options.seed).permutation(rows)
+    fit = {name: jnp.asarray(x[order[held:]]) for name, x in texts.items()}
+    return fit, {name: jnp.asarray(x[order[:held]]) for name, x in texts.items()}
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+def _report(
+    options: Options,
+    prompt: np.ndarray,
+    model: Any,
+    fit: dict[str, Array],
+    held: dict[str, Array],
+    found: Compression,
+    after: Divergence,
+    before: Divergence,
+    seconds: float,
+) -> dict[str, Any]:
+    sites = model.config
+    cache = 2 * len(prompt) * sites.num_hidden_layers * sites.num_key_value_heads * sites.head_dim
+    files = [file.stat().st_size for file in (options.out / "adapter").glob("*.safetensors")]
+    return {
+        "options": dataclasses.asdict(options)
+        | {"prompt": str(options.prompt), "out": str(options.out)}
+        | {"queries": None if options.queries is None else str(options.queries)},
+        "prompt_tokens": len(prompt),
+        "texts": {"fitted": int(fit["attention_mask"].shape[0]), "held_out": int(held["attention_mask"].shape[0])},
+        "held_out_tokens": len(after.kl),
+        "kl": _of(after.kl),
+        "kl_without_prompt": _of(before.kl),
+        "agreement": float(after.agrees.mean()),
+        "agreement_without_prompt": float(before.agrees.mean()),
+        "numbers": found.numbers,
+        "numbers_of_the_cache": cache,
+        "adapter_bytes": sum(files),
+        "anchors": found.anchors.tolist(),
+        "error": found.error.tolist(),
+        "chosen_error": found.chosen_error.tolist(),
+        "sensitivity": found.sensitivity.tolist(),
+        "seconds": seconds,
+        **provenance("jax", "flax", sources=("ntk_prefix/**/*.py", "train/compress.py")),
+    }
+
+
+def _of(kl: np.ndarray) -> dict[str, float]:
+    """Return a divergence's mean, its standard error over tokens and its median."""
+    spread = float(kl.std(ddof=1) / len(kl) ** 0.5) if len(kl) > 1 else 0.0
+    return {"mean": float(kl.mean()), "standard_error": spread, "median": float(np.median(kl))}
+
+
+def _said(report: dict[str, Any]) -> str:
+    kl, without = report["kl"], report["kl_without_prompt"]
+    return (
+        f"{report['prompt_tokens']:,} tokens, {report['numbers_of_the_cache']:,} numbers in a cache, became "
+        f"{report['numbers']:,} ({report['numbers_of_the_cache'] / max(report['numbers'], 1):.1f} times fewer) in "
+        f"{report['seconds']:.0f} s.\nOn {report['texts']['held_out']} held-out texts, {report['held_out_tokens']:,} tokens: "
+        f"KL to the prompt {kl['mean']:.4f} +- {kl['standard_error']:.4f} a token (median {kl['median']:.4f}; without the prompt "
+        f"{without['mean']:.4f}); the same first choice for {100 * report['agreement']:.1f} % of tokens "
+        f"({100 * report['agreement_without_prompt']:.1f} % without)."
+    )
+
+
+def _page(report: dict[str, Any], picture: bytes) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(json_text(report[name], indent=None))}</td></tr>"
+        for name in ("options", "texts", "adapter_bytes", "versions", "git")
+        if name in report
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<title>A prompt, compressed</title><style>"
+        "body{font:16px/1.5 sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}"
+        "img{max-width:100%}td{padding:.2rem .6rem;vertical-align:top;overflow-wrap:anywhere}</style>"
+        f"<h1>A prompt, compressed</h1><p>{html.escape(_said(report))}</p>"
+        '<img alt="Anchors and error of each layer and key head" '
+        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        f"<table>{rows}</table></html>\n"
+    )
+
+
+class _steps:
+    """A bar for each stage on a terminal, a line for each elsewhere."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.tasks: dict[str, rich.progress.TaskID] = {}
+        self.bars = rich.progress.Progress(console=console, disable=not console.is_terminal)
+
+    def __enter__(self) -> Any:
+        self.bars.__enter__()
+        return self.told
+
+    def __exit__(self, *error: Any) -> None:
+        self.bars.__exit__(*error)
+
+    def told(self, what: str, done: int, total: int) -> None:
+        if self.console.is_terminal:
+            if what not in self.tasks:
+                self.tasks[what] = self.bars.add_task(what, total=total)
+            self.bars.update(self.tasks[what], completed=done)
+        elif done == total:
+            self.console.print(f"{what}: done", markup=False, highlight=False)
+
+
+def _compress(console: Console) -> int:
+    options = parsed(lambda: tyro.cli(Options, prog="python -m train.compress", description=__doc__))
+    options.check()
+    main(options, console)
+    return 0
+
+
+def command() -> int:
+    """Parse, compress; say in a line what is wrong."""
+    console = Terminal()
+    return ended(lambda: _compress(console), console)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
