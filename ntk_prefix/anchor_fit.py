@@ -1,13 +1,13 @@
 r"""Anchors for a prefix: a few keys with masses and values, whose attention is closest to that of the whole prefix.
 
 For the query heads that share a key head, over sample queries x (scaled), with ``L`` the log of the exact denominator,
-``o`` the share that the queries' own keys have in the exact output and ``e`` the prefix's share of the denominator,
-minimize over points c, masses k >= 0 and Z
+``e`` the prefix's share of it and ``o`` the output of attention over the queries' own keys, minimize over points c, masses
+k >= 0 and values Z
 
 .. math::
 
     \sum_i |T_i - T^*_i|^2, \qquad
-    T_i = \frac{o_i + \sum_j F_{ij} Z_j}{1 - e_i + \sum_j F_{ij} k_j}, \qquad F_{ij} = e^{x_i \cdot c_j - L_i} .
+    T_i = \frac{(1 - e_i) o_i + \sum_j F_{ij} Z_j}{1 - e_i + \sum_j F_{ij} k_j}, \qquad F_{ij} = e^{x_i \cdot c_j - L_i} .
 
 Everything is a share of the exact denominator, so that scores of any size are as safe as small ones. Three steps:
 
@@ -67,7 +67,9 @@ class Rows(NamedTuple):
     log_total: Float[Array, "K Q"]
     """``L``: the log of the exact denominator."""
     own: Float[Array, "K Q H"]
-    """What the queries' own keys add to the exact output."""
+    """The output of attention over the queries' own keys."""
+    log_own: Float[Array, "K Q"]
+    """The log of their share of the denominator; -inf for a query that sees no key."""
     mass: Float[Array, "K Q"]
     """``e``: the prefix's share of the denominator."""
     part: Float[Array, "K Q H"]
@@ -76,7 +78,7 @@ class Rows(NamedTuple):
     @property
     def target(self) -> Float[Array, "K Q H"]:
         """The exact output."""
-        return self.own + self.part
+        return self.own * jnp.exp(self.log_own)[..., None] + self.part
 
     def take(self, index: Array | np.ndarray | slice) -> Rows:
         """Return some of the queries."""
@@ -87,7 +89,7 @@ class Choice(NamedTuple):
     """Prefix tokens in the order in which they were chosen, and what is left of the error after each."""
 
     tokens: Int[np.ndarray, "K R"]
-    left: Float[np.ndarray, "K R+1"]
+    left: Float[np.ndarray, "K counts"]
     """Mean square error per query of output and denominator, from that of no anchor; it does not rise. Where it does not
     fall any more, no candidate was left, and the tokens from there on mean nothing."""
 
@@ -158,7 +160,7 @@ def rows_of(
             local_window_size=local_window_size,
         )
     total = jnp.logaddexp(prefix_lse, lse)
-    mass, rest = jnp.exp(prefix_lse - total), jnp.exp(lse - total)
+    mass = jnp.exp(prefix_lse - total)
 
     def by_key_head(x: Array) -> Array:
         x = x.reshape(*x.shape[:2], heads // groups, groups, *x.shape[3:])
@@ -168,7 +170,8 @@ def rows_of(
     return Rows(
         by_key_head(query.astype(dtype) * root),
         by_key_head(total),
-        by_key_head(own.astype(dtype) * rest[..., None]),
+        by_key_head(own.astype(dtype)),
+        by_key_head(lse - total),
         by_key_head(mass),
         by_key_head(part * mass[..., None]),
     )
@@ -260,7 +263,7 @@ def _mean_square_shares(rows: Rows, prefix: Array, block: int = 4096) -> Array:
     return jnp.concatenate([*parts, of(prefix[whole:])]) if whole < len(prefix) else parts[0]
 
 
-def divide(curves: Float[np.ndarray, "heads R+1"], total: int) -> Int[np.ndarray, "heads"]:
+def divide(curves: Float[np.ndarray, "heads counts"], total: int) -> Int[np.ndarray, "heads"]:
     """Return how many anchors each head gets of ``total``, so that the sum of errors is least.
 
     Args:
@@ -336,27 +339,29 @@ def _descend(
     square = jnp.mean(jnp.exp(2 * (log_features - largest[:, None])), axis=1)
     log_size = largest + jnp.log(square) / 2
 
-    def features(unknowns: _Unknowns, some: Rows) -> Array:
+    def log_features_of(unknowns: _Unknowns, some: Rows) -> Array:
         scores = jnp.einsum("kqh,krh->kqr", some.query, unknowns.points / unit)
-        exponent = scores - some.log_total[..., None] - log_size[:, None]
-        # beyond the first step's sizes by e^30 no Z is found any more: keep the step finite, and its gradient zero
-        return jnp.where(valid[:, None], jnp.exp(jnp.minimum(exponent, 30)), 0)
+        return jnp.where(valid[:, None], scores - some.log_total[..., None] - log_size[:, None], -jnp.inf)
 
-    def parts(unknowns: _Unknowns, some: Rows) -> tuple[Array, Array]:
+    def parts(unknowns: _Unknowns, some: Rows, largest: float = jnp.inf) -> tuple[Array, Array]:
         """Return what Z is multiplied by, and what is to come out."""
-        found = features(unknowns, some)
+        log_found = jnp.minimum(log_features_of(unknowns, some), largest)
+        # a row of which little is found, far from all anchors, is divided by that little: in a unit of its own
+        row = jax.lax.stop_gradient(jnp.minimum(jnp.maximum(jnp.max(log_found, axis=2), some.log_own), 0))
+        row = jnp.where(row == -jnp.inf, 0, row)
+        found, own = jnp.exp(log_found - row[..., None]), jnp.exp(some.log_own - row)
         mass = jnp.einsum("kqr,kr->kq", found, jnp.where(valid, jnp.exp(unknowns.log_mass), 0))
-        denominator = jnp.maximum(1 - some.mass + mass, 1e-6)[..., None]
-        return found / denominator, some.target - some.own / denominator
+        denominator = jnp.maximum(own + mass, tiny)[..., None]
+        return found / denominator, some.target - some.own * own[..., None] / denominator
 
-    def errors(unknowns: _Unknowns, some: Rows, z: Array | None = None) -> Array:
-        left, right = parts(unknowns, some)
-        z = jax.lax.stop_gradient(_least_squares(left, right)) if z is None else z
+    def errors(unknowns: _Unknowns, some: Rows, largest: float = jnp.inf) -> Array:
+        left, right = parts(unknowns, some, largest)
+        z = jax.lax.stop_gradient(_least_squares(left, right))
         residual = jnp.einsum("kqr,krh->kqh", left, z) - right
         return jnp.sum(residual**2, axis=(1, 2)) / jnp.maximum(jnp.sum(some.part**2, axis=(1, 2)), tiny)
 
     start = _Unknowns(points * unit, jnp.zeros(points.shape[:2], points.dtype))
-    mass = _non_negative(features(start, rows), rows.mass)
+    mass = _non_negative(jnp.exp(log_features_of(start, rows)), rows.mass)
     start = start._replace(log_mass=jnp.log(jnp.maximum(mass, FAINTEST)))
     before = errors(start, rows)
 
@@ -368,7 +373,7 @@ def _descend(
     def step(i: Array, carry: tuple[_Unknowns, optax.OptState]) -> tuple[_Unknowns, optax.OptState]:
         unknowns, state = carry
         some = Rows(*(jax.lax.dynamic_slice_in_dim(x, (i % batches) * batch, batch, axis=1) for x in mixed))
-        gradient = jax.grad(lambda unknowns: jnp.sum(errors(unknowns, some)))(unknowns)
+        gradient = jax.grad(lambda unknowns: jnp.sum(errors(unknowns, some, LARGEST)))(unknowns)
         update, state = optimizer.update(gradient, state)
         # a score is a sum over H entries of a query, most of which a step of Adam moves one way
         update = update._replace(points=POINTS_STEP * update.points)
@@ -382,7 +387,7 @@ def _descend(
 
     end, _ = jax.lax.fori_loop(0, steps, step, (start, optimizer.init(start)))
     after = errors(end, rows)
-    better = (after < before)[:, None]
+    better = (after < before)[:, None]  # not so either where a feature has become infinite
     end = _Unknowns(
         jnp.where(better[..., None], end.points, start.points), jnp.where(better, end.log_mass, start.log_mass)
     )
@@ -394,9 +399,13 @@ def _descend(
         z * natural[..., None],
         k,
         before,
-        jnp.minimum(after, before),
+        jnp.where(better[:, 0], after, before),
     )
 
+
+LARGEST = 30.0
+"""Logarithm of a feature, whose root mean square was 1 at the start, in a step: one beyond has no gradient. Measured are all
+as they are."""
 
 POINTS_STEP = 0.3
 """Of points beside log masses, in units in which queries have root mean square 1. Tried on three layers of SmolLM2 at 32
@@ -424,7 +433,7 @@ def _non_negative(features: Array, mass: Array, iterations: int = 300) -> Array:
     tiny = jnp.finfo(features.dtype).tiny
     start = jnp.full_like(wanted, 1 / features.shape[2]) * jnp.mean(mass, axis=1, keepdims=True)
 
-    def step(_: int, k: Array) -> Array:
+    def step(_: Array, k: Array) -> Array:
         return k * wanted / jnp.maximum(jnp.einsum("krs,ks->kr", moments, k), tiny)
 
     return jax.lax.fori_loop(0, iterations, step, start)

@@ -44,7 +44,8 @@ def test_rows_are_the_shares_of_the_exact_attention() -> None:
     np.testing.assert_allclose(rows.query[1, at], query[b, t, head] * ROOT, rtol=1e-12)
     np.testing.assert_allclose(rows.log_total[1, at], jnp.log(total), rtol=1e-12)
     np.testing.assert_allclose(rows.mass[1, at], prefix.sum() / total, rtol=1e-12)
-    np.testing.assert_allclose(rows.own[1, at], own @ values / total, rtol=1e-11)
+    np.testing.assert_allclose(rows.own[1, at], own @ values / own.sum(), rtol=1e-11)
+    np.testing.assert_allclose(rows.log_own[1, at], jnp.log(own.sum() / total), rtol=1e-11)
     np.testing.assert_allclose(rows.part[1, at], prefix @ prefix_value[:, 1] / total, rtol=1e-11)
 
 
@@ -89,7 +90,7 @@ def test_descent_moves_points_to_where_less_is_lost(size: float) -> None:
     assert np.all(fit.k >= 0)
     assert np.all(fit.after <= fit.before)
     if size == 1:
-        assert np.all(fit.after < 0.7 * fit.before)
+        assert np.all(fit.after < 0.8 * fit.before)
     for x in (fit.points, fit.z, fit.k):
         assert np.all(np.asarray(x)[1, 4:] == 0)
     # what is reported is what the state does
