@@ -39,6 +39,7 @@ from ntk_prefix import models, peft
 from ntk_prefix.artifacts import json_text, provenance, read_bytes, write_whole
 from ntk_prefix.checks import expected
 from ntk_prefix.compression import Compression, Divergence, Prefix, attending, compress, divergence, read_prompt
+from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.typing import Array
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
 from train.readers import open_table
@@ -130,7 +131,8 @@ def main(options: Options, console: Console) -> None:
         before = divergence(model, prefix, None, held)
         told("comparing", 2, 2)
     options.out.mkdir(parents=True, exist_ok=True)
-    peft.apply_states(model, {**found.states}, name="compressed")
+    states: dict[str | int, PrefixState] = dict(found.states.items())
+    peft.apply_states(model, states, name="compressed")
     peft.save_pretrained(model, options.out / "adapter")
     report = _report(options, prompt, model, fit, held, found, after, before, time.perf_counter() - began)
     picture = io.BytesIO()
@@ -274,8 +276,8 @@ def _said(report: dict[str, Any]) -> str:
         f"{report['prompt_tokens']:,} tokens, {report['numbers_of_the_cache']:,} numbers in a cache, became "
         f"{report['numbers']:,} ({report['numbers_of_the_cache'] / max(report['numbers'], 1):.1f} times fewer) in "
         f"{report['seconds']:.0f} s.\nOn {report['texts']['held_out']} held-out texts, {report['held_out_tokens']:,} tokens: "
-        f"KL to the prompt {kl['mean']:.4f} +- {kl['standard_error']:.4f} a token (median {kl['median']:.4f}; without the prompt "
-        f"{without['mean']:.4f}); the same first choice for {100 * report['agreement']:.1f} % of tokens "
+        f"KL to the prompt {kl['mean']:.4f} +- {kl['standard_error']:.4f} a token (median {kl['median']:.4f}; without the "
+        f"prompt {without['mean']:.4f}); the same first choice for {100 * report['agreement']:.1f} % of tokens "
         f"({100 * report['agreement_without_prompt']:.1f} % without)."
     )
 

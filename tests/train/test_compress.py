@@ -1,0 +1,170 @@
+"""``python -m train.compress``: a prompt in, an adapter and a report out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from ntk_prefix import compression, peft
+from ntk_prefix.checks import UsageError
+from ntk_prefix.models import from_pretrained
+from ntk_prefix.peft.sites import attention_sites
+from ntk_prefix.typing import Array
+from tests.models.formulas import CONFIGS, draw, write
+from train.compress import Options, main
+
+WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer decoder, a prompt and texts that could follow it."""
+    folder = tmp_path_factory.mktemp("compress")
+    config = {**CONFIGS["llama_tied"], "vocab_size": len(WORDS)}
+    write(folder / "model", config, draw(config))
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(folder / "model" / "tokenizer.json"))
+    drawn = np.random.default_rng(0)
+    (folder / "prompt.txt").write_text(" ".join(drawn.choice(WORDS[1:], TOKENS)))
+    lines = [" ".join(drawn.choice(WORDS[1:], 9 + i % 4)) for i in range(24)]
+    (folder / "texts.txt").write_text("\n".join(lines) + "\n\n")
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    return folder
+
+
+def options(place: Path, **changes: Any) -> Options:
+    given = {"queries": place / "texts.txt", "budget": 6, "steps": 20, "held_out": 0.25} | changes
+    return Options(model=str(place / "model"), prompt=place / "prompt.txt", **given)
+
+
+def test_the_adapter_is_nearly_the_prompt_and_loads_elsewhere(place: Path, tmp_path: Path) -> None:
+    main(options(place, out=tmp_path / "out"), Console(quiet=True))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["prompt_tokens"] == TOKENS
+    assert np.sum(report["anchors"]) <= 6 * np.size(report["anchors"])
+    assert report["texts"] == {"fitted": 18, "held_out": 6}
+    assert report["kl"]["mean"] < 0.35 * report["kl_without_prompt"]["mean"]
+    assert report["agreement"] >= report["agreement_without_prompt"]
+    assert {"versions", "git", "options"} <= report.keys()
+    assert "data:image/png;base64," in (tmp_path / "out" / "index.html").read_text()
+
+    fresh = from_pretrained(place / "model", task="causal-lm")
+    texts = jnp.asarray(np.random.default_rng(1).integers(1, len(WORDS), (2, 8)), jnp.int32)
+    prompt = jnp.asarray([WORDS.index(word) for word in (place / "prompt.txt").read_text().split()], jnp.int32)
+    # the real thing: prompt and text in one sequence
+    whole = jnp.concatenate([jnp.broadcast_to(prompt, (2, TOKENS)), texts], axis=1)
+    exact, bare = fresh(whole).logits[:, TOKENS:], fresh(texts).logits
+    peft.load_adapter(fresh, tmp_path / "out" / "adapter")
+    ours = fresh(texts).logits
+    assert jnp.linalg.norm(ours - exact) < 0.5 * jnp.linalg.norm(bare - exact)
+
+
+def test_the_prefix_behind_which_texts_begin_at_zero_is_the_prompt(place: Path) -> None:
+    """Exactly: keys are read at negative positions, and only differences count."""
+    model = from_pretrained(place / "model", task="causal-lm")
+    prompt, text = (jnp.asarray([[*range(a, b)]], jnp.int32) for a, b in ((1, 13), (13, 20)))
+    prefix = compression.read_prompt(model, prompt[0])
+    with compression.attending(model, prefix):
+        behind = model(text).logits
+    exact = model(jnp.concatenate([prompt, text], axis=1)).logits[:, 12:]
+    np.testing.assert_allclose(behind, exact, atol=2e-5)
+    assert jnp.max(jnp.abs(model(text).logits - exact)) > 1e-2
+
+
+def test_a_prompt_is_read_in_parts_as_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = from_pretrained(place / "model", task="causal-lm")
+    prompt = jnp.arange(1, 20, dtype=jnp.int32)
+    whole = compression.read_prompt(model, prompt)
+    monkeypatch.setattr(compression, "PROMPT_AT_ONCE", 8)
+    for path, each in compression.read_prompt(model, prompt).items():
+        np.testing.assert_allclose(each.key, whole[path].key, atol=1e-5)
+        np.testing.assert_allclose(each.value, whole[path].value, atol=1e-5)
+
+
+def test_sensitivity_foretells_what_an_error_costs(place: Path) -> None:
+    """An error of the same size in each head: its KL is half the error's square times the sensitivity, up to H."""
+    model = from_pretrained(place / "model", task="causal-lm")
+    prefix = compression.read_prompt(model, jnp.arange(1, 13, dtype=jnp.int32))
+    ids = jnp.asarray(np.random.default_rng(2).integers(1, len(WORDS), (64, 6)), jnp.int32)
+    texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
+    found = compression.sensitivity(model, prefix, texts)
+    draws = np.random.default_rng(3)
+
+    def shaken(path: str, head: int) -> float:
+        # values of the prefix moved: what comes out is off in one key head's query heads
+        site = dict(attention_sites(model))[path]
+        moved = dict(prefix)
+        size = 0.05 * draws.normal(size=site.head_dim).astype(np.float32)
+        value: Array = prefix[path].value.at[:, head].add(size)
+        moved[path] = prefix[path]._replace(value=value)
+        with compression.attending(model, prefix):
+            exact = np.asarray(jnp.asarray(model(ids).logits))
+        with compression.attending(model, moved):
+            ours = np.asarray(model(ids).logits)
+        exact, ours = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (exact, ours))
+        return float(np.mean(np.sum(np.exp(exact) * (exact - ours), axis=-1)) / np.sum(size**2))
+
+    paths = list(found)
+    costs = {path: np.mean([[shaken(path, head) for head in range(2)] for _ in range(6)]) for path in paths}
+    # which layer costs more is foretold
+    predicted = {path: found[path].mean() for path in paths}
+    assert max(costs, key=costs.__getitem__) == max(predicted, key=predicted.__getitem__)
+
+
+def test_an_uneven_budget_loses_less_than_an_even_one(place: Path) -> None:
+    model = from_pretrained(place / "model", task="causal-lm")
+    prefix = compression.read_prompt(model, jnp.asarray(np.random.default_rng(4).integers(1, 31, 40), jnp.int32))
+    ids = jnp.asarray(np.random.default_rng(5).integers(1, len(WORDS), (12, 12)), jnp.int32)
+    texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
+    uneven = compression.compress(model, prefix, texts, 4, steps=0)
+    even = compression.compress(model, prefix, texts, 4, steps=0, even=True)
+    assert uneven.anchors.sum() <= even.anchors.sum() == 4 * even.anchors.size
+    predicted = [np.sum(each.sensitivity * each.chosen_error) for each in (uneven, even)]
+    assert predicted[0] < predicted[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": TOKENS + 1}, f"--budget: expected at most the prompt's {TOKENS} tokens"),
+        ({"budget": 0}, "--budget: expected at least 1"),
+        ({"held_out": 1.0}, "--held-out: expected a part"),
+        ({"model": "no-such-model"}, "--model: expected"),
+        ({"budget": 40, "queries": "two lines"}, "queries: expected at least 40 tokens"),
+        ({"queries": "no column"}, "a column text"),
+        ({"queries": "one line"}, "at least two texts"),
+        ({"prompt": "empty"}, "--prompt: expected some text"),
+        ({"prompt": "latin"}, "--prompt: expected text in UTF-8"),
+        ({"out": "others"}, "--out: expected a new folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_in_one_line(place: Path, tmp_path: Path, changes: Any, message: str) -> None:
+    files = {"two lines": b"w1 w2\nw3 w4\n", "one line": b"w1 w2\n", "empty": b" \n", "latin": b"caf\xe9"}
+    for name, content in files.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    (tmp_path / "no column.jsonl").write_text('{"body": "w1"}\n{"body": "w2"}\n')
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "letters.txt").touch()
+    given: dict[str, Any] = {"queries": place / "texts.txt", "out": tmp_path / "out", "budget": 6} | changes
+    for field in ("queries", "prompt", "out"):
+        if isinstance(given.get(field), str):
+            kind = "" if field == "out" else ".jsonl" if given[field] == "no column" else ".txt"
+            given[field] = tmp_path / f"{given[field]}{kind}"
+    given = {"model": str(place / "model"), "prompt": place / "prompt.txt"} | given
+    with pytest.raises(UsageError, match=message):
+        main(Options(**given), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_texts_the_model_writes_them(place: Path, tmp_path: Path) -> None:
+    main(options(place, queries=None, self_study=8, tokens=6, steps=0, out=tmp_path / "out"), Console(quiet=True))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["texts"] == {"fitted": 6, "held_out": 2}
+    assert report["kl"]["mean"] < report["kl_without_prompt"]["mean"]
