@@ -27,7 +27,6 @@ import numpy as np
 
 from ntk_prefix.attention import LowRank, ntk_attention, prefix_attention
 from ntk_prefix.checks import (
-    UsageError,
     check_array,
     check_attention,
     check_count,
@@ -101,20 +100,7 @@ class PrefixState:
         phi = resolve_feature_map(feature_map)
         _check_heads(_check_prefix(prefix_key, prefix_value), num_heads)
         check_count("block", block)
-        phi.check(*prefix_key.shape[1:])
-        add = functools.partial(_add_block, phi, _root(scale, prefix_key.shape[-1]))
-        sums = _zero_sums(phi, prefix_key)
-        block = min(block, max(prefix_key.shape[0], 1))
-        whole = prefix_key.shape[0] // block * block
-
-        def step(sums: Any, start: Array) -> tuple[Any, None]:
-            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
-            return add(sums, cut(prefix_key), cut(prefix_value)), None
-
-        if whole:
-            sums, _ = jax.lax.scan(step, sums, jnp.arange(0, whole, block))
-        if whole < prefix_key.shape[0]:
-            sums = add(sums, prefix_key[whole:], prefix_value[whole:])
+        sums = _sums(phi, prefix_key, prefix_value, scale, block)
         return cls._of_sums(sums, phi, num_heads, scale)
 
     @classmethod
@@ -251,19 +237,15 @@ class PrefixState:
         prefix_heads = _check_prefix(prefix_key, prefix_value, head_dim)
         if prefix_key.shape[0] == 0:
             raise expected("prefix_key", "at least one token [M, K, H]", prefix_key.shape)
+        _check_heads(prefix_heads, heads)
         _size(scale, head_dim)
         if key is None and (bias is not None or mask is not None):
             raise expected("bias and mask are about the keys", "key and value beside them", "neither")
         if key is not None and value is not None:
             check_attention(query, key, value, bias, mask, scale)
             check_array("key", key, query.shape[0], "S", prefix_heads, head_dim)
-        try:
-            raw = cls.from_prefix(prefix_key, prefix_value, feature_map=phi, num_heads=heads, scale=scale)
-            sums = np.asarray(raw.z, np.float64), np.asarray(raw.k, np.float64)
-        except UsageError:  # anchors' sums may be beyond any float, and are only reported
-            check_finite("prefix_key and prefix_value", (prefix_key, prefix_value))
-            features = phi.dim(head_dim)
-            sums = np.full((heads, features, head_dim), np.nan), np.full((heads, features), np.nan)
+        (raw_z, raw_k), _ = _sums(phi, prefix_key, prefix_value, scale)
+        sums = _by_head(raw_z, heads), _by_head(raw_k, heads)
         samples = Samples.of(
             query,
             prefix_key,
@@ -364,6 +346,31 @@ def _check_prefix(key: Array, value: Array, head_dim: int | str = "H") -> int:
     if 0 in key.shape[1:]:
         raise expected("prefix_key", "[M, K, H] with K, H >= 1", key.shape)
     return key.shape[1]
+
+
+def _sums(phi: FeatureMap, prefix_key: Array, prefix_value: Array, scale: float | None, block: int = 4096) -> Any:
+    """Return the sums over a prefix, as they are, and what rounding has lost of them."""
+    phi.check(*prefix_key.shape[1:])
+    add = functools.partial(_add_block, phi, _root(scale, prefix_key.shape[-1]))
+    sums = _zero_sums(phi, prefix_key)
+    block = min(block, max(prefix_key.shape[0], 1))
+    whole = prefix_key.shape[0] // block * block
+
+    def step(sums: Any, start: Array) -> tuple[Any, None]:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
+        return add(sums, cut(prefix_key), cut(prefix_value)), None
+
+    if whole:
+        sums, _ = jax.lax.scan(step, sums, jnp.arange(0, whole, block))
+    if whole < prefix_key.shape[0]:
+        sums = add(sums, prefix_key[whole:], prefix_value[whole:])
+    return sums
+
+
+def _by_head(sums: Array, heads: int) -> np.ndarray:
+    """Return sums for each query head; NaN, for they are only reported, where those of anchors are beyond any float."""
+    wide = np.repeat(np.asarray(sums, np.float64), heads // len(sums), axis=0)
+    return wide if np.isfinite(wide).all() else np.full_like(wide, np.nan)
 
 
 def _zero_sums(phi: FeatureMap, key: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
