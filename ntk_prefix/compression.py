@@ -54,10 +54,10 @@ PROMPT_AT_ONCE = 1024
 """Tokens of a prompt that a decoder reads together."""
 
 MOST_PER_HEAD = 256
-"""Anchors of a head, at most; or 8 times the budget if that is less: beyond, curves are flat."""
+"""Anchors of a head, at most, or twice the budget if that is more; and never more than 8 times the budget."""
 
-SIZES = (0, 16, 48, 128, 256)
-"""Numbers of anchors that a descent is compiled for; a head in between is filled up."""
+SIZES = (16, 48, 128, 256)
+"""Numbers of anchors that a descent is compiled for, and multiples of the last; a head in between is filled up."""
 
 
 class Prefix(NamedTuple):
@@ -253,10 +253,10 @@ def compress(
     shortest = min(len(each.key) for each in prefix.values())
     if budget > shortest:
         raise expected("budget", f"at most the prefix's {shortest} tokens", budget)
-    most = min(8 * budget, MOST_PER_HEAD, shortest)
     asked = sum(int(np.asarray(some["attention_mask"]).sum()) for some in _parts(queries))
     if asked < budget:
         raise expected("queries", f"at least {budget} tokens for a budget of {budget}", asked, "Give more text")
+    most = min(8 * budget, max(2 * budget, MOST_PER_HEAD), shortest, asked)
     weights = sensitivity(model, prefix, queries, seed=seed, progress=progress)
     recorded = _recorded(model, prefix, queries, progress)
     chosen: dict[str, Choice] = {}
@@ -348,7 +348,8 @@ def _recorded(
     for i, some in enumerate(_parts(queries)):
         with attending(model, prefix):
             for path, seen in record(model, some).items():
-                kept[path].append(seen)
+                # no head has a mask of its own, and T x S of each would be most of the memory
+                kept[path].append(seen._replace(mask=seen.mask[:, :1]))
         progress("reading the queries", min((i + 1) * ROWS_AT_ONCE, rows), rows)
     return kept
 
@@ -373,6 +374,11 @@ def _by_key_head(weights: np.ndarray, heads: int) -> np.ndarray:
     return weights.reshape(heads, -1).mean(axis=1)
 
 
+def _size(count: int) -> int:
+    """Return the number of anchors that ``count`` are filled up to."""
+    return next((size for size in SIZES if size >= count), -(-count // SIZES[-1]) * SIZES[-1])
+
+
 def _fit(
     recorded: list[LayerRecord], prefix: Prefix, chosen: Choice, anchors: np.ndarray, steps: int, seed: int
 ) -> tuple[PrefixState, np.ndarray, np.ndarray]:
@@ -382,10 +388,10 @@ def _fit(
     largest = max(int(anchors.max()), 1)
     points, z = (np.zeros((heads, largest, head_dim), np.float32) for _ in range(2))
     k, before, after = np.zeros((heads, largest), np.float32), np.ones(heads), np.ones(heads)
-    for head, count in enumerate(anchors):
+    for head, count in enumerate(anchors.tolist()):
         if not count:
             continue
-        size = min(next(size for size in SIZES if size >= count), chosen.tokens.shape[1])
+        size = max(min(_size(count), chosen.tokens.shape[1], rows.query.shape[1]), count)
         start = keys[head][chosen.tokens[head, :size]]
         valid = np.arange(size) < count
         one = Rows(*(x[head : head + 1] for x in rows))

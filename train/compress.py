@@ -113,7 +113,7 @@ def main(options: Options, console: Console) -> None:
         model: Any = models.from_pretrained(path, task="causal-lm", progress=progress)
     if not isinstance(model, models.Llama):
         raise expected("--model", "a decoder", type(model).__name__)
-    with _steps(console) as told:
+    with _Stages(console) as told:
         prefix = read_prompt(model, jnp.asarray(prompt), told)
         if own is None:
             told("writing texts", 0, 1)
@@ -300,7 +300,7 @@ def _page(report: dict[str, Any], picture: bytes) -> str:
     )
 
 
-class _steps:
+class _Stages:
     """A bar for each stage on a terminal, a line for each elsewhere."""
 
     def __init__(self, console: Console):

@@ -130,6 +130,17 @@ def test_an_uneven_budget_loses_less_than_an_even_one(place: Path) -> None:
     assert predicted[0] < predicted[1]
 
 
+def test_as_many_anchors_as_queries_are_enough(place: Path) -> None:
+    """A head is filled up to a size that is compiled for, but never beyond the queries."""
+    model = from_pretrained(place / "model", task="causal-lm")
+    prefix = compression.read_prompt(model, jnp.arange(1, 31, dtype=jnp.int32))
+    ids = jnp.asarray(np.random.default_rng(6).integers(1, len(WORDS), (2, 10)), jnp.int32)
+    texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
+    found = compression.compress(model, prefix, texts, 20, steps=0, even=True)
+    assert found.anchors.max() > compression.SIZES[0]
+    assert np.all(found.error < 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
