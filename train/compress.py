@@ -23,7 +23,6 @@ import html
 import io
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +35,16 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from ntk_prefix import models, peft
-from ntk_prefix.artifacts import json_text, provenance, read_bytes, write_whole
+from ntk_prefix.artifacts import json_text, provenance, write_whole
 from ntk_prefix.checks import expected
 from ntk_prefix.compression import Compression, Divergence, Prefix, attending, compress, divergence, read_prompt
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.typing import Array
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
-from train.readers import open_table
+from train.prompts import padded, some_texts, whole_text
 from train.setup import load_tokenizer, model_path
 
 __all__ = ["Options", "main"]
-
-LARGEST_PROMPT = 2**26
-"""Bytes of a file of text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +94,8 @@ def main(options: Options, console: Console) -> None:
         UsageError: no text, no decoder, more anchors than tokens, fewer queries than anchors.
     """
     began = time.perf_counter()
-    text = _prompt(options.prompt)
-    own = None if options.queries is None else _texts(options.queries)
+    text = whole_text(options.prompt, "--prompt")
+    own = None if options.queries is None else some_texts(options.queries, "--queries")
     path = model_path(options.model)
     tokenizer = None if path is None else load_tokenizer(path)
     if path is None or tokenizer is None:
@@ -120,7 +116,7 @@ def main(options: Options, console: Console) -> None:
             texts = _written(model, prefix, prompt, options)
             told("writing texts", 1, 1)
         else:
-            texts = _encoded([tokenizer.encode(each, add_special_tokens=False).ids for each in own], options.tokens)
+            texts = padded([tokenizer.encode(each, add_special_tokens=False).ids for each in own], options.tokens)
         fit, held = _split(texts, options)
         found = compress(
             model, prefix, fit, options.budget, steps=options.steps, even=options.even, seed=options.seed, progress=told
@@ -162,45 +158,6 @@ def draw(found: Compression) -> Figure:
 
 
 # -------------------------------------------------------------------------------------------- texts
-
-
-def _prompt(file: Path) -> str:
-    name = "standard input" if file == Path("-") else str(file)
-    content = sys.stdin.buffer.read(LARGEST_PROMPT + 1) if file == Path("-") else read_bytes(file, LARGEST_PROMPT)
-    if len(content) > LARGEST_PROMPT:
-        raise expected("--prompt", f"at most {LARGEST_PROMPT:,} bytes", f"more from {name}")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise expected("--prompt", "text in UTF-8", f"{name}: {error.reason} at byte {error.start}") from None
-    if not text.strip():
-        raise expected("--prompt", "some text", f"{name}, which has none")
-    return text
-
-
-def _texts(file: Path) -> list[str]:
-    """Return the texts of a file: its column "text", or its lines."""
-    if file.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"):
-        texts = [str(each) for each in open_table(file).column("text") if each is not None]
-    else:
-        texts = _prompt(file).splitlines()
-    texts = [each for each in texts if each.strip()]
-    if len(texts) < 2:
-        raise expected(f"--queries {file}", "at least two texts, one of them to be held out", len(texts))
-    return texts
-
-
-def _encoded(ids: Sequence[Sequence[int]], tokens: int) -> dict[str, np.ndarray]:
-    """Return texts as arrays, padded on the right."""
-    ids = [each[:tokens] for each in ids if each]
-    if len(ids) < 2:
-        raise expected("--queries", "at least two texts of a token or more", len(ids))
-    longest = max(map(len, ids))
-    padded = np.zeros((len(ids), longest), np.int32)
-    mask = np.zeros_like(padded)
-    for row, each in enumerate(ids):
-        padded[row, : len(each)], mask[row, : len(each)] = each, 1
-    return {"input_ids": padded, "attention_mask": mask}
 
 
 def _written(model: Any, prefix: dict[str, Prefix], prompt: np.ndarray, options: Options) -> dict[str, np.ndarray]:

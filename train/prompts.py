@@ -1,0 +1,74 @@
+"""Prompts and texts of a user's, for the programs that compress: read whole, or refused in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ntk_prefix.artifacts import read_bytes
+from ntk_prefix.checks import expected
+from train.readers import ENDINGS, open_table
+
+__all__ = ["padded", "some_texts", "whole_text"]
+
+LARGEST_PROMPT = 2**26
+"""Bytes of a file of text."""
+
+
+def whole_text(file: Path, flag: str) -> str:
+    """Return the text of a file; - is standard input.
+
+    Raises:
+        UsageError: too long, not in UTF-8, or nothing but white space.
+    """
+    name = "standard input" if file == Path("-") else str(file)
+    content = sys.stdin.buffer.read(LARGEST_PROMPT + 1) if file == Path("-") else read_bytes(file, LARGEST_PROMPT, flag)
+    if len(content) > LARGEST_PROMPT:
+        raise expected(flag, f"at most {LARGEST_PROMPT:,} bytes", f"more from {name}")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise expected(flag, "text in UTF-8", f"{name}: {error.reason} at byte {error.start}") from None
+    if not text.strip():
+        raise expected(flag, "some text", f"{name}, which has none")
+    return text
+
+
+def some_texts(file: Path, flag: str) -> list[str]:
+    """Return the texts of a file: its column "text", or its lines.
+
+    Raises:
+        UsageError: no such column, or fewer than two texts.
+    """
+    if file.suffix in ENDINGS:
+        texts = [str(each) for each in open_table(file).column("text") if each is not None]
+    else:
+        texts = whole_text(file, flag).splitlines()
+    texts = [each for each in texts if each.strip()]
+    if len(texts) < 2:
+        raise expected(f"{flag} {file}", "at least two texts, one of them to be held out", len(texts))
+    return texts
+
+
+def padded(ids: Sequence[Sequence[int]], tokens: int, width: int = 0) -> dict[str, np.ndarray]:
+    """Return texts as ``input_ids`` and ``attention_mask``, padded on the right.
+
+    Args:
+        ids: of each text; one without any is left out.
+        tokens: of a text, at most.
+        width: to pad to, if the longest text is shorter.
+
+    Raises:
+        UsageError: fewer than two texts.
+    """
+    ids = [each[:tokens] for each in ids if each]
+    if len(ids) < 2:
+        raise expected("--queries", "at least two texts of a token or more", len(ids))
+    whole = np.zeros((len(ids), max(width, *map(len, ids))), np.int32)
+    mask = np.zeros_like(whole)
+    for row, each in enumerate(ids):
+        whole[row, : len(each)], mask[row, : len(each)] = each, 1
+    return {"input_ids": whole, "attention_mask": mask}
