@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ntk_prefix import compression, peft
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models import from_pretrained
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.typing import Array
-from tests.models.formulas import CONFIGS, draw, write
+from tests.train.tiny_model import write_model
 from train.compress import Options, main
 
 WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
@@ -26,11 +25,7 @@ TOKENS = 40
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer decoder, a prompt and texts that could follow it."""
     folder = tmp_path_factory.mktemp("compress")
-    config = {**CONFIGS["llama_tied"], "vocab_size": len(WORDS)}
-    write(folder / "model", config, draw(config))
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.save(str(folder / "model" / "tokenizer.json"))
+    write_model(folder / "model", WORDS)
     drawn = np.random.default_rng(0)
     (folder / "prompt.txt").write_text(" ".join(drawn.choice(WORDS[1:], TOKENS)))
     lines = [" ".join(drawn.choice(WORDS[1:], 9 + i % 4)) for i in range(24)]

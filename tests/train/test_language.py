@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from ntk_prefix.models import from_pretrained
-from tests.models.formulas import CONFIGS, draw, write
+from tests.train.tiny_model import write_model
 from train import tasks
 from train.assets import AssetError
 from train.config import TrainConfig
@@ -26,12 +26,7 @@ WORDS = ["[PAD]", "[UNK]", "</s>", "add", "and", "?", "so", "####", *map(str, ra
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer decoder, its tokenizer, and sums that are all twelve."""
     folder = tmp_path_factory.mktemp("sums")
-    config = {**CONFIGS["llama_tied"], "vocab_size": len(WORDS)}
-    write(folder / "model", config, draw(config))
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.add_special_tokens(["[PAD]", "</s>"])
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.save(str(folder / "model" / "tokenizer.json"))
+    write_model(folder / "model", WORDS, ["[PAD]", "</s>"])
     (folder / "prose.txt").write_text("so add 3 ? 4\n\n19 and 2 so so 1 1\n\n7\n")
     (folder / "gsm8k").mkdir()
     for split, numbers in (("train", range(80)), ("test", range(80, 100))):
