@@ -1,0 +1,314 @@
+"""``python -m train.compare_compression``: each way to compress is what it says, and a table is taken up where it stopped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ntk_prefix import compression, peft
+from ntk_prefix.checks import UsageError
+from ntk_prefix.models import from_pretrained
+from ntk_prefix.peft.sites import attention_sites
+from ntk_prefix.prefix_state import PrefixState
+from tests.train.tiny_model import write_model
+from train import compare_compression, compressors
+from train.compare_compression import Judge, Options, main
+from train.compressors import ADAPTER, METHODS, Case, Compressed, Layer, seen_by_layers
+
+WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
+TOKENS, HEAD_DIM, HEADS = 24, 6, 8
+"""Of the prompt; and of the model, all layers' key heads together."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random decoder, prompts, texts that could follow, and others."""
+    folder = tmp_path_factory.mktemp("compare")
+    write_model(folder / "model", WORDS)
+    drawn = np.random.default_rng(0)
+    (folder / "prompt.txt").write_text(" ".join(drawn.choice(WORDS[1:], TOKENS)))
+    (folder / "other.txt").write_text("\n\n".join(" ".join(drawn.choice(WORDS[1:], 8)) for _ in range(4)))
+    (folder / "texts.txt").write_text("\n".join(" ".join(drawn.choice(WORDS[1:], 7 + i % 4)) for i in range(24)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def case(place: Path) -> Case:
+    model = from_pretrained(place / "model", task="causal-lm")
+    drawn = np.random.default_rng(1)
+    prefix = compression.read_prompt(model, jnp.asarray(drawn.integers(1, 31, TOKENS), jnp.int32))
+    texts = ids(16, 10)
+    return Case(model, prefix, texts, seen_by_layers(model, prefix, texts), TOKENS, 0, steps=20)
+
+
+@pytest.fixture(scope="module")
+def judge(case: Case) -> Judge:
+    return Judge(case.model, dict(case.prefix), ids(4, 10, seed=2), ids(4, 10, seed=3))
+
+
+@pytest.fixture(scope="module")
+def ours(case: Case) -> tuple[Compressed, compression.Compression]:
+    """Ours at four anchors, and what it is made of."""
+    kept: list[compression.Compression] = []
+
+    def compress(*args: Any, **options: Any) -> compression.Compression:
+        kept.append(compression.compress(*args, **options))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressors, "compress", compress)
+        return made(case, "ours", 4), kept[0]
+
+
+def ids(rows: int, tokens: int, seed: int = 1) -> dict[str, Any]:
+    found = jnp.asarray(np.random.default_rng(seed).integers(1, len(WORDS), (rows, tokens)), jnp.int32)
+    return {"input_ids": found, "attention_mask": jnp.ones_like(found)}
+
+
+def made(case: Case, method: str, size: int) -> Compressed:
+    found = METHODS[method].make(case, size)
+    assert found is not None
+    return found
+
+
+def states_of(case: Case, found: Compressed) -> dict[str, PrefixState]:
+    """What a method puts on the model."""
+    found.attach(case.model)
+    try:
+        sites: dict[str, Any] = dict(attention_sites(case.model))
+        adapters = {path: site.core.adapters[ADAPTER] for path, site in sites.items()}
+        return {path: PrefixState(*each.state(), each.phi) for path, each in adapters.items()}
+    finally:
+        peft.delete_adapter(case.model, ADAPTER)
+
+
+def squared_errors(layer: Layer, state: PrefixState) -> np.ndarray:
+    """|T - T*|^2 of each key head over the fitted queries: what a fit is to lower."""
+    rows, shares = layer.rows, layer.shares(state.feature_map)
+    own = jnp.exp(rows.log_own)
+    above = jnp.einsum("kqr,krh->kqh", shares, state.z) + rows.own * own[..., None]
+    output = above / (jnp.einsum("kqr,kr->kq", shares, state.k) + own)[..., None]
+    return np.asarray(jnp.sum((output - rows.target) ** 2, axis=(1, 2)))
+
+
+# ------------------------------------------------------------------------------------- the methods
+
+
+def test_no_prompt_is_the_bare_model(case: Case, judge: Judge) -> None:
+    found = judge.measure(made(case, "none", 0).attach)
+    texts = ids(4, 10, seed=2)
+    bare = compression.divergence(case.model, case.prefix, None, texts)
+    assert found["kl"] == pytest.approx(bare.kl.mean(), rel=1e-4)
+    assert found["kl_median"] == pytest.approx(np.median(bare.kl), rel=1e-4)
+    assert found["agreement"] == pytest.approx(bare.agrees.mean())
+    assert found["unrelated"] == 0
+
+
+@pytest.mark.parametrize("method", ["prompt", "last", "heaviest"])
+def test_all_tokens_as_they_are_are_the_prompt(case: Case, judge: Judge, method: str) -> None:
+    found = made(case, method, TOKENS)
+    measured = judge.measure(found.attach)
+    assert found.numbers == 2 * HEAD_DIM * TOKENS * HEADS
+    assert abs(measured["kl"]) < 1e-6
+    assert measured["agreement"] == 1
+    assert abs(measured["unrelated"]) > 1e-3  # elsewhere the prompt is no use
+
+
+@pytest.mark.parametrize("method", ["matching", "matching-omp"])
+def test_attention_matching_with_all_keys_is_the_prompt(case: Case, judge: Judge, method: str) -> None:
+    measured = judge.measure(made(case, method, TOKENS).attach)
+    assert abs(measured["kl"]) < 1e-4
+    assert judge.measure(made(case, method, 4).attach)["kl"] > 1e-3
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.sized])
+def test_a_method_keeps_its_budget_and_is_better_than_no_prompt(
+    case: Case, judge: Judge, ours: tuple[Compressed, Any], method: str
+) -> None:
+    size = 4
+    found = ours[0] if method == "ours" else made(case, method, size)
+    state = states_of(case, found)
+    room = size * (2 * HEAD_DIM + 1) * HEADS
+    assert 0.5 * room < found.numbers <= 1.01 * room
+    assert all(jnp.isfinite(each.z).all() and jnp.isfinite(each.k).all() for each in state.values())
+    nothing = judge.measure(lambda model: None)["kl"]
+    # no promise of these two: their points are the prompt's last, or none
+    assert judge.measure(found.attach)["kl"] < (1.5 if method in ("last", "taylor") else 1) * nothing
+
+
+def test_tokens_are_the_first_ones_and_the_last_ones(case: Case) -> None:
+    for path, state in states_of(case, made(case, "last", 7)).items():
+        value = np.asarray(case.prefix[path].value).swapaxes(0, 1)
+        kept = [*range(3), *range(TOKENS - 4, TOKENS)]
+        np.testing.assert_array_equal(state.z, value[:, kept])
+
+
+def test_the_heaviest_tokens_have_the_largest_shares_of_attention(case: Case) -> None:
+    path, layer = next(iter(case.layers.items()))
+    scores = np.einsum("kqh,kmh->kqm", layer.rows.query, layer.key) - np.asarray(layer.rows.log_total)[..., None]
+    weight = np.mean(np.exp(2 * scores), axis=1)
+    np.testing.assert_array_equal(case.heaviest[path], np.argsort(-weight, axis=1))
+    # shares are of the whole denominator: the prompt's own part is what they add up to
+    np.testing.assert_allclose(np.exp(scores).sum(axis=2), layer.rows.mass, rtol=1e-4)
+
+
+def test_matching_pursuit_takes_the_key_that_correlates_most_with_the_mass_that_is_left(case: Case) -> None:
+    path, layer = next(iter(case.layers.items()))
+    scores = np.einsum("kqh,kmh->kqm", layer.rows.query, layer.key) - np.asarray(layer.rows.log_total)[..., None]
+    shares, mass = np.exp(scores[0]).astype(np.float64), np.asarray(layer.rows.mass[0], np.float64)
+    chosen: list[int] = []
+    left = mass
+    for _ in range(5):
+        correlation = shares.T @ left
+        correlation[chosen] = -np.inf
+        chosen.append(int(np.argmax(correlation)))
+        masses = np.maximum(np.linalg.lstsq(shares[:, chosen], mass, rcond=None)[0], 0)
+        left = mass - shares[:, chosen] @ masses
+    np.testing.assert_array_equal(case.pursued[path][0, :5], chosen)
+
+
+def test_ours_lowers_what_is_fitted_at_least_as_far_as_attention_matching(
+    case: Case, ours: tuple[Compressed, compression.Compression]
+) -> None:
+    """At equal bytes: squared errors of heads, each times what an error there costs."""
+    cost, total = ours[1].sensitivity, {}
+    for method in ("ours", "matching", "matching-omp", "heaviest"):
+        states = states_of(case, ours[0] if method == "ours" else made(case, method, 4))
+        errors = [squared_errors(layer, states[path]) for path, layer in case.layers.items()]
+        total[method] = float(np.sum(cost * np.stack(errors)))
+    assert total["ours"] <= min(total["matching"], total["matching-omp"])
+    assert total["matching"] < total["heaviest"]  # the control: values that are not fitted
+
+
+def test_a_state_of_query_heads_has_each_heads_own_queries(case: Case) -> None:
+    layer = next(iter(case.layers.values()))
+    grouped = layer._replace(rows=type(layer.rows)(*(x[:2] for x in layer.rows)), heads=4, key=layer.key[:2])
+    parted = grouped.by_query_head().rows.query
+    np.testing.assert_array_equal(parted[1], grouped.rows.query[0, 1::2])
+    np.testing.assert_array_equal(parted[2], grouped.rows.query[1, ::2])
+
+
+# ------------------------------------------------------------------------------------- the program
+
+
+def options(place: Path, out: Path, **changes: Any) -> Options:
+    given: dict[str, Any] = {
+        "model": str(place / "model"),
+        "prompts": (place / "prompt.txt",),
+        "queries": (place / "texts.txt",),
+        "unrelated": str(place / "other.txt"),
+        "methods": ("none", "heaviest"),
+        "budgets": (3, 6),
+        "fitted": 8,
+        "held_out": 4,
+        "unrelated_texts": 4,
+        "tokens": 10,
+        "out": out,
+    }
+    return Options(**given | changes)
+
+
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def test_rows_become_a_table_and_a_figure_and_are_taken_over(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = main(options(place, tmp_path, seeds=2), Console(quiet=True))
+    rows = rows_in(tmp_path)
+    assert [(row["method"], row["budget"], row["seed"]) for row in rows] == [
+        (method, budget, seed)
+        for seed in range(2)
+        for method, budget in (("none", 0), ("heaviest", 3), ("heaviest", 6))
+    ]
+    named = {(line["method"], line["budget"]): line for line in lines}
+    assert named["heaviest", 6]["kl"] == pytest.approx(np.mean([row["kl"] for row in rows if row["numbers"] == 576]))
+    assert named["none", 0]["on_front"]
+    table = (tmp_path / "table.md").read_text()
+    assert "| **no prompt** | 0 | 0 |" in table
+    assert {"versions", "git", "options"} <= json.loads((tmp_path / "settings.json").read_text()).keys()
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+
+    def nothing(*_: Any) -> Any:
+        raise AssertionError("what is finished is run again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_compression, "_case", nothing)
+        assert main(options(place, tmp_path, seeds=2), Console(quiet=True)) == lines
+        assert len(main(options(place, tmp_path, methods=("none",)), Console(quiet=True))) == 1
+        # another draw of lengths is another measurement; so is a method that is asked for anew
+        for changes in ({"tokens": 9}, {"again": ("heaviest",)}):
+            with pytest.raises(AssertionError, match="run again"):
+                main(options(place, tmp_path, **changes), Console(quiet=True))
+    assert rows_in(tmp_path) == rows
+
+    # the process ended within a line: that row is measured again, and is what it was
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    (tmp_path / "rows.jsonl").write_bytes(content[: content.rindex(b'"kl"')])
+    assert main(options(place, tmp_path, seeds=2), Console(quiet=True))[-1]["kl"] == lines[-1]["kl"]
+    assert [row["kl"] for row in rows_in(tmp_path)] == [row["kl"] for row in rows]
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": 3}\n' + content)
+    with pytest.raises(UsageError, match="line 1: expected a row of results"):
+        main(options(place, tmp_path), Console(quiet=True))
+
+
+def test_a_row_that_cannot_be_is_told_and_the_others_go_on(place: Path, tmp_path: Path) -> None:
+    """Eight texts of two words are 16 queries a head: too few for more features."""
+    (tmp_path / "short.txt").write_text("\n".join(f"w{i} w{i + 1}" for i in range(12)))
+    given = {"queries": (tmp_path / "short.txt",), "methods": ("matching", "heaviest"), "budgets": (16,)}
+    lines = main(options(place, tmp_path / "out", **given), Console(quiet=True))
+    assert [line["kl"] is None for line in lines] == [False, True]
+    assert "| Attention Matching | - | - | failed |" in (tmp_path / "out" / "table.md").read_text()
+    assert "at least 16 samples to fit 16 features" in rows_in(tmp_path / "out")[0]["failed"]
+
+
+def test_an_encoder_is_compared_by_its_hidden_states(place: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "bert", WORDS, kind="bert")
+    given = {"model": str(tmp_path / "bert"), "methods": ("none", "prompt", "matching"), "budgets": (12,)}
+    lines = main(options(place, tmp_path / "out", **given), Console(quiet=True))
+    none, fitted, whole = (line["kl"] for line in sorted(lines, key=lambda line: line["numbers"]))
+    assert whole < 1e-9 < fitted < none
+    assert all(line["agreement"] is None for line in lines)
+    assert "error" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_standard_errors_are_of_texts_and_not_of_tokens() -> None:
+    means = np.random.default_rng(0).normal(size=9)
+    mean, error = compare_compression._clustered([np.full(50, each) for each in means])
+    assert mean == pytest.approx(means.mean())
+    assert error == pytest.approx(means.std(ddof=1) / 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("none", "gzip")}, "--methods: expected among none, prompt, .*, got gzip"),
+        ({"again": ("gzip",)}, "--again: expected among"),
+        ({"budgets": (TOKENS + 1,)}, f"--budgets: expected at most the {TOKENS} tokens"),
+        ({"budgets": (0,)}, "--budgets: expected at least 1"),
+        ({"budgets": ()}, "--budgets: expected at least one"),
+        ({"prompts": ("empty.txt",)}, "--prompts: expected some text"),
+        ({"prompts": ("none.txt",)}, "--prompts: .*expected an existing file"),
+        ({"prompts": ("prompt.txt", "prompt.txt")}, "--prompts: expected files of different names"),
+        ({"queries": ("empty.txt",)}, "--queries: expected some text"),
+        ({"fitted": 40}, "--queries: expected at least 44 texts"),
+        ({"fitted": 1, "tokens": 4, "budgets": (5,)}, "--queries: expected at least 5 tokens"),
+        ({"unrelated": "none.txt"}, "--unrelated: expected"),
+        ({"model": "no-such-model"}, "--model: expected"),
+        ({"out": "."}, "--out: expected a new folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_in_one_line(place: Path, tmp_path: Path, changes: Any, message: str) -> None:
+    (place / "empty.txt").write_text(" \n")
+    for field in ("prompts", "queries"):
+        if field in changes:
+            changes = changes | {field: tuple(place / name for name in changes[field])}
+    given = changes | ({"out": place} if "out" in changes else {})
+    with pytest.raises(UsageError, match=message):
+        main(options(place, given.pop("out", tmp_path / "out"), **given), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
