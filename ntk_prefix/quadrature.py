@@ -19,6 +19,7 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 from numpy.typing import ArrayLike
+from threadpoolctl import threadpool_limits
 
 from ntk_prefix.checks import check_count, check_non_negative, expected
 
@@ -76,7 +77,8 @@ def caratheodory(features: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, n
         columns = (
             np.stack([masses[part] @ table[part] for part in parts], axis=1) if groups else np.zeros((conditions, 0))
         )
-        factors = _vertex(columns)
+        with threadpool_limits(1):  # matrices of 2n x n: the threads of BLAS would wait for one another
+            factors = _vertex(columns)
         for part, factor in zip(parts, factors, strict=True):
             masses[part] *= factor
         if len(kept) == groups and (factors > 0).all():

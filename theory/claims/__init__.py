@@ -20,6 +20,7 @@ NAMES = (
     "dynamics",
     "real_layer",
     "approximation",
+    "compression",
     "gaussian_prefix",
     "complexity",
     "universality",
