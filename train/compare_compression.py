@@ -80,7 +80,7 @@ class Options(Checked):
     """Texts that are fitted to."""
     held_out: int = 12
     """Texts that are compared on."""
-    unrelated_texts: int = 16
+    unrelated_texts: int = 12
     """Texts out of the unrelated ones."""
     tokens: int = 128
     """Of each text, at most."""
@@ -146,13 +146,14 @@ def main(options: Options, console: Console) -> list[dict[str, Any]]:
         write_whole(options.out / "settings.json", json_text(document).encode())
         model = functools.cache(lambda: _model(options, path, language))
         rows: list[Row] = []
-        for each in inputs:
-            for seed in range(options.seeds):
-                for row in _rows(options, results, each, other, seed, model, language, console):
-                    rows.append(row)
-                    _say(console, row)
+        draws = [(each, seed) for each in inputs for seed in range(options.seeds)]
+        for each, seed in draws:
+            if rows:  # after each draw, as far as it is
                 _write(options, rows, language)
-    lines = _write(options, rows, language)
+            for row in _rows(options, results, each, other, seed, model, language, console):
+                rows.append(row)
+                _say(console, row)
+        lines = _write(options, rows, language)
     console.print(f"{options.out / 'table.md'}, {options.out / 'pareto.png'}", markup=False, soft_wrap=True)
     return lines
 
@@ -179,7 +180,7 @@ def _rows(
                 continue
             if made is None:
                 console.print(f"{inputs.name}, seed {seed}: reading {len(inputs.prompt)} tokens", highlight=False)
-                made = _case(options, inputs, other, seed, model(), language)
+                made = _case(options, inputs, other, seed, model)
             case, judge = made
             began = time.perf_counter(), time.process_time()
             measured: dict[str, Any]
@@ -356,9 +357,10 @@ def _inputs(options: Options, path: Path, language: bool) -> tuple[list[Inputs],
 
 
 def _case(
-    options: Options, inputs: Inputs, other: dict[str, np.ndarray], seed: int, model: Any, language: bool
+    options: Options, inputs: Inputs, other: dict[str, np.ndarray], seed: int, load: Callable[[], Any]
 ) -> tuple[Case, Judge]:
     """Draw texts, read the prompt, record the queries, and ask the exact model."""
+    model = load()
     order = np.random.default_rng(seed).permutation(len(inputs.texts["input_ids"]))
     split = {"held": order[: options.held_out], "fit": order[options.held_out :][: options.fitted]}
     drawn = {part: {name: jnp.asarray(x[rows]) for name, x in inputs.texts.items()} for part, rows in split.items()}

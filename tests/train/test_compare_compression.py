@@ -7,17 +7,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ntk_prefix import compression, peft
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import NonFiniteError, UsageError
 from ntk_prefix.models import from_pretrained
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
 from tests.train.tiny_model import write_model
 from train import compare_compression, compressors
 from train.compare_compression import Judge, Options, main
-from train.compressors import ADAPTER, METHODS, Case, Compressed, Layer, seen_by_layers
+from train.compressors import ADAPTER, METHODS, Case, Compressed, Layer, Method, seen_by_layers
 
 WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
 TOKENS, HEAD_DIM, HEADS = 24, 6, 8
@@ -41,7 +42,7 @@ def case(place: Path) -> Case:
     model = from_pretrained(place / "model", task="causal-lm")
     drawn = np.random.default_rng(1)
     prefix = compression.read_prompt(model, jnp.asarray(drawn.integers(1, 31, TOKENS), jnp.int32))
-    texts = ids(16, 10)
+    texts = ids(8, 10)
     return Case(model, prefix, texts, seen_by_layers(model, prefix, texts), TOKENS, 0, steps=20)
 
 
@@ -201,9 +202,9 @@ def options(place: Path, out: Path, **changes: Any) -> Options:
         "prompts": (place / "prompt.txt",),
         "queries": (place / "texts.txt",),
         "unrelated": str(place / "other.txt"),
-        "methods": ("none", "heaviest"),
+        "methods": ("none", "taylor", "heaviest"),
         "budgets": (3, 6),
-        "fitted": 8,
+        "fitted": 4,
         "held_out": 4,
         "unrelated_texts": 4,
         "tokens": 10,
@@ -219,24 +220,34 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 def test_rows_become_a_table_and_a_figure_and_are_taken_over(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fails(*_: Any) -> Any:
+        raise NonFiniteError("expected a state that float32 holds, got one beyond it.")
+
+    # one row that cannot be: the others go on
+    monkeypatch.setitem(METHODS, "taylor", Method("Taylor", fails, sized=False))
     lines = main(options(place, tmp_path, seeds=2), Console(quiet=True))
     rows = rows_in(tmp_path)
     assert [(row["method"], row["budget"], row["seed"]) for row in rows] == [
         (method, budget, seed)
         for seed in range(2)
-        for method, budget in (("none", 0), ("heaviest", 3), ("heaviest", 6))
+        for method, budget in (("none", 0), ("taylor", 0), ("heaviest", 3), ("heaviest", 6))
     ]
     named = {(line["method"], line["budget"]): line for line in lines}
-    assert named["heaviest", 6]["kl"] == pytest.approx(np.mean([row["kl"] for row in rows if row["numbers"] == 576]))
+    assert named["heaviest", 6]["kl"] == pytest.approx(
+        np.mean([row["kl"] for row in rows if row.get("numbers") == 576])
+    )
     assert named["none", 0]["on_front"]
     table = (tmp_path / "table.md").read_text()
     assert "| **no prompt** | 0 | 0 |" in table
+    assert "| - | Taylor | - | - | failed |" in table
+    assert "Taylor at 0, prompt: expected a state that float32 holds" in table
     assert {"versions", "git", "options"} <= json.loads((tmp_path / "settings.json").read_text()).keys()
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
 
     def nothing(*_: Any) -> Any:
         raise AssertionError("what is finished is run again")
 
+    monkeypatch.setattr(compare_compression, "draw", lambda *_, **__: Figure())  # once is enough
     with monkeypatch.context() as patch:
         patch.setattr(compare_compression, "_case", nothing)
         assert main(options(place, tmp_path, seeds=2), Console(quiet=True)) == lines
@@ -251,28 +262,18 @@ def test_rows_become_a_table_and_a_figure_and_are_taken_over(
     content = (tmp_path / "rows.jsonl").read_bytes()
     (tmp_path / "rows.jsonl").write_bytes(content[: content.rindex(b'"kl"')])
     assert main(options(place, tmp_path, seeds=2), Console(quiet=True))[-1]["kl"] == lines[-1]["kl"]
-    assert [row["kl"] for row in rows_in(tmp_path)] == [row["kl"] for row in rows]
+    assert [row.get("kl") for row in rows_in(tmp_path)] == [row.get("kl") for row in rows]
     (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": 3}\n' + content)
     with pytest.raises(UsageError, match="line 1: expected a row of results"):
         main(options(place, tmp_path), Console(quiet=True))
 
 
-def test_a_row_that_cannot_be_is_told_and_the_others_go_on(place: Path, tmp_path: Path) -> None:
-    """Eight texts of two words are 16 queries a head: too few for more features."""
-    (tmp_path / "short.txt").write_text("\n".join(f"w{i} w{i + 1}" for i in range(12)))
-    given = {"queries": (tmp_path / "short.txt",), "methods": ("matching", "heaviest"), "budgets": (16,)}
-    lines = main(options(place, tmp_path / "out", **given), Console(quiet=True))
-    assert [line["kl"] is None for line in lines] == [False, True]
-    assert "| Attention Matching | - | - | failed |" in (tmp_path / "out" / "table.md").read_text()
-    assert "at least 16 samples to fit 16 features" in rows_in(tmp_path / "out")[0]["failed"]
-
-
 def test_an_encoder_is_compared_by_its_hidden_states(place: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "bert", WORDS, kind="bert")
-    given = {"model": str(tmp_path / "bert"), "methods": ("none", "prompt", "matching"), "budgets": (12,)}
+    given = {"model": str(tmp_path / "bert"), "methods": ("none", "prompt")}
     lines = main(options(place, tmp_path / "out", **given), Console(quiet=True))
-    none, fitted, whole = (line["kl"] for line in sorted(lines, key=lambda line: line["numbers"]))
-    assert whole < 1e-9 < fitted < none
+    none, whole = (line["kl"] for line in sorted(lines, key=lambda line: line["numbers"]))
+    assert whole < 1e-9 < 1e-3 < none
     assert all(line["agreement"] is None for line in lines)
     assert "error" in (tmp_path / "out" / "table.md").read_text()
 
