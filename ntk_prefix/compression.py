@@ -39,13 +39,34 @@ from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.typing import Array, Float, Int
 
-__all__ = ["Compression", "Divergence", "Prefix", "attending", "compress", "divergence", "read_prompt", "sensitivity"]
+__all__ = [
+    "Compression",
+    "Divergence",
+    "Prefix",
+    "attending",
+    "compress",
+    "divergence",
+    "in_parts",
+    "make",
+    "read_prompt",
+    "sensitivity",
+]
 
 Inputs = Mapping[str, Array]
 """``input_ids`` and ``attention_mask``, [B, T] each, padded on the right."""
 
 Progress = Callable[[str, int, int], Any]
 """Told what is done, and how many steps of how many."""
+
+Made = Callable[[], Mapping[str, np.ndarray]]
+Kept = Callable[[str, Made], Mapping[str, np.ndarray]]
+"""``kept(name, make)``: arrays that were kept under this name, or those that ``make()`` makes, kept from now on."""
+
+
+def make(name: str, made: Made) -> Mapping[str, np.ndarray]:
+    """Keep nothing."""
+    return made()
+
 
 ROWS_AT_ONCE = 4
 """Texts that a model reads together: their logits are held at once."""
@@ -163,9 +184,18 @@ def read_prompt(model: Any, input_ids: Int[Array, " M"], progress: Progress = la
     return {path: Prefix(c.key[0], c.value[0]) for path, c in zip(paths, cache, strict=True)}
 
 
-def attending(model: Any, prefix: Mapping[str, Prefix]) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which a model attends to a prefix exactly, in the place of what is on it."""
-    return replaced_cores(model, lambda path, _: _Prefixed(prefix[path]))
+def attending(
+    model: Any, to: Mapping[str, Prefix] | Mapping[str, PrefixState] | None
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a model attends to a prefix exactly, or to states, in the place of what is on it."""
+    if to is None:
+        return contextlib.nullcontext()
+
+    def core(path: str, _: AttentionCore) -> AttentionCore:
+        there = to[path]
+        return _Stated(there) if isinstance(there, PrefixState) else _Prefixed(there)
+
+    return replaced_cores(model, core)
 
 
 def sensitivity(
@@ -202,7 +232,7 @@ def sensitivity(
     graph, state = nnx.split(model)
     total: dict[str, Any] = dict.fromkeys(heads, 0.0)
     count = 0
-    for i, some in enumerate(_parts(queries)):
+    for i, some in enumerate(in_parts(queries)):
         shape = some["input_ids"].shape
         probes = {path: jnp.zeros((*shape, *size)) for path, size in heads.items()}
         found = gradient(probes, graph, state, some, jax.random.fold_in(jax.random.key(seed), i))
@@ -253,7 +283,7 @@ def compress(
     shortest = min(len(each.key) for each in prefix.values())
     if budget > shortest:
         raise expected("budget", f"at most the prefix's {shortest} tokens", budget)
-    asked = sum(int(np.asarray(some["attention_mask"]).sum()) for some in _parts(queries))
+    asked = sum(int(np.asarray(some["attention_mask"]).sum()) for some in in_parts(queries))
     if asked < budget:
         raise expected("queries", f"at least {budget} tokens for a budget of {budget}", asked, "Give more text")
     most = min(8 * budget, max(2 * budget, MOST_PER_HEAD), shortest, asked)
@@ -301,10 +331,10 @@ def divergence(
 
     run = nnx.jit(answer)
     kl, agrees = [], []
-    for some in _parts(texts):
+    for some in in_parts(texts):
         with attending(model, prefix):
             exact = run(model, some)
-        with replaced_cores(model, lambda path, core: core if states is None else _Stated(states[path])):
+        with attending(model, states):
             ours = run(model, some)
         seen = np.asarray(some["attention_mask"], bool)
         if isinstance(model, Llama):
@@ -330,7 +360,7 @@ def _paths(model: Any) -> Iterator[str]:
     return (path for path, _ in _sites(model))
 
 
-def _parts(inputs: Inputs) -> Iterator[dict[str, Array]]:
+def in_parts(inputs: Inputs) -> Iterator[dict[str, Array]]:
     """Cut a batch into parts of equal size, the last one filled up with rows of which nothing is seen."""
     rows = len(inputs["input_ids"])
     for start in range(0, rows, ROWS_AT_ONCE):
@@ -345,7 +375,7 @@ def _recorded(
     """Return what each layer sees of the queries behind the exact prefix, part by part."""
     kept: dict[str, list[LayerRecord]] = {path: [] for path in prefix}
     rows = len(queries["input_ids"])
-    for i, some in enumerate(_parts(queries)):
+    for i, some in enumerate(in_parts(queries)):
         with attending(model, prefix):
             for path, seen in record(model, some).items():
                 # no head has a mask of its own, and T x S of each would be most of the memory
