@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.optimize
+from threadpoolctl import threadpool_limits
 
 from ntk_prefix.attention import attention_with_lse
 from ntk_prefix.checks import check_count, expected
@@ -317,7 +318,10 @@ def descend(
         )
     # a step fits a Z of its own: from fewer queries than twice the anchors it would fit them too well
     batch = min(max(batch, 2 * points.shape[1]), count)
-    return Fitted(*_descend(rows, points, valid, jax.random.key(seed), steps, batch, learning_rate))
+    # systems of R x R: threads of LAPACK would wait for one another, and take two to three times as long
+    with threadpool_limits(1):
+        found = _descend(rows, points, valid, jax.random.key(seed), steps, batch, learning_rate)
+        return Fitted(*jax.block_until_ready(found))
 
 
 class _Unknowns(NamedTuple):

@@ -170,7 +170,9 @@ class _Moved(NamedTuple):
     @classmethod
     def none(cls, state: PrefixState) -> _Moved:
         return cls(
-            jnp.zeros_like(state.z), jnp.zeros_like(state.k), [jnp.zeros_like(x) for x in jax.tree.leaves(state.feature_map)]
+            jnp.zeros_like(state.z),
+            jnp.zeros_like(state.k),
+            [jnp.zeros_like(x) for x in jax.tree.leaves(state.feature_map)],
         )
 
 
