@@ -169,16 +169,16 @@ class _Moved(NamedTuple):
 
     @classmethod
     def none(cls, state: PrefixState) -> _Moved:
-        return cls(
-            jnp.zeros_like(state.z),
-            jnp.zeros_like(state.k),
-            [jnp.zeros_like(x) for x in jax.tree.leaves(state.feature_map)],
-        )
+        z: Any = state.z
+        arrays = [jnp.zeros_like(x) for x in jax.tree.leaves(state.feature_map)]
+        return cls(jnp.zeros_like(z), jnp.zeros_like(state.k), arrays)
 
 
 def _moved(state: PrefixState, by: _Moved, fixed: tuple[str, ...]) -> PrefixState:
     arrays, tree = jax.tree.flatten(state.feature_map)
-    z = state.z if "z" in fixed else state.z + _size(state.z, (-1,)) * by.z
+    z: Any = state.z
+    if "z" not in fixed:
+        z = z + _size(z, (-1,)) * by.z
     k = state.k if "k" in fixed else state.k * jnp.exp(by.log_k)
     if "map" not in fixed:
         # points of a head have one size: a feature near the origin moves as far as the others
