@@ -1,62 +1,35 @@
 r"""A prompt of any length as one small state per attention layer: anchors, divided over the heads where they count most.
 
-Three things are asked of a model. What the prompt leaves behind: the keys and values of each layer (:func:`read_prompt`).
-What is asked of it: the queries of texts that stand behind the prompt. And how much an error matters: the model's answer
-moves by
-
-.. math::  KL \approx \tfrac12 E (g_i \cdot \delta_i)^2
-
-if the output of a head is off by delta at token i, where g is the gradient there of the log likelihood of a token that the
-model itself draws (the Fisher information), or for a model without logits of a random projection of its hidden states. So
-the errors that :func:`ntk_prefix.anchor_fit.choose` leaves after each number of anchors are comparable across heads once
-they are multiplied by ``E |g|^2``, and a budget goes to where it lowers their sum most.
-
-A prompt of a model with rotary positions is read at positions -M .. -1: only differences of positions count there, so the
-state has no position, and the text behind it begins at 0 as it would without a prompt.
+Three things are asked of a model. What the prompt leaves behind: the keys and values of each layer. What is asked of it: the
+queries of texts that stand behind the prompt. And how much an error matters: ``E |g|^2`` of each head, the Fisher information
+(:func:`~ntk_prefix.prefixed_model.sensitivity`). So the errors that :func:`~ntk_prefix.anchor_fit.choose` leaves after each
+number of anchors are comparable across heads once they are multiplied by it, and a budget goes where it lowers their sum most.
 """
 
 from __future__ import annotations
 
-import contextlib
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Unpack
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from ntk_prefix.anchor_fit import Choice, Rows, choose, descend, divide, rows_of
-from ntk_prefix.attention import prefix_attention
-from ntk_prefix.checks import NonFiniteError, check_count, expected
+from ntk_prefix.anchor_fit import Choice, Rows, choose, descend, divide
+from ntk_prefix.checks import NonFiniteError, check_array, check_count, expected
 from ntk_prefix.feature_maps import Anchors
-from ntk_prefix.models.attention import AttentionCore, AttentionOptions
 from ntk_prefix.models.backbone import check_tokens
-from ntk_prefix.models.llama import Llama
-from ntk_prefix.peft.record import LayerRecord, record, replaced_cores
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
+from ntk_prefix.prefixed_model import Inputs, Prefix, Progress, Queries, in_parts, sensitivity
 from ntk_prefix.typing import Array, Float, Int
 
-__all__ = [
-    "Compression",
-    "Divergence",
-    "Prefix",
-    "attending",
-    "compress",
-    "divergence",
-    "in_parts",
-    "make",
-    "read_prompt",
-    "sensitivity",
-]
+__all__ = ["Compression", "Kept", "Made", "compress", "errors", "make"]
 
-Inputs = Mapping[str, Array]
-"""``input_ids`` and ``attention_mask``, [B, T] each, padded on the right."""
-
-Progress = Callable[[str, int, int], Any]
-"""Told what is done, and how many steps of how many."""
+Result = TypeVar("Result")
 
 Made = Callable[[], Mapping[str, np.ndarray]]
 Kept = Callable[[str, Made], Mapping[str, np.ndarray]]
@@ -68,24 +41,11 @@ def make(name: str, made: Made) -> Mapping[str, np.ndarray]:
     return made()
 
 
-ROWS_AT_ONCE = 4
-"""Texts that a model reads together: their logits are held at once."""
-
-PROMPT_AT_ONCE = 1024
-"""Tokens of a prompt that a decoder reads together."""
-
 MOST_PER_HEAD = 256
 """Anchors of a head, at most, or twice the budget if that is more; and never more than 8 times the budget."""
 
 SIZES = (16, 48, 128, 256)
 """Numbers of anchors that a descent is compiled for, and multiples of the last; a head in between is filled up."""
-
-
-class Prefix(NamedTuple):
-    """What a prompt leaves behind in one layer."""
-
-    key: Float[Array, "M K H"]
-    value: Float[Array, "M K H"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,141 +70,6 @@ class Compression:
         return int(self.anchors.sum()) * (2 * head_dim + 1)
 
 
-class _Prefixed(AttentionCore):
-    """Exact attention over a prefix and the keys; ``probe``, zero, is there to be differentiated for."""
-
-    def __init__(self, prefix: Prefix, probe: Array | None = None):
-        self.prefix = nnx.data(prefix)
-        self.probe = nnx.data(probe)
-
-    def __call__(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        **options: Unpack[AttentionOptions],
-    ) -> Float[Array, "B T N H"]:
-        output = prefix_attention(query, key, value, *self.prefix, **options)
-        return output if self.probe is None else output + self.probe.astype(output.dtype)
-
-
-class _Stated(AttentionCore):
-    """Attention with a state in the place of a prefix."""
-
-    def __init__(self, state: PrefixState):
-        self.state = nnx.data(state)
-
-    def __call__(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        **options: Unpack[AttentionOptions],
-    ) -> Float[Array, "B T N H"]:
-        said: dict[str, Any] = dict(options)
-        said.pop("scale", None)  # the state has it
-        return self.state.attend(query, key, value, **said)
-
-
-def read_prompt(model: Any, input_ids: Int[Array, " M"], progress: Progress = lambda *_: None) -> dict[str, Prefix]:
-    """Return the keys and values that a prompt leaves behind in each attention layer.
-
-    Args:
-        model: a decoder reads with its cache, ``PROMPT_AT_ONCE`` tokens at a time, at positions -M .. -1; any other model
-            reads the prompt as one sequence from position 0.
-        input_ids: of the prompt.
-        progress: told after each part.
-
-    Returns:
-        By the layer's dotted path. A layer with a sliding window has no more than the window's tokens.
-
-    Raises:
-        UsageError: an empty prompt, or ids that the model has not.
-    """
-    ids = jnp.asarray(input_ids)[None]
-    length = ids.shape[1]
-    if not length:
-        raise expected("prompt", "at least one token", "none")
-    if not isinstance(model, Llama):
-        kept = record(model, {"input_ids": ids}, lambda _, seen: Prefix(seen.key[0], seen.value[0]))
-        progress("reading the prompt", length, length)
-        return kept
-    check_tokens(ids, None, model.config.vocab_size)
-
-    @nnx.jit
-    def read(model: Llama, part: Array, cache: Any, start: Array) -> Any:
-        return model.hidden(part, None, cache, start, position_offset=-length)[1]
-
-    cache = model.empty_cache(1, length)
-    for start in range(0, length, PROMPT_AT_ONCE):
-        part = ids[:, start : start + PROMPT_AT_ONCE]
-        cache = jax.block_until_ready(read(model, part, cache, jnp.int32(start)))
-        progress("reading the prompt", start + part.shape[1], length)
-    paths = list(_paths(model))
-    return {path: Prefix(c.key[0], c.value[0]) for path, c in zip(paths, cache, strict=True)}
-
-
-def attending(
-    model: Any, to: Mapping[str, Prefix] | Mapping[str, PrefixState] | None
-) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which a model attends to a prefix exactly, or to states, in the place of what is on it."""
-    if to is None:
-        return contextlib.nullcontext()
-
-    def core(path: str, _: AttentionCore) -> AttentionCore:
-        there = to[path]
-        return _Stated(there) if isinstance(there, PrefixState) else _Prefixed(there)
-
-    return replaced_cores(model, core)
-
-
-def sensitivity(
-    model: Any,
-    prefix: Mapping[str, Prefix],
-    queries: Inputs,
-    *,
-    seed: int = 0,
-    progress: Progress = lambda *_: None,
-) -> dict[str, Float[np.ndarray, "N"]]:
-    """Return for each layer and query head the mean ``|g|^2`` over the queries' tokens, g as in this module's formula.
-
-    Args:
-        model, prefix, queries: what stands behind the prefix.
-        seed: of the drawn tokens, or projections.
-        progress: told after each part.
-    """
-    heads = {path: (site.num_heads, site.head_dim) for path, site in _sites(model)}
-
-    def objective(probes: dict[str, Array], graph: Any, state: Any, inputs: Inputs, key: Array) -> Array:
-        model = nnx.merge(graph, state)
-        with replaced_cores(model, lambda path, _: _Prefixed(prefix[path], probes[path])):
-            result = model(**inputs)
-        seen = inputs["attention_mask"].astype(jnp.float32)
-        if getattr(result, "logits", None) is not None:
-            logits = result.logits.astype(jnp.float32)
-            drawn = jax.lax.stop_gradient(jax.random.categorical(key, logits))
-            said = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], axis=-1)[..., 0]
-            return jnp.sum(said * seen)
-        hidden = result.last_hidden_state.astype(jnp.float32)
-        return jnp.sum(hidden * jax.random.normal(key, hidden.shape) * seen[..., None])
-
-    gradient = jax.jit(jax.grad(objective), static_argnums=1)
-    graph, state = nnx.split(model)
-    total: dict[str, Any] = dict.fromkeys(heads, 0.0)
-    count = 0
-    for i, some in enumerate(in_parts(queries)):
-        shape = some["input_ids"].shape
-        probes = {path: jnp.zeros((*shape, *size)) for path, size in heads.items()}
-        found = gradient(probes, graph, state, some, jax.random.fold_in(jax.random.key(seed), i))
-        for path, each in found.items():
-            total[path] = total[path] + np.asarray(jnp.sum(each**2, axis=(0, 1, 3)), np.float64)
-        count += int(some["attention_mask"].sum())
-        progress(
-            "asking what matters", min((i + 1) * ROWS_AT_ONCE, len(queries["input_ids"])), len(queries["input_ids"])
-        )
-    return {path: each / count for path, each in total.items()}
-
-
 def compress(
     model: Any,
     prefix: Mapping[str, Prefix],
@@ -255,18 +80,21 @@ def compress(
     even: bool = False,
     seed: int = 0,
     progress: Progress = lambda *_: None,
+    kept: Kept = make,
 ) -> Compression:
     """Return states of anchors that stand in for a prefix.
 
     Args:
         model: that the prefix is one of; it is left as it was.
-        prefix: of :func:`read_prompt`, or keys and values from elsewhere, such as a trained prefix's.
+        prefix: of :func:`ntk_prefix.prefixed_model.read_prompt`, or keys and values from elsewhere, such as a trained prefix's.
         queries: texts that stand behind the prefix: [B, T] ids and mask.
         budget: anchors per key head, on average over all layers.
         steps: of the descent; 0 keeps the chosen keys.
         even: give every head the same.
         seed: of draws.
         progress: told after each part.
+        kept: ``kept(name, make)`` returns the arrays that were kept under that name, or keeps those of ``make()``, for a
+            run that goes on where another stopped; from several threads.
 
     Returns:
         A :class:`Compression`; its states are for :func:`ntk_prefix.peft.apply_states`.
@@ -276,10 +104,15 @@ def compress(
         NonFiniteError: a state that is not finite.
     """
     check_count("budget", budget)
-    layers = _sites(model)
+    layers = attention_sites(model)
+    if vocabulary := getattr(getattr(model, "config", None), "vocab_size", None):
+        check_tokens(queries["input_ids"], queries["attention_mask"], vocabulary)
     missing = [path for path, _ in layers if path not in prefix]
     if missing:
         raise expected("prefix", "one for each attention layer", f"none for {missing[:4]}")
+    for path, site in layers:
+        for name, x in prefix[path]._asdict().items():
+            check_array(f"{name} of the prefix in {path}", x, "M", site.num_key_heads, site.head_dim)
     shortest = min(len(each.key) for each in prefix.values())
     if budget > shortest:
         raise expected("budget", f"at most the prefix's {shortest} tokens", budget)
@@ -287,117 +120,62 @@ def compress(
     if asked < budget:
         raise expected("queries", f"at least {budget} tokens for a budget of {budget}", asked, "Give more text")
     most = min(8 * budget, max(2 * budget, MOST_PER_HEAD), shortest, asked)
-    weights = sensitivity(model, prefix, queries, seed=seed, progress=progress)
-    recorded = _recorded(model, prefix, queries, progress)
-    chosen: dict[str, Choice] = {}
-    for i, (path, _) in enumerate(layers):
-        chosen[path] = choose(
-            _rows(recorded[path], prefix[path]), _scaled(prefix[path], recorded[path][0]), most, seed=seed
-        )
-        progress("choosing anchors", i + 1, len(layers))
-    cost = np.stack([_by_key_head(weights[path], len(chosen[path].left)) for path, _ in layers])
-    curves = np.concatenate([chosen[path].left for path, _ in layers]) * cost.reshape(-1)[:, None]
-    useful = np.concatenate([chosen[path].useful for path, _ in layers])
+    weights = kept("sensitivity", lambda: sensitivity(model, prefix, queries, seed=seed, progress=progress))
+    seen = Queries(model, prefix, queries, progress)
+
+    def chosen_in(path: str) -> Choice:
+        made = kept(f"choice of {path}", lambda: choose(*seen.of(path), most, seed=seed)._asdict())
+        return Choice(made["tokens"], made["left"])
+
+    paths = [path for path, _ in layers]
+    chosen = _each(chosen_in, paths, "choosing anchors", progress)
+    cost = np.stack([_by_key_head(weights[path], len(choice.left)) for path, choice in zip(paths, chosen, strict=True)])
+    curves = np.concatenate([choice.left for choice in chosen]) * cost.reshape(-1)[:, None]
+    useful = np.concatenate([choice.useful for choice in chosen])
     anchors = np.minimum(budget, useful) if even else np.minimum(divide(curves, budget * len(curves)), useful)
     anchors = anchors.reshape(len(layers), -1)
-    states, before, after = {}, [], []
-    for i, (path, _) in enumerate(layers):
-        states[path], *errors = _fit(recorded[path], prefix[path], chosen[path], anchors[i], steps, seed)
-        before.append(errors[0])
-        after.append(errors[1])
-        progress("fitting", i + 1, len(layers))
-    return Compression(states, anchors, np.stack(before), np.stack(after), cost)
+
+    def fitted_in(path: str) -> dict[str, np.ndarray]:
+        layer = paths.index(path)
+
+        def made() -> dict[str, np.ndarray]:
+            return _fit(*seen.of(path), chosen[layer].tokens, anchors[layer], steps, seed)
+
+        return dict(kept(f"fit of {path}", made))
+
+    fitted = _each(fitted_in, paths, "fitting", progress)
+    states = {path: _state(seen.scores[path], found) for path, found in zip(paths, fitted, strict=True)}
+    before, after = (np.stack([found[name] for found in fitted]) for name in ("before", "after"))
+    return Compression(states, anchors, before, after, cost)
 
 
-class Divergence(NamedTuple):
-    """How far a model with states is from the model with the prefix, per token of some texts."""
+def errors(
+    model: Any,
+    prefix: Mapping[str, Prefix],
+    states: Mapping[str, PrefixState],
+    texts: Inputs,
+    progress: Progress = lambda *_: None,
+) -> Float[np.ndarray, "layers K"]:
+    """Return ``|T - T*|^2 / |prefix's part|^2`` of each layer and key head behind the exact prefix, on texts of one's own.
 
-    kl: Float[np.ndarray, "tokens"]
-    """``KL(exact, compressed)`` of the next token's distribution, in nats; of a model without logits the relative square
-    error of its hidden state."""
-    agrees: np.ndarray
-    """Whether both say the same first; of a model without logits, nothing."""
+    Args:
+        model, prefix: see :func:`compress`.
+        states: maps with a group's heads sharing a state.
+        texts: on which no state was fitted.
+        progress: told after each part.
+    """
+    seen = Queries(model, prefix, texts, progress)
+    return np.stack([_error(seen.of(path)[0], states[path]) for path, _ in attention_sites(model)])
 
 
-def divergence(
-    model: Any, prefix: Mapping[str, Prefix], states: Mapping[str, PrefixState] | None, texts: Inputs
-) -> Divergence:
-    """Return how far states are from the prefix on some texts; with no states, how far the bare model is."""
-
-    def answer(model: Any, inputs: Inputs) -> Array:
-        result = model(**inputs)
-        logits = getattr(result, "logits", None)
-        return result.last_hidden_state if logits is None else jax.nn.log_softmax(logits.astype(jnp.float32))
-
-    run = nnx.jit(answer)
-    kl, agrees = [], []
-    for some in in_parts(texts):
-        with attending(model, prefix):
-            exact = run(model, some)
-        with attending(model, states):
-            ours = run(model, some)
-        seen = np.asarray(some["attention_mask"], bool)
-        if isinstance(model, Llama):
-            each = jnp.sum(jnp.exp(exact) * (exact - ours), axis=-1)
-            agrees.append(np.asarray(jnp.argmax(exact, axis=-1) == jnp.argmax(ours, axis=-1))[seen])
-        else:
-            each = jnp.sum((exact - ours) ** 2, axis=-1) / jnp.sum(exact**2, axis=-1)
-        kl.append(np.asarray(each)[seen])
-    found = Divergence(np.concatenate(kl), np.concatenate(agrees) if agrees else np.zeros(0, bool))
-    if not np.isfinite(found.kl).all():
-        raise NonFiniteError("divergence: expected finite numbers, got others.")
+def _each(do: Callable[[str], Result], paths: list[str], what: str, progress: Progress) -> list[Result]:
+    """Do something for each layer, for a layer a core: what a head needs is too small for several."""
+    found = []
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for each in pool.map(do, paths):
+            found.append(each)
+            progress(what, len(found), len(paths))
     return found
-
-
-# -------------------------------------------------------------------------------------------- the parts
-
-
-def _sites(model: Any) -> list[tuple[str, Any]]:
-    return attention_sites(model)
-
-
-def _paths(model: Any) -> Iterator[str]:
-    return (path for path, _ in _sites(model))
-
-
-def in_parts(inputs: Inputs) -> Iterator[dict[str, Array]]:
-    """Cut a batch into parts of equal size, the last one filled up with rows of which nothing is seen."""
-    rows = len(inputs["input_ids"])
-    for start in range(0, rows, ROWS_AT_ONCE):
-        part = {name: np.asarray(x[start : start + ROWS_AT_ONCE]) for name, x in inputs.items()}
-        short = min(ROWS_AT_ONCE, rows) - len(part["input_ids"])
-        yield {name: jnp.asarray(np.pad(x, ((0, short), (0, 0)))) for name, x in part.items()}
-
-
-def _recorded(
-    model: Any, prefix: Mapping[str, Prefix], queries: Inputs, progress: Progress
-) -> dict[str, list[LayerRecord]]:
-    """Return what each layer sees of the queries behind the exact prefix, part by part."""
-    kept: dict[str, list[LayerRecord]] = {path: [] for path in prefix}
-    rows = len(queries["input_ids"])
-    for i, some in enumerate(in_parts(queries)):
-        with attending(model, prefix):
-            for path, seen in record(model, some).items():
-                # no head has a mask of its own, and T x S of each would be most of the memory
-                kept[path].append(seen._replace(mask=seen.mask[:, :1]))
-        progress("reading the queries", min((i + 1) * ROWS_AT_ONCE, rows), rows)
-    return kept
-
-
-def _rows(recorded: list[LayerRecord], prefix: Prefix) -> Rows:
-    """Return the queries of a layer that are no padding, in shares."""
-    parts = []
-    for seen in recorded:
-        scores: dict[str, Any] = dict(seen.scores)
-        rows = rows_of(seen.query, *prefix, seen.key, seen.value, mask=seen.mask, **scores)
-        groups = seen.query.shape[2] // seen.key.shape[2]
-        kept = np.flatnonzero(np.repeat(np.asarray(seen.seen).reshape(-1), groups))
-        parts.append(rows.take(kept))
-    return Rows(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
-
-
-def _scaled(prefix: Prefix, seen: LayerRecord) -> Float[Array, "K M H"]:
-    return jnp.swapaxes(prefix.key, 0, 1) * seen.scale**0.5
 
 
 def _by_key_head(weights: np.ndarray, heads: int) -> np.ndarray:
@@ -410,10 +188,9 @@ def _size(count: int) -> int:
 
 
 def _fit(
-    recorded: list[LayerRecord], prefix: Prefix, chosen: Choice, anchors: np.ndarray, steps: int, seed: int
-) -> tuple[PrefixState, np.ndarray, np.ndarray]:
-    """Return a layer's state, and each head's error before and after the descent."""
-    rows, keys = _rows(recorded, prefix), _scaled(prefix, recorded[0])
+    rows: Rows, keys: Float[Array, "K M H"], tokens: np.ndarray, anchors: np.ndarray, steps: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Return a layer's points, z, k, and each head's error before and after the descent."""
     heads, _, head_dim = keys.shape
     largest = max(int(anchors.max()), 1)
     points, z = (np.zeros((heads, largest, head_dim), np.float32) for _ in range(2))
@@ -421,8 +198,8 @@ def _fit(
     for head, count in enumerate(anchors.tolist()):
         if not count:
             continue
-        size = max(min(_size(count), chosen.tokens.shape[1], rows.query.shape[1]), count)
-        start = keys[head][chosen.tokens[head, :size]]
+        size = max(min(_size(count), tokens.shape[1], rows.query.shape[1]), count)
+        start = keys[head][tokens[head, :size]]
         valid = np.arange(size) < count
         one = Rows(*(x[head : head + 1] for x in rows))
         fit = descend(one, start[None], jnp.asarray(valid)[None], steps=steps, seed=seed)
@@ -432,6 +209,24 @@ def _fit(
         before[head], after[head] = float(fit.before[0]), float(fit.after[0])
     if not all(np.isfinite(x).all() for x in (points, z, k)):
         raise NonFiniteError("expected a state of finite numbers, got others.")
-    seen = recorded[0]
-    phi = Anchors(jnp.asarray(points), seen.scores.get("logits_soft_cap"))
-    return PrefixState(jnp.asarray(z), jnp.asarray(k), phi, seen.scores.get("scale")), before, after
+    return {"points": points, "z": z, "k": k, "before": before, "after": after}
+
+
+def _state(scores: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> PrefixState:
+    points, z, k = (jnp.asarray(found[name]) for name in ("points", "z", "k"))
+    return PrefixState(z, k, Anchors(points, scores.get("logits_soft_cap")), scores.get("scale"))
+
+
+def _error(rows: Rows, state: PrefixState) -> Float[np.ndarray, "K"]:
+    z: Any = state.z
+    features, log_unit = state.feature_map.per_head(rows.query)
+    log_unit = -rows.log_total if log_unit is None else log_unit - rows.log_total
+    features = features * jnp.exp(log_unit)[..., None]
+    own = jnp.exp(rows.log_own)
+    numerator = own[..., None] * rows.own + jnp.einsum("kqr,krh->kqh", features, z)
+    output = (
+        numerator / jnp.maximum(own + jnp.einsum("kqr,kr->kq", features, state.k), jnp.finfo(own.dtype).tiny)[..., None]
+    )
+    return np.asarray(
+        jnp.sum((output - rows.target) ** 2, axis=(1, 2)) / jnp.sum(rows.part**2, axis=(1, 2)), np.float64
+    )

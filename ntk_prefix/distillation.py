@@ -23,8 +23,9 @@ from flax import nnx
 
 from ntk_prefix.attention import LowRank
 from ntk_prefix.checks import NonFiniteError, check_count, check_positive, expected
-from ntk_prefix.compression import Inputs, Kept, Prefix, Progress, attending, in_parts, make
+from ntk_prefix.compression import Kept, make
 from ntk_prefix.prefix_state import PrefixState
+from ntk_prefix.prefixed_model import Inputs, Prefix, Progress, attending, in_parts
 from ntk_prefix.typing import Array
 
 __all__ = ["distil", "distil_states"]
@@ -52,7 +53,7 @@ def distil(
 
     Args:
         model: frozen; it is left as it was.
-        prefix: of :func:`ntk_prefix.compression.read_prompt`.
+        prefix: of :func:`ntk_prefix.prefixed_model.read_prompt`.
         unknowns: where training starts: a pytree of float arrays, each of a size near 1, for Adam moves all alike.
         attached: ``attached(model, unknowns)`` is a context in which the model has them.
         texts: that stand behind the prefix: [B, T] ids and mask.

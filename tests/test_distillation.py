@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ntk_prefix import compression
+from ntk_prefix import compression, prefixed_model
 from ntk_prefix.attention import LowRank
 from ntk_prefix.checks import UsageError
 from ntk_prefix.distillation import distil_states
@@ -19,7 +19,7 @@ TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def found() -> tuple[Any, dict[str, compression.Prefix], dict[str, Any], dict[str, PrefixState]]:
+def found() -> tuple[Any, dict[str, prefixed_model.Prefix], dict[str, Any], dict[str, PrefixState]]:
     """A decoder, a prompt's prefix, texts behind it, and states of the chosen keys as they are."""
     config = LlamaConfig(
         vocab_size=29,
@@ -33,7 +33,7 @@ def found() -> tuple[Any, dict[str, compression.Prefix], dict[str, Any], dict[st
     for layer in model.layers:  # random weights attend to all tokens alike: sharpen them
         layer.attention.query.kernel[...] *= 12
     drawn = np.random.default_rng(0)
-    prefix = compression.read_prompt(model, jnp.asarray(drawn.integers(1, 29, TOKENS), jnp.int32))
+    prefix = prefixed_model.read_prompt(model, jnp.asarray(drawn.integers(1, 29, TOKENS), jnp.int32))
     ids, mask = drawn.integers(1, 29, (10, 8)), np.ones((10, 8), np.int32)
     mask[::3, 5:] = 0
     texts = {"input_ids": jnp.asarray(ids, jnp.int32), "attention_mask": jnp.asarray(mask)}
@@ -52,7 +52,7 @@ def test_training_lowers_the_divergence_and_leaves_the_model_alone(found: Any) -
     trained = distil_states(
         model, prefix, states, texts, steps=60, learning_rate=0.1, progress=lambda what, *_: told.append(what)
     )
-    start, end = (compression.divergence(model, prefix, each, texts).kl.mean() for each in (states, trained))
+    start, end = (each.kl.mean() for each in prefixed_model.divergence(model, prefix, [states, trained], texts))
     assert end < 0.5 * start
     assert told.count("distilling") == 60
     assert_same(before, nnx.state(model))

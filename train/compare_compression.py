@@ -37,10 +37,10 @@ from rich.console import Console
 from ntk_prefix import models, peft
 from ntk_prefix.artifacts import held, json_text, provenance, write_whole
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
-from ntk_prefix.compression import Prefix, attending, read_prompt
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
 from ntk_prefix.peft.sites import attention_sites
+from ntk_prefix.prefixed_model import Prefix, attending, read_prompt
 from ntk_prefix.typing import Array, Float
 from train import unrelated
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed

@@ -19,9 +19,12 @@ if __name__ == "__main__":
 
 import base64
 import dataclasses
+import hashlib
 import html
 import io
+import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -37,14 +40,26 @@ from rich.console import Console
 from ntk_prefix import models, peft
 from ntk_prefix.artifacts import json_text, provenance, write_whole
 from ntk_prefix.checks import expected
-from ntk_prefix.compression import Compression, Divergence, Prefix, attending, compress, divergence, read_prompt
+from ntk_prefix.compression import Compression, Made, compress, errors
+from ntk_prefix.distillation import distil_states
 from ntk_prefix.prefix_state import PrefixState
-from ntk_prefix.typing import Array
+from ntk_prefix.prefixed_model import ROWS_AT_ONCE, Divergence, Prefix, attending, divergence, read_prompt
+from ntk_prefix.statistics import expected_error_bound
+from ntk_prefix.typing import Array, Float
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
 from train.prompts import padded, some_texts, whole_text
 from train.setup import load_tokenizer, model_path
 
 __all__ = ["Options", "main"]
+
+UNFINISHED = "unfinished"
+"""Folder, in that of the results, of what a run has found so far."""
+
+SURE = 0.95
+"""Probability with which bounds of the report hold."""
+
+LARGEST_KL = 1.0
+"""Nats at which a text's KL is cut for its bound, which needs a largest one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +85,8 @@ class Options(Checked):
     """Of the descent on anchors and masses; 0 keeps the chosen keys."""
     even: bool = False
     """Give every head the same number of anchors."""
+    distil: int = 0
+    """Steps of training from the prompt's own answers, after the fit; a step takes seconds."""
     seed: int = 0
     """Of the split of the texts, and of draws."""
     out: Path = Path("runs/compressed")
@@ -77,13 +94,14 @@ class Options(Checked):
 
     def check(self) -> None:
         """Refuse what cannot be meant, before anything is loaded."""
-        for name, least in (("budget", 1), ("self_study", 2), ("tokens", 2), ("steps", 0), ("seed", 0)):
+        for name, least in (("budget", 1), ("self_study", 2), ("tokens", 2), ("steps", 0), ("distil", 0), ("seed", 0)):
             at_least(name, getattr(self, name), least)
         if not 0 < self.held_out < 1:
             raise expected("--held-out", "a part of the texts, between 0 and 1", self.held_out)
         if self.out.is_file():
             raise expected("--out", "a folder", f"{self.out}, which is a file")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / "report.json").is_file():
+        own = (self.out / "report.json").is_file() or (self.out / UNFINISHED).is_dir()
+        if self.out.is_dir() and any(self.out.iterdir()) and not own:
             raise expected("--out", "a new folder, or one of this program", f"{self.out}, which has other files in it")
 
 
@@ -109,44 +127,85 @@ def main(options: Options, console: Console) -> None:
         model: Any = models.from_pretrained(path, task="causal-lm", progress=progress)
     if not isinstance(model, models.Llama):
         raise expected("--model", "a decoder", type(model).__name__)
+    kept = _Unfinished(options, path, prompt, own)
     with _Stages(console) as told:
         prefix = read_prompt(model, jnp.asarray(prompt), told)
         if own is None:
             told("writing texts", 0, 1)
-            texts = _written(model, prefix, prompt, options)
+            texts = kept("texts", lambda: _written(model, prefix, prompt, options))
             told("writing texts", 1, 1)
         else:
             texts = padded([tokenizer.encode(each, add_special_tokens=False).ids for each in own], options.tokens)
         fit, held = _split(texts, options)
-        found = compress(
-            model, prefix, fit, options.budget, steps=options.steps, even=options.even, seed=options.seed, progress=told
-        )
-        told("comparing", 0, 2)
-        after = divergence(model, prefix, found.states, held)
-        told("comparing", 1, 2)
-        before = divergence(model, prefix, None, held)
-        told("comparing", 2, 2)
+        some = {"seed": options.seed, "progress": told, "kept": kept}
+        found = compress(model, prefix, fit, options.budget, steps=options.steps, even=options.even, **some)
+        states = distil_states(model, prefix, found.states, fit, steps=options.distil, **some)
+        measured = divergence(model, prefix, [states, None, *([found.states] if options.distil else [])], held, told)
+        held_error = errors(model, prefix, states, {name: x[:ROWS_AT_ONCE] for name, x in held.items()})
+    found = dataclasses.replace(found, states=states)
     options.out.mkdir(parents=True, exist_ok=True)
-    states: dict[str | int, PrefixState] = dict(found.states.items())
-    peft.apply_states(model, states, name="compressed")
+    named: dict[str | int, PrefixState] = dict(states.items())
+    peft.apply_states(model, named, name="compressed")
     peft.save_pretrained(model, options.out / "adapter")
-    report = _report(options, prompt, model, fit, held, found, after, before, time.perf_counter() - began)
+    report = _report(options, prompt, model, fit, held, found, held_error, measured, time.perf_counter() - began)
     picture = io.BytesIO()
-    draw(found).savefig(picture, dpi=150)
+    draw(found, held_error).savefig(picture, dpi=150)
     write_whole(options.out / "errors.png", picture.getvalue())
     write_whole(options.out / "index.html", _page(report, picture.getvalue()).encode())
     write_whole(options.out / "report.json", json_text(report).encode())
+    kept.remove()
     console.print(_said(report), markup=False, highlight=False)
     console.print(f"{options.out / 'adapter'}, {options.out / 'index.html'}", markup=False, soft_wrap=True)
 
 
-def draw(found: Compression) -> Figure:
-    """Return the figure: how many anchors each head has, and the error that is left, layer by layer."""
+class _Unfinished:
+    """What a run has found so far, in files; of a run that began otherwise, none."""
+
+    def __init__(self, options: Options, model: Path, prompt: np.ndarray, own: list[str] | None):
+        self.folder, self.lock = options.out / UNFINISHED, threading.Lock()
+        files = sorted(model.iterdir()) if model.is_dir() else [model]
+        said = {
+            **{name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "prompt")},
+            "queries": own,
+            "prompt": prompt.tolist(),
+            "weights": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            **provenance("jax", "flax", sources=("ntk_prefix/**/*.py", "train/compress.py")),
+        }
+        self.digest = hashlib.sha256(json_text(said).encode()).hexdigest()
+        name = self.folder / "of"
+        self.begun = name.is_file() and name.read_text() == self.digest
+
+    def __call__(self, name: str, make: Made) -> dict[str, np.ndarray]:
+        """Return arrays that were kept, or keep those that are made."""
+        file = self.folder / f"{name.replace(' ', '-')}.npz"
+        if self.begun and file.is_file():
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        arrays = {key: np.asarray(value) for key, value in make().items()}
+        with self.lock:
+            if not self.begun:
+                self.remove()
+                self.folder.mkdir(parents=True)
+                write_whole(self.folder / "of", self.digest.encode())
+                self.begun = True
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **arrays)
+        write_whole(file, content.getvalue())
+        return arrays
+
+    def remove(self) -> None:
+        """Forget all of it."""
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
+
+
+def draw(found: Compression, held_error: Float[np.ndarray, "layers K"]) -> Figure:
+    """Return the figure: how many anchors each head has, and the error that is left on held-out texts, layer by layer."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     panels: Any = figure.subplots(1, 2)
     for panel, values, title, log in (
         (panels[0], found.anchors, "anchors", False),
-        (panels[1], np.maximum(found.error, 1e-12), "error, share of the prefix's part", True),
+        (panels[1], np.maximum(held_error, 1e-12), "held-out error, share of the prefix's part", True),
     ):
         shown = np.log10(values) if log else values
         image = panel.imshow(shown, aspect="auto", cmap="viridis", interpolation="nearest")
@@ -191,10 +250,11 @@ def _report(
     fit: dict[str, Array],
     held: dict[str, Array],
     found: Compression,
-    after: Divergence,
-    before: Divergence,
+    held_error: Float[np.ndarray, "layers K"],
+    measured: list[Divergence],
     seconds: float,
 ) -> dict[str, Any]:
+    after, before, *fitted = measured
     sites = model.config
     cache = 2 * len(prompt) * sites.num_hidden_layers * sites.num_key_value_heads * sites.head_dim
     files = [file.stat().st_size for file in (options.out / "adapter").glob("*.safetensors")]
@@ -207,18 +267,31 @@ def _report(
         "held_out_tokens": len(after.kl),
         "kl": _of(after.kl),
         "kl_without_prompt": _of(before.kl),
+        **({"kl_before_distillation": _of(fitted[0].kl)} if fitted else {}),
         "agreement": float(after.agrees.mean()),
         "agreement_without_prompt": float(before.agrees.mean()),
+        "bounds": {
+            "probability": SURE,
+            "agreement_at_least": 1 - _bound(after, ~after.agrees, 1.0),
+            "kl_at_most": _bound(after, after.kl, LARGEST_KL),
+            "of": f"the expectation over such texts of a text's mean; its KL is cut at {LARGEST_KL:g}",
+        },
         "numbers": found.numbers,
         "numbers_of_the_cache": cache,
         "adapter_bytes": sum(files),
         "anchors": found.anchors.tolist(),
+        "held_out_error": held_error.tolist(),
         "error": found.error.tolist(),
         "chosen_error": found.chosen_error.tolist(),
         "sensitivity": found.sensitivity.tolist(),
         "seconds": seconds,
         **provenance("jax", "flax", sources=("ntk_prefix/**/*.py", "train/compress.py")),
     }
+
+
+def _bound(measured: Divergence, values: np.ndarray, upper: float) -> float:
+    losses = np.clip(measured.by_text(values), 0, upper)  # a KL of 0 may be rounded below it
+    return expected_error_bound(losses, 1 - SURE, upper)
 
 
 def _of(kl: np.ndarray) -> dict[str, float]:
@@ -235,14 +308,16 @@ def _said(report: dict[str, Any]) -> str:
         f"{report['seconds']:.0f} s.\nOn {report['texts']['held_out']} held-out texts, {report['held_out_tokens']:,} tokens: "
         f"KL to the prompt {kl['mean']:.4f} +- {kl['standard_error']:.4f} a token (median {kl['median']:.4f}; without the "
         f"prompt {without['mean']:.4f}); the same first choice for {100 * report['agreement']:.1f} % of tokens "
-        f"({100 * report['agreement_without_prompt']:.1f} % without)."
+        f"({100 * report['agreement_without_prompt']:.1f} % without).\n"
+        f"With {100 * SURE:.0f} % confidence, for {report['texts']['held_out']} texts: on such texts at least "
+        f"{100 * report['bounds']['agreement_at_least']:.1f} % are expected to be the same."
     )
 
 
 def _page(report: dict[str, Any], picture: bytes) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(json_text(report[name], indent=None))}</td></tr>"
-        for name in ("options", "texts", "adapter_bytes", "versions", "git")
+        for name in ("options", "texts", "bounds", "adapter_bytes", "versions", "git")
         if name in report
     )
     return (
@@ -261,7 +336,7 @@ class _Stages:
     """A bar for each stage on a terminal, a line for each elsewhere."""
 
     def __init__(self, console: Console):
-        self.console = console
+        self.console, self.since = console, time.perf_counter()
         self.tasks: dict[str, rich.progress.TaskID] = {}
         self.bars = rich.progress.Progress(console=console, disable=not console.is_terminal)
 
@@ -278,7 +353,9 @@ class _Stages:
                 self.tasks[what] = self.bars.add_task(what, total=total)
             self.bars.update(self.tasks[what], completed=done)
         elif done == total:
-            self.console.print(f"{what}: done", markup=False, highlight=False)
+            now = time.perf_counter()
+            self.console.print(f"{what}: {now - self.since:.0f} s", markup=False, highlight=False)
+            self.since = now
 
 
 def _compress(console: Console) -> int:

@@ -28,12 +28,13 @@ import scipy.linalg
 from ntk_prefix import peft
 from ntk_prefix.anchor_fit import Rows, rows_of
 from ntk_prefix.checks import NonFiniteError
-from ntk_prefix.compression import Inputs, Prefix, attending, compress
+from ntk_prefix.compression import compress
 from ntk_prefix.feature_maps import Anchors, Elu1, FeatureMap, Nearest, PositiveRandom, Projected, Taylor
 from ntk_prefix.peft.record import LayerRecord, record
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_fit import FitOptions, fit_prefix
 from ntk_prefix.prefix_state import PrefixState, Samples
+from ntk_prefix.prefixed_model import Inputs, Prefix, attending
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["ADAPTER", "METHODS", "Case", "Compressed", "Layer", "Method", "seen_by_layers"]

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from ntk_prefix import compression, peft
+from ntk_prefix import compression, peft, prefixed_model
 from ntk_prefix.checks import NonFiniteError, UsageError
 from ntk_prefix.models import from_pretrained
 from ntk_prefix.peft.sites import attention_sites
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def case(place: Path) -> Case:
     model = from_pretrained(place / "model", task="causal-lm")
     drawn = np.random.default_rng(1)
-    prefix = compression.read_prompt(model, jnp.asarray(drawn.integers(1, 31, TOKENS), jnp.int32))
+    prefix = prefixed_model.read_prompt(model, jnp.asarray(drawn.integers(1, 31, TOKENS), jnp.int32))
     texts = ids(8, 10)
     return Case(model, prefix, texts, seen_by_layers(model, prefix, texts), TOKENS, 0, steps=20)
 
@@ -102,7 +102,7 @@ def squared_errors(layer: Layer, state: PrefixState) -> np.ndarray:
 def test_no_prompt_is_the_bare_model(case: Case, judge: Judge) -> None:
     found = judge.measure(made(case, "none", 0).attach)
     texts = ids(4, 10, seed=2)
-    bare = compression.divergence(case.model, case.prefix, None, texts)
+    bare = prefixed_model.divergence(case.model, case.prefix, [None], texts)[0]
     assert found["kl"] == pytest.approx(bare.kl.mean(), rel=1e-4)
     assert found["kl_median"] == pytest.approx(np.median(bare.kl), rel=1e-4)
     assert found["agreement"] == pytest.approx(bare.agrees.mean())

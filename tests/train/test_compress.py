@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ntk_prefix import compression, peft
+from ntk_prefix import compression, peft, prefixed_model
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models import from_pretrained
 from ntk_prefix.peft.sites import attention_sites
@@ -47,6 +47,9 @@ def test_the_adapter_is_nearly_the_prompt_and_loads_elsewhere(place: Path, tmp_p
     assert report["texts"] == {"fitted": 18, "held_out": 6}
     assert report["kl"]["mean"] < 0.35 * report["kl_without_prompt"]["mean"]
     assert report["agreement"] >= report["agreement_without_prompt"]
+    assert 0 <= report["bounds"]["agreement_at_least"] < report["agreement"]
+    assert np.shape(report["held_out_error"]) == np.shape(report["error"])
+    assert np.mean(report["error"]) < np.mean(report["held_out_error"]) < 1
     assert {"versions", "git", "options"} <= report.keys()
     assert "data:image/png;base64," in (tmp_path / "out" / "index.html").read_text()
 
@@ -65,8 +68,8 @@ def test_the_prefix_behind_which_texts_begin_at_zero_is_the_prompt(place: Path) 
     """Exactly: keys are read at negative positions, and only differences count."""
     model = from_pretrained(place / "model", task="causal-lm")
     prompt, text = (jnp.asarray([[*range(a, b)]], jnp.int32) for a, b in ((1, 13), (13, 20)))
-    prefix = compression.read_prompt(model, prompt[0])
-    with compression.attending(model, prefix):
+    prefix = prefixed_model.read_prompt(model, prompt[0])
+    with prefixed_model.attending(model, prefix):
         behind = model(text).logits
     exact = model(jnp.concatenate([prompt, text], axis=1)).logits[:, 12:]
     np.testing.assert_allclose(behind, exact, atol=2e-5)
@@ -76,9 +79,9 @@ def test_the_prefix_behind_which_texts_begin_at_zero_is_the_prompt(place: Path) 
 def test_a_prompt_is_read_in_parts_as_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = from_pretrained(place / "model", task="causal-lm")
     prompt = jnp.arange(1, 20, dtype=jnp.int32)
-    whole = compression.read_prompt(model, prompt)
-    monkeypatch.setattr(compression, "PROMPT_AT_ONCE", 8)
-    for path, each in compression.read_prompt(model, prompt).items():
+    whole = prefixed_model.read_prompt(model, prompt)
+    monkeypatch.setattr(prefixed_model, "PROMPT_AT_ONCE", 8)
+    for path, each in prefixed_model.read_prompt(model, prompt).items():
         np.testing.assert_allclose(each.key, whole[path].key, atol=1e-5)
         np.testing.assert_allclose(each.value, whole[path].value, atol=1e-5)
 
@@ -86,10 +89,10 @@ def test_a_prompt_is_read_in_parts_as_at_once(place: Path, monkeypatch: pytest.M
 def test_sensitivity_foretells_what_an_error_costs(place: Path) -> None:
     """An error of the same size in each head: its KL is half the error's square times the sensitivity, up to H."""
     model = from_pretrained(place / "model", task="causal-lm")
-    prefix = compression.read_prompt(model, jnp.arange(1, 13, dtype=jnp.int32))
+    prefix = prefixed_model.read_prompt(model, jnp.arange(1, 13, dtype=jnp.int32))
     ids = jnp.asarray(np.random.default_rng(2).integers(1, len(WORDS), (64, 6)), jnp.int32)
     texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
-    found = compression.sensitivity(model, prefix, texts)
+    found = prefixed_model.sensitivity(model, prefix, texts)
     draws = np.random.default_rng(3)
 
     def shaken(path: str, head: int) -> float:
@@ -99,9 +102,9 @@ def test_sensitivity_foretells_what_an_error_costs(place: Path) -> None:
         size = 0.05 * draws.normal(size=site.head_dim).astype(np.float32)
         value: Array = prefix[path].value.at[:, head].add(size)
         moved[path] = prefix[path]._replace(value=value)
-        with compression.attending(model, prefix):
+        with prefixed_model.attending(model, prefix):
             exact = np.asarray(jnp.asarray(model(ids).logits))
-        with compression.attending(model, moved):
+        with prefixed_model.attending(model, moved):
             ours = np.asarray(model(ids).logits)
         exact, ours = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (exact, ours))
         return float(np.mean(np.sum(np.exp(exact) * (exact - ours), axis=-1)) / np.sum(size**2))
@@ -115,7 +118,7 @@ def test_sensitivity_foretells_what_an_error_costs(place: Path) -> None:
 
 def test_an_uneven_budget_loses_less_than_an_even_one(place: Path) -> None:
     model = from_pretrained(place / "model", task="causal-lm")
-    prefix = compression.read_prompt(model, jnp.asarray(np.random.default_rng(4).integers(1, 31, 40), jnp.int32))
+    prefix = prefixed_model.read_prompt(model, jnp.asarray(np.random.default_rng(4).integers(1, 31, 40), jnp.int32))
     ids = jnp.asarray(np.random.default_rng(5).integers(1, len(WORDS), (12, 12)), jnp.int32)
     texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
     uneven = compression.compress(model, prefix, texts, 4, steps=0)
@@ -128,12 +131,63 @@ def test_an_uneven_budget_loses_less_than_an_even_one(place: Path) -> None:
 def test_as_many_anchors_as_queries_are_enough(place: Path) -> None:
     """A head is filled up to a size that is compiled for, but never beyond the queries."""
     model = from_pretrained(place / "model", task="causal-lm")
-    prefix = compression.read_prompt(model, jnp.arange(1, 31, dtype=jnp.int32))
+    prefix = prefixed_model.read_prompt(model, jnp.arange(1, 31, dtype=jnp.int32))
     ids = jnp.asarray(np.random.default_rng(6).integers(1, len(WORDS), (2, 10)), jnp.int32)
     texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
     found = compression.compress(model, prefix, texts, 20, steps=0, even=True)
     assert found.anchors.max() > compression.SIZES[0]
     assert np.all(found.error < 1)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = options(place, steps=0, distil=2, out=tmp_path / "out")
+    fit, calls = compression._fit, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return fit(*args)
+
+    monkeypatch.setattr(compression.os, "sched_getaffinity", lambda _: {0})  # one layer after the other
+    monkeypatch.setattr(compression, "_fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(given, Console(quiet=True))
+    assert not (tmp_path / "out" / "report.json").exists()
+
+    def again(*args: Any, **options: Any) -> Any:
+        raise AssertionError("done before")
+
+    calls.clear()
+    monkeypatch.setattr(compression, "_fit", lambda *args: calls.append(args) or fit(*args))
+    monkeypatch.setattr(compression, "sensitivity", again)
+    monkeypatch.setattr(compression, "choose", again)
+    main(given, Console(quiet=True))
+    assert len(calls) == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["kl"]["mean"] != report["kl_before_distillation"]["mean"]
+    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == [
+        "adapter",
+        "errors.png",
+        "index.html",
+        "report.json",
+    ]
+    # another configuration begins anew
+    with pytest.raises(AssertionError, match="done before"):
+        main(options(place, steps=0, distil=2, seed=1, out=tmp_path / "out"), Console(quiet=True))
+
+
+def test_what_is_of_another_model_is_refused(place: Path) -> None:
+    model = from_pretrained(place / "model", task="causal-lm")
+    prefix = prefixed_model.read_prompt(model, jnp.arange(1, 13, dtype=jnp.int32))
+    ids = jnp.asarray(np.random.default_rng(6).integers(1, len(WORDS), (2, 10)), jnp.int32)
+    texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
+    with pytest.raises(UsageError, match="input_ids"):
+        compression.compress(model, prefix, {**texts, "input_ids": ids + len(WORDS)}, 4)
+    path = next(iter(prefix))
+    others = {**prefix, path: prefixed_model.Prefix(prefix[path].key[..., :2], prefix[path].value)}
+    with pytest.raises(UsageError, match=r"key of the prefix in layers.0.attention: expected \[M, "):
+        compression.compress(model, others, texts, 4)
 
 
 @pytest.mark.parametrize(

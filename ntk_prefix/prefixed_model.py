@@ -1,0 +1,308 @@
+r"""A model behind a prompt: what the prompt leaves behind in it, what is asked of that, and how far another answer is.
+
+A prompt of a model with rotary positions is read at positions -M .. -1: only differences of positions count there, so what
+it leaves behind has no position, and the text behind it begins at 0 as it would without a prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ntk_prefix.anchor_fit import Rows, rows_of
+from ntk_prefix.attention import prefix_attention
+from ntk_prefix.checks import NonFiniteError, expected
+from ntk_prefix.models.attention import AttentionCore, AttentionOptions
+from ntk_prefix.models.backbone import check_tokens
+from ntk_prefix.models.llama import Llama
+from ntk_prefix.peft.record import LayerRecord, record, replaced_cores
+from ntk_prefix.peft.sites import attention_sites
+from ntk_prefix.prefix_state import PrefixState
+from ntk_prefix.typing import Array, Float, Int
+
+__all__ = [
+    "Divergence",
+    "Inputs",
+    "Prefix",
+    "Progress",
+    "Queries",
+    "attending",
+    "divergence",
+    "in_parts",
+    "read_prompt",
+    "sensitivity",
+]
+
+Inputs = Mapping[str, Array]
+"""``input_ids`` and ``attention_mask``, [B, T] each, padded on the right."""
+
+Progress = Callable[[str, int, int], Any]
+"""Told what is done, and how many steps of how many."""
+ROWS_AT_ONCE = 4
+"""Texts that a model reads together: their logits are held at once."""
+ASKED_WHAT_MATTERS = 1024
+"""Tokens of the queries, whole texts, that :func:`sensitivity` is measured on: a mean for each head, with gradients."""
+PROMPT_AT_ONCE = 1024
+"""Tokens of a prompt that a decoder reads together."""
+
+
+class Prefix(NamedTuple):
+    """What a prompt leaves behind in one layer."""
+
+    key: Float[Array, "M K H"]
+    value: Float[Array, "M K H"]
+
+
+class _Prefixed(AttentionCore):
+    """Exact attention over a prefix and the keys; ``probe``, zero, is there to be differentiated for."""
+
+    def __init__(self, prefix: Prefix, probe: Array | None = None):
+        self.prefix = nnx.data(prefix)
+        self.probe = nnx.data(probe)
+
+    def __call__(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        **options: Unpack[AttentionOptions],
+    ) -> Float[Array, "B T N H"]:
+        output = prefix_attention(query, key, value, *self.prefix, **options)
+        return output if self.probe is None else output + self.probe.astype(output.dtype)
+
+
+class _Stated(AttentionCore):
+    """Attention with a state in the place of a prefix."""
+
+    def __init__(self, state: PrefixState):
+        self.state = nnx.data(state)
+
+    def __call__(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        **options: Unpack[AttentionOptions],
+    ) -> Float[Array, "B T N H"]:
+        said: dict[str, Any] = dict(options)
+        said.pop("scale", None)  # the state has it
+        return self.state.attend(query, key, value, **said)
+
+
+def read_prompt(model: Any, input_ids: Int[Array, " M"], progress: Progress = lambda *_: None) -> dict[str, Prefix]:
+    """Return the keys and values that a prompt leaves behind in each attention layer.
+
+    Args:
+        model: a decoder reads with its cache, ``PROMPT_AT_ONCE`` tokens at a time, at positions -M .. -1; any other model
+            reads the prompt as one sequence from position 0.
+        input_ids: of the prompt.
+        progress: told after each part.
+
+    Returns:
+        By the layer's dotted path. A layer with a sliding window has no more than the window's tokens.
+
+    Raises:
+        UsageError: an empty prompt, or ids that the model has not.
+    """
+    ids = jnp.asarray(input_ids)[None]
+    length = ids.shape[1]
+    if not length:
+        raise expected("prompt", "at least one token", "none")
+    if not isinstance(model, Llama):
+        kept = record(model, {"input_ids": ids}, lambda _, seen: Prefix(seen.key[0], seen.value[0]))
+        progress("reading the prompt", length, length)
+        return kept
+    check_tokens(ids, None, model.config.vocab_size)
+
+    @nnx.jit
+    def read(model: Llama, part: Array, cache: Any, start: Array) -> Any:
+        return model.hidden(part, None, cache, start, position_offset=-length)[1]
+
+    cache = model.empty_cache(1, length)
+    for start in range(0, length, PROMPT_AT_ONCE):
+        part = ids[:, start : start + PROMPT_AT_ONCE]
+        cache = jax.block_until_ready(read(model, part, cache, jnp.int32(start)))
+        progress("reading the prompt", start + part.shape[1], length)
+    paths = [path for path, _ in attention_sites(model)]
+    return {path: Prefix(c.key[0], c.value[0]) for path, c in zip(paths, cache, strict=True)}
+
+
+def attending(
+    model: Any, to: Mapping[str, Prefix] | Mapping[str, PrefixState] | None
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a model attends to a prefix exactly, or to states, in the place of what is on it."""
+    if to is None:
+        return contextlib.nullcontext()
+
+    def core(path: str, _: AttentionCore) -> AttentionCore:
+        there = to[path]
+        return _Stated(there) if isinstance(there, PrefixState) else _Prefixed(there)
+
+    return replaced_cores(model, core)
+
+
+def in_parts(inputs: Inputs) -> Iterator[dict[str, Array]]:
+    """Cut a batch into parts of equal size, the last one filled up with rows of which nothing is seen."""
+    rows = len(inputs["input_ids"])
+    for start in range(0, rows, ROWS_AT_ONCE):
+        part = {name: np.asarray(x[start : start + ROWS_AT_ONCE]) for name, x in inputs.items()}
+        short = min(ROWS_AT_ONCE, rows) - len(part["input_ids"])
+        yield {name: jnp.asarray(np.pad(x, ((0, short), (0, 0)))) for name, x in part.items()}
+
+
+class Queries:
+    """What each layer sees of some texts behind the exact prefix, read when it is first asked for."""
+
+    def __init__(self, model: Any, prefix: Mapping[str, Prefix], texts: Inputs, progress: Progress):
+        self.model, self.prefix, self.texts, self.progress = model, prefix, texts, progress
+        self.lock = threading.Lock()
+
+    def of(self, path: str) -> tuple[Rows, Float[Array, "K M H"]]:
+        """Return a layer's queries that are no padding, in shares, and the prefix's keys, scaled."""
+        with self.lock:
+            recorded = self._recorded[path]
+        prefix, parts = self.prefix[path], []
+        for seen in recorded:
+            scores: dict[str, Any] = dict(seen.scores)
+            rows = rows_of(seen.query, *prefix, seen.key, seen.value, mask=seen.mask, **scores)
+            groups = seen.query.shape[2] // seen.key.shape[2]
+            parts.append(rows.take(np.flatnonzero(np.repeat(np.asarray(seen.seen).reshape(-1), groups))))
+        rows = Rows(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
+        return rows, jnp.swapaxes(prefix.key, 0, 1) * recorded[0].scale ** 0.5
+
+    @functools.cached_property
+    def _recorded(self) -> dict[str, list[LayerRecord]]:
+        kept: dict[str, list[LayerRecord]] = {path: [] for path in self.prefix}
+        rows = len(self.texts["input_ids"])
+        for i, some in enumerate(in_parts(self.texts)):
+            with attending(self.model, self.prefix):
+                for path, seen in record(self.model, some).items():
+                    # no head has a mask of its own, and T x S of each would be most of the memory
+                    kept[path].append(seen._replace(mask=seen.mask[:, :1]))
+            self.progress("reading the queries", min((i + 1) * ROWS_AT_ONCE, rows), rows)
+        return kept
+
+    @functools.cached_property
+    def scores(self) -> dict[str, Mapping[str, Any]]:
+        """What else each layer's attention is told of its scores."""
+        token = {name: jnp.ones((1, 1), jnp.int32) for name in self.texts}
+        return record(self.model, token, lambda _, seen: seen.scores)
+
+
+def sensitivity(
+    model: Any,
+    prefix: Mapping[str, Prefix],
+    queries: Inputs,
+    *,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Float[np.ndarray, "N"]]:
+    r"""Return for each layer and query head how much an error of its output matters: the mean ``|g|^2`` over tokens.
+
+    If the output of a head is off by delta at token i, the model's answer moves by
+
+    .. math::  KL \approx \tfrac12 E (g_i \cdot \delta_i)^2,
+
+    where g is the gradient there of the log likelihood of a token that the model itself draws (the Fisher information), or
+    for a model without logits of a random projection of its hidden states.
+
+    Args:
+        model, prefix, queries: what stands behind the prefix; the first texts, up to ``ASKED_WHAT_MATTERS`` tokens.
+        seed: of the drawn tokens, or projections.
+        progress: told after each part.
+    """
+    heads = {path: (site.num_heads, site.head_dim) for path, site in attention_sites(model)}
+
+    def objective(probes: dict[str, Array], graph: Any, state: Any, inputs: Inputs, key: Array) -> Array:
+        model = nnx.merge(graph, state)
+        with replaced_cores(model, lambda path, _: _Prefixed(prefix[path], probes[path])):
+            result = model(**inputs)
+        seen = inputs["attention_mask"].astype(jnp.float32)
+        if getattr(result, "logits", None) is not None:
+            logits = result.logits.astype(jnp.float32)
+            drawn = jax.lax.stop_gradient(jax.random.categorical(key, logits))
+            said = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], axis=-1)[..., 0]
+            return jnp.sum(said * seen)
+        hidden = result.last_hidden_state.astype(jnp.float32)
+        return jnp.sum(hidden * jax.random.normal(key, hidden.shape) * seen[..., None])
+
+    gradient = jax.jit(jax.grad(objective), static_argnums=1)
+    graph, state = nnx.split(model)
+    total: dict[str, Any] = dict.fromkeys(heads, 0.0)
+    count = 0
+    rows = min(max(ASKED_WHAT_MATTERS // queries["input_ids"].shape[1], 1), len(queries["input_ids"]))
+    for i, some in enumerate(in_parts({name: x[:rows] for name, x in queries.items()})):
+        shape = some["input_ids"].shape
+        probes = {path: jnp.zeros((*shape, *size)) for path, size in heads.items()}
+        found = gradient(probes, graph, state, some, jax.random.fold_in(jax.random.key(seed), i))
+        for path, each in found.items():
+            total[path] = total[path] + np.asarray(jnp.sum(each**2, axis=(0, 1, 3)), np.float64)
+        count += int(some["attention_mask"].sum())
+        progress("asking what matters", min((i + 1) * ROWS_AT_ONCE, rows), rows)
+    return {path: each / count for path, each in total.items()}
+
+
+class Divergence(NamedTuple):
+    """How far a model with states is from the model with the prefix, per token of some texts."""
+
+    kl: Float[np.ndarray, "tokens"]
+    """``KL(exact, compressed)`` of the next token's distribution, in nats; of a model without logits the relative square
+    error of its hidden state."""
+    agrees: np.ndarray
+    """Whether both say the same first; of a model without logits, nothing."""
+    text: Int[np.ndarray, "tokens"]
+    """Which of the texts each token is of."""
+
+    def by_text(self, values: np.ndarray) -> Float[np.ndarray, "texts"]:
+        """Return the mean over each text's tokens: texts are independent of one another, tokens of one are not."""
+        _, place = np.unique(self.text, return_inverse=True)
+        return np.bincount(place, values.astype(np.float64)) / np.bincount(place)
+
+
+def divergence(
+    model: Any,
+    prefix: Mapping[str, Prefix],
+    several: Iterable[Mapping[str, PrefixState] | None],
+    texts: Inputs,
+    progress: Progress = lambda *_: None,
+) -> list[Divergence]:
+    """Return how far states are from the prefix on some texts, which is asked once; for None, how far the bare model is."""
+
+    def answer(model: Any, inputs: Inputs) -> Array:
+        result = model(**inputs)
+        logits = getattr(result, "logits", None)
+        return result.last_hidden_state if logits is None else jax.nn.log_softmax(logits.astype(jnp.float32))
+
+    @jax.jit
+    def apart(exact: Array, ours: Array) -> tuple[Array, Array]:
+        if isinstance(model, Llama):
+            same = jnp.argmax(exact, axis=-1) == jnp.argmax(ours, axis=-1)
+            return jnp.sum(jnp.exp(exact) * (exact - ours), axis=-1), same
+        return jnp.sum((exact - ours) ** 2, axis=-1) / jnp.sum(exact**2, axis=-1), jnp.zeros(0, bool)
+
+    run = nnx.jit(answer)
+    several = list(several)
+    found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in several]
+    rows = len(texts["input_ids"])
+    for i, some in enumerate(in_parts(texts)):
+        with attending(model, prefix):
+            exact = run(model, some)
+        seen = np.asarray(some["attention_mask"], bool)
+        text = i * ROWS_AT_ONCE + np.repeat(np.arange(len(seen))[:, None], seen.shape[1], axis=1)
+        for states, parts in zip(several, found, strict=True):
+            with attending(model, states):
+                kl, same = map(np.asarray, apart(exact, run(model, some)))
+            parts.append((kl[seen], same[seen] if same.size else same, text[seen]))
+        progress("comparing", min((i + 1) * ROWS_AT_ONCE, rows), rows)
+    results = [Divergence(*map(np.concatenate, zip(*parts, strict=True))) for parts in found]
+    if not all(np.isfinite(each.kl).all() for each in results):
+        raise NonFiniteError("divergence: expected finite numbers, got others.")
+    return results
