@@ -18,6 +18,7 @@ from train.memory import use_huge_pages
 if __name__ == "__main__":
     use_huge_pages()
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -34,25 +35,22 @@ import tyro
 from flax import nnx
 from rich.console import Console
 
-from ntk_prefix import models, peft
+from ntk_prefix import models
 from ntk_prefix.artifacts import held, json_text, provenance, write_whole
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
 from ntk_prefix.peft.sites import attention_sites
-from ntk_prefix.prefixed_model import Prefix, attending, read_prompt
+from ntk_prefix.prefixed_model import Prefix, attending, in_parts, read_prompt
 from ntk_prefix.typing import Array, Float
 from train import unrelated
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
 from train.compression_table import Results, Row, draw, lines_of, markdown
-from train.compressors import ADAPTER, METHODS, Case, seen_by_layers
+from train.compressors import METHODS, Case, seen_by_layers
 from train.prompts import padded, some_texts, whole_text
 from train.setup import load_tokenizer, model_path
 
 __all__ = ["Options", "main"]
-
-ROWS_AT_ONCE = 4
-"""Texts that a model reads together: their logits are held at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +186,7 @@ def _rows(
                 compressed = METHODS[method].make(case, budget)
                 if compressed is None:
                     continue
-                measured = _measured(compressed.numbers, case) | judge.measure(compressed.attach)
+                measured = _measured(compressed.numbers, case) | judge.measure(compressed.attached)
             except (NonFiniteError, UsageError) as error:  # this one cannot; the others can
                 measured = {"failed": str(error)}
             named = {"prompt": inputs.name, "method": method, "budget": budget, "seed": seed, "settings": settings}
@@ -209,7 +207,7 @@ class Judge:
 
     def __init__(self, model: Any, prefix: dict[str, Prefix], held: dict[str, Array], other: dict[str, Array]):
         self.model = model
-        self.held, self.other = list(_parts(held)), list(_parts(other))
+        self.held, self.other = list(in_parts(held)), list(in_parts(other))
         with attending(model, prefix):
             graph, state = nnx.split(model)
             self.exact = [np.asarray(_answer(graph, state, some)) for some in self.held]
@@ -218,18 +216,14 @@ class Judge:
         # of a model of language its losses, of another its hidden states
         self.bare = [np.asarray(self._unrelated(_answer(graph, state, some), some, None)) for some in self.other]
 
-    def measure(self, attach: Callable[[Any], None]) -> dict[str, Any]:
+    def measure(self, attached: Callable[[Any], contextlib.AbstractContextManager[None]]) -> dict[str, Any]:
         """Return what a row says of a compressed prompt.
 
         Raises:
             NonFiniteError: the model says something that is not finite.
         """
-        attach(self.model)
-        try:
+        with attached(self.model):
             graph, state = nnx.split(self.model)
-        finally:
-            if ADAPTER in peft.configs(self.model):
-                peft.delete_adapter(self.model, ADAPTER)
         distance, agrees = [], []
         for some, exact in zip(self.held, self.exact, strict=True):
             each, same = _distance(jnp.asarray(exact), _answer(graph, state, some), self.language)
@@ -297,14 +291,6 @@ def _clustered(texts: list[np.ndarray]) -> tuple[float, float]:
         return float(mean), 0.0
     spread = np.sum((sums - mean * sizes) ** 2) * len(texts) / (len(texts) - 1)
     return float(mean), float(spread**0.5 / sizes.sum())
-
-
-def _parts(inputs: dict[str, Array]) -> Iterator[dict[str, Array]]:
-    """Cut a batch into parts of equal size, the last one filled up with rows of which nothing is seen."""
-    for start in range(0, len(inputs["input_ids"]), ROWS_AT_ONCE):
-        part = {name: np.asarray(x[start : start + ROWS_AT_ONCE]) for name, x in inputs.items()}
-        short = ROWS_AT_ONCE - len(part["input_ids"])
-        yield {name: jnp.asarray(np.pad(x, ((0, short), (0, 0)))) for name, x in part.items()}
 
 
 # ------------------------------------------------------------------------------------------- inputs

@@ -14,6 +14,7 @@ No way may use more than 1 % above the budget. One without a size near the budge
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -25,25 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from ntk_prefix import peft
-from ntk_prefix.anchor_fit import Rows, rows_of
+from ntk_prefix.anchor_fit import Rows
 from ntk_prefix.checks import NonFiniteError
-from ntk_prefix.compression import compress
+from ntk_prefix.compression import Made, compress
 from ntk_prefix.feature_maps import Anchors, Elu1, FeatureMap, Nearest, PositiveRandom, Projected, Taylor
-from ntk_prefix.peft.record import LayerRecord, record
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_fit import FitOptions, fit_prefix
 from ntk_prefix.prefix_state import PrefixState, Samples
-from ntk_prefix.prefixed_model import Inputs, Prefix, attending
+from ntk_prefix.prefixed_model import Inputs, Prefix, Queries, attending
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["ADAPTER", "METHODS", "Case", "Compressed", "Layer", "Method", "seen_by_layers"]
-
-ADAPTER = "compared"
-"""Name of the adapter that a compressed prompt is."""
-
-ROWS_AT_ONCE = 4
-"""Texts that are recorded together."""
+__all__ = ["METHODS", "Case", "Compressed", "Layer", "Method", "seen_by_layers"]
 
 PURSUED = 1024
 """Keys that matching pursuit looks at, the heaviest, or twice the anchors if that is more."""
@@ -91,7 +84,7 @@ class Case:
     """A prompt in a model, and texts behind it."""
 
     model: Any
-    """Without an adapter; whoever puts one there takes it off again."""
+    """Without an adapter."""
     prefix: Mapping[str, Prefix]
     texts: Inputs
     """That are fitted to."""
@@ -101,6 +94,16 @@ class Case:
     seed: int
     steps: int = 100
     """Of the descent of ours."""
+    known: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What ours finds out for all budgets alike."""
+
+    def kept(self, name: str, made: Made) -> Mapping[str, np.ndarray]:
+        """Return what an error costs as it was first found, and all else anew."""
+        if name != "sensitivity":
+            return made()
+        if name not in self.known:
+            self.known[name] = made()
+        return self.known[name]
 
     @functools.cached_property
     def heaviest(self) -> dict[str, np.ndarray]:
@@ -117,8 +120,8 @@ class Compressed(NamedTuple):
     """What a method has made of a prompt."""
 
     numbers: int
-    attach: Callable[[Any], None]
-    """Puts it on the model, as the adapter :data:`ADAPTER`."""
+    attached: Callable[[Any], contextlib.AbstractContextManager[None]]
+    """``attached(model)`` is a context in which the model has it in the prompt's place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,28 +137,11 @@ class Method:
 
 def seen_by_layers(model: Any, prefix: Mapping[str, Prefix], texts: Inputs) -> dict[str, Layer]:
     """Return what each layer sees of texts behind the exact prefix, paddings left out."""
-    sites: dict[str, Any] = dict(attention_sites(model))
-    parts: dict[str, list[Rows]] = {path: [] for path in sites}
-    scores: dict[str, dict[str, Any]] = {}
-
-    def keep(path: str, seen: LayerRecord) -> None:
-        scores[path] = dict(seen.scores)
-        # no head has a mask of its own
-        rows = rows_of(seen.query, *prefix[path], seen.key, seen.value, mask=seen.mask[:, :1], **scores[path])
-        groups = seen.query.shape[2] // seen.key.shape[2]
-        parts[path].append(rows.take(np.flatnonzero(np.repeat(np.asarray(seen.seen).reshape(-1), groups))))
-
-    for start in range(0, len(texts["input_ids"]), ROWS_AT_ONCE):
-        some = {name: jnp.asarray(x[start : start + ROWS_AT_ONCE]) for name, x in texts.items()}
-        with attending(model, prefix):
-            record(model, some, keep)
-    found = {}
-    for path, (key, value) in prefix.items():
-        rows = Rows(*(jnp.concatenate(x, axis=1) for x in zip(*parts[path], strict=True)))
-        scale, cap = (scores[path].get(name) for name in ("scale", "logits_soft_cap"))
-        root = key.shape[2] ** -0.25 if scale is None else math.sqrt(scale)
-        key, value = jnp.swapaxes(key * root, 0, 1), jnp.swapaxes(value, 0, 1)
-        found[path] = Layer(rows, key, value, sites[path].num_heads, scale, cap)
+    seen, found = Queries(model, prefix, texts, lambda *_: None), {}
+    for path, site in attention_sites(model):
+        rows, key = seen.of(path)
+        scale, cap = (seen.scores[path].get(name) for name in ("scale", "logits_soft_cap"))
+        found[path] = Layer(rows, key, jnp.swapaxes(prefix[path].value, 0, 1), site.num_heads, scale, cap)
     return found
 
 
@@ -164,12 +150,12 @@ def seen_by_layers(model: Any, prefix: Mapping[str, Prefix], texts: Inputs) -> d
 
 def no_prompt(case: Case, size: int) -> Compressed:
     """Leave it out."""
-    return Compressed(0, lambda model: None)
+    return Compressed(0, lambda model: contextlib.nullcontext())
 
 
 def whole_prompt(case: Case, size: int) -> Compressed:
     """Keep all of it."""
-    return _tokens(case, lambda path, layer: np.arange(layer.key.shape[1])[None])
+    return Compressed(sum(x.size for x in jax.tree.leaves(dict(case.prefix))), _on(case.prefix))
 
 
 def last_tokens(case: Case, size: int) -> Compressed:
@@ -219,12 +205,16 @@ def elu1(case: Case, size: int) -> Compressed | None:
     for own in dict.fromkeys((groups, 1)):
         # much below the budget it is the row of a smaller one
         if room / 2 < own * numbers <= room:
-            return _of_maps(case, lambda path, layer: Elu1(), by_query_head=own > 1, iterations=DESCENT)
+            return _of_maps(case, lambda path, layer: Elu1(), by_query_head=own > 1, fit=_descended)
     return None
 
 
 def taylor(case: Case, size: int) -> Compressed | None:
-    """Fit a state of the exponential's series of degree 2 in the principal directions of the queries."""
+    """Fit a state of the exponential's series of degree 2 in the principal directions of the queries.
+
+    Its features are negative too, and masses by least squares then make denominators that vanish: masses are the raw sums
+    over the keys, positive for every query, times a factor.
+    """
     layer = next(iter(case.layers.values()))
     head_dim, room = layer.key.shape[2], ABOVE * size * (2 * layer.key.shape[2] + 1)
 
@@ -240,20 +230,20 @@ def taylor(case: Case, size: int) -> Compressed | None:
         start = Projected(Taylor(2), jnp.zeros((len(key), ranks[-1], head_dim)))
         return start.placed(query, key, np.random.default_rng(case.seed))
 
-    return _of_maps(case, placed)
+    return _of_maps(case, placed, fit=_with_raw_masses)
 
 
 def random_features(case: Case, size: int) -> Compressed:
     """Fit a state of positive random features (Performers, arXiv 2009.14794)."""
     head_dim = next(iter(case.layers.values())).key.shape[2]
     features = size * (2 * head_dim + 1) // (head_dim + 1)
-    return _of_maps(case, lambda path, layer: PositiveRandom(features, case.seed), iterations=DESCENT)
+    return _of_maps(case, lambda path, layer: PositiveRandom(features, case.seed), fit=_descended)
 
 
 def ours(case: Case, size: int) -> Compressed:
     """Choose anchors, divide the budget over the heads by what an error costs, and descend."""
-    found = compress(case.model, case.prefix, case.texts, size, steps=case.steps, seed=case.seed)
-    return Compressed(found.numbers, _attach(found.states))
+    found = compress(case.model, case.prefix, case.texts, size, steps=case.steps, seed=case.seed, kept=case.kept)
+    return Compressed(found.numbers, _on(found.states))
 
 
 METHODS = {
@@ -275,9 +265,10 @@ METHODS = {
 # --------------------------------------------------------------------------------------- the parts
 
 
-def _attach(states: Mapping[str, PrefixState]) -> Callable[[Any], None]:
-    named: dict[str | int, PrefixState] = dict(states.items())
-    return lambda model: peft.apply_states(model, named, name=ADAPTER)
+def _on(
+    states: Mapping[str, Prefix] | Mapping[str, PrefixState],
+) -> Callable[[Any], contextlib.AbstractContextManager[None]]:
+    return functools.partial(attending, to=states)
 
 
 def _tokens(case: Case, kept: Callable[[str, Layer], np.ndarray]) -> Compressed:
@@ -288,28 +279,37 @@ def _tokens(case: Case, kept: Callable[[str, Layer], np.ndarray]) -> Compressed:
         key, value = (jnp.take_along_axis(x, index, axis=1) for x in (layer.key, layer.value))
         states[path] = PrefixState(value, jnp.ones(key.shape[:2]), Anchors(key, layer.soft_cap), layer.scale)
         numbers += key.size + value.size
-    return Compressed(numbers, _attach(states))
+    return Compressed(numbers, _on(states))
 
 
 def _of_maps(
-    case: Case, chosen: Callable[[str, Layer], FeatureMap], *, by_query_head: bool = False, iterations: int = 0
+    case: Case,
+    chosen: Callable[[str, Layer], FeatureMap],
+    *,
+    by_query_head: bool = False,
+    fit: Callable[[Layer, FeatureMap, int], PrefixState] | None = None,
 ) -> Compressed:
-    """Return states of maps, masses and values fitted to the queries; the fit is that of ``PrefixState.fit``."""
+    """Return states of maps, masses and values fitted to the queries; by default as :func:`_fitted` does."""
     states, numbers = {}, 0
     for path, layer in case.layers.items():
         layer = layer.by_query_head() if by_query_head else layer
-        phi = chosen(path, layer)
-        states[path] = _fitted(layer, phi, iterations, case.seed)
-        numbers += sum(x.size for x in jax.tree.leaves(states[path]))
-    return Compressed(numbers, _attach(states))
+        state = (fit or _fitted)(layer, chosen(path, layer), case.seed)
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state)):
+            raise NonFiniteError(f"{state.feature_map.name}: expected a state that float32 holds, got one beyond it.")
+        numbers += sum(x.size for x in jax.tree.leaves(state))
+        states[path] = state
+    return Compressed(numbers, _on(states))
 
 
-def _fitted(layer: Layer, phi: FeatureMap, iterations: int, seed: int) -> PrefixState:
-    """Return a state of a map: k >= 0 where features are, else k alone by least squares, and z by least squares.
+def _descended(layer: Layer, phi: FeatureMap, seed: int) -> PrefixState:
+    return _fitted(layer, phi, seed, DESCENT)
+
+
+def _fitted(layer: Layer, phi: FeatureMap, seed: int, iterations: int = 0) -> PrefixState:
+    """Return a state of a map, by the fit of :meth:`PrefixState.fit`: k by non-negative least squares, z by least squares.
 
     Raises:
         UsageError: fewer queries than features.
-        NonFiniteError: a state beyond float32.
     """
     rows = layer.rows
     features, own, own_mass, mass, target = (
@@ -320,10 +320,27 @@ def _fitted(layer: Layer, phi: FeatureMap, iterations: int, seed: int) -> Prefix
     options = FitOptions(held_out=1e-9, iterations=iterations, seed=seed)
     nothing = np.zeros((len(mass), features.shape[2], own.shape[2])), np.zeros((len(mass), features.shape[2]))
     fit = fit_prefix(samples, options, positive=phi.positive, raw=nothing, alone=False)
-    z, k = jnp.asarray(fit.z, jnp.float32), jnp.asarray(fit.k, jnp.float32)
-    if not (jnp.isfinite(z).all() and jnp.isfinite(k).all()):
-        raise NonFiniteError(f"{phi.name}: expected a state that float32 holds, got one beyond it.")
-    return PrefixState(z, k, phi, layer.scale)
+    return PrefixState(jnp.asarray(fit.z, jnp.float32), jnp.asarray(fit.k, jnp.float32), phi, layer.scale)
+
+
+def _with_raw_masses(layer: Layer, phi: FeatureMap, seed: int) -> PrefixState:
+    """Return a state whose k is a multiple of the raw sums over the keys, and z by least squares."""
+    sums, _ = phi.per_head(layer.key)
+    rows, k, z = layer.rows, np.asarray(jnp.sum(sums, axis=1), np.float64), []
+    for head, features in enumerate(np.asarray(layer.shares(phi), np.float64)):
+        part, own, mass, target = (
+            np.asarray(x[head], np.float64) for x in (rows.own, jnp.exp(rows.log_own), rows.mass, rows.target)
+        )
+        raw = features @ k[head]
+        k[head] *= max(raw @ mass / (raw @ raw), 0)
+        denominator = (own + features @ k[head])[:, None]
+        left = features / denominator
+        size = np.sqrt(np.mean(left**2, axis=0))
+        moments = (left / size).T @ (left / size)
+        moments += 1e-5 * len(left) * np.eye(len(moments))
+        wanted = (left / size).T @ (target - part * own[:, None] / denominator)
+        z.append(scipy.linalg.solve(moments, wanted, assume_a="pos") / size[:, None])
+    return PrefixState(jnp.asarray(np.stack(z), jnp.float32), jnp.asarray(k, jnp.float32), phi, layer.scale)
 
 
 def _anchors(layer: Layer, tokens: np.ndarray) -> Anchors:
@@ -350,9 +367,11 @@ def _pursued(layer: Layer, heaviest: np.ndarray, most: int) -> np.ndarray:
     found = []
     for head, tokens in enumerate(among):
         key, rows = layer.key[head : head + 1, tokens], Rows(*(x[head : head + 1] for x in layer.rows))
-        shares = np.asarray(layer._replace(rows=rows, key=key).shares(Anchors(key, layer.soft_cap))[0], np.float64)
-        moments, wanted = shares.T @ shares, shares.T @ np.asarray(rows.mass[0], np.float64)
-        ridge = 1e-9 * np.trace(moments) / len(moments)
+        shares = np.asarray(layer._replace(rows=rows).shares(Anchors(key, layer.soft_cap))[0])
+        moments = np.asarray(shares.T @ shares, np.float64)
+        wanted = np.asarray(shares.T @ np.asarray(rows.mass[0]), np.float64)
+        # float32's rounding, of which the least squares must not be made
+        ridge = 1e-7 * np.trace(moments) / len(moments)
         chosen: list[int] = []
         free, left = np.ones(len(tokens), bool), wanted
         for _ in range(min(most, len(tokens))):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +10,14 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from ntk_prefix import compression, peft, prefixed_model
+from ntk_prefix import compression, prefixed_model
 from ntk_prefix.checks import NonFiniteError, UsageError
 from ntk_prefix.models import from_pretrained
-from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
 from tests.train.tiny_model import write_model
 from train import compare_compression, compressors
 from train.compare_compression import Judge, Options, main
-from train.compressors import ADAPTER, METHODS, Case, Compressed, Layer, Method, seen_by_layers
+from train.compressors import METHODS, Case, Compressed, Method, seen_by_layers
 
 WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
 TOKENS, HEAD_DIM, HEADS = 24, 6, 8
@@ -76,31 +75,16 @@ def made(case: Case, method: str, size: int) -> Compressed:
     return found
 
 
-def states_of(case: Case, found: Compressed) -> dict[str, PrefixState]:
-    """What a method puts on the model."""
-    found.attach(case.model)
-    try:
-        sites: dict[str, Any] = dict(attention_sites(case.model))
-        adapters = {path: site.core.adapters[ADAPTER] for path, site in sites.items()}
-        return {path: PrefixState(*each.state(), each.phi) for path, each in adapters.items()}
-    finally:
-        peft.delete_adapter(case.model, ADAPTER)
-
-
-def squared_errors(layer: Layer, state: PrefixState) -> np.ndarray:
-    """|T - T*|^2 of each key head over the fitted queries: what a fit is to lower."""
-    rows, shares = layer.rows, layer.shares(state.feature_map)
-    own = jnp.exp(rows.log_own)
-    above = jnp.einsum("kqr,krh->kqh", shares, state.z) + rows.own * own[..., None]
-    output = above / (jnp.einsum("kqr,kr->kq", shares, state.k) + own)[..., None]
-    return np.asarray(jnp.sum((output - rows.target) ** 2, axis=(1, 2)))
+def states_of(found: Compressed) -> dict[str, PrefixState]:
+    """What a method puts in the place of the prompt."""
+    return cast(Any, found.attached).keywords["to"]
 
 
 # ------------------------------------------------------------------------------------- the methods
 
 
 def test_no_prompt_is_the_bare_model(case: Case, judge: Judge) -> None:
-    found = judge.measure(made(case, "none", 0).attach)
+    found = judge.measure(made(case, "none", 0).attached)
     texts = ids(4, 10, seed=2)
     bare = prefixed_model.divergence(case.model, case.prefix, [None], texts)[0]
     assert found["kl"] == pytest.approx(bare.kl.mean(), rel=1e-4)
@@ -112,7 +96,7 @@ def test_no_prompt_is_the_bare_model(case: Case, judge: Judge) -> None:
 @pytest.mark.parametrize("method", ["prompt", "last", "heaviest"])
 def test_all_tokens_as_they_are_are_the_prompt(case: Case, judge: Judge, method: str) -> None:
     found = made(case, method, TOKENS)
-    measured = judge.measure(found.attach)
+    measured = judge.measure(found.attached)
     assert found.numbers == 2 * HEAD_DIM * TOKENS * HEADS
     assert abs(measured["kl"]) < 1e-6
     assert measured["agreement"] == 1
@@ -121,9 +105,9 @@ def test_all_tokens_as_they_are_are_the_prompt(case: Case, judge: Judge, method:
 
 @pytest.mark.parametrize("method", ["matching", "matching-omp"])
 def test_attention_matching_with_all_keys_is_the_prompt(case: Case, judge: Judge, method: str) -> None:
-    measured = judge.measure(made(case, method, TOKENS).attach)
+    measured = judge.measure(made(case, method, TOKENS).attached)
     assert abs(measured["kl"]) < 1e-4
-    assert judge.measure(made(case, method, 4).attach)["kl"] > 1e-3
+    assert judge.measure(made(case, method, 4).attached)["kl"] > 1e-3
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.sized])
@@ -132,17 +116,26 @@ def test_a_method_keeps_its_budget_and_is_better_than_no_prompt(
 ) -> None:
     size = 4
     found = ours[0] if method == "ours" else made(case, method, size)
-    state = states_of(case, found)
+    state = states_of(found)
     room = size * (2 * HEAD_DIM + 1) * HEADS
     assert 0.5 * room < found.numbers <= 1.01 * room
     assert all(jnp.isfinite(each.z).all() and jnp.isfinite(each.k).all() for each in state.values())
-    nothing = judge.measure(lambda model: None)["kl"]
+    nothing = judge.measure(made(case, "none", 0).attached)["kl"]
     # no promise of these two: their points are the prompt's last, or none
-    assert judge.measure(found.attach)["kl"] < (1.5 if method in ("last", "taylor") else 1) * nothing
+    assert judge.measure(found.attached)["kl"] < (1.5 if method in ("last", "taylor") else 1) * nothing
+
+
+def test_states_of_the_same_shapes_are_compiled_once(case: Case, judge: Judge) -> None:
+    judge.measure(made(case, "heaviest", 5).attached)
+    before = compare_compression._answer._cache_size()
+    judge.measure(made(case, "matching", 5).attached)
+    assert compare_compression._answer._cache_size() == before
+    judge.measure(made(case, "matching", 6).attached)
+    assert compare_compression._answer._cache_size() == before + 1
 
 
 def test_tokens_are_the_first_ones_and_the_last_ones(case: Case) -> None:
-    for path, state in states_of(case, made(case, "last", 7)).items():
+    for path, state in states_of(made(case, "last", 7)).items():
         value = np.asarray(case.prefix[path].value).swapaxes(0, 1)
         kept = [*range(3), *range(TOKENS - 4, TOKENS)]
         np.testing.assert_array_equal(state.z, value[:, kept])
@@ -177,10 +170,11 @@ def test_ours_lowers_what_is_fitted_at_least_as_far_as_attention_matching(
 ) -> None:
     """At equal bytes: squared errors of heads, each times what an error there costs."""
     cost, total = ours[1].sensitivity, {}
+    size = np.stack([jnp.sum(layer.rows.part**2, axis=(1, 2)) for layer in case.layers.values()])
     for method in ("ours", "matching", "matching-omp", "heaviest"):
-        states = states_of(case, ours[0] if method == "ours" else made(case, method, 4))
-        errors = [squared_errors(layer, states[path]) for path, layer in case.layers.items()]
-        total[method] = float(np.sum(cost * np.stack(errors)))
+        states = states_of(ours[0] if method == "ours" else made(case, method, 4))
+        relative = compression.errors(case.model, case.prefix, states, case.texts)
+        total[method] = float(np.sum(cost * size * relative))
     assert total["ours"] <= min(total["matching"], total["matching-omp"])
     assert total["matching"] < total["heaviest"]  # the control: values that are not fitted
 
