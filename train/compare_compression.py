@@ -45,8 +45,9 @@ from ntk_prefix.prefixed_model import Prefix, attending, in_parts, read_prompt
 from ntk_prefix.typing import Array, Float
 from train import unrelated
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
+from train.compression_case import Case, seen_by_layers
 from train.compression_table import Results, Row, draw, lines_of, markdown
-from train.compressors import METHODS, Case, seen_by_layers
+from train.compressors import METHODS
 from train.prompts import padded, some_texts, whole_text
 from train.setup import load_tokenizer, model_path
 
@@ -84,6 +85,10 @@ class Options(Checked):
     """Of each text, at most."""
     steps: int = 100
     """Of the descent of ours."""
+    distil: int = 100
+    """Of what is trained on the answers of the model with the prompt, each on four texts."""
+    distil_rate: float = 0.01
+    """The highest learning rate of that."""
     again: tuple[str, ...] = ()
     """Methods to be measured again, though they are finished."""
     out: Path = Path("runs/compressors")
@@ -101,6 +106,8 @@ class Options(Checked):
         ):
             at_least(name, getattr(self, name), least)
         at_least("prompt_tokens", self.prompt_tokens, 1)
+        if not 0 < self.distil_rate < float("inf"):
+            raise expected("--distil-rate", "a number above 0", self.distil_rate)
         for flag, given in (("--methods", self.methods), ("--again", self.again)):
             if unknown := sorted(set(given) - set(METHODS)):
                 raise expected(flag, f"among {', '.join(METHODS)}", ", ".join(unknown))
@@ -167,10 +174,10 @@ def _rows(
     console: Console,
 ) -> Iterator[Row]:
     """Yield the rows of one prompt and one draw of texts, finished ones and new ones."""
-    settings = _hash(options, inputs, other)
     git = _provenance()["git"]
     made: tuple[Case, Judge] | None = None
     for method in options.methods:
+        settings = _hash(options, inputs, other, METHODS[method].trained)
         for budget in options.budgets if METHODS[method].sized else (0,):
             found = results.find(inputs.name, method, budget, seed, settings)
             if found is not None and method not in options.again:
@@ -178,7 +185,7 @@ def _rows(
                 continue
             if made is None:
                 console.print(f"{inputs.name}, seed {seed}: reading {len(inputs.prompt)} tokens", highlight=False)
-                made = _case(options, inputs, other, seed, model)
+                made = _case(options, inputs, other, seed, model, console)
             case, judge = made
             began = time.perf_counter(), time.process_time()
             measured: dict[str, Any]
@@ -343,7 +350,7 @@ def _inputs(options: Options, path: Path, language: bool) -> tuple[list[Inputs],
 
 
 def _case(
-    options: Options, inputs: Inputs, other: dict[str, np.ndarray], seed: int, load: Callable[[], Any]
+    options: Options, inputs: Inputs, other: dict[str, np.ndarray], seed: int, load: Callable[[], Any], console: Console
 ) -> tuple[Case, Judge]:
     """Draw texts, read the prompt, record the queries, and ask the exact model."""
     model = load()
@@ -352,13 +359,33 @@ def _case(
     drawn = {part: {name: jnp.asarray(x[rows]) for name, x in inputs.texts.items()} for part, rows in split.items()}
     prefix = read_prompt(model, jnp.asarray(inputs.prompt))
     layers = seen_by_layers(model, prefix, drawn["fit"])
-    case = Case(model, prefix, drawn["fit"], layers, max(options.budgets), seed, options.steps)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "distilling" and (10 * done // total > 10 * (done - 1) // total):
+            console.print(f"{what}: {done} of {total}", highlight=False)
+
+    case = Case(
+        model,
+        prefix,
+        drawn["fit"],
+        layers,
+        jnp.asarray(inputs.prompt),
+        max(options.budgets),
+        seed,
+        steps=options.steps,
+        distil=options.distil,
+        distil_rate=options.distil_rate,
+        progress=progress,
+    )
     return case, Judge(model, prefix, drawn["held"], {name: jnp.asarray(x) for name, x in other.items()})
 
 
-def _hash(options: Options, inputs: Inputs, other: dict[str, np.ndarray]) -> str:
-    """Return a hash of what all rows of a prompt depend on, but for method, budget, seed and the program."""
-    known = hashlib.sha256(json_text([options.model, options.fitted, options.held_out, options.steps]).encode())
+def _hash(options: Options, inputs: Inputs, other: dict[str, np.ndarray], trained: bool) -> str:
+    """Return a hash of what rows of a prompt depend on, but for method, budget, seed and the program."""
+    settings = [options.model, options.fitted, options.held_out, options.steps]
+    if trained:
+        settings += [options.distil, options.distil_rate]
+    known = hashlib.sha256(json_text(settings).encode())
     for array in (inputs.prompt, *inputs.texts.values(), *other.values()):
         known.update(f"{array.shape}".encode() + array.tobytes())
     return known.hexdigest()[:16]

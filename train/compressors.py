@@ -7,6 +7,7 @@ anchors for each layer's key head, which is R (2H + 1) numbers. What they make i
 a token of a cache    2H: key and value
 an anchor, a cell     2H + 1: point, value and mass
 a feature of a map    H + 1: value and mass; directions of Taylor's are counted, seeds are not
+LoRA                  r (in + out) for each linear map
 ====================  =================================================================================
 
 No way may use more than 1 % above the budget. One without a size near the budget makes nothing.
@@ -18,110 +19,33 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from flax import nnx
 
-from ntk_prefix.anchor_fit import Rows
+from ntk_prefix import peft
 from ntk_prefix.checks import NonFiniteError
-from ntk_prefix.compression import Made, compress
+from ntk_prefix.compression import Compression, compress
+from ntk_prefix.distillation import distil
 from ntk_prefix.feature_maps import Anchors, Elu1, FeatureMap, Nearest, PositiveRandom, Projected, Taylor
-from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_fit import FitOptions, fit_prefix
 from ntk_prefix.prefix_state import PrefixState, Samples
-from ntk_prefix.prefixed_model import Inputs, Prefix, Queries, attending
-from ntk_prefix.typing import Array, Float
+from ntk_prefix.prefixed_model import Prefix, attending, read_prompt
+from ntk_prefix.typing import Array, Int
+from train.compression_case import Case, Compressed, Layer
 
-__all__ = ["METHODS", "Case", "Compressed", "Layer", "Method", "seen_by_layers"]
-
-PURSUED = 1024
-"""Keys that matching pursuit looks at, the heaviest, or twice the anchors if that is more."""
+__all__ = ["METHODS", "Method"]
 
 DESCENT = 30
 """Iterations of the fit of a map's masses, each of R^2 Q operations a head."""
 
 ABOVE = 1.01
 """How far above the budget a size may be: an elu1 state of 64 entries is 0.8 % more than 32 anchors."""
-
-
-class Layer(NamedTuple):
-    """What is known of one attention layer."""
-
-    rows: Rows
-    """Of the fitted texts: K heads, the queries of a head's group side by side."""
-    key: Float[Array, "K M H"]
-    """The prompt's, scaled."""
-    value: Float[Array, "K M H"]
-    heads: int
-    """N, of queries."""
-    scale: float | None
-    soft_cap: float | None
-
-    def shares(self, phi: FeatureMap) -> Float[Array, "K Q R"]:
-        """Return a map's features of the queries, as shares of their exact denominators."""
-        features, log_unit = phi.per_head(self.rows.query)
-        shift = -self.rows.log_total if log_unit is None else log_unit - self.rows.log_total
-        return features * jnp.exp(shift)[..., None]
-
-    def by_query_head(self) -> Layer:
-        """Return the layer with a key head for each query head."""
-        groups = self.heads // len(self.key)
-
-        def parted(x: Array) -> Array:
-            x = x.reshape(len(x), -1, groups, *x.shape[2:])
-            return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:])
-
-        key, value = (jnp.repeat(x, groups, axis=0) for x in (self.key, self.value))
-        return self._replace(rows=Rows(*map(parted, self.rows)), key=key, value=value)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A prompt in a model, and texts behind it."""
-
-    model: Any
-    """Without an adapter."""
-    prefix: Mapping[str, Prefix]
-    texts: Inputs
-    """That are fitted to."""
-    layers: Mapping[str, Layer]
-    most: int
-    """The largest budget there is."""
-    seed: int
-    steps: int = 100
-    """Of the descent of ours."""
-    known: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What ours finds out for all budgets alike."""
-
-    def kept(self, name: str, made: Made) -> Mapping[str, np.ndarray]:
-        """Return what an error costs as it was first found, and all else anew."""
-        if name != "sensitivity":
-            return made()
-        if name not in self.known:
-            self.known[name] = made()
-        return self.known[name]
-
-    @functools.cached_property
-    def heaviest(self) -> dict[str, np.ndarray]:
-        """For each layer and key head the prompt's tokens, by their root mean square share of attention, [K, M]."""
-        return {path: _heaviest(layer) for path, layer in self.layers.items()}
-
-    @functools.cached_property
-    def pursued(self) -> dict[str, np.ndarray]:
-        """For each layer and key head tokens by matching pursuit of the mass, [K, most]."""
-        return {path: _pursued(layer, self.heaviest[path], self.most) for path, layer in self.layers.items()}
-
-
-class Compressed(NamedTuple):
-    """What a method has made of a prompt."""
-
-    numbers: int
-    attached: Callable[[Any], contextlib.AbstractContextManager[None]]
-    """``attached(model)`` is a context in which the model has it in the prompt's place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +57,8 @@ class Method:
     """Of a case and a budget; nothing where there is no such size."""
     sized: bool = True
     """Whether it has a budget."""
-
-
-def seen_by_layers(model: Any, prefix: Mapping[str, Prefix], texts: Inputs) -> dict[str, Layer]:
-    """Return what each layer sees of texts behind the exact prefix, paddings left out."""
-    seen, found = Queries(model, prefix, texts, lambda *_: None), {}
-    for path, site in attention_sites(model):
-        rows, key = seen.of(path)
-        scale, cap = (seen.scores[path].get(name) for name in ("scale", "logits_soft_cap"))
-        found[path] = Layer(rows, key, jnp.swapaxes(prefix[path].value, 0, 1), site.num_heads, scale, cap)
-    return found
+    trained: bool = False
+    """Whether it is trained on the model's answers, which takes longer than all else."""
 
 
 # ------------------------------------------------------------------------------------- the methods
@@ -155,7 +71,7 @@ def no_prompt(case: Case, size: int) -> Compressed:
 
 def whole_prompt(case: Case, size: int) -> Compressed:
     """Keep all of it."""
-    return Compressed(sum(x.size for x in jax.tree.leaves(dict(case.prefix))), _on(case.prefix))
+    return Compressed(_numbers(dict(case.prefix)), _on(case.prefix))
 
 
 def last_tokens(case: Case, size: int) -> Compressed:
@@ -242,8 +158,57 @@ def random_features(case: Case, size: int) -> Compressed:
 
 def ours(case: Case, size: int) -> Compressed:
     """Choose anchors, divide the budget over the heads by what an error costs, and descend."""
-    found = compress(case.model, case.prefix, case.texts, size, steps=case.steps, seed=case.seed, kept=case.kept)
+    found = _compressed(case, size)
     return Compressed(found.numbers, _on(found.states))
+
+
+def ours_distilled(case: Case, size: int) -> Compressed:
+    """Train all of what :func:`ours` has made."""
+    found = _compressed(case, size)
+    return Compressed(found.numbers, _on(case.trained(found.states)))
+
+
+def cartridge(case: Case, size: int) -> Compressed:
+    """Train keys and values of a cache that begins as the prompt's first tokens (Cartridges, arXiv 2506.06266)."""
+    return _cartridge(case, case.prompt[:size])
+
+
+def cartridge_of_random_tokens(case: Case, size: int) -> Compressed:
+    """Train keys and values of a cache that begins as tokens drawn from the prompt and the texts behind it."""
+    known = np.concatenate(
+        [case.prompt, np.asarray(case.texts["input_ids"])[np.asarray(case.texts["attention_mask"]) > 0]]
+    )
+    return _cartridge(case, jnp.asarray(np.random.default_rng(case.seed).choice(known, size), jnp.int32))
+
+
+def lora(case: Case, size: int) -> Compressed | None:
+    """Train LoRA on queries and values (arXiv 2106.09685), of the largest rank that there is room for."""
+    layer = next(iter(case.layers.values()))
+    room = ABOVE * size * (2 * layer.key.shape[2] + 1) * sum(len(each.key) for each in case.layers.values())
+    rank = int(room // _numbers(_lora_start(case.model, peft.LoraConfig(r=1, train_head=False), case.seed)))
+    if not rank:
+        return None
+    config = peft.LoraConfig(r=rank, train_head=False)
+    start = _lora_start(case.model, config, case.seed)
+    # in units in which A begins with entries up to 1: a step of Adam then moves it as far as states are moved
+    unit = jax.tree.map(lambda x: max(float(jnp.max(jnp.abs(x))), 1e-30), start)
+    unit = {name: unit[name.rpartition(".")[0] + ".a"] for name in start}
+
+    def attached(model: Any, factors: dict[str, Array]) -> contextlib.AbstractContextManager[None]:
+        return _with_lora(model, config, {name: unit[name] * x for name, x in factors.items()})
+
+    factors = distil(
+        case.model,
+        case.prefix,
+        {name: x / unit[name] for name, x in start.items()},
+        attached,
+        case.texts,
+        steps=case.distil,
+        learning_rate=case.distil_rate,
+        seed=case.seed,
+        progress=case.progress,
+    )
+    return Compressed(_numbers(start), functools.partial(attached, factors=factors))
 
 
 METHODS = {
@@ -258,6 +223,10 @@ METHODS = {
     "taylor": Method("Taylor", taylor),
     "random": Method("random features", random_features),
     "ours": Method("ours", ours),
+    "ours-distilled": Method("ours, distilled", ours_distilled, trained=True),
+    "cartridge": Method("Cartridge", cartridge, trained=True),
+    "cartridge-random": Method("Cartridge, random tokens", cartridge_of_random_tokens, trained=True),
+    "lora": Method("LoRA, distilled", lora, trained=True),
 }
 """In the order in which they are run: what is cheap first."""
 
@@ -269,6 +238,60 @@ def _on(
     states: Mapping[str, Prefix] | Mapping[str, PrefixState],
 ) -> Callable[[Any], contextlib.AbstractContextManager[None]]:
     return functools.partial(attending, to=states)
+
+
+def _compressed(case: Case, size: int) -> Compression:
+    """Return ours, which is made once."""
+    if (name := f"ours {size}") not in case.known:
+        options: dict[str, Any] = {"steps": case.steps, "seed": case.seed, "kept": case.kept, "progress": case.progress}
+        case.known[name] = compress(case.model, case.prefix, case.texts, size, **options)
+    return case.known[name]
+
+
+def _cartridge(case: Case, tokens: Int[Array, "R"]) -> Compressed:
+    """Return trained keys and values that begin as those of some tokens, read where they end before the text."""
+    states, numbers = {}, 0
+    for path, (key, value) in read_prompt(case.model, tokens).items():
+        layer = case.layers[path]
+        phi = Anchors.of_keys(key, layer.scale, layer.soft_cap)
+        states[path] = PrefixState(jnp.swapaxes(value, 0, 1), jnp.ones(phi.points.shape[:2]), phi, layer.scale)
+        numbers += key.size + value.size
+    return Compressed(numbers, _on(case.trained(states, fixed=("k",))))
+
+
+ADAPTER = "compared"
+"""Name of LoRA while it is on the model."""
+
+
+@contextlib.contextmanager
+def _with_lora(model: Any, config: peft.LoraConfig, factors: Mapping[str, Array]) -> Iterator[None]:
+    """Within it the model has LoRA of these factors, by their dotted paths."""
+    peft.apply(model, config, name=ADAPTER)
+    try:
+        for name, variable in _variables(model).items():
+            variable[...] = factors[name]
+        yield
+    finally:
+        peft.delete_adapter(model, ADAPTER)
+
+
+def _lora_start(model: Any, config: peft.LoraConfig, seed: int) -> dict[str, Array]:
+    """Return the factors that LoRA begins with."""
+    peft.apply(model, config, name=ADAPTER, rngs=nnx.Rngs(seed))
+    try:
+        return {name: variable[...] for name, variable in _variables(model).items()}
+    finally:
+        peft.delete_adapter(model, ADAPTER)
+
+
+def _variables(model: Any) -> dict[str, Any]:
+    return {
+        ".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, peft.AdapterParam)
+    }
+
+
+def _numbers(arrays: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(arrays))
 
 
 def _tokens(case: Case, kept: Callable[[str, Layer], np.ndarray]) -> Compressed:
@@ -290,15 +313,14 @@ def _of_maps(
     fit: Callable[[Layer, FeatureMap, int], PrefixState] | None = None,
 ) -> Compressed:
     """Return states of maps, masses and values fitted to the queries; by default as :func:`_fitted` does."""
-    states, numbers = {}, 0
+    states = {}
     for path, layer in case.layers.items():
         layer = layer.by_query_head() if by_query_head else layer
         state = (fit or _fitted)(layer, chosen(path, layer), case.seed)
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state)):
             raise NonFiniteError(f"{state.feature_map.name}: expected a state that float32 holds, got one beyond it.")
-        numbers += sum(x.size for x in jax.tree.leaves(state))
         states[path] = state
-    return Compressed(numbers, _on(states))
+    return Compressed(_numbers(states), _on(states))
 
 
 def _descended(layer: Layer, phi: FeatureMap, seed: int) -> PrefixState:
@@ -345,41 +367,3 @@ def _with_raw_masses(layer: Layer, phi: FeatureMap, seed: int) -> PrefixState:
 
 def _anchors(layer: Layer, tokens: np.ndarray) -> Anchors:
     return Anchors(jnp.take_along_axis(layer.key, jnp.asarray(tokens)[..., None], axis=1), layer.soft_cap)
-
-
-def _heaviest(layer: Layer) -> np.ndarray:
-    """Return each head's tokens by their mean square share, the largest first; Attention Matching's "rms"."""
-
-    def square(head: int) -> Array:
-        one = layer._replace(rows=Rows(*(x[head : head + 1] for x in layer.rows)), key=layer.key[head : head + 1])
-        return jnp.mean(one.shares(Anchors(one.key, layer.soft_cap)) ** 2, axis=(0, 1))
-
-    return np.argsort(-np.stack([square(head) for head in range(len(layer.key))]), axis=1, kind="stable")
-
-
-def _pursued(layer: Layer, heaviest: np.ndarray, most: int) -> np.ndarray:
-    """Return each head's tokens in the order of matching pursuit of the mass, one at a time.
-
-    As in Attention Matching's code, a column of shares is not normalized, and masses are refitted by least squares and cut
-    off at 0 after each; the search is among the heaviest :data:`PURSUED` keys.
-    """
-    among = heaviest[:, : max(PURSUED, 2 * most)]
-    found = []
-    for head, tokens in enumerate(among):
-        key, rows = layer.key[head : head + 1, tokens], Rows(*(x[head : head + 1] for x in layer.rows))
-        shares = np.asarray(layer._replace(rows=rows).shares(Anchors(key, layer.soft_cap))[0])
-        moments = np.asarray(shares.T @ shares, np.float64)
-        wanted = np.asarray(shares.T @ np.asarray(rows.mass[0]), np.float64)
-        # float32's rounding, of which the least squares must not be made
-        ridge = 1e-7 * np.trace(moments) / len(moments)
-        chosen: list[int] = []
-        free, left = np.ones(len(tokens), bool), wanted
-        for _ in range(min(most, len(tokens))):
-            best = int(np.argmax(np.where(free, left, -np.inf)))
-            chosen.append(best)
-            free[best] = False
-            own = moments[np.ix_(chosen, chosen)] + ridge * np.eye(len(chosen))
-            masses = np.maximum(scipy.linalg.solve(own, wanted[chosen], assume_a="pos"), 0)
-            left = wanted - moments[:, chosen] @ masses
-        found.append(tokens[chosen])
-    return np.stack(found)
