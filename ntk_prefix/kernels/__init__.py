@@ -3,7 +3,7 @@
 One layout everywhere: a kernel is ``[n1, d, n2, d]``, so ``kernel.reshape(n1 * d, n2 * d)`` is its Gram matrix.
 """
 
-from ntk_prefix.kernels import neural_tangents
+from ntk_prefix.kernels import equivalence, neural_tangents
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.dynamics import Prediction, predict
 from ntk_prefix.kernels.empirical import KernelFallbackWarning, empirical_ntk
@@ -15,6 +15,7 @@ __all__ = [
     "Prediction",
     "UntestedJaxWarning",
     "empirical_ntk",
+    "equivalence",
     "limit_ntk",
     "neural_tangents",
     "predict",

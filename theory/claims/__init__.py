@@ -21,6 +21,7 @@ NAMES = (
     "real_layer",
     "approximation",
     "compression",
+    "equivalence",
     "gaussian_prefix",
     "complexity",
     "universality",
