@@ -190,8 +190,7 @@ def draw(lines: list[dict[str, Any]], *, language: bool) -> Figure:
     methods = list(dict.fromkeys(line["method"] for line in lines if line["budget"]))
     for panel, prompt in zip(panels, prompts, strict=True):
         own = [line for line in lines if line["prompt"] == prompt and line["kl"]]
-        ends: list[tuple[float, str, str]] = []
-        largest = max((line["numbers_a_head"] for line in own if line["budget"]), default=1)
+        ends: list[tuple[float, float, str, str]] = []
         for index, method in enumerate(methods):
             points = sorted(
                 (4 * x["numbers_a_head"], x["kl"], x["kl_error"] or 0) for x in own if x["method"] == method
@@ -199,18 +198,18 @@ def draw(lines: list[dict[str, Any]], *, language: bool) -> Figure:
             if not points:
                 continue
             size, kl, error = np.array(points).T
-            color, ours = f"C{index % 10}", method.startswith("ours")
-            style = {"color": color, "lw": 2.4 if ours else 1.1, "ls": "-" if index < 10 else "--"}
+            ours = method.startswith("ours")
+            color = "black" if ours else f"C{index % 10}"
+            style = {"color": color, "lw": 2.2 if ours else 1.1, "ls": "-" if index < 10 else "--"}
             panel.errorbar(
                 size, kl, np.minimum(error, 0.9 * kl), marker="os^Dv"[index % 5], ms=6 if ours else 4, **style
             )
-            ends.append((kl[-1], next(x["label"] for x in own if x["method"] == method), color))
-            if len(points) == 1 or size[-1] < 3 * largest:  # its line does not reach the side: a thin one leads there
-                panel.plot([size[-1], 4 * largest * 1.15], [kl[-1]] * 2, color=color, lw=0.4, ls=":")
+            ends.append((kl[-1], size[-1], next(x["label"] for x in own if x["method"] == method), color))
+        largest = max((size for _, size, *_ in ends), default=1)
         for line in own:
-            if not line["budget"]:
+            if not line["budget"] and line["kl"] > 1e-6:  # the prompt itself is at no height
                 panel.axhline(line["kl"], color="0.5", lw=1, ls=":")
-                ends.append((line["kl"], line["label"], "0.4"))
+                ends.append((line["kl"], largest, line["label"], "0.4"))
         panel.set(
             xscale="log",
             yscale="log",
@@ -222,18 +221,27 @@ def draw(lines: list[dict[str, Any]], *, language: bool) -> Figure:
     return figure
 
 
-def _name_ends(panel: Any, ends: list[tuple[float, str, str]]) -> None:
-    """Write names at the right side, at the heights of their lines, moved apart where they would lie on one another."""
+def _name_ends(panel: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write names at the right side and lead a thin line to each, moved apart where they would lie on one another."""
     bottom, top = np.log(panel.get_ylim())
     step = 0.045 * (top - bottom)
     heights: list[float] = []
-    for height, _, _ in sorted(ends):
+    for height, *_ in sorted(ends):
         wanted = float(np.log(height))
         heights.append(max(wanted, heights[-1] + step) if heights else wanted)
     if heights and heights[-1] > top:  # pushed beyond the top: down again, all that are in the way
         heights[-1] = top
         for i in range(len(heights) - 2, -1, -1):
             heights[i] = min(heights[i], heights[i + 1] - step)
-    for height, (_, name, color) in zip(heights, sorted(ends), strict=True):
-        at = (1.02, (height - bottom) / (top - bottom))
-        panel.annotate(name, at, xycoords="axes fraction", va="center", fontsize=9, color=color, annotation_clip=False)
+    for height, (kl, size, name, color) in zip(heights, sorted(ends), strict=True):
+        panel.annotate(
+            name,
+            (size, kl),
+            (1.05, (height - bottom) / (top - bottom)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            color=color,
+            arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": color, "lw": 0.6, "shrinkA": 0, "shrinkB": 0},
+            annotation_clip=False,
+        )
