@@ -19,10 +19,11 @@ from flax import nnx
 
 from ntk_prefix.anchor_fit import Rows, rows_of
 from ntk_prefix.attention import prefix_attention
-from ntk_prefix.checks import NonFiniteError, expected
+from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from ntk_prefix.models.attention import AttentionCore, AttentionOptions
-from ntk_prefix.models.backbone import check_tokens
+from ntk_prefix.models.backbone import Backbone, check_tokens
 from ntk_prefix.models.llama import Llama
+from ntk_prefix.models.scan import check_alike
 from ntk_prefix.peft.record import LayerRecord, record, replaced_cores
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
@@ -135,18 +136,36 @@ def read_prompt(model: Any, input_ids: Int[Array, " M"], progress: Progress = la
     return {path: Prefix(c.key[0], c.value[0]) for path, c in zip(paths, cache, strict=True)}
 
 
-def attending(
-    model: Any, to: Mapping[str, Prefix] | Mapping[str, PrefixState] | None
-) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which a model attends to a prefix exactly, or to states, in the place of what is on it."""
+@contextlib.contextmanager
+def attending(model: Any, to: Mapping[str, Prefix] | Mapping[str, PrefixState] | None) -> Iterator[None]:
+    """Make a context in which a model attends to a prefix exactly, or to states, in the place of what is on it."""
     if to is None:
-        return contextlib.nullcontext()
+        with _in_a_loop(model):
+            yield
+        return
 
     def core(path: str, _: AttentionCore) -> AttentionCore:
         there = to[path]
         return _Stated(there) if isinstance(there, PrefixState) else _Prefixed(there)
 
-    return replaced_cores(model, core)
+    with replaced_cores(model, core), _in_a_loop(model):
+        yield
+
+
+@contextlib.contextmanager
+def _in_a_loop(model: Any) -> Iterator[None]:
+    """Run layers that are alike as a loop over one: texts are few here, and compiling takes longer than running."""
+    if not isinstance(model, Backbone):
+        yield
+        return
+    before = model.scan_layers
+    with contextlib.suppress(UsageError):
+        check_alike(list(model.layers[model.unlike_layers :]))
+        model.scan_layers = True
+    try:
+        yield
+    finally:
+        model.scan_layers = before
 
 
 def in_parts(inputs: Inputs) -> Iterator[dict[str, Array]]:
@@ -223,7 +242,7 @@ def sensitivity(
 
     def objective(probes: dict[str, Array], graph: Any, state: Any, inputs: Inputs, key: Array) -> Array:
         model = nnx.merge(graph, state)
-        with replaced_cores(model, lambda path, _: _Prefixed(prefix[path], probes[path])):
+        with replaced_cores(model, lambda path, _: _Prefixed(prefix[path], probes[path])), _in_a_loop(model):
             result = model(**inputs)
         seen = inputs["attention_mask"].astype(jnp.float32)
         if getattr(result, "logits", None) is not None:
