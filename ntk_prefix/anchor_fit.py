@@ -36,12 +36,11 @@ import optax
 import scipy.optimize
 from threadpoolctl import threadpool_limits
 
-from ntk_prefix.attention import attention_with_lse
-from ntk_prefix.checks import check_count, expected
-from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.checks import NonFiniteError, check_count, expected
+from ntk_prefix.query_shares import Rows
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["Choice", "Fitted", "Rows", "choose", "descend", "divide", "rows_of"]
+__all__ = ["Choice", "Fitted", "choose", "descend", "divide", "fit_chosen"]
 
 CHOSEN_ON = 4096
 """Queries of a key head that the choice looks at: shares of every prefix token in each are there at once, in blocks."""
@@ -60,30 +59,8 @@ FAINTEST = 1e-4
 """Masses start at least here, relative to features of root mean square 1: the descent is in their logarithms."""
 
 
-class Rows(NamedTuple):
-    """What a fit knows of the queries that meet a key head: Q = B T N / K of them, all as shares of the exact sums."""
-
-    query: Float[Array, "K Q H"]
-    """Scaled, ``q * sqrt(scale)``."""
-    log_total: Float[Array, "K Q"]
-    """``L``: the log of the exact denominator."""
-    own: Float[Array, "K Q H"]
-    """The output of attention over the queries' own keys."""
-    log_own: Float[Array, "K Q"]
-    """The log of their share of the denominator; -inf for a query that sees no key."""
-    mass: Float[Array, "K Q"]
-    """``e``: the prefix's share of the denominator."""
-    part: Float[Array, "K Q H"]
-    """What the prefix adds to the exact output."""
-
-    @property
-    def target(self) -> Float[Array, "K Q H"]:
-        """The exact output."""
-        return self.own * jnp.exp(self.log_own)[..., None] + self.part
-
-    def take(self, index: Array | np.ndarray | slice) -> Rows:
-        """Return some of the queries."""
-        return Rows(*(x[:, index] for x in self))
+SIZES = (16, 48, 128, 256)
+"""Numbers of anchors that a descent is compiled for, and multiples of the last; a head in between is filled up."""
 
 
 class Choice(NamedTuple):
@@ -111,71 +88,6 @@ class Fitted(NamedTuple):
     """``|T - T*|^2 / |prefix's part|^2`` over the queries, with the chosen keys as they are."""
     after: Float[Array, "K"]
     """The same after the descent."""
-
-
-def rows_of(
-    query: Float[Array, "B T N H"],
-    prefix_key: Float[Array, "M K H"],
-    prefix_value: Float[Array, "M K H"],
-    key: Float[Array, "B S K H"] | None = None,
-    value: Float[Array, "B S K H"] | None = None,
-    *,
-    mask: Bool[Array, "#B #N #T #S"] | None = None,
-    bias: Float[Array, "#B #N #T #S"] | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-) -> Rows:
-    """Run the exact attentions, over the prefix and over the queries' own keys, and return what a fit needs of them.
-
-    Args:
-        query, key, value: not scaled; without keys the queries see the prefix alone.
-        prefix_key, prefix_value: [M, K, H].
-        mask, bias, is_causal, scale, logits_soft_cap, local_window_size: of the layer, as in
-            :func:`ntk_prefix.attention.ntk_attention`; the prefix is always seen.
-
-    Returns:
-        :class:`Rows`, in float32 (float64 for float64); a head's queries stand as [B, T, group].
-    """
-    heads, head_dim = query.shape[2:]
-    groups = heads // prefix_key.shape[1]
-    dtype = accumulation_dtype(query.dtype)
-    folded = query.reshape(1, -1, heads, head_dim)
-    part, prefix_lse = attention_with_lse(
-        folded, prefix_key[None], prefix_value[None], scale=scale, logits_soft_cap=logits_soft_cap
-    )
-    part, prefix_lse = part.reshape(query.shape).astype(dtype), prefix_lse.reshape(query.shape[:3])
-    if key is None or value is None:
-        own, lse = jnp.zeros_like(part), jnp.full_like(prefix_lse, -jnp.inf)
-    else:
-        own, lse = attention_with_lse(
-            query,
-            key,
-            value,
-            mask=mask,
-            bias=bias,
-            is_causal=is_causal,
-            scale=scale,
-            logits_soft_cap=logits_soft_cap,
-            local_window_size=local_window_size,
-        )
-    total = jnp.logaddexp(prefix_lse, lse)
-    mass = jnp.exp(prefix_lse - total)
-
-    def by_key_head(x: Array) -> Array:
-        x = x.reshape(*x.shape[:2], heads // groups, groups, *x.shape[3:])
-        return jnp.moveaxis(x, 2, 0).reshape(heads // groups, -1, *x.shape[4:])
-
-    root = head_dim**-0.25 if scale is None else scale**0.5
-    return Rows(
-        by_key_head(query.astype(dtype) * root),
-        by_key_head(total),
-        by_key_head(own.astype(dtype)),
-        by_key_head(lse - total),
-        by_key_head(mass),
-        by_key_head(part * mass[..., None]),
-    )
 
 
 # -------------------------------------------------------------------------------------------- the choice
@@ -277,6 +189,58 @@ def divide(curves: Float[np.ndarray, "heads counts"], total: int) -> Int[np.ndar
     order = np.argsort(-gains, axis=None, kind="stable")[:total]
     order = order[gains.reshape(-1)[order] > 0]
     return np.bincount(order // gains.shape[1], minlength=len(gains))
+
+
+# ---------------------------------------------------------------------------------------- heads of a layer
+
+
+def fit_chosen(
+    rows: Rows,
+    prefix: Float[Array, "K M H"],
+    tokens: Int[np.ndarray, "K most"],
+    anchors: Int[np.ndarray, "K"],
+    *,
+    steps: int = 100,
+    seed: int = 0,
+) -> Fitted:
+    """Return anchors for each head that start at its first chosen tokens, each head with as many as it is given.
+
+    Args:
+        rows: the queries.
+        prefix: keys, scaled.
+        tokens: of :func:`choose`.
+        anchors: how many of them each head gets.
+        steps, seed: of the descent, see :func:`descend`.
+
+    Returns:
+        :class:`Fitted` of ``R = max(anchors, 1)``; the error of a head without anchors is 1.
+
+    Raises:
+        UsageError: fewer queries than anchors.
+        NonFiniteError: anchors that are not finite.
+
+    A head is filled up to one of ``SIZES``, so that few programs are compiled, and its padding is cut off again.
+    """
+    heads, _, head_dim = prefix.shape
+    largest = max(int(anchors.max()), 1)
+    dtype = rows.query.dtype
+    points, z = (np.zeros((heads, largest, head_dim), dtype) for _ in range(2))
+    k, before, after = np.zeros((heads, largest), dtype), np.ones(heads, dtype), np.ones(heads, dtype)
+    for head, count in enumerate(anchors.tolist()):
+        if not count:
+            continue
+        size = next((size for size in SIZES if size >= count), -(-count // SIZES[-1]) * SIZES[-1])
+        size = max(min(size, tokens.shape[1], rows.query.shape[1]), count)
+        start = prefix[head][tokens[head, :size]]
+        one = Rows(*(x[head : head + 1] for x in rows))
+        fit = descend(one, start[None], jnp.arange(size)[None] < count, steps=steps, seed=seed)
+        points[head, :count], z[head, :count], k[head, :count] = (
+            np.asarray(x[0])[:count] for x in (fit.points, fit.z, fit.k)
+        )
+        before[head], after[head] = fit.before[0], fit.after[0]
+    if not all(np.isfinite(x).all() for x in (points, z, k)):
+        raise NonFiniteError("expected anchors of finite numbers, got others.")
+    return Fitted(*map(jnp.asarray, (points, z, k, before, after)))
 
 
 # ------------------------------------------------------------------------------------------- the descent

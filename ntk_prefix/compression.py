@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.anchor_fit import Choice, Rows, choose, descend, divide
-from ntk_prefix.checks import NonFiniteError, check_array, check_count, expected
+from ntk_prefix.anchor_fit import Choice, choose, divide, fit_chosen
+from ntk_prefix.checks import check_array, check_count, expected
 from ntk_prefix.feature_maps import Anchors
 from ntk_prefix.models.backbone import check_tokens
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.prefixed_model import Inputs, Prefix, Progress, Queries, in_parts, sensitivity
-from ntk_prefix.typing import Array, Float, Int
+from ntk_prefix.query_shares import Rows, outputs
+from ntk_prefix.typing import Float, Int
 
 __all__ = ["Compression", "Kept", "Made", "compress", "errors", "make"]
 
@@ -43,9 +44,6 @@ def make(name: str, made: Made) -> Mapping[str, np.ndarray]:
 
 MOST_PER_HEAD = 256
 """Anchors of a head, at most, or twice the budget if that is more; and never more than 8 times the budget."""
-
-SIZES = (16, 48, 128, 256)
-"""Numbers of anchors that a descent is compiled for, and multiples of the last; a head in between is filled up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +137,8 @@ def compress(
         layer = paths.index(path)
 
         def made() -> dict[str, np.ndarray]:
-            return _fit(*seen.of(path), chosen[layer].tokens, anchors[layer], steps, seed)
+            fitted = fit_chosen(*seen.of(path), chosen[layer].tokens, anchors[layer], steps=steps, seed=seed)
+            return {name: np.asarray(x) for name, x in fitted._asdict().items()}
 
         return dict(kept(f"fit of {path}", made))
 
@@ -182,36 +181,6 @@ def _by_key_head(weights: np.ndarray, heads: int) -> np.ndarray:
     return weights.reshape(heads, -1).mean(axis=1)
 
 
-def _size(count: int) -> int:
-    """Return the number of anchors that ``count`` are filled up to."""
-    return next((size for size in SIZES if size >= count), -(-count // SIZES[-1]) * SIZES[-1])
-
-
-def _fit(
-    rows: Rows, keys: Float[Array, "K M H"], tokens: np.ndarray, anchors: np.ndarray, steps: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Return a layer's points, z, k, and each head's error before and after the descent."""
-    heads, _, head_dim = keys.shape
-    largest = max(int(anchors.max()), 1)
-    points, z = (np.zeros((heads, largest, head_dim), np.float32) for _ in range(2))
-    k, before, after = np.zeros((heads, largest), np.float32), np.ones(heads), np.ones(heads)
-    for head, count in enumerate(anchors.tolist()):
-        if not count:
-            continue
-        size = max(min(_size(count), tokens.shape[1], rows.query.shape[1]), count)
-        start = keys[head][tokens[head, :size]]
-        valid = np.arange(size) < count
-        one = Rows(*(x[head : head + 1] for x in rows))
-        fit = descend(one, start[None], jnp.asarray(valid)[None], steps=steps, seed=seed)
-        points[head, :count], z[head, :count], k[head, :count] = (
-            np.asarray(x[0])[:count] for x in (fit.points, fit.z, fit.k)
-        )
-        before[head], after[head] = float(fit.before[0]), float(fit.after[0])
-    if not all(np.isfinite(x).all() for x in (points, z, k)):
-        raise NonFiniteError("expected a state of finite numbers, got others.")
-    return {"points": points, "z": z, "k": k, "before": before, "after": after}
-
-
 def _state(scores: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> PrefixState:
     points, z, k = (jnp.asarray(found[name]) for name in ("points", "z", "k"))
     return PrefixState(z, k, Anchors(points, scores.get("logits_soft_cap")), scores.get("scale"))
@@ -219,14 +188,5 @@ def _state(scores: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> Prefix
 
 def _error(rows: Rows, state: PrefixState) -> Float[np.ndarray, "K"]:
     z: Any = state.z
-    features, log_unit = state.feature_map.per_head(rows.query)
-    log_unit = -rows.log_total if log_unit is None else log_unit - rows.log_total
-    features = features * jnp.exp(log_unit)[..., None]
-    own = jnp.exp(rows.log_own)
-    numerator = own[..., None] * rows.own + jnp.einsum("kqr,krh->kqh", features, z)
-    output = (
-        numerator / jnp.maximum(own + jnp.einsum("kqr,kr->kq", features, state.k), jnp.finfo(own.dtype).tiny)[..., None]
-    )
-    return np.asarray(
-        jnp.sum((output - rows.target) ** 2, axis=(1, 2)) / jnp.sum(rows.part**2, axis=(1, 2)), np.float64
-    )
+    distance = outputs(rows, z, state.k, state.feature_map) - rows.target
+    return np.asarray(jnp.sum(distance**2, axis=(1, 2)) / jnp.sum(rows.part**2, axis=(1, 2)), np.float64)

@@ -27,13 +27,15 @@ import scipy.linalg
 import scipy.optimize
 from threadpoolctl import threadpool_limits
 
+from ntk_prefix.anchor_fit import RIDGE, choose, fit_chosen
 from ntk_prefix.checks import check_count, check_soft_cap, check_window, expected
-from ntk_prefix.feature_maps import FeatureMap
+from ntk_prefix.feature_maps import Anchors, FeatureMap
 from ntk_prefix.flash import Flash, Source
 from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.query_shares import Rows, outputs
 from ntk_prefix.typing import Array
 
-__all__ = ["Fit", "FitOptions", "FitReport", "Samples", "fit_prefix"]
+__all__ = ["Fit", "FitOptions", "FitReport", "Samples", "fit_anchors", "fit_prefix"]
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +253,50 @@ def fit_prefix(
     report = FitReport(*np.array(rows).T)
     logger.info("held-out error of the fit per head: %s", np.round(report.held_out_error, 4))
     return Fit(np.stack(zs), np.stack(ks), report)
+
+
+def fit_anchors(
+    rows: Rows, prefix: Array, features: int, shape: tuple[int, int, int], options: FitOptions
+) -> tuple[Array, Array, Array, FitReport]:
+    """Choose and fit anchors.
+
+    Args:
+        rows: the queries, of K heads.
+        prefix: [K, M, H], keys, scaled.
+        features: R.
+        shape: B, T, N of the queries.
+        options: how; ``iterations`` are steps of the descent.
+
+    Returns:
+        points, z [K, R, H], k [K, R], and the report, per query head.
+
+    Raises:
+        UsageError: more anchors than prefix tokens or queries.
+    """
+    check_count("features", features)
+    if features > prefix.shape[1]:
+        raise expected("features", f"at most the prefix's {prefix.shape[1]} tokens", features)
+    batch, length, heads = shape
+    groups = heads // len(prefix)
+    held = np.repeat(_held_out(batch, length, options.held_out, options.seed), groups)
+    fit, test = rows.take(np.flatnonzero(~held)), rows.take(np.flatnonzero(held))
+    tokens = choose(fit, prefix, features, seed=options.seed).tokens
+    given = np.full(len(prefix), features)
+    found = fit_chosen(fit, prefix, tokens, given, steps=options.iterations, seed=options.seed)
+    phi = Anchors(found.points)
+
+    def errors(some: Rows, k: Array, z: Array) -> np.ndarray:
+        def size(x: Array) -> Array:  # [K, Q, H], of query heads
+            return jnp.sqrt(jnp.sum(x.reshape(len(x), -1, groups, x.shape[-1]) ** 2, axis=(1, 3))).reshape(-1)
+
+        return np.asarray(size(outputs(some, z, k, phi) - some.target) / size(some.target), np.float64)
+
+    alone = bool(jnp.all(rows.log_own == -jnp.inf))
+    none = np.full(heads, math.inf) if alone else errors(test, 0 * found.k, 0 * found.z)
+    held_out, training = errors(test, found.k, found.z), errors(fit, found.k, found.z)
+    logger.info("held-out error of the fit per head: %s", np.round(held_out, 4))
+    report = FitReport(held_out, training, np.full(heads, math.nan), none, np.full(heads, RIDGE))
+    return found.points, found.z, found.k, report
 
 
 class _Head(NamedTuple):

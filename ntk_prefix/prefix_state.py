@@ -32,12 +32,14 @@ from ntk_prefix.checks import (
     check_count,
     check_finite,
     check_positive,
+    check_soft_cap,
     expected,
 )
-from ntk_prefix.feature_maps import Elu1, FeatureMap
+from ntk_prefix.feature_maps import Anchors, Elu1, FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.precision import accumulation_dtype
-from ntk_prefix.prefix_fit import FitOptions, FitReport, Samples, fit_prefix
+from ntk_prefix.prefix_fit import FitOptions, FitReport, Samples, fit_anchors, fit_prefix
+from ntk_prefix.query_shares import rows_of
 from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["FitOptions", "FitReport", "PrefixState", "Samples"]
@@ -148,6 +150,7 @@ class PrefixState:
         value: Float[Array, "B S K H"] | None = None,
         *,
         feature_map: str | FeatureMap = "elu1",
+        features: int | None = None,
         bias: Float[Array, "#B #N #T #S"] | None = None,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
@@ -167,6 +170,7 @@ class PrefixState:
             key,
             value,
             feature_map=feature_map,
+            features=features,
             bias=bias,
             mask=mask,
             is_causal=is_causal,
@@ -189,6 +193,7 @@ class PrefixState:
         value: Float[Array, "B S K H"] | None = None,
         *,
         feature_map: str | FeatureMap = "elu1",
+        features: int | None = None,
         bias: Float[Array, "#B #N #T #S"] | None = None,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         is_causal: bool = False,
@@ -211,7 +216,10 @@ class PrefixState:
                 over the prefix alone. With them, the state is made good where the prefix matters, so give
                 them if there are any.
             feature_map: a name or a map. With negative features (Taylor), k is only fitted to
-                the masses, without a constraint.
+                the masses, without a constraint. "anchors" takes keys of the prefix and moves them
+                (:mod:`ntk_prefix.anchor_fit`): by far the closest at equal numbers. The state is then shared by the
+                query heads of a group, z [K, R, H], and ``iterations`` are steps of the descent, 1 of ``starts``.
+            features: R, of "anchors" alone, which has 32 if None.
             bias, mask, is_causal, scale, logits_soft_cap, local_window_size: of the layer, as in
                 :func:`ntk_prefix.attention.ntk_attention`.
             held_out, iterations, starts, seed: as in :class:`~ntk_prefix.prefix_fit.FitOptions`.
@@ -226,7 +234,12 @@ class PrefixState:
         Numerics: on the host in float64; masses relative to their median, so only their ratios must be
             moderate, below e^300: products of two stay finite.
         """
-        phi = resolve_feature_map(feature_map)
+        anchors = feature_map == "anchors"
+        phi = Elu1() if anchors else resolve_feature_map(feature_map)
+        if features is not None and not anchors:
+            raise expected("features", 'None for any map but "anchors"', features, "Give the map its own options")
+        if anchors and starts != 1:
+            raise expected("starts", '1 with "anchors"', starts)
         options = FitOptions(held_out=held_out, iterations=iterations, starts=starts, seed=seed)
         if (key is None) != (value is None):
             raise expected("key, value", "both, or neither", "one of them")
@@ -244,6 +257,20 @@ class PrefixState:
         if key is not None and value is not None:
             check_attention(query, key, value, bias, mask, scale)
             check_array("key", key, query.shape[0], "S", prefix_heads, head_dim)
+        layer: dict[str, Any] = {
+            "bias": bias,
+            "mask": mask,
+            "is_causal": is_causal,
+            "scale": scale,
+            "logits_soft_cap": logits_soft_cap,
+            "local_window_size": local_window_size,
+        }
+        if anchors:
+            rows = rows_of(query, prefix_key, prefix_value, key, value, **layer)
+            keys = jnp.swapaxes(prefix_key, 0, 1).astype(rows.query.dtype) * _root(scale, head_dim)
+            shape = (query.shape[0], query.shape[1], heads)
+            points, own_z, own_k, report = fit_anchors(rows, keys, 32 if features is None else features, shape, options)
+            return cls(own_z, own_k, Anchors(points, check_soft_cap(logits_soft_cap)), scale), report
         (raw_z, raw_k), _ = _sums(phi, prefix_key, prefix_value, scale)
         sums = _by_head(raw_z, heads), _by_head(raw_k, heads)
         samples = Samples.of(
@@ -253,12 +280,7 @@ class PrefixState:
             key,
             value,
             feature_map=phi,
-            scale=scale,
-            logits_soft_cap=logits_soft_cap,
-            local_window_size=local_window_size,
-            bias=bias,
-            mask=mask,
-            is_causal=is_causal,
+            **layer,
         )
         z, k, report = fit_prefix(samples, options, positive=phi.positive, raw=sums, alone=key is None)
         dtype = accumulation_dtype(prefix_key.dtype)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ntk_prefix.anchor_fit import Rows, rows_of
 from ntk_prefix.attention import prefix_attention
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from ntk_prefix.models.attention import AttentionCore, AttentionOptions
@@ -27,6 +26,7 @@ from ntk_prefix.models.scan import check_alike
 from ntk_prefix.peft.record import LayerRecord, record, replaced_cores
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
+from ntk_prefix.query_shares import Rows, rows_of
 from ntk_prefix.typing import Array, Float, Int
 
 __all__ = [

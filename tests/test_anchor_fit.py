@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ntk_prefix import PrefixState
-from ntk_prefix.anchor_fit import Rows, choose, descend, divide, rows_of
+from ntk_prefix.anchor_fit import choose, descend, divide
 from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import Anchors
+from ntk_prefix.query_shares import Rows, rows_of
 
 BATCH, LENGTH, HEADS, KEY_HEADS, DIM, TOKENS = 3, 20, 4, 2, 8, 24
 ROOT = DIM**-0.25

@@ -224,6 +224,30 @@ class TestFit:
         assert error < 1.5 * np.max(report.held_out_error)
         assert other > 2 * error
 
+    def test_anchors_are_closer_than_elu1_with_fewer_numbers_and_the_report_holds(self):
+        """Two query heads share a key head, and scores are capped: 24 anchors of 9 numbers, 8 elu1 features twice."""
+        prefix_key, prefix_value = related(200, heads=1)
+        query = layer(heads=2, seed=3)[0] * 2
+        key, value = (x[:, :, :1] for x in layer(heads=2, seed=4)[:2])
+        own = {"is_causal": True, "logits_soft_cap": 8.0}
+        given = (query, prefix_key, prefix_value, key, value)
+        state, report = PrefixState.fit_with_report(*given, feature_map="anchors", features=16, iterations=50, **own)
+        assert state.z.shape == (1, 16, 4)
+        elu1 = PrefixState.fit(*given, **own)
+        # queries that it has never seen, drawn like the others
+        unseen = layer(heads=2, seed=5)[0] * 2, prefix_key, prefix_value, key, value
+        errors = state.error(*unseen, **own)
+        assert np.all(errors < 0.3 * elu1.error(*unseen, **own))
+        np.testing.assert_allclose(errors, report.held_out_error, rtol=0.5)
+        assert np.all(report.training_error < report.no_prefix_error / 5)
+
+    def test_all_keys_as_anchors_are_the_prefix(self):
+        prefix_key, prefix_value = prefix(12)
+        query = layer()[0]
+        state = PrefixState.fit(query, prefix_key, prefix_value, feature_map="anchors", features=12, iterations=0)
+        # masses by multiplicative steps, not to the end: two digits, and the values make up for most of the rest
+        assert np.all(state.error(query, prefix_key, prefix_value) < 0.02)
+
     def test_too_few_samples_are_refused(self):
         key, value = prefix(20)
         with pytest.raises(ValueError, match="samples to fit 4 features"):
@@ -259,6 +283,21 @@ class TestArguments:
             ),
             (lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 2, 4), f(5, 2, 4), iterations=-1), "iterations: expected"),
             (lambda f: PrefixState.fit(f(2, 9, 2, 4), f(0, 2, 4), f(0, 2, 4)), "at least one token"),
+            (lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 2, 4), f(5, 2, 4), features=3), "features: expected None"),
+            *(
+                (
+                    lambda f, changes=changes: PrefixState.fit(
+                        f(2, 9, 2, 4), f(50, 2, 4), f(50, 2, 4), feature_map="anchors", **changes
+                    ),
+                    message,
+                )
+                for changes, message in [
+                    ({"features": 51}, "features: expected at most the prefix's 50 tokens, got 51"),
+                    ({"features": 0}, "features: expected"),
+                    ({"features": 40}, "query: expected at least 40 queries for as many anchors, got 14"),
+                    ({"starts": 2}, "starts: expected 1"),
+                ]
+            ),
             (lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 3, 4), f(5, 3, 4)), "multiple of the 3 key heads"),
             (lambda f: PrefixState.fit(f(2, 9, 2), f(5, 2, 4), f(5, 2, 4)), r"query: expected \[B, T, N, H\]"),
             (

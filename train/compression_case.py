@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from ntk_prefix.anchor_fit import Rows
 from ntk_prefix.compression import Made
 from ntk_prefix.distillation import distil_states
 from ntk_prefix.feature_maps import Anchors, FeatureMap
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.prefixed_model import Inputs, Prefix, Progress, Queries
+from ntk_prefix.query_shares import Rows
 from ntk_prefix.typing import Array, Float, Int
 
 __all__ = ["Case", "Compressed", "Layer", "seen_by_layers"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ntk_prefix import compression, peft, prefixed_model
+from ntk_prefix import anchor_fit, compression, peft, prefixed_model
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models import from_pretrained
 from ntk_prefix.peft.sites import attention_sites
@@ -135,22 +135,22 @@ def test_as_many_anchors_as_queries_are_enough(place: Path) -> None:
     ids = jnp.asarray(np.random.default_rng(6).integers(1, len(WORDS), (2, 10)), jnp.int32)
     texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
     found = compression.compress(model, prefix, texts, 20, steps=0, even=True)
-    assert found.anchors.max() > compression.SIZES[0]
+    assert found.anchors.max() > anchor_fit.SIZES[0]
     assert np.all(found.error < 1)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options(place, steps=0, distil=2, out=tmp_path / "out")
-    fit, calls = compression._fit, []
+    fit, calls = compression.fit_chosen, []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         calls.append(args)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        return fit(*args)
+        return fit(*args, **options)
 
     monkeypatch.setattr(compression.os, "sched_getaffinity", lambda _: {0})  # one layer after the other
-    monkeypatch.setattr(compression, "_fit", interrupted)
+    monkeypatch.setattr(compression, "fit_chosen", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(given, Console(quiet=True))
     assert not (tmp_path / "out" / "report.json").exists()
@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on_where_it_was(place: Path, tmp_path: Path, mo
         raise AssertionError("done before")
 
     calls.clear()
-    monkeypatch.setattr(compression, "_fit", lambda *args: calls.append(args) or fit(*args))
+    monkeypatch.setattr(compression, "fit_chosen", lambda *args, **options: calls.append(args) or fit(*args, **options))
     monkeypatch.setattr(compression, "sensitivity", again)
     monkeypatch.setattr(compression, "choose", again)
     main(given, Console(quiet=True))

@@ -1,0 +1,120 @@
+"""What a fit knows of the queries that meet a prefix: the exact sums, and everything as a share of them.
+
+Scores of any size are as safe as small ones so.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ntk_prefix.attention import attention_with_lse
+from ntk_prefix.feature_maps import FeatureMap
+from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.typing import Array, Bool, Float
+
+__all__ = ["Rows", "outputs", "rows_of"]
+
+
+class Rows(NamedTuple):
+    """What a fit knows of the queries that meet a key head: Q = B T N / K of them, all as shares of the exact sums."""
+
+    query: Float[Array, "K Q H"]
+    """Scaled, ``q * sqrt(scale)``."""
+    log_total: Float[Array, "K Q"]
+    """``L``: the log of the exact denominator."""
+    own: Float[Array, "K Q H"]
+    """The output of attention over the queries' own keys."""
+    log_own: Float[Array, "K Q"]
+    """The log of their share of the denominator; -inf for a query that sees no key."""
+    mass: Float[Array, "K Q"]
+    """``e``: the prefix's share of the denominator."""
+    part: Float[Array, "K Q H"]
+    """What the prefix adds to the exact output."""
+
+    @property
+    def target(self) -> Float[Array, "K Q H"]:
+        """The exact output."""
+        return self.own * jnp.exp(self.log_own)[..., None] + self.part
+
+    def take(self, index: Array | np.ndarray | slice) -> Rows:
+        """Return some of the queries."""
+        return Rows(*(x[:, index] for x in self))
+
+
+def rows_of(
+    query: Float[Array, "B T N H"],
+    prefix_key: Float[Array, "M K H"],
+    prefix_value: Float[Array, "M K H"],
+    key: Float[Array, "B S K H"] | None = None,
+    value: Float[Array, "B S K H"] | None = None,
+    *,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+) -> Rows:
+    """Run the exact attentions, over the prefix and over the queries' own keys, and return what a fit needs of them.
+
+    Args:
+        query, key, value: not scaled; without keys the queries see the prefix alone.
+        prefix_key, prefix_value: [M, K, H].
+        mask, bias, is_causal, scale, logits_soft_cap, local_window_size: of the layer, as in
+            :func:`ntk_prefix.attention.ntk_attention`; the prefix is always seen.
+
+    Returns:
+        :class:`Rows`, in float32 (float64 for float64); a head's queries stand as [B, T, group].
+    """
+    heads, head_dim = query.shape[2:]
+    groups = heads // prefix_key.shape[1]
+    dtype = accumulation_dtype(query.dtype)
+    folded = query.reshape(1, -1, heads, head_dim)
+    part, prefix_lse = attention_with_lse(
+        folded, prefix_key[None], prefix_value[None], scale=scale, logits_soft_cap=logits_soft_cap
+    )
+    part, prefix_lse = part.reshape(query.shape).astype(dtype), prefix_lse.reshape(query.shape[:3])
+    if key is None or value is None:
+        own, lse = jnp.zeros_like(part), jnp.full_like(prefix_lse, -jnp.inf)
+    else:
+        own, lse = attention_with_lse(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            is_causal=is_causal,
+            scale=scale,
+            logits_soft_cap=logits_soft_cap,
+            local_window_size=local_window_size,
+        )
+    total = jnp.logaddexp(prefix_lse, lse)
+    mass = jnp.exp(prefix_lse - total)
+
+    def by_key_head(x: Array) -> Array:
+        x = x.reshape(*x.shape[:2], heads // groups, groups, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 0).reshape(heads // groups, -1, *x.shape[4:])
+
+    root = head_dim**-0.25 if scale is None else scale**0.5
+    return Rows(
+        by_key_head(query.astype(dtype) * root),
+        by_key_head(total),
+        by_key_head(own.astype(dtype)),
+        by_key_head(lse - total),
+        by_key_head(mass),
+        by_key_head(part * mass[..., None]),
+    )
+
+
+def outputs(rows: Rows, z: Float[Array, "K R H"], k: Float[Array, "K R"], phi: FeatureMap) -> Float[Array, "K Q H"]:
+    """Return the output of attention with a state that the query heads of a group share, for the queries of a fit."""
+    features, log_unit = phi.per_head(rows.query)
+    log_unit = -rows.log_total if log_unit is None else log_unit - rows.log_total
+    features = features * jnp.exp(log_unit)[..., None]
+    own = jnp.exp(rows.log_own)
+    numerator = own[..., None] * rows.own + jnp.einsum("kqr,krh->kqh", features, z)
+    denominator = own + jnp.einsum("kqr,kr->kq", features, k)
+    return numerator / jnp.maximum(denominator, jnp.finfo(own.dtype).tiny)[..., None]
