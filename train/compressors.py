@@ -41,8 +41,8 @@ from train.compression_case import Case, Compressed, Layer
 
 __all__ = ["METHODS", "Method"]
 
-DESCENT = 30
-"""Iterations of the fit of a map's masses, each of R^2 Q operations a head."""
+DESCENT, DESCENDED = 30, 128
+"""Iterations of the fit of a map's masses, each of R^2 Q operations a head, and the most features that get them."""
 
 ABOVE = 1.01
 """How far above the budget a size may be: an elu1 state of 64 entries is 0.8 % more than 32 anchors."""
@@ -324,7 +324,7 @@ def _of_maps(
 
 
 def _descended(layer: Layer, phi: FeatureMap, seed: int) -> PrefixState:
-    return _fitted(layer, phi, seed, DESCENT)
+    return _fitted(layer, phi, seed, DESCENT if phi.dim(layer.key.shape[2]) <= DESCENDED else 0)
 
 
 def _fitted(layer: Layer, phi: FeatureMap, seed: int, iterations: int = 0) -> PrefixState:
