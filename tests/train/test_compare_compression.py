@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,11 +77,14 @@ def states_of(found: Compressed) -> dict[str, PrefixState]:
 
 def test_no_prompt_is_the_bare_model(case: Case, judge: Judge) -> None:
     found = judge.measure(made(case, "none", 0).attached)
-    texts = ids(4, 10, seed=2)
-    bare = prefixed_model.divergence(case.model, case.prefix, [None], texts)[0]
-    assert found["kl"] == pytest.approx(bare.kl.mean(), rel=1e-4)
-    assert found["kl_median"] == pytest.approx(np.median(bare.kl), rel=1e-4)
-    assert found["agreement"] == pytest.approx(bare.agrees.mean())
+    texts, model = ids(4, 10, seed=2), case.model
+    with prefixed_model.attending(model, case.prefix):
+        exact = jax.nn.log_softmax(model(**texts).logits)
+    bare = jax.nn.log_softmax(model(**texts).logits)
+    kl = np.asarray(jnp.sum(jnp.exp(exact) * (exact - bare), axis=-1))
+    assert found["kl"] == pytest.approx(kl.mean(), rel=1e-4)
+    assert found["kl_median"] == pytest.approx(np.median(kl), rel=1e-4)
+    assert found["agreement"] == np.mean(np.argmax(exact, axis=-1) == np.argmax(bare, axis=-1))
     assert found["unrelated"] == 0
 
 
@@ -101,7 +105,15 @@ def test_attention_matching_with_all_keys_is_the_prompt(case: Case, judge: Judge
     assert judge.measure(made(case, method, 4).attached)["kl"] > 1e-3
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.sized])
+@pytest.mark.parametrize(
+    "method",
+    [
+        # of the trained ones some are enough, within minutes
+        pytest.param(name, marks=pytest.mark.slow if name in ("ours-distilled", "cartridge-random") else ())
+        for name, method in METHODS.items()
+        if method.sized
+    ],
+)
 def test_a_method_keeps_its_budget_and_is_better_than_no_prompt(case: Case, judge: Judge, method: str) -> None:
     size = 8 if method == "lora" else 4  # one of rank 1 is as large as four anchors and a half
     found = made(case, method, size)
@@ -114,11 +126,11 @@ def test_a_method_keeps_its_budget_and_is_better_than_no_prompt(case: Case, judg
 
 
 def test_states_of_the_same_shapes_are_compiled_once(case: Case, judge: Judge) -> None:
-    judge.measure(made(case, "heaviest", 5).attached)
+    judge.measure(made(case, "heaviest", 4).attached)
     before = compare_compression._answer._cache_size()
-    judge.measure(made(case, "matching", 5).attached)
+    judge.measure(made(case, "matching", 4).attached)
     assert compare_compression._answer._cache_size() == before
-    judge.measure(made(case, "matching", 6).attached)
+    judge.measure(made(case, "heaviest", 5).attached)
     assert compare_compression._answer._cache_size() == before + 1
 
 
@@ -175,6 +187,7 @@ def test_a_cartridge_is_a_cache_of_as_many_tokens_that_is_trained(case: Case) ->
         assert np.linalg.norm(moved) < np.linalg.norm(start[path].value)
 
 
+@pytest.mark.slow
 def test_training_on_answers_lowers_the_divergence_from_where_it_starts(case: Case) -> None:
     """On the texts that are trained on."""
     told = Judge(case.model, dict(case.prefix), dict(case.texts), ids(4, 10, seed=3))
