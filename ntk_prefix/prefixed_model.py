@@ -18,9 +18,10 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix.attention import prefix_attention
-from ntk_prefix.checks import NonFiniteError, UsageError, expected
+from ntk_prefix.checks import NonFiniteError, UsageError, check_count, expected
 from ntk_prefix.models.attention import AttentionCore, AttentionOptions
 from ntk_prefix.models.backbone import Backbone, check_tokens
+from ntk_prefix.models.generation import generate
 from ntk_prefix.models.llama import Llama
 from ntk_prefix.models.scan import check_alike
 from ntk_prefix.peft.record import LayerRecord, record, replaced_cores
@@ -36,6 +37,7 @@ __all__ = [
     "Progress",
     "Queries",
     "attending",
+    "continuations",
     "divergence",
     "in_parts",
     "read_prompt",
@@ -166,6 +168,36 @@ def _in_a_loop(model: Any) -> Iterator[None]:
         yield
     finally:
         model.scan_layers = before
+
+
+def continuations(
+    model: Llama, prefix: Mapping[str, Prefix], prompt: Int[np.ndarray, " M"], count: int, tokens: int
+) -> dict[str, Int[np.ndarray, "count tokens"]]:
+    """Return texts that a decoder writes behind a prompt, greedily, each from another first token, the likeliest ones.
+
+    Args:
+        model: a decoder.
+        prefix: of :func:`read_prompt`.
+        prompt: its ids.
+        count: how many.
+        tokens: of each.
+
+    Raises:
+        UsageError: fewer words in the vocabulary than texts, or no tokens.
+    """
+    check_count("count", count)
+    check_count("tokens", tokens, 2)
+    if count > model.config.vocab_size:
+        raise expected("count", f"at most the {model.config.vocab_size} tokens there are", count)
+    # what follows the prompt is what its last token says, at its place behind the others
+    others = {path: Prefix(each.key[:-1], each.value[:-1]) for path, each in prefix.items()}
+    with attending(model, others):
+        logits = model(jnp.asarray(prompt[-1:])[None], position_offset=-1).logits[0, -1]
+    first = jax.lax.top_k(logits, count)[1].astype(jnp.int32)[:, None]
+    with attending(model, prefix):
+        follow = generate(model, first, max_new_tokens=tokens - 1)
+    ids = np.concatenate([np.asarray(first), np.asarray(follow)], axis=1).astype(np.int32)
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
 def in_parts(inputs: Inputs) -> Iterator[dict[str, Array]]:

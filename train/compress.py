@@ -29,7 +29,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.progress
@@ -43,7 +42,7 @@ from ntk_prefix.checks import expected
 from ntk_prefix.compression import Compression, Made, compress, errors
 from ntk_prefix.distillation import distil_states
 from ntk_prefix.prefix_state import PrefixState
-from ntk_prefix.prefixed_model import ROWS_AT_ONCE, Divergence, Prefix, attending, divergence, read_prompt
+from ntk_prefix.prefixed_model import ROWS_AT_ONCE, Divergence, continuations, divergence, read_prompt
 from ntk_prefix.statistics import expected_error_bound
 from ntk_prefix.typing import Array, Float
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
@@ -127,12 +126,19 @@ def main(options: Options, console: Console) -> None:
         model: Any = models.from_pretrained(path, task="causal-lm", progress=progress)
     if not isinstance(model, models.Llama):
         raise expected("--model", "a decoder", type(model).__name__)
+    reach = len(prompt) + options.tokens
+    if reach > model.config.max_position_embeddings:
+        console.print(
+            f"The prompt and {options.tokens} tokens behind it reach over {reach:,} positions, and the model was trained on "
+            f"{model.config.max_position_embeddings:,}: its own answers get worse there, and they are what is kept.",
+            markup=False,
+        )
     kept = _Unfinished(options, path, prompt, own)
     with _Stages(console) as told:
         prefix = read_prompt(model, jnp.asarray(prompt), told)
         if own is None:
             told("writing texts", 0, 1)
-            texts = kept("texts", lambda: _written(model, prefix, prompt, options))
+            texts = kept("texts", lambda: continuations(model, prefix, prompt, options.self_study, options.tokens))
             told("writing texts", 1, 1)
         else:
             texts = padded([tokenizer.encode(each, add_special_tokens=False).ids for each in own], options.tokens)
@@ -217,19 +223,6 @@ def draw(found: Compression, held_error: Float[np.ndarray, "layers K"]) -> Figur
 
 
 # -------------------------------------------------------------------------------------------- texts
-
-
-def _written(model: Any, prefix: dict[str, Prefix], prompt: np.ndarray, options: Options) -> dict[str, np.ndarray]:
-    """Return texts that the model writes behind the prompt, greedily from its likeliest first tokens."""
-    # what follows the prompt is what its last token says, at its place behind the others
-    others = {path: Prefix(each.key[:-1], each.value[:-1]) for path, each in prefix.items()}
-    with attending(model, others):
-        logits = model(jnp.asarray(prompt[-1:])[None], position_offset=-1).logits[0, -1]
-    with attending(model, prefix):
-        first = jax.lax.top_k(logits, options.self_study)[1].astype(jnp.int32)[:, None]
-        follow = models.generate(model, first, max_new_tokens=options.tokens - 1)
-    ids = np.concatenate([np.asarray(first), np.asarray(follow)], axis=1)
-    return {"input_ids": ids.astype(np.int32), "attention_mask": np.ones_like(ids, np.int32)}
 
 
 def _split(texts: dict[str, np.ndarray], options: Options) -> tuple[dict[str, Array], dict[str, Array]]:
