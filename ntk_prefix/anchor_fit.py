@@ -219,7 +219,7 @@ def fit_chosen(
         UsageError: fewer queries than anchors.
         NonFiniteError: anchors that are not finite.
 
-    A head is filled up to one of ``SIZES``, so that few programs are compiled, and its padding is cut off again.
+    A head is filled up to one of ``SIZES``, so that few programs are compiled, and then to R, with masses and values of 0.
     """
     heads, _, head_dim = prefix.shape
     largest = max(int(anchors.max()), 1)
@@ -237,6 +237,7 @@ def fit_chosen(
         points[head, :count], z[head, :count], k[head, :count] = (
             np.asarray(x[0])[:count] for x in (fit.points, fit.z, fit.k)
         )
+        points[head, count:] = points[head, count - 1]  # of mass 0; at the origin it could hide what lies far below
         before[head], after[head] = fit.before[0], fit.after[0]
     if not all(np.isfinite(x).all() for x in (points, z, k)):
         raise NonFiniteError("expected anchors of finite numbers, got others.")

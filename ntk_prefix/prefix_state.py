@@ -306,6 +306,24 @@ class PrefixState:
             query, key, value, self.z, self.k, feature_map=self.feature_map, scale=self.scale, **options
         )
 
+    def padded(self, features: int) -> PrefixState:
+        """Return the same state with features of no account up to so many: states of one size are one program.
+
+        Raises:
+            UsageError: fewer features than there are, or a map that has no more of no account.
+        """
+        more = features - self.k.shape[-1]
+        if more < 0:
+            raise expected("features", f"at least the state's {self.k.shape[-1]}", features)
+        if not more:
+            return self
+
+        def wider(x: Array, axis: int) -> Array:
+            return jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)])
+
+        z = self.z._replace(left=wider(self.z.left, -2)) if isinstance(self.z, LowRank) else wider(self.z, -2)
+        return PrefixState(z, wider(self.k, -1), self.feature_map.padded(features), self.scale)
+
     def error(
         self,
         query: Float[Array, "B T N H"],

@@ -146,8 +146,12 @@ def attending(model: Any, to: Mapping[str, Prefix] | Mapping[str, PrefixState] |
             yield
         return
 
+    widest = max((each.k.shape[-1] for each in to.values() if isinstance(each, PrefixState)), default=0)
+
     def core(path: str, _: AttentionCore) -> AttentionCore:
         there = to[path]
+        with contextlib.suppress(UsageError):  # a map that cannot have more features
+            there = there.padded(widest) if isinstance(there, PrefixState) else there
         return _Stated(there) if isinstance(there, PrefixState) else _Prefixed(there)
 
     with replaced_cores(model, core), _in_a_loop(model):

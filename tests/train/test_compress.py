@@ -11,8 +11,10 @@ from rich.console import Console
 
 from ntk_prefix import anchor_fit, compression, peft, prefixed_model
 from ntk_prefix.checks import UsageError
+from ntk_prefix.feature_maps import Anchors
 from ntk_prefix.models import from_pretrained
 from ntk_prefix.peft.sites import attention_sites
+from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.typing import Array
 from tests.train.tiny_model import write_model
 from train.compress import Options, main
@@ -126,6 +128,26 @@ def test_an_uneven_budget_loses_less_than_an_even_one(place: Path) -> None:
     assert uneven.anchors.sum() <= even.anchors.sum() == 4 * even.anchors.size
     predicted = [np.sum(each.sensitivity * each.chosen_error) for each in (uneven, even)]
     assert predicted[0] < predicted[1]
+
+
+def test_states_of_different_sizes_attend_as_the_adapter_does(place: Path) -> None:
+    """To run its layers as one program a model gives all states the largest size; an adapter keeps its own."""
+    model = from_pretrained(place / "model", task="causal-lm")
+    ids = jnp.asarray(np.random.default_rng(5).integers(1, len(WORDS), (2, 9)), jnp.int32)
+    drawn = np.random.default_rng(7)
+    states: dict[str | int, PrefixState] = {}
+    for size, (path, site) in zip((2, 5), attention_sites(model), strict=True):
+        points, z = (drawn.normal(size=(site.num_key_heads, size, site.head_dim)).astype(np.float32) for _ in range(2))
+        masses = jnp.asarray(drawn.uniform(size=z.shape[:2]), jnp.float32)
+        states[path] = PrefixState(jnp.asarray(z), masses, Anchors(jnp.asarray(points)))
+    with prefixed_model.attending(model, {str(path): state for path, state in states.items()}):
+        assert model.scan_layers
+        within = model(ids).logits
+    assert not model.scan_layers
+    bare = model(ids).logits
+    peft.apply_states(model, states)
+    np.testing.assert_allclose(model(ids).logits, within, atol=1e-5)
+    assert jnp.max(jnp.abs(within - bare)) > 0.01
 
 
 def test_as_many_anchors_as_queries_are_enough(place: Path) -> None:

@@ -297,16 +297,8 @@ class State(Adapter):
 
     def padded(self, features: int) -> tuple[Array | LowRank, Array, FeatureMap]:
         """Return z, k and the map, with features of no account up to so many: rows of a batch have as many."""
-        z, k = self.state()
-        more = features - k.shape[1]
-        if not more:
-            return z, k, self.phi
-
-        def wider(x: Array) -> Array:
-            return jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)))
-
-        z = LowRank(wider(z.left), z.right) if isinstance(z, LowRank) else wider(z)
-        return z, wider(k), self.phi.padded(features)
+        state = PrefixState(*self.state(), self.phi).padded(features)
+        return state.z, state.k, state.feature_map
 
 
 class StateCore(Host, AttentionCore):
