@@ -219,7 +219,8 @@ class Judge:
             graph, state = nnx.split(model)
             self.exact = [np.asarray(_answer(graph, state, some)) for some in self.held]
         self.language = isinstance(model, models.Llama)
-        graph, state = nnx.split(model)
+        with attending(model, None):
+            graph, state = nnx.split(model)
         # of a model of language its losses, of another its hidden states
         self.bare = [np.asarray(self._unrelated(_answer(graph, state, some), some, None)) for some in self.other]
 

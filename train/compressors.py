@@ -66,7 +66,7 @@ class Method:
 
 def no_prompt(case: Case, size: int) -> Compressed:
     """Leave it out."""
-    return Compressed(0, lambda model: contextlib.nullcontext())
+    return Compressed(0, functools.partial(attending, to=None))
 
 
 def whole_prompt(case: Case, size: int) -> Compressed:
@@ -270,7 +270,8 @@ def _with_lora(model: Any, config: peft.LoraConfig, factors: Mapping[str, Array]
     try:
         for name, variable in _variables(model).items():
             variable[...] = factors[name]
-        yield
+        with attending(model, None):
+            yield
     finally:
         peft.delete_adapter(model, ADAPTER)
 
