@@ -415,7 +415,7 @@ def _write(options: Options, rows: list[Row], language: bool) -> list[dict[str, 
         f"{options.model}; {over}, each {options.fitted} fitted and {options.held_out} held out, of at most "
         f"{options.tokens} tokens; a budget is anchors a key head. {distance}. ±: standard error over "
         f"{'draws' if options.seeds > 1 else 'texts'}. KiB: in float32, of the whole model; half of it in bfloat16. Bold: "
-        "nothing as small is better."
+        "nothing as small, to 2 %, is better."
     )
     write_whole(options.out / "table.md", markdown(lines, about, language=language).encode())
     write_whole(options.out / "table.json", json_text({"lines": lines, **_provenance()}).encode())

@@ -139,11 +139,11 @@ def lines_of(rows: list[Row], labels: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def _on_front(line: dict[str, Any], lines: list[dict[str, Any]]) -> bool:
-    """Return whether nothing of the same prompt is as small and better."""
+    """Return whether nothing of the same prompt is as small, to 2 %, and better: a token is that much less than an anchor."""
     if line["kl"] is None:
         return False
     rivals = [each for each in lines if each["prompt"] == line["prompt"] and each["kl"] is not None]
-    return not any(each["numbers"] <= line["numbers"] and each["kl"] < line["kl"] for each in rivals)
+    return not any(each["numbers"] <= 1.02 * line["numbers"] and each["kl"] < line["kl"] for each in rivals)
 
 
 def markdown(lines: list[dict[str, Any]], about: str, *, language: bool) -> str:
