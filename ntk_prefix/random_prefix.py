@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -155,16 +156,11 @@ class RandomPrefix:
         bits = jax.random.bits(sign_key, (TILE, columns), jnp.uint8) & 1
         return weights.astype(dtype), 2 * bits.astype(dtype) - 1
 
-    @jax.jit
     def materialise(self) -> tuple[Weights, Signs]:
         """All m rows: weights [m, d] and signs [m, 1 or outputs]."""
-        weights, signs = jax.lax.map(self.tile, jnp.arange(self.tiles))
-        weights = weights.reshape(-1, weights.shape[-1])[: self.rows]
-        signs = signs.reshape(-1, signs.shape[-1])[: self.rows]
-        if self.symmetric:
-            weights = jnp.repeat(weights, 2, axis=0)
-            signs = jnp.stack([signs, -signs], axis=1).reshape(self.m, -1)
-        return weights, signs
+        # whole tiles are drawn by a program that prefixes of many lengths share: drawing is what takes long to compile
+        weights, signs = _whole_tiles(dataclasses.replace(self, m=2), self.tiles)
+        return _arranged(weights, signs, self.rows, self.symmetric)
 
 
 jax.tree_util.register_dataclass(
@@ -172,3 +168,20 @@ jax.tree_util.register_dataclass(
     data_fields=["key"],
     meta_fields=["d", "m", "sigma", "symmetric", "model", "outputs", "dtype"],
 )
+
+
+@functools.partial(jax.jit, static_argnames="tiles")
+def _whole_tiles(prefix: RandomPrefix, tiles: int) -> tuple[Array, Array]:
+    """Return the rows of so many tiles: weights [tiles TILE, d] and signs [tiles TILE, 1 or outputs]."""
+    weights, signs = jax.lax.map(prefix.tile, jnp.arange(tiles))
+    return weights.reshape(-1, weights.shape[-1]), signs.reshape(-1, signs.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "symmetric"))
+def _arranged(weights: Array, signs: Array, rows: int, symmetric: bool) -> tuple[Array, Array]:
+    """Return the first rows, each twice and with both signs if symmetric."""
+    weights, signs = weights[:rows], signs[:rows]
+    if symmetric:
+        weights = jnp.repeat(weights, 2, axis=0)
+        signs = jnp.stack([signs, -signs], axis=1).reshape(2 * rows, -1)
+    return weights, signs

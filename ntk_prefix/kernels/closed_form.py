@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,10 @@ ACCELERATOR_BLOCK_BYTES = 2**27
 
 SMALLEST_BLOCK = 256
 """Tokens under which a matrix product no longer reaches the machine's rate."""
+
+FEWEST_ROWS = 4096
+"""Rows of stored weights that a program is made for, at least: some milliseconds at most, as blocks are smaller than that for
+more inputs."""
 
 WIDEST_SCORES = 5.0
 """Standard deviation sigma |x| of Gaussian scores up to which exp(score - sigma^2 |x|^2 / 2), squared and summed over
@@ -141,9 +145,12 @@ def prefix_ntk(
         tile_rows = TILE
         block = 1 << (min(block, TILE).bit_length() - 1)
         tiles = -(-prefix.tiles // devices) * devices
-        stream: _Stream = (jnp.arange(tiles), None)
+        # what is differentiated or compiled together with other things wants a scan, which lengths do not share
+        counted = mesh is None and not any(isinstance(x, jax.core.Tracer) for x in (x1, x2, prefix.key))
+        stream: _Stream = (jnp.asarray(tiles) if counted else jnp.arange(tiles), None)
     else:
-        tile_rows = block = min(block, -(-rows // devices))
+        # short prefixes are filled up to one length, and share a program: it takes a hundred times as long to compile
+        tile_rows = block = min(block, max(-(-rows // devices), FEWEST_ROWS))
         tiles = -(-rows // (tile_rows * devices)) * devices
 
         def split(array: Array) -> Array:
@@ -178,7 +185,8 @@ def _moderate(sigma: float, *inputs: OtherInputs | None) -> bool:
 
 
 _Stream = tuple[Array, tuple[Array, Array] | None]
-"""Per tile: its number, and its weights and signs where they are stored rather than drawn."""
+"""Per tile: its number, and its weights and signs where they are stored rather than drawn. Drawn tiles may be given by how
+many there are, [], which then is no part of the program."""
 
 _Rows = tuple[Array, Array, Array]
 """Weights, signs, and which rows are real rather than padding."""
@@ -288,11 +296,11 @@ def _normalizers(
             )
         return updated, None
 
-    weights, signs, _ = jax.eval_shape(tile, jax.tree.map(lambda leaf: leaf[0], stream))
+    weights, signs, _ = jax.eval_shape(tile, jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else leaf[0], stream))
     outputs = jax.eval_shape(variant.values, weights, signs).shape[1]
     lowest = jnp.finfo(dtype).min / 2  # finite, so that fading an empty carry is 0 and not NaN
     start = [(jnp.full(len(x), lowest), jnp.zeros(len(x), dtype), jnp.zeros((len(x), outputs), dtype)) for x in inputs]
-    sums, _ = jax.lax.scan(step, jax.tree.map(lambda leaf: leaf.astype(dtype), start), stream)
+    sums = _over_tiles(step, jax.tree.map(lambda leaf: leaf.astype(dtype), start), stream)
 
     shifts, centers = [], []
     for top, total, moment in sums:
@@ -304,6 +312,14 @@ def _normalizers(
         shifts.append(top + jnp.log(total) - jnp.log(rows))
         centers.append(moment / total[:, None])
     return shifts, centers
+
+
+def _over_tiles(step: Callable[[Any, _Stream], tuple[Any, None]], start: Any, stream: _Stream) -> Any:
+    """Return what is carried from tile to tile, at the end."""
+    index, stored = stream
+    if index.ndim == 0 and stored is None:
+        return jax.lax.fori_loop(0, index, lambda i, carry: step(carry, (i, None))[0], start)
+    return jax.lax.scan(step, start, stream)[0]
 
 
 def _moments(
@@ -348,7 +364,7 @@ def _moments(
 
     columns = len(first) + len(common) + 1 + (len(common) + 1 if variant.has_value_part else 0)
     start = ([jnp.zeros(len(x), dtype) for x in inputs], jnp.zeros((len(left), columns), dtype))
-    (totals, moments), _ = jax.lax.scan(step, start, stream)
+    totals, moments = _over_tiles(step, start, stream)
     return jax.lax.psum((totals, moments), axes) if axes else (totals, moments)
 
 
