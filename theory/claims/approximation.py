@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -35,29 +37,45 @@ class Drawn(NamedTuple):
     prefix_value: Array
 
 
-def _draw(problem: Problem, norm: float, *, length: int = LENGTH, tokens: int = TOKENS, d: int = HEAD_DIM) -> Drawn:
-    """Return entries uniform in (-norm, norm)."""
-    keys = jax.random.split(problem.key("approximation", int(norm * 100), length, tokens, d), 5)
-    shapes = [(1, length, 1, d)] * 3 + [(tokens, 1, d)] * 2
-    return Drawn(
-        *(jax.random.uniform(key, shape, minval=-norm, maxval=norm) for key, shape in zip(keys, shapes, strict=True))
+LARGEST_DRAW = 2**15
+"""Entries of the largest array that is drawn: 8,192 prefix tokens of 4 entries. The first of so many are what fewer would
+be, so that one program draws them all."""
+
+
+@jax.jit
+def _entries(key: Array) -> Array:
+    return jax.vmap(lambda key: jax.random.uniform(key, (LARGEST_DRAW,), minval=-1.0, maxval=1.0))(
+        jax.random.split(key, 5)
     )
 
 
-def _error(drawn: Drawn, degree: int) -> float:
-    """Return max |T - PrefixAttn| of the Taylor state of a degree."""
+def _draw(problem: Problem, norm: float, *, length: int = LENGTH, tokens: int = TOKENS, d: int = HEAD_DIM) -> Drawn:
+    """Return entries uniform in (-norm, norm)."""
+    entries = norm * np.asarray(_entries(problem.key("approximation", int(norm * 100), length, tokens, d)))
+    shapes = [(1, length, 1, d)] * 3 + [(tokens, 1, d)] * 2
+    parts = (row[: math.prod(shape)].reshape(shape) for row, shape in zip(entries, shapes, strict=True))
+    return Drawn(*map(jnp.asarray, parts))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _distance(drawn: Drawn, degree: int) -> Array:
     phi = feature_map("taylor", degree=degree)
     state = PrefixState.from_prefix(drawn.prefix_key, drawn.prefix_value, feature_map=phi)
     exact = prefix_attention(*drawn, implementation="reference")
     approximate = state.attend(drawn.query, drawn.key, drawn.value, implementation="reference")
-    return float(jnp.abs(approximate - exact).max())
+    return jnp.abs(approximate - exact).max()
+
+
+def _error(drawn: Drawn, degree: int) -> float:
+    """Return max |T - PrefixAttn| of the Taylor state of a degree."""
+    return float(_distance(drawn, degree))
 
 
 def _bound(drawn: Drawn, degree: int) -> float:
     """Return the derived bound on it: from the largest score to a relative kernel error, from that to the outputs."""
     root = drawn.query.shape[-1] ** 0.25
-    norm = max(float(jnp.linalg.norm(x, axis=-1).max()) / root for x in (drawn.query, drawn.prefix_key))
-    largest = max(float(jnp.abs(x).max()) for x in (drawn.value, drawn.prefix_value))
+    norm = max(float(np.linalg.norm(x, axis=-1).max()) / root for x in (drawn.query, drawn.prefix_key))
+    largest = max(float(np.abs(x).max()) for x in (drawn.value, drawn.prefix_value))
     return attention_error_bound(feature_map("taylor", degree=degree).error_bound(norm), largest)
 
 
