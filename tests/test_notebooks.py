@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.compiling import quickly
+from tests.train.tiny_model import write_model
 from train.assets import asset
 
 ROOT = Path(__file__).parents[1]
@@ -45,9 +46,18 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return MiniLM without all of its layers but the first: there is six times less to compile."""
-    folder = shutil.copytree(asset("minilm"), tmp_path_factory.mktemp("model") / "minilm")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return models in the place of larger ones: MiniLM's first layer, and a random decoder that knows a prompt's words."""
+    folder = tmp_path_factory.mktemp("models")
+    compress = (ROOT / "notebooks" / "02_compress_a_prefix.ipynb").read_text()
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", compress)))
+    write_model(folder / "smollm2", ["[UNK]", *words])
+    return {"minilm": str(first_layer(folder / "minilm")), "smollm2": str(folder / "smollm2")}
+
+
+def first_layer(folder: Path) -> Path:
+    """Write MiniLM without all of its layers but the first: there is six times less to compile."""
+    shutil.copytree(asset("minilm"), folder)
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
@@ -61,21 +71,22 @@ INSTEAD = """
 from pathlib import Path
 from train import assets
 fetched = assets.asset
-assets.asset = lambda name, **options: Path({folder!r}) if name == "minilm" else fetched(name, **options)
+folders = {folders!r}
+assets.asset = lambda name, **options: Path(folders[name]) if name in folders else fetched(name, **options)
 """
-"""A cell before all others: whoever asks for MiniLM is given another folder."""
+"""A cell before all others: whoever asks for a model is given another folder."""
 
 
 @every_notebook
-def test_it_runs(path: Path, compiled: Path, first_layer: Path) -> None:
-    """Every cell as it stands, compiled as tests are; of a pretrained model the first layer."""
+def test_it_runs(path: Path, compiled: Path, smaller: dict[str, str]) -> None:
+    """Every cell as it stands, compiled as tests are; in the place of pretrained models smaller ones."""
     notebook = nbformat.read(path, as_version=4)
-    pretrained = [cell for cell in notebook.cells if 'asset("minilm")' in cell.source]
-    assert bool(pretrained) == path.stem.startswith("03")
+    pretrained = [cell for cell in notebook.cells if re.search(r'asset\("(minilm|smollm2)"\)', cell.source)]
+    assert bool(pretrained) == path.stem.startswith(("02", "03"))
     if pretrained:
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(INSTEAD.format(folder=str(first_layer))))
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(INSTEAD.format(folders=smaller)))
         (cell,) = pretrained
-        cell.source += "\nassert len(model.backbone.layers) == 1"
+        cell.source += '\nassert len(getattr(model, "backbone", model).layers) < 3'
     run(notebook, env=quickly(compiled))
     check(notebook)
 
