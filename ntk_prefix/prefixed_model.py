@@ -223,33 +223,49 @@ class Queries:
     def of(self, path: str) -> tuple[Rows, Float[Array, "K M H"]]:
         """Return a layer's queries that are no padding, in shares, and the prefix's keys, scaled."""
         with self.lock:
-            recorded = self._recorded[path]
+            recorded, said = self._recorded[path], self.scores[path]
         prefix, parts = self.prefix[path], []
-        for seen in recorded:
-            scores: dict[str, Any] = dict(seen.scores)
-            rows = rows_of(seen.query, *prefix, seen.key, seen.value, mask=seen.mask, **scores)
+        for seen, arrays in recorded:
+            rows = _rows(seen.query, *prefix, seen.key, seen.value, mask=seen.mask, **said, **arrays)
             groups = seen.query.shape[2] // seen.key.shape[2]
             parts.append(rows.take(np.flatnonzero(np.repeat(np.asarray(seen.seen).reshape(-1), groups))))
         rows = Rows(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
-        return rows, jnp.swapaxes(prefix.key, 0, 1) * recorded[0].scale ** 0.5
+        scale = said.get("scale") or prefix.key.shape[-1] ** -0.5
+        return rows, jnp.swapaxes(prefix.key, 0, 1) * scale**0.5
 
     @functools.cached_property
-    def _recorded(self) -> dict[str, list[LayerRecord]]:
-        kept: dict[str, list[LayerRecord]] = {path: [] for path in self.prefix}
+    def _recorded(self) -> dict[str, list[tuple[LayerRecord, dict[str, Array]]]]:
+        kept: dict[str, list[tuple[LayerRecord, dict[str, Array]]]] = {path: [] for path in self.prefix}
         rows = len(self.texts["input_ids"])
+        # compiled as a whole: one by one its small operations would be a hundred programs
+        run = nnx.jit(lambda model, some: record(model, some, _arrays))
         for i, some in enumerate(in_parts(self.texts)):
             with attending(self.model, self.prefix):
-                for path, seen in record(self.model, some).items():
-                    # no head has a mask of its own, and T x S of each would be most of the memory
-                    kept[path].append(seen._replace(mask=seen.mask[:, :1]))
+                for path, seen in run(self.model, some).items():
+                    kept[path].append(seen)
             self.progress("reading the queries", min((i + 1) * ROWS_AT_ONCE, rows), rows)
         return kept
 
     @functools.cached_property
-    def scores(self) -> dict[str, Mapping[str, Any]]:
-        """What else each layer's attention is told of its scores."""
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """What else each layer's attention is told of its scores, in numbers that are no arrays."""
+        found: dict[str, dict[str, Any]] = {}
+
+        def keep(path: str, seen: LayerRecord) -> None:
+            found[path] = {name: x for name, x in seen.scores.items() if not isinstance(x, jax.Array)}
+
         token = {name: jnp.ones((1, 1), jnp.int32) for name in self.texts}
-        return record(self.model, token, lambda _, seen: seen.scores)
+        nnx.eval_shape(lambda model: record(model, token, keep), self.model)
+        return found
+
+
+def _arrays(path: str, seen: LayerRecord) -> tuple[LayerRecord, dict[str, Array]]:
+    """Return what of a record a program may return. No head has a mask of its own, and the output is not looked at."""
+    arrays = {name: x for name, x in seen.scores.items() if isinstance(x, jax.Array)}
+    return seen._replace(mask=seen.mask[:, :1], output=seen.query[:0], scores={}), arrays
+
+
+_rows = jax.jit(rows_of, static_argnames=("is_causal", "scale", "logits_soft_cap", "local_window_size"))
 
 
 def sensitivity(
