@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 
 from ntk_prefix.checks import UsageError
 from theory.problem import Problem
@@ -203,13 +204,16 @@ class Result:
 
 
 def examine(claim: Claim, problem: Problem) -> Result:
-    """Measure a claim and its controls, in float64; what several controls share is measured once."""
+    """Measure a claim and its controls, in float64; what several controls share is measured once.
+
+    BLAS has one thread: in matrices of some hundred rows several wait for one another, and claims are measured side by side.
+    """
     start = time.perf_counter()
     nothing = Evidence(())
     try:
         if (reason := claim.refused(problem)) is not None:
             raise Undecidable(reason)
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), threadpool_limits(1):
             evidence = claim.measure(problem)
             found: dict[Callable[[Problem], Evidence], Evidence] = {}
             for control in claim.controls:

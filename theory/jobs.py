@@ -27,7 +27,7 @@ from theory.claims import claims
 from theory.problem import Problem
 from theory.report import Finished, finish
 
-LONGEST = ("approximation", "limit", "lazy", "dynamics", "certificate", "depth", "convergence", "real_layer")
+LONGEST = ("depth", "limit", "convergence", "certificate", "dynamics", "lazy", "approximation", "real_layer")
 """What is begun first, so that no process is still at a long claim when the others have nothing left."""
 
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 from matplotlib.figure import Figure
-from threadpoolctl import threadpool_limits
 
 from ntk_prefix import ntk_attention, prefix_attention
 from ntk_prefix.feature_maps import Anchors
@@ -141,17 +140,6 @@ class State:
     """[queries, R], ``phi(q) / (phi(q) . k)``: what Z is multiplied by."""
 
 
-def _one_thread(measure: Callable[[Problem], Evidence]) -> Callable[[Problem], Evidence]:
-    """Measure with one thread of BLAS: in matrices of some hundred rows several wait for one another."""
-
-    @functools.wraps(measure)
-    def measured(problem: Problem) -> Evidence:
-        with threadpool_limits(1):
-            return measure(problem)
-
-    return measured
-
-
 def _random(problem: Problem, *labels: str | int) -> np.random.Generator:
     return np.random.default_rng(np.asarray(jax.random.key_data(problem.key("equivalence", *labels))))
 
@@ -254,7 +242,6 @@ def _falling(cases: dict[str, tuple[Case, dict[int, list[State]]]]) -> Evidence:
     return Evidence(tuple(checks), parameters, {"found": found, "curves": curves, "sizes": sizes, "chosen": chosen})
 
 
-@_one_thread
 def _others(problem: Problem) -> Evidence:
     """States that are not of this prefix, or cannot grow: of one with another sigma, and elu1."""
     size, checks = _sizes(problem)[-1], []
@@ -391,7 +378,6 @@ def _simulated(problem: Problem) -> Evidence:
     return Evidence(tuple(checks))
 
 
-@_one_thread
 def _measure(problem: Problem) -> Evidence:
     cases = {case.name: (case, _states(problem, case)) for case in _cases(problem)}
     falling = _falling(cases)
