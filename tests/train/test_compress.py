@@ -1,5 +1,6 @@
 """``python -m train.compress``: a prompt in, an adapter and a report out."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from tests.train.tiny_model import write_model
 from train.compress import Options, main
 
 WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
-TOKENS = 40
+TOKENS, POSITIONS = 40, 64
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer decoder, a prompt and texts that could follow it."""
     folder = tmp_path_factory.mktemp("compress")
-    write_model(folder / "model", WORDS)
+    write_model(folder / "model", WORDS, max_position_embeddings=POSITIONS)
     drawn = np.random.default_rng(0)
     (folder / "prompt.txt").write_text(" ".join(drawn.choice(WORDS[1:], TOKENS)))
     lines = [" ".join(drawn.choice(WORDS[1:], 9 + i % 4)) for i in range(24)]
@@ -42,7 +43,9 @@ def options(place: Path, **changes: Any) -> Options:
 
 
 def test_the_adapter_is_nearly_the_prompt_and_loads_elsewhere(place: Path, tmp_path: Path) -> None:
-    main(options(place, out=tmp_path / "out"), Console(quiet=True))
+    said = io.StringIO()
+    main(options(place, out=tmp_path / "out"), Console(file=said, width=400))
+    assert f"reach over {TOKENS + 128} positions, and the model was trained on {POSITIONS}" in said.getvalue()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["prompt_tokens"] == TOKENS
     assert np.sum(report["anchors"]) <= 6 * np.size(report["anchors"])
@@ -246,7 +249,10 @@ def test_what_cannot_be_meant_is_said_in_one_line(place: Path, tmp_path: Path, c
 
 
 def test_without_texts_the_model_writes_them(place: Path, tmp_path: Path) -> None:
-    main(options(place, queries=None, self_study=8, tokens=6, steps=0, out=tmp_path / "out"), Console(quiet=True))
+    said = io.StringIO()
+    given = options(place, queries=None, self_study=8, tokens=6, steps=0, out=tmp_path / "out")
+    main(given, Console(file=said))
+    assert "positions" not in said.getvalue()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["texts"] == {"fitted": 6, "held_out": 2}
     assert report["kl"]["mean"] < report["kl_without_prompt"]["mean"]
