@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ntk_prefix.artifacts import json_text
 from ntk_prefix.checks import NonFiniteError, UsageError, explain
+from train import compare_compression, compress
 from train.__main__ import main, parse
 from train.command import DivergedError, Terminal, ended
 from train.comparison.plan import Comparison
@@ -200,7 +201,9 @@ COMMANDS = sorted(
     {
         found.group()
         for file in ("README.md", "train/README.md")
-        for found in re.finditer(r"python -m train(\.(compare|lazy))?( [^`#\n]+)", Path(file).read_text())
+        for found in re.finditer(
+            r"python -m train(\.(compare_compression|compare|compress|lazy))?( [^`#\n]+)", Path(file).read_text()
+        )
         if not re.search(r"[A-Z]{3}|\.\.\.|--help| · ", found.group())  # placeholders
     }
 )
@@ -221,3 +224,9 @@ def test_every_command_of_the_documentation_is_understood(command: str) -> None:
             assert tyro.cli(Comparison, args=arguments)
         case "train.lazy":
             assert tyro.cli(Options, args=arguments)
+        case "train.compress":
+            assert tyro.cli(compress.Options, args=arguments)
+        case "train.compare_compression":
+            assert tyro.cli(compare_compression.Options, args=arguments)
+        case _:
+            raise AssertionError(f"no program is known as {program}")
