@@ -30,6 +30,7 @@ from ntk_prefix.checks import NonFiniteError, UsageError, expected
 __all__ = [
     "CHECKOUT",
     "checked",
+    "cores",
     "decode_json",
     "finite_or_none",
     "held",
@@ -267,6 +268,15 @@ def _git() -> str:
     except FileNotFoundError:
         return "unknown (no git)"
     return described.stdout.strip() or "unknown (not a checkout)"
+
+
+def cores() -> int:
+    """Return how many independent things to do at once: one a core; one on an accelerator, whose memory is not shared."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory() -> int:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ntk_prefix.anchor_fit import Choice, choose, divide, fit_chosen
 from ntk_prefix.checks import check_array, check_count, expected
@@ -170,7 +170,8 @@ def errors(
 def _each(do: Callable[[str], Result], paths: list[str], what: str, progress: Progress) -> list[Result]:
     """Do something for each layer, for a layer a core: what a head needs is too small for several."""
     found = []
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    # BLAS has one number of threads for all of them, so it is set outside of them
+    with threadpool_limits(1), concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         for each in pool.map(do, paths):
             found.append(each)
             progress(what, len(found), len(paths))

@@ -14,10 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ntk_prefix.artifacts import cores
 from ntk_prefix.checks import UsageError, expected, explain
 from theory.claim import Claim
 from theory.claims import claims, table
-from theory.jobs import cores, measure
+from theory.jobs import measure
 from theory.problem import Problem, Profile, load
 from theory.report import Folder, Outcome, Record, configuration, controls_in_words, number, verdict
 

@@ -31,13 +31,6 @@ LONGEST = ("depth", "limit", "convergence", "certificate", "dynamics", "lazy", "
 """What is begun first, so that no process is still at a long claim when the others have nothing left."""
 
 
-def cores() -> int:
-    """Return how many claims to measure at once: one for each core, one on an accelerator, whose memory is not shared."""
-    if jax.default_backend() != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def measure(
     chosen: list[Claim], problem: Problem, jobs: int, begun: Callable[[list[Claim]], None] = lambda running: None
 ) -> Generator[tuple[Claim, Finished]]:

@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on_where_it_was(place: Path, tmp_path: Path, mo
             raise KeyboardInterrupt
         return fit(*args, **options)
 
-    monkeypatch.setattr(compression.os, "sched_getaffinity", lambda _: {0})  # one layer after the other
+    monkeypatch.setattr(compression, "cores", lambda: 1)  # one layer after the other
     monkeypatch.setattr(compression, "fit_chosen", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(given, Console(quiet=True))
