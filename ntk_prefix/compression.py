@@ -19,6 +19,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ntk_prefix.anchor_fit import Choice, choose, divide, fit_chosen
+from ntk_prefix.artifacts import cores
 from ntk_prefix.checks import check_array, check_count, expected
 from ntk_prefix.feature_maps import Anchors
 from ntk_prefix.models.backbone import check_tokens
