@@ -27,7 +27,7 @@ from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.prefixed_model import Inputs, Prefix, Progress, Queries, in_parts, sensitivity
 from ntk_prefix.query_shares import Rows, outputs
-from ntk_prefix.typing import Float, Int
+from ntk_prefix.typing import Array, Float, Int
 
 __all__ = ["Compression", "Kept", "Made", "compress", "errors", "make"]
 
@@ -165,7 +165,10 @@ def errors(
         progress: told after each part.
     """
     seen = Queries(model, prefix, texts, progress)
-    return np.stack([_error(seen.of(path)[0], states[path]) for path, _ in attention_sites(model)])
+    # of one size, so that they are one program
+    widest = max(state.k.shape[-1] for state in states.values())
+    found = (_error(seen.of(path)[0], states[path].padded(widest)) for path, _ in attention_sites(model))
+    return np.stack([np.asarray(x, np.float64) for x in found])
 
 
 def _each(do: Callable[[str], Result], paths: list[str], what: str, progress: Progress) -> list[Result]:
@@ -188,7 +191,8 @@ def _state(scores: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> Prefix
     return PrefixState(z, k, Anchors(points, scores.get("logits_soft_cap")), scores.get("scale"))
 
 
-def _error(rows: Rows, state: PrefixState) -> Float[np.ndarray, "K"]:
+@jax.jit
+def _error(rows: Rows, state: PrefixState) -> Float[Array, "K"]:
     z: Any = state.z
     distance = outputs(rows, z, state.k, state.feature_map) - rows.target
-    return np.asarray(jnp.sum(distance**2, axis=(1, 2)) / jnp.sum(rows.part**2, axis=(1, 2)), np.float64)
+    return jnp.sum(distance**2, axis=(1, 2)) / jnp.sum(rows.part**2, axis=(1, 2))

@@ -319,7 +319,9 @@ class PrefixState:
             return self
 
         def wider(x: Array, axis: int) -> Array:
-            return jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)])
+            widths = [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)]
+            # on the host where it is known: each size would be a program
+            return jnp.pad(x, widths) if isinstance(x, jax.core.Tracer) else jnp.asarray(np.pad(np.asarray(x), widths))
 
         z = self.z._replace(left=wider(self.z.left, -2)) if isinstance(self.z, LowRank) else wider(self.z, -2)
         return PrefixState(z, wider(self.k, -1), self.feature_map.padded(features), self.scale)

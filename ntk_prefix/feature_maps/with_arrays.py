@@ -352,7 +352,10 @@ def _by_head(name: str, weights: Array, x: Array, offset: Array | None = None) -
 
 
 def _repeated_last(array: Array, features: int) -> Array:
-    return jnp.pad(array, ((0, 0), (0, features - array.shape[1]), (0, 0)), mode="edge")
+    widths = ((0, 0), (0, features - array.shape[1]), (0, 0))
+    if isinstance(array, jax.core.Tracer):
+        return jnp.pad(array, widths, mode="edge")
+    return jnp.asarray(np.pad(np.asarray(array), widths, mode="edge"))  # on the host: each size would be a program
 
 
 def _check_fits(name: str, array: Array, heads: int, head_dim: int) -> None:
