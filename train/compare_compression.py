@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,7 @@ def _rows(
                 measured = {"failed": str(error)}
             named = {"prompt": inputs.name, "method": method, "budget": budget, "seed": seed, "settings": settings}
             took = {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
-            row = Row(**named, **took, git=git, **measured)  # type: ignore[typeddict-item]
+            row = cast(Row, {**named, **took, "git": git, **measured})
             results.add(row)
             yield row
 

@@ -105,16 +105,16 @@ def lines_of(rows: list[Row], labels: dict[str, str]) -> list[dict[str, Any]]:
         groups.setdefault((row["prompt"], row["budget"], row["method"]), []).append(row)
     lines = []
     for (prompt, budget, method), each in groups.items():
-        done = [row for row in each if "kl" in row]
+        done: list[dict[str, Any]] = [dict(row) for row in each if "kl" in row]
 
-        def mean(name: str, done: list[Row] = done) -> float | None:
-            values: list[float] = [row[name] for row in done if row.get(name) is not None]  # type: ignore[literal-required]
+        def mean(name: str, done: list[dict[str, Any]] = done) -> float | None:
+            values: list[float] = [row[name] for row in done if row.get(name) is not None]
             return statistics.fmean(values) if values else None
 
-        def error(name: str, done: list[Row] = done) -> float | None:
+        def error(name: str, done: list[dict[str, Any]] = done) -> float | None:
             """Return the standard error over seeds, or over texts if there is one."""
             if len(done) > 1:
-                return statistics.stdev(row[name] for row in done) / len(done) ** 0.5  # type: ignore[literal-required]
+                return statistics.stdev(row[name] for row in done) / len(done) ** 0.5
             return mean(f"{name}_error")
 
         lines.append(
