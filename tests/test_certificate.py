@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from ntk_prefix import FixedValuePrefixModel, RandomPrefix, TiedPrefixModel
-from ntk_prefix.certificate import certify, find_m, theorem
+from ntk_prefix.certificate import certify, curve, find_m, theorem
+from ntk_prefix.certificate.curve import Forecast
 from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference
 from ntk_prefix.certificate.rounding import Enclosure, eigen_enclosure, gamma
@@ -112,8 +113,9 @@ class TestReference:
         assert between < 0.05 * np.linalg.norm(points, axis=1).max()
 
     @pytest.mark.parametrize("relative", [0.0, 0.02])
-    def test_paths_bound_every_perturbed_run(self, relative: float) -> None:
-        """Jacobians anywhere within the drift, adversarial in time: the sums stay under P, G and V."""
+    def test_paths_bound_every_perturbed_run(self, relative: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Jacobians anywhere within the drift, adversarial in time: the sums stay under P, G and V, the error near."""
+        monkeypatch.setattr(curve, "SINGLE", 16)
         reference = self.reference(relative)
         values, basis = reference.kernel.values, reference.kernel.basis
         rng = np.random.default_rng(2)
@@ -121,6 +123,7 @@ class TestReference:
         for drift in (1e-3, 5e-3):
             assert all(step.holds for step in reference.steps(drift))
             paths = reference.paths(drift)
+            near = Forecast(reference, drift, theorem.descent(reference, drift)[1]).curve(np.arange(3000)).deviation
             for _ in range(4):
                 wobble = rng.normal(size=(6, 6))
                 wobble = relative * (wobble + wobble.T) / 2 / np.linalg.norm((wobble + wobble.T) / 2, 2)
@@ -132,6 +135,7 @@ class TestReference:
                 straight, moved, lin_moved = reference.error.copy(), np.zeros(6), np.zeros(6)
                 outputs = weights = deviation = 0.0
                 for t in range(3000):
+                    assert np.linalg.norm(error - straight) <= near[t]
                     if t % 40 == 0:
                         bad = rng.normal(size=(2, 6, 6))
                         bad = drift * bad / np.linalg.norm(bad, 2, axis=(1, 2))[:, None, None]
@@ -145,6 +149,50 @@ class TestReference:
                 assert outputs <= paths.outputs
                 assert weights <= paths.weights
                 assert deviation <= paths.deviation
+
+
+class TestForecast:
+    """The curve, where one direction alone makes the worst case known: every constant of it is needed."""
+
+    LEAST, STEPS = 0.5, 200
+
+    def forecast(self, drift: float = 0.0, error: float = 0.0, relative: float = 0.0) -> Forecast:
+        kernel = Enclosure(np.array([self.LEAST]), np.eye(1), np.array(0.0), np.array(0.0))
+        return Forecast(Reference(kernel, error, np.array([2.0]), 0.0, 0.1, relative), drift, 0.0)
+
+    def run(self, sign: int, drift: float = 0.0, error: float = 0.0, relative: float = 0.0) -> np.ndarray:
+        """The loss with everything as far off as it may, and all to one side."""
+        jacobian = np.sqrt(self.LEAST * (1 + sign * relative) + sign * error) + sign * drift
+        return 2.0 * (1 - 0.1 * jacobian**2) ** (2 * np.arange(self.STEPS))
+
+    @pytest.mark.parametrize("constant", ["drift", "error", "relative"])
+    def test_the_worst_runs_are_inside_and_half_worse_ones_are_not(self, constant: str) -> None:
+        found = self.forecast(**{constant: 1e-3}).curve(np.arange(self.STEPS))
+        for sign in (-1, 1):
+            worst, beyond = (self.run(sign, **{constant: size}) for size in (1e-3, 1.5e-3))
+            assert ((found.lower <= worst) & (worst <= found.upper)).all()
+            assert ((beyond < found.lower) | (found.upper < beyond)).any()
+
+    def test_windows_take_the_deviation_from_above_and_hardly_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        times = np.unique(np.geomspace(1, 400, 40).astype(int))
+        rng = np.random.default_rng(3)
+        values = np.array([1e-3, 0.02, 0.3, 1.0, 7.0])
+        kernel = Enclosure(values, np.eye(5), np.array(0.0), np.array(0.0))
+        reference = Reference(kernel, 1e-6, rng.normal(size=5), 0.0, 0.1, 1e-3)
+        single = Forecast(reference, 1e-4, 1e-5).curve(times).deviation
+        monkeypatch.setattr(curve, "SINGLE", 16)
+        several = Forecast(reference, 1e-4, 1e-5)
+        assert (single <= several.curve(times).deviation * (1 + 1e-9)).all()
+        assert (several.curve(times).deviation <= 1.5 * single).all()
+        assert several.reaches(0.5, 10**6) == several.reaches(0.5, 10**6) < 10**6
+
+    def test_the_first_step_below_a_loss(self) -> None:
+        forecast = self.forecast(drift=1e-3)
+        upper = forecast.curve(np.arange(self.STEPS)).upper
+        for error in (1.9, 1.0, 0.1):
+            first = forecast.reaches(error, 10**4)
+            assert upper[first] <= error**2 / 2 < upper[first - 1]
+        assert forecast.reaches(1e-9, 17) == 17
 
 
 class TestTokens:
@@ -258,15 +306,19 @@ def run_and_compare(count: int, seed: int) -> tuple[int, int, int]:
         certified += certificate.holds
         if certificate.holds:
             over = (error > certificate.envelope(len(error) - 1) + 1e-20).any()
-            broken += rises or bool(over) or float(reach.max()) > 1
+            sides = certificate.curve(len(error) - 1)
+            outside = ((error / 2 < sides.lower * (1 - 1e-9) - 1e-20) | (error / 2 > sides.upper + 1e-20)).any()
+            broken += rises or bool(over) or bool(outside) or float(reach.max()) > 1
     return certified, broken, left
 
 
 @pytest.fixture(scope="class")
 def optimized() -> Iterator[None]:
-    """Runs here are long: what the suite saves in compilation they would lose."""
+    """Runs here are long: what the suite saves in compilation they would lose. Windows of several steps are fewer."""
     jax.config.update("jax_disable_most_optimizations", False)
+    single, curve.SINGLE = curve.SINGLE, 8
     yield
+    curve.SINGLE = single
     jax.config.update("jax_disable_most_optimizations", True)
 
 
@@ -431,6 +483,11 @@ class TestCertificate:
             (lambda x, y: find_m(x, y, start=65), "start: expected an even number"),
             (lambda x, y: find_m(x, y, resolution=0.0), "resolution: expected a finite number > 0"),
             (lambda x, y: certify(x, y, model=drawn("fixed", 4096)).envelope(-1), "steps: expected a whole number"),
+            (
+                lambda x, y: certify(x, y, model=drawn("fixed", 4096)).curve(np.array([0.5])),
+                "steps: expected a whole nu",
+            ),
+            (lambda x, y: certify(x, y, model=drawn("fixed", 32)).curve(3), "curve: this certificate does not hold"),
         ],
     )
     def test_errors_say_what_to_do(self, call: Callable, message: str, without_annotations: None) -> None:

@@ -1,4 +1,4 @@
-"""The a-priori certificate: what can be said of a prefix before it is drawn. theory/certificate.md, section 7.
+"""The a-priori certificate: what can be said of a prefix before it is drawn. theory/certificate.md, section 8.
 
 The limit H* takes the place of the computed kernel, and what the passes over the tokens compute is bounded by moments
 of log-normals. Only symmetric draws: without pairs F(0) is itself random and of size sqrt(m).
@@ -238,8 +238,7 @@ class Prior:
 
     def total(self, m: int, reference: Reference, drift: float) -> float:
         """Bound on |W(t) - W(0)|_F: the linearized displacement, at most nu sqrt(e^T H*^-1 e / m), and the deviation."""
-        nu = math.sqrt(1 + reference.relative_error + reference.discrepancy / float(self.kernel.values[0]))
-        return OUTWARD * (nu * reference.norm + reference.paths(drift).deviation) / math.sqrt(m)
+        return OUTWARD * (reference.nu * reference.norm + reference.paths(drift).deviation) / math.sqrt(m)
 
 
 def _degree_five(d: int) -> tuple[np.ndarray, np.ndarray]:

@@ -111,7 +111,9 @@ class Reference:
         object.__setattr__(self, "half", total((roots * powers).max(1)))
         object.__setattr__(self, "whole", total((values * powers).max(1)))
         object.__setattr__(self, "norm", OUTWARD * float(np.sqrt((np.square(above) / values).sum())))
-        object.__setattr__(self, "_polygon", self._near(coefficients, rounding, horizon))
+        object.__setattr__(self, "coefficients", coefficients)
+        object.__setattr__(self, "rounding", rounding)
+        object.__setattr__(self, "_polygon", self._near(horizon))
 
     outputs: float = dataclasses.field(init=False)
     """m eta sum_t |e(t)| of the linearized run."""
@@ -123,7 +125,17 @@ class Reference:
     """s_2 = m eta sum_t |H^ (I - m eta H^)^t|_op."""
     norm: float = dataclasses.field(init=False)
     """sqrt( e(0)^T H^^-1 e(0) ): sqrt(m) times the length of the linearized displacement, at most."""
+    coefficients: np.ndarray = dataclasses.field(init=False)
+    """V^T e(0) as computed, [N]."""
+    rounding: float = dataclasses.field(init=False)
+    """Euclidean norm of what they are off by."""
     _polygon: tuple[np.ndarray, float] = dataclasses.field(init=False)
+
+    @property
+    def nu(self) -> float:
+        """sqrt(1 + omega + E / lambda): |J(0)^T z| <= sqrt(m) nu |H^^(1/2) z|."""
+        least = float(self.kernel.values[0])
+        return OUTWARD * math.sqrt(1 + self.relative_error + self.discrepancy / least)
 
     @property
     def discrepancy(self) -> float:
@@ -147,13 +159,13 @@ class Reference:
         """
         return self._polygon
 
-    def _near(self, coefficients: np.ndarray, rounding: float, horizon: float) -> tuple[np.ndarray, float]:
+    def _near(self, horizon: float) -> tuple[np.ndarray, float]:
         """Return a polygon near the path of the run, and how far from it the path may be.
 
         A component is c (1 - b^t) / lambda; between two times the chord is missed by at most min(z^2 / 8, 1 - e^-z) of
         what is left of it, z = -log(b) dt, at the same point of the chord for all components.
         """
-        values = self.kernel.values
+        values, coefficients = self.kernel.values, self.coefficients
         times = np.concatenate([[0.0], np.geomspace(1, horizon, _steps(horizon, RATIO))])
         speed = -np.log1p(-self.rate * values)
         left = np.exp(-times[:, None] * speed[None]) * (coefficients / values)[None]
@@ -164,20 +176,19 @@ class Reference:
         furthest = float(np.linalg.norm(coefficients / values))
         size = len(values)
         turned = float(self.kernel.tilt) + gamma(size + 8) * math.sqrt(size) + 1e-10
-        return points @ self.kernel.basis.T, OUTWARD * (between + rounding / float(values[0]) + turned * furthest)
+        return points @ self.kernel.basis.T, OUTWARD * (between + self.rounding / float(values[0]) + turned * furthest)
 
-    def _system(self, drift: float) -> tuple[np.ndarray, float]:
-        """Return the matrix of ``paths``, acting on (P, G^), and nu."""
-        least, error, relative = float(self.kernel.values[0]), self.discrepancy, self.relative_error
-        nu = OUTWARD * math.sqrt(1 + relative + error / least)
+    def _system(self, drift: float) -> np.ndarray:
+        """Return the matrix of ``paths``, acting on (P, G^)."""
+        least, error, relative, nu = float(self.kernel.values[0]), self.discrepancy, self.relative_error, self.nu
         excess = drift**2 + error  # what stands before P behind s_0 and s_1 alike
         to_outputs = [nu * self.half * drift + excess / least, nu * drift / least + self.half * relative]
         to_weights = [nu * self.whole * drift + self.half * excess, nu * self.half * drift + self.whole * relative]
-        return OUTWARD * np.array([to_outputs, to_weights]), nu
+        return OUTWARD * np.array([to_outputs, to_weights])
 
     def steps(self, drift: float) -> tuple[Step, Step]:
         """Return the inequality that a drift is small enough for a rate, and for ``paths`` to be finite."""
-        (a, b), (c, d) = self._system(drift)[0]
+        (a, b), (c, d) = self._system(drift)
         root = math.sqrt(self.smallest)
         feedback = (a + d) / 2 + math.sqrt(((a - d) / 2) ** 2 + b * c)
         return (
@@ -196,7 +207,7 @@ class Reference:
         s_0 = 1 / lambda, nu^2 = 1 + omega + E / lambda, lambda = lambda_min(H^). For H(W(0)) = H^ + A + H^^(1/2) B H^^(1/2),
         E bounds |A| and omega bounds |B|.
         """
-        ((a, b), (c, d)), nu = self._system(drift)
+        ((a, b), (c, d)), nu = self._system(drift), self.nu
         determinant = (1 - a) * (1 - d) - b * c
         outputs = OUTWARD * ((1 - d) * self.outputs + b * self.weights) / determinant
         reduced = OUTWARD * (c * self.outputs + (1 - a) * self.weights) / determinant

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_prefix.certificate.curve import Forecast
 from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.result import Certificate
@@ -210,6 +211,7 @@ def _prior_certificate(prior: Prior, m: int, step_size: float | None) -> Certifi
         drift=drift,
         steps=tuple(steps),
         drift_parts=parts,
+        forecast=Forecast(reference, drift, decrease) if holds else None,
     )
 
 
@@ -393,6 +395,7 @@ def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Ce
         steps=steps,
         drift_parts=closure.parts,
         radii=np.repeat(radii, 2) if tokens.paired else radii,
+        forecast=Forecast(reference, closure.drift, decrease) if holds else None,
     )
 
 
