@@ -30,9 +30,9 @@ SEEDS = 2**32
 """Seeds are below this: what a random key takes with and without float64."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """Inputs, targets, and how long a prefix may get.
+    """Inputs, targets, and how long a prefix may get. Equal numbers make equal problems, so results can be kept by them.
 
     Args:
         name: where the data came from, for the reader; nothing is decided by it.
@@ -51,6 +51,18 @@ class Problem:
     sigma: float = 1.0
     seed: int = 0
     profile: Profile = "quick"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether every number is the same."""
+        return isinstance(other, Problem) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        """Hash of the numbers."""
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[str | float, ...]:
+        return self.digest, self.name, self.source, self.sigma, self.seed, self.profile
 
     @property
     def full(self) -> bool:
