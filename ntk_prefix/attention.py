@@ -384,7 +384,8 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
     numerator = features
     for factor in factors:
         if length < factor.shape[2]:
-            numerator = jnp.einsum("bjtr,jrh->bjth", numerator, factor.astype(dtype))
+            # the few rows last: XLA's CPU takes 4 us where it takes 64 the other way round (9 queries, R = 234, H = 64)
+            numerator = jnp.einsum("jrh,bjtr->bjht", factor.astype(dtype), numerator).swapaxes(2, 3)
         else:  # repeated for the rows of the batch it is no larger than they are, and they stay where they are
             numerator = numerator @ jnp.broadcast_to(factor.astype(dtype), (batch, *factor.shape))
     mass = jnp.sum(features * k.astype(dtype)[None, :, None], axis=-1)

@@ -71,6 +71,8 @@ class Options:
     """Of each, interleaved."""
     threads: int = 2
     """Of torch's."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters for SmolLM2, such as ``train.compress`` writes, each a row."""
 
     def check(self) -> None:
         """Refuse what cannot be run.
@@ -144,7 +146,7 @@ def write_hugging_face(model: models.Llama, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def contenders() -> dict[str, models.Llama]:
+def contenders(adapters: tuple[Path, ...] = ()) -> dict[str, models.Llama]:
     """Return our models by name; the first is the one that ratios are of."""
 
     def load(**options: Any) -> models.Llama:
@@ -156,13 +158,17 @@ def contenders() -> dict[str, models.Llama]:
     ids = jnp.asarray(np.random.default_rng(1).integers(0, plain.config.vocab_size, (2, 64)))
     peft.apply(adapted, adapter_config("ntk_attention", ()), calibration={"input_ids": ids})
     narrow = peft.narrow_frozen(load(dtype=jnp.bfloat16))
-    return {"float32": plain, "a state of any prefix": adapted, "bfloat16": narrow}
+    made = {"float32": plain, "a state of any prefix": adapted, "bfloat16": narrow}
+    for folder in adapters:
+        made[str(folder)] = load()
+        peft.load_adapter(made[str(folder)], folder)
+    return made
 
 
 def run(options: Options, console: Console) -> int:
     """Print the table; return the exit status."""
     options.check()
-    made = contenders()
+    made = contenders(options.adapters)
     with transformers(options, made["float32"]) as peer:
         for batch in options.batches:
             compare(made, peer, batch, options, console)
