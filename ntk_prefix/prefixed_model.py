@@ -36,8 +36,10 @@ __all__ = [
     "Prefix",
     "Progress",
     "Queries",
+    "answers",
     "attending",
     "continuations",
+    "distances",
     "divergence",
     "in_parts",
     "read_prompt",
@@ -321,6 +323,33 @@ def sensitivity(
     return {path: each / count for path, each in total.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def answers(graph: Any, state: Any, inputs: Inputs) -> Float[Array, "B T V"]:
+    """Return the log probabilities of each next token, or hidden states where a model has no logits.
+
+    Args:
+        graph, state: of ``nnx.split(model)``: compiled once for all adapters of the same shapes.
+        inputs: texts.
+    """
+    result = nnx.merge(graph, state)(**inputs)
+    logits = getattr(result, "logits", None)
+    return result.last_hidden_state if logits is None else jax.nn.log_softmax(logits.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def distances(exact: Float[Array, "B T V"], ours: Float[Array, "B T V"], language: bool) -> tuple[Array, Array]:
+    """Return each token's divergence, as in :class:`Divergence`, and whether both sides' largest entry is the same, [B, T].
+
+    Args:
+        exact, ours: of :func:`answers`.
+        language: whether they are log probabilities.
+    """
+    same = jnp.argmax(exact, axis=-1) == jnp.argmax(ours, axis=-1)
+    if language:
+        return jnp.sum(jnp.exp(exact) * (exact - ours), axis=-1), same
+    return jnp.sum((exact - ours) ** 2, axis=-1) / jnp.sum(exact**2, axis=-1), same
+
+
 class Divergence(NamedTuple):
     """How far a model with states is from the model with the prefix, per token of some texts."""
 
@@ -346,32 +375,18 @@ def divergence(
     progress: Progress = lambda *_: None,
 ) -> list[Divergence]:
     """Return how far states are from the prefix on some texts, which is asked once; for None, how far the bare model is."""
-
-    def answer(model: Any, inputs: Inputs) -> Array:
-        result = model(**inputs)
-        logits = getattr(result, "logits", None)
-        return result.last_hidden_state if logits is None else jax.nn.log_softmax(logits.astype(jnp.float32))
-
-    @jax.jit
-    def apart(exact: Array, ours: Array) -> tuple[Array, Array]:
-        if isinstance(model, Llama):
-            same = jnp.argmax(exact, axis=-1) == jnp.argmax(ours, axis=-1)
-            return jnp.sum(jnp.exp(exact) * (exact - ours), axis=-1), same
-        return jnp.sum((exact - ours) ** 2, axis=-1) / jnp.sum(exact**2, axis=-1), jnp.zeros(0, bool)
-
-    run = nnx.jit(answer)
-    several = list(several)
+    several, language = list(several), isinstance(model, Llama)
     found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in several]
     rows = len(texts["input_ids"])
     for i, some in enumerate(in_parts(texts)):
         with attending(model, prefix):
-            exact = run(model, some)
+            exact = answers(*nnx.split(model), some)
         seen = np.asarray(some["attention_mask"], bool)
         text = i * ROWS_AT_ONCE + np.repeat(np.arange(len(seen))[:, None], seen.shape[1], axis=1)
         for states, parts in zip(several, found, strict=True):
             with attending(model, states):
-                kl, same = map(np.asarray, apart(exact, run(model, some)))
-            parts.append((kl[seen], same[seen] if same.size else same, text[seen]))
+                kl, same = map(np.asarray, distances(exact, answers(*nnx.split(model), some), language))
+            parts.append((kl[seen], same[seen] if language else same[:0], text[seen]))
         progress("comparing", min((i + 1) * ROWS_AT_ONCE, rows), rows)
     results = [Divergence(*map(np.concatenate, zip(*parts, strict=True))) for parts in found]
     if not all(np.isfinite(each.kl).all() for each in results):

@@ -41,7 +41,7 @@ from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
 from ntk_prefix.peft.sites import attention_sites
-from ntk_prefix.prefixed_model import Prefix, attending, in_parts, read_prompt
+from ntk_prefix.prefixed_model import Prefix, answers, attending, distances, in_parts, read_prompt
 from ntk_prefix.typing import Array, Float
 from train import unrelated
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
@@ -217,12 +217,12 @@ class Judge:
         self.held, self.other = list(in_parts(held)), list(in_parts(other))
         with attending(model, prefix):
             graph, state = nnx.split(model)
-            self.exact = [np.asarray(_answer(graph, state, some)) for some in self.held]
+            self.exact = [np.asarray(answers(graph, state, some)) for some in self.held]
         self.language = isinstance(model, models.Llama)
         with attending(model, None):
             graph, state = nnx.split(model)
         # of a model of language its losses, of another its hidden states
-        self.bare = [np.asarray(self._unrelated(_answer(graph, state, some), some, None)) for some in self.other]
+        self.bare = [np.asarray(self._unrelated(answers(graph, state, some), some, None)) for some in self.other]
 
     def measure(self, attached: Callable[[Any], contextlib.AbstractContextManager[None]]) -> dict[str, Any]:
         """Return what a row says of a compressed prompt.
@@ -234,12 +234,12 @@ class Judge:
             graph, state = nnx.split(self.model)
         distance, agrees = [], []
         for some, exact in zip(self.held, self.exact, strict=True):
-            each, same = _distance(jnp.asarray(exact), _answer(graph, state, some), self.language)
+            each, same = distances(jnp.asarray(exact), answers(graph, state, some), self.language)
             distance += _seen(each, some["attention_mask"])
             agrees += _seen(same, some["attention_mask"])
         rise = []
         for some, bare in zip(self.other, self.bare, strict=True):
-            each = self._unrelated(_answer(graph, state, some), some, bare)
+            each = self._unrelated(answers(graph, state, some), some, bare)
             rise += _seen(each, some["attention_mask"][:, 1:] if self.language else some["attention_mask"])
         tokens = np.concatenate(distance)
         if not (np.isfinite(tokens).all() and np.isfinite(np.concatenate(rise)).all()):
@@ -261,23 +261,6 @@ class Judge:
             loss = _next_losses(answer, inputs["input_ids"])
             return loss if bare is None else loss - bare
         return answer if bare is None else jnp.sum((answer - bare) ** 2, axis=-1) / jnp.sum(bare**2, axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _answer(graph: Any, state: Any, inputs: dict[str, Array]) -> Array:
-    """Return log probabilities, or hidden states; compiled once for all adapters of the same shapes."""
-    result = nnx.merge(graph, state)(**inputs)
-    logits = getattr(result, "logits", None)
-    return result.last_hidden_state if logits is None else jax.nn.log_softmax(logits.astype(jnp.float32))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _distance(exact: Array, ours: Array, language: bool) -> tuple[Float[Array, "B T"], Array]:
-    """Return each token's divergence, and whether both say the same first."""
-    same = jnp.argmax(exact, axis=-1) == jnp.argmax(ours, axis=-1)
-    if language:
-        return jnp.sum(jnp.exp(exact) * (exact - ours), axis=-1), same
-    return jnp.sum((exact - ours) ** 2, axis=-1) / jnp.sum(exact**2, axis=-1), same
 
 
 @jax.jit

@@ -127,11 +127,11 @@ def test_a_method_keeps_its_budget_and_is_better_than_no_prompt(case: Case, judg
 
 def test_states_of_the_same_shapes_are_compiled_once(case: Case, judge: Judge) -> None:
     judge.measure(made(case, "heaviest", 4).attached)
-    before = compare_compression._answer._cache_size()
+    before = prefixed_model.answers._cache_size()
     judge.measure(made(case, "matching", 4).attached)
-    assert compare_compression._answer._cache_size() == before
+    assert prefixed_model.answers._cache_size() == before
     judge.measure(made(case, "heaviest", 5).attached)
-    assert compare_compression._answer._cache_size() == before + 1
+    assert prefixed_model.answers._cache_size() == before + 1
 
 
 def test_tokens_are_the_first_ones_and_the_last_ones(case: Case) -> None:
