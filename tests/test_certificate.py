@@ -151,50 +151,6 @@ class TestReference:
                 assert deviation <= paths.deviation
 
 
-class TestForecast:
-    """The curve, where one direction alone makes the worst case known: every constant of it is needed."""
-
-    LEAST, STEPS = 0.5, 200
-
-    def forecast(self, drift: float = 0.0, error: float = 0.0, relative: float = 0.0) -> Forecast:
-        kernel = Enclosure(np.array([self.LEAST]), np.eye(1), np.array(0.0), np.array(0.0))
-        return Forecast(Reference(kernel, error, np.array([2.0]), 0.0, 0.1, relative), drift, 0.0)
-
-    def run(self, sign: int, drift: float = 0.0, error: float = 0.0, relative: float = 0.0) -> np.ndarray:
-        """The loss with everything as far off as it may, and all to one side."""
-        jacobian = np.sqrt(self.LEAST * (1 + sign * relative) + sign * error) + sign * drift
-        return 2.0 * (1 - 0.1 * jacobian**2) ** (2 * np.arange(self.STEPS))
-
-    @pytest.mark.parametrize("constant", ["drift", "error", "relative"])
-    def test_the_worst_runs_are_inside_and_half_worse_ones_are_not(self, constant: str) -> None:
-        found = self.forecast(**{constant: 1e-3}).curve(np.arange(self.STEPS))
-        for sign in (-1, 1):
-            worst, beyond = (self.run(sign, **{constant: size}) for size in (1e-3, 1.5e-3))
-            assert ((found.lower <= worst) & (worst <= found.upper)).all()
-            assert ((beyond < found.lower) | (found.upper < beyond)).any()
-
-    def test_windows_take_the_deviation_from_above_and_hardly_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        times = np.unique(np.geomspace(1, 400, 40).astype(int))
-        rng = np.random.default_rng(3)
-        values = np.array([1e-3, 0.02, 0.3, 1.0, 7.0])
-        kernel = Enclosure(values, np.eye(5), np.array(0.0), np.array(0.0))
-        reference = Reference(kernel, 1e-6, rng.normal(size=5), 0.0, 0.1, 1e-3)
-        single = Forecast(reference, 1e-4, 1e-5).curve(times).deviation
-        monkeypatch.setattr(curve, "SINGLE", 16)
-        several = Forecast(reference, 1e-4, 1e-5)
-        assert (single <= several.curve(times).deviation * (1 + 1e-9)).all()
-        assert (several.curve(times).deviation <= 1.5 * single).all()
-        assert several.reaches(0.5, 10**6) == several.reaches(0.5, 10**6) < 10**6
-
-    def test_the_first_step_below_a_loss(self) -> None:
-        forecast = self.forecast(drift=1e-3)
-        upper = forecast.curve(np.arange(self.STEPS)).upper
-        for error in (1.9, 1.0, 0.1):
-            first = forecast.reaches(error, 10**4)
-            assert upper[first] <= error**2 / 2 < upper[first - 1]
-        assert forecast.reaches(1e-9, 17) == 17
-
-
 class TestTokens:
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("name", ["fixed", "tied"])

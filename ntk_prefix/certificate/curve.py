@@ -117,6 +117,16 @@ class Forecast:
             upper=np.square(upper) / 2 * OUTWARD,
         )
 
+    def sums(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return P(t) and G(t), bounds on m eta sum_{s<t} |e(s)| and sqrt(m) eta sum_{s<t} |J(s)^T e(s)|, [T] each."""
+        while self._next <= times.max(initial=0):
+            self._advance()
+        window = np.searchsorted(self._starts[: self._count], times, side="right") - 1
+        fed = self.reference.rate * self._fed[:2, : self._count]
+        whole = np.cumsum(fed * self._lengths[: self._count], axis=1) - fed * self._lengths[: self._count]
+        outputs, weights = OUTWARD * (whole[:, window] + fed[:, window] * (times - self._starts[window]))
+        return outputs, weights
+
     def reaches(self, error: float, last: int) -> int:
         """Return the first step at which |e| is certain to be at most ``error``, or ``last`` if that is earlier."""
         while not (self._count and (self._fed[0, self._count - 1] <= error or self._starts[self._count - 1] >= last)):

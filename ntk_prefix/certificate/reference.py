@@ -159,6 +159,15 @@ class Reference:
         """
         return self._polygon
 
+    def solution(self, times: np.ndarray) -> tuple[np.ndarray, float]:
+        """Return m q(t) = H^^-1 (I - (I - m eta H^)^t) e(0), [T, N], and how far off it is at most; times may be infinite."""
+        values, basis = self.kernel.values, self.kernel.basis
+        ends = self.coefficients / values
+        gone = -np.expm1(times[:, None] * np.log1p(-self.rate * values)[None])
+        turned = float(self.kernel.tilt) + gamma(len(values) + 8) * math.sqrt(len(values)) + 1e-10
+        off = self.rounding / float(values[0]) + turned * float(np.linalg.norm(ends))
+        return (gone * ends[None]) @ basis.T, OUTWARD * off
+
     def _near(self, horizon: float) -> tuple[np.ndarray, float]:
         """Return a polygon near the path of the run, and how far from it the path may be.
 
@@ -172,11 +181,8 @@ class Reference:
         lengths = np.diff(times)[:, None] * speed[None]
         missed = np.linalg.norm(left[:-1] * np.minimum(np.square(lengths) / 8, -np.expm1(-lengths)), axis=1).max()
         between = max(float(missed), float(np.linalg.norm(left[-1])))
-        points = np.concatenate([(coefficients / values)[None] - left, (coefficients / values)[None]])
-        furthest = float(np.linalg.norm(coefficients / values))
-        size = len(values)
-        turned = float(self.kernel.tilt) + gamma(size + 8) * math.sqrt(size) + 1e-10
-        return points @ self.kernel.basis.T, OUTWARD * (between + self.rounding / float(values[0]) + turned * furthest)
+        points, off = self.solution(np.append(times, np.inf))
+        return points, OUTWARD * (between + off)
 
     def _system(self, drift: float) -> np.ndarray:
         """Return the matrix of ``paths``, acting on (P, G^)."""

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from ntk_prefix.certificate.curve import Curve, Forecast
+from ntk_prefix.certificate.elsewhere import Elsewhere, Predictions
 from ntk_prefix.certificate.reference import Step
 from ntk_prefix.certificate.rounding import OUTWARD
 from ntk_prefix.checks import UsageError, check_count, expected
@@ -41,6 +42,7 @@ class Certificate:
         radii: one radius for every token [m]; empty for an a-priori certificate.
         failure: probability that an a-priori certificate does not apply to the prefix drawn; 0 a posteriori.
         forecast: what ``curve`` is computed by; None if the certificate does not hold.
+        elsewhere: what ``predict`` is computed by; None also if no ``x_test`` was given.
     """
 
     holds: bool
@@ -59,6 +61,7 @@ class Certificate:
     radii: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0), repr=False)
     failure: float = 0.0
     forecast: Forecast | None = dataclasses.field(default=None, repr=False, compare=False)
+    elsewhere: Elsewhere | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def margin(self) -> float:
@@ -84,6 +87,24 @@ class Certificate:
         Source: derived, theory/certificate.md, section 6.
         """
         return self._forecast("curve").curve(_times(steps))
+
+    def predict(self, steps: int | Array | np.ndarray) -> Predictions:
+        """Return the outputs at ``x_test`` at every step, and how far they may be from that, before the first one.
+
+            |F(t) - F_kernel(t)|_F <= kappa Delta P(t) + mu(t) ( Delta G(t) + E P(t) ) + Delta' G(t)
+
+        Args:
+            steps: as in ``curve``.
+
+        Raises:
+            ValueError: the certificate does not hold, no x_test was given to ``certify``, or steps as in ``curve``.
+
+        Source: derived, theory/certificate.md, section 6, which says what the letters are.
+        """
+        self._forecast("predict")
+        if self.elsewhere is None:
+            raise expected("predict", "inputs to predict at", "none", "Use certify(..., x_test=...)")
+        return self.elsewhere.predict(_times(steps))
 
     def envelope(self, steps: int) -> Float[np.ndarray, "steps"]:
         """Return the largest |F(t) - Y|^2 at t = 0..steps: the upper side of ``curve``, or ``(1 - rate)^t |F(0) - Y|^2``.

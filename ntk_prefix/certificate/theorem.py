@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.certificate.curve import Forecast
+from ntk_prefix.certificate.elsewhere import elsewhere
 from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.result import Certificate
 from ntk_prefix.certificate.rounding import OUTWARD, eigen_enclosure
-from ntk_prefix.certificate.tokens import Claimed, Prefix, Tokens
+from ntk_prefix.certificate.tokens import LARGEST_EXPONENT, Claimed, Prefix, Tokens
 from ntk_prefix.checks import check_count, check_finite, check_inputs, check_positive, expected
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.limit import limit_ntk
 from ntk_prefix.one_layer import check_signs
 from ntk_prefix.random_prefix import ModelName, RandomPrefix, variant_named
-from ntk_prefix.typing import Array, Float, Inputs, KeyArray
+from ntk_prefix.typing import Array, Float, Inputs, KeyArray, OtherInputs
 
 __all__ = ["Certificate", "certify", "find_m"]
 
@@ -32,10 +33,6 @@ PASSES = 16
 
 GROWTH = (2.0, 2.0, 1.3, 1.3, 1.3, 1.05)
 """By how much more than the last pass computed each attempt claims."""
-
-LARGEST_EXPONENT = 1.0
-"""Up to which the rounding of exponentials is accounted for; far beyond what any certificate can have."""
-
 
 LARGEST_EXPONENT_A_PRIORI = 100.0
 """sigma^2 |x|^2 up to which the sixth power of e^{sigma^2 |x|^2} is a float64."""
@@ -58,6 +55,7 @@ def certify(
     key: KeyArray | None = None,
     symmetric: bool = True,
     step_size: float | None = None,
+    x_test: OtherInputs | None = None,
 ) -> Certificate:
     """Certify that gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 converges, before it starts.
 
@@ -73,6 +71,7 @@ def certify(
         key: of the prefix, as in ``RandomPrefix``; ``jax.random.key(0)`` if None.
         symmetric: pairs of tokens with opposite signs, so that F(0) = 0.
         step_size: eta; None takes a quarter of the largest stable one.
+        x_test: [n2, d] inputs that are not trained on, float64, for ``Certificate.predict``; not with delta.
 
     Returns:
         the certificate; look at ``holds`` first, and print ``explain()``.
@@ -88,6 +87,14 @@ def certify(
     """
     if step_size is not None:
         check_positive("step_size", step_size)
+    if x_test is not None:
+        check_inputs("x_test", x_test, features=x.shape[1])
+        if x_test.dtype != jnp.float64:
+            raise expected("x_test", "float64", x_test.dtype, "Use x_test.astype(float) under x64")
+        if delta is not None:
+            raise expected(
+                "x_test", "None beside delta: predictions are those of a given prefix", f"shape {x_test.shape}"
+            )
     if not isinstance(model, str):
         for name, given in (("m", m), ("delta", delta), ("key", key)):
             if given is not None:
@@ -99,7 +106,10 @@ def certify(
         if delta is not None:
             return _before_drawing(x, y, sigma, model, m, delta, symmetric, step_size)
         if m is None:
-            return find_m(x, y, sigma=sigma, model=model, key=key, symmetric=symmetric, step_size=step_size)
+            found = find_m(x, y, sigma=sigma, model=model, key=key, symmetric=symmetric, step_size=step_size)
+            if x_test is None or not found.holds:
+                return found
+            m = found.m
         prefix = RandomPrefix(
             key=jax.random.key(0) if key is None else key,
             d=x.shape[1],
@@ -110,7 +120,7 @@ def certify(
             outputs=_outputs(y, model),
         )
     _check_data(x, y, prefix.variant.name if isinstance(prefix, Prefix) else "fixed", prefix)
-    return _certify(Tokens(prefix, x), np.asarray(y), step_size)
+    return _certify(Tokens(prefix, x), np.asarray(y), step_size, None if x_test is None else np.asarray(x_test))
 
 
 def _before_drawing(
@@ -328,7 +338,9 @@ def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> 
         raise expected("y", f"one row of {outputs} targets for each of the {len(x)} inputs", y.shape)
 
 
-def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Certificate:
+def _certify(
+    tokens: Tokens, targets: np.ndarray, step_size: float | None, x_test: np.ndarray | None = None
+) -> Certificate:
     """Return the a-posteriori certificate: theory/certificate.md, section 5, in its order."""
     spread, kernel_error = tokens.second_moments()
     kernel = np.asarray(prefix_ntk(tokens.prefix, jnp.asarray(tokens.inputs)))
@@ -381,21 +393,25 @@ def _certify(tokens: Tokens, targets: np.ndarray, step_size: float | None) -> Ce
     closure = _close(tokens, reference, movement, spread)
     last, decrease = descent(reference, closure.drift)
     steps = (*first, *closure.steps, last)
-    holds = all(step.holds for step in steps)
-    radii = (movement.ravel()[: tokens.rows] + closure.claimed.total) * OUTWARD
+    holds, total = all(step.holds for step in steps), closure.claimed.total
+    radii = (movement.ravel()[: tokens.rows] + total) * OUTWARD
+    forecast = Forecast(reference, closure.drift, decrease) if holds else None
     return dataclasses.replace(
         refused,
         holds=holds,
         rate=decrease if holds else 0.0,
         radius=float(radii.max()),
-        deviation=closure.claimed.total,
+        deviation=total,
         smallest=reference.smallest,
         largest=reference.largest,
         drift=closure.drift,
         steps=steps,
         drift_parts=closure.parts,
         radii=np.repeat(radii, 2) if tokens.paired else radii,
-        forecast=Forecast(reference, closure.drift, decrease) if holds else None,
+        forecast=forecast,
+        elsewhere=None
+        if forecast is None or x_test is None
+        else elsewhere(tokens, kernel_error, movement, total, forecast, x_test),
     )
 
 

@@ -20,13 +20,16 @@ from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel
 from ntk_prefix.random_prefix import TILE, RandomPrefix, Variant
 from ntk_prefix.typing import Array
 
-__all__ = ["Ball", "Claimed", "Prefix", "Tokens"]
+__all__ = ["LARGEST_EXPONENT", "Ball", "Claimed", "Prefix", "Tokens"]
 
 Prefix = TiedPrefixModel | FixedValuePrefixModel | RandomPrefix
 _Rows = tuple[Array, Array, Array]
 
 PATH = 64
 """Points of a path taken at once."""
+
+LARGEST_EXPONENT = 1.0
+"""Up to which the rounding of exponentials is accounted for; far beyond what any certificate can have."""
 
 
 @dataclasses.dataclass(frozen=True)
