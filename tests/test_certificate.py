@@ -227,6 +227,21 @@ class TestTokens:
         assert np.linalg.norm(kernel - jac @ jac.T / 64) <= error < 1e-8
 
     @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_the_rounding_of_the_outputs_is_bounded_and_hardly_grows_with_the_prefix(self, name: str) -> None:
+        x, _ = data()
+        bounds = []
+        for m in (2**12, 2**16):
+            prefix = RandomPrefix(key=jax.random.key(3), d=D, m=m, model=name, symmetric=False)
+            tokens = Tokens(prefix, x)
+            found, bound = tokens.outputs_now()
+            weights, signs = (np.asarray(part, np.longdouble) for part in prefix.materialise())
+            mass = np.exp(np.asarray(x, np.longdouble) @ weights.T)
+            exact = m * (mass @ (signs * weights if name == "tied" else signs)) / mass.sum(1, keepdims=True)
+            assert np.linalg.norm(found - exact) <= bound
+            bounds.append(bound / m)
+        assert bounds[1] < 3 * bounds[0]
+
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
     def test_half_of_the_pairs_says_the_same_as_all_tokens(self, name: str) -> None:
         x, y = data()
         prefix = RandomPrefix(key=jax.random.key(3), d=D, m=4096, model=name)
@@ -350,6 +365,18 @@ class TestCertificate:
         )
         model.weights[...] = weights
         assert certify(x, y, model=model).holds
+
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_a_start_without_pairs_is_as_good_as_one_with_them_once_its_offset_is_removed(self, name: str) -> None:
+        x, y = data()
+        plain = RandomPrefix(key=jax.random.key(3), d=D, m=4096, model=name, symmetric=False)
+        paired = certify(x, y, model=dataclasses.replace(plain, symmetric=True))
+        removed = certify(x, y, model=plain, remove_offset=True)
+        moved = certify(x, y + Tokens(plain, x).outputs_now()[0], model=plain)
+        assert paired.holds
+        assert removed.margin == pytest.approx(paired.margin, rel=0.1)
+        assert moved.margin == pytest.approx(removed.margin, rel=1e-3)
+        assert not certify(x, y, model=plain).holds
 
     def test_a_given_step_is_kept_by_the_search(self) -> None:
         x, y = data()

@@ -111,6 +111,7 @@ class Prior:
         normalizer = float((inverse * limit * covariance).sum())
         doubt = unsure + gamma(len(limit) ** 2 + 64) * math.sqrt(len(limit)) / least
         normalizer += doubt * float(np.linalg.norm(limit * covariance))
+        normalizer += self.kernel_error * float(np.linalg.norm(inverse * covariance))
         pair = np.exp(s * inner)
         kernel, absolute = 0.0, 0.0
         for i, (c, t) in enumerate(zip(inner, pair, strict=True)):

@@ -23,8 +23,9 @@ UNIT = 2.0**-53
 
 OUTWARD = 1 + 1e-10
 """Factor on every scalar that is the upper end of a bound; its inverse on the lower ends. A scalar here is made of fewer
-than 10^4 rounded operations on positive numbers, which is 2e-12; powers (1 - x)^t come from exp(t log1p(-x)), whose
-relative error is 8 u times an exponent of at most 745 before it underflows, which is 1e-12."""
+than 10^4 rounded operations on positive numbers, which is 2e-12 (norms of larger matrices count their entries); powers
+(1 - x)^t come from exp(t log1p(-x)), whose relative error is 8 u times an exponent of at most 745 before it underflows,
+which is 1e-12."""
 
 
 def gamma(terms: float) -> float:
@@ -57,7 +58,7 @@ def eigen_enclosure(matrix: np.ndarray) -> Enclosure:
     """
     values, basis = np.linalg.eigh(matrix)
     size = matrix.shape[-1]
-    frobenius = lambda a: np.linalg.norm(a, axis=(-2, -1))  # noqa: E731
+    frobenius = lambda a: np.linalg.norm(a, axis=(-2, -1)) * (1 + gamma(size**2 + 4))  # noqa: E731
     rounding = gamma(size + 3) * size
     tilt = OUTWARD * (frobenius(np.swapaxes(basis, -1, -2) @ basis - np.eye(size)) + 2 * rounding)
     largest = np.abs(values).max(-1)

@@ -56,6 +56,7 @@ def certify(
     symmetric: bool = True,
     step_size: float | None = None,
     x_test: OtherInputs | None = None,
+    remove_offset: bool = False,
 ) -> Certificate:
     """Certify that gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 converges, before it starts.
 
@@ -72,6 +73,8 @@ def certify(
         symmetric: pairs of tokens with opposite signs, so that F(0) = 0.
         step_size: eta; None takes a quarter of the largest stable one.
         x_test: [n2, d] inputs that are not trained on, float64, for ``Certificate.predict``; not with delta.
+        remove_offset: train F - F(0), which is gradient descent on the targets y + F(0): then a start without pairs needs
+            no longer prefix than one with them.
 
     Returns:
         the certificate; look at ``holds`` first, and print ``explain()``.
@@ -106,7 +109,16 @@ def certify(
         if delta is not None:
             return _before_drawing(x, y, sigma, model, m, delta, symmetric, step_size)
         if m is None:
-            found = find_m(x, y, sigma=sigma, model=model, key=key, symmetric=symmetric, step_size=step_size)
+            found = find_m(
+                x,
+                y,
+                sigma=sigma,
+                model=model,
+                key=key,
+                symmetric=symmetric,
+                step_size=step_size,
+                remove_offset=remove_offset,
+            )
             if x_test is None or not found.holds:
                 return found
             m = found.m
@@ -120,7 +132,8 @@ def certify(
             outputs=_outputs(y, model),
         )
     _check_data(x, y, prefix.variant.name if isinstance(prefix, Prefix) else "fixed", prefix)
-    return _certify(Tokens(prefix, x), np.asarray(y), step_size, None if x_test is None else np.asarray(x_test))
+    others = None if x_test is None else np.asarray(x_test)
+    return _certify(Tokens(prefix, x), np.asarray(y), step_size, others, remove_offset)
 
 
 def _before_drawing(
@@ -234,6 +247,7 @@ def find_m(
     key: KeyArray | None = None,
     symmetric: bool = True,
     step_size: float | None = None,
+    remove_offset: bool = False,
     start: int = 64,
     largest: int = 2**24,
     resolution: float = 0.02,
@@ -244,8 +258,8 @@ def find_m(
     result is certified, and a length ``resolution`` shorter was refused (or is 2).
 
     Args:
-        x, y, sigma, model, key, symmetric, step_size: as in ``certify``. (A given step is too large for some length on,
-            since m eta lambda_max grows with m: then none may be found.)
+        x, y, sigma, model, key, symmetric, step_size, remove_offset: as in ``certify``. (A given step is too large for
+            some length on, since m eta lambda_max grows with m: then none may be found.)
         start: the first length tried, even; if it is certified, shorter ones are tried too.
         largest: the last one; the certificate returned for it does not hold if none did.
         resolution: relative width at which the bisection stops.
@@ -271,7 +285,17 @@ def find_m(
         raise expected("largest", f"at least start = {start}", largest)
 
     def attempt(m: int) -> Certificate:
-        return certify(x, y, sigma=sigma, model=model, m=m, key=key, symmetric=symmetric, step_size=step_size)
+        return certify(
+            x,
+            y,
+            sigma=sigma,
+            model=model,
+            m=m,
+            key=key,
+            symmetric=symmetric,
+            step_size=step_size,
+            remove_offset=remove_offset,
+        )
 
     refused, found = 2, attempt(start)
     if not found.holds and _singular(x, y, sigma, model):
@@ -339,7 +363,7 @@ def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> 
 
 
 def _certify(
-    tokens: Tokens, targets: np.ndarray, step_size: float | None, x_test: np.ndarray | None = None
+    tokens: Tokens, targets: np.ndarray, step_size: float | None, x_test: np.ndarray | None, remove_offset: bool
 ) -> Certificate:
     """Return the a-posteriori certificate: theory/certificate.md, section 5, in its order."""
     spread, kernel_error = tokens.second_moments()
@@ -351,7 +375,7 @@ def _certify(
         rate = STABILITY / (math.sqrt(max(top, 0)) + math.sqrt(max(smallest, 0)) / 10) ** 2
     else:
         rate = tokens.m * step_size
-    outputs, outputs_error = tokens.outputs_now()
+    outputs, outputs_error = (np.zeros_like(targets), 0.0) if remove_offset else tokens.outputs_now()
     error = (outputs - targets).ravel()
     rounding = outputs_error + float(np.finfo(float).eps * np.linalg.norm(error))
     first = [

@@ -119,7 +119,7 @@ class Tokens:
         below 1, whose relative error is at most that of the argument.
         """
         found = [_scores(*tile, self.inputs, variant=self.variant) for tile in self._tiles()]
-        top, total, moment, longest, value = (
+        top, total, moment, size, longest = (
             np.stack([np.asarray(entry) for entry in part]) for part in zip(*found, strict=True)
         )
         highest = top.max(0)
@@ -127,7 +127,7 @@ class Tokens:
         mean = (fade * total).sum(0) * self._copies / self.m
         self.shift = highest + np.log(mean)
         d = self.inputs.shape[1]
-        score = (gamma(d + 2) + gamma(8)) * float(self.norms.max() * longest.max()) + gamma(8) * (
+        score = (gamma(d + 2) + gamma(8)) * float(self.norms.max() * longest.max()) + gamma(16) * (
             1 + float(np.abs(self.shift).max())
         )
         self.slack = 16 * (2 * score + gamma(self.m + 64 * (d + len(self.inputs)) + 256))
@@ -136,9 +136,12 @@ class Tokens:
             self.center = np.zeros_like(moment[0])
             self.center_error = 0.0
         else:
-            self.center = (fade[:, :, None] * moment).sum(0) / (mean * self.m)[:, None]
-            # per entry slack times the mean absolute value of a token; over all n o entries
-            self.center_error = self.slack * float(value.max()) * float(np.sqrt(self.center.size))
+            total_mass = (mean * self.m)[:, None]
+            self.center = (fade[:, :, None] * moment).sum(0) / total_mass
+            # a sum within a tile, then over tiles; S_ir stands in numerator and denominator. Relative to sum_r S_ir |v_r|
+            terms = min(self.m, TILE) + len(found) + 64
+            sizes = (fade[:, :, None] * size).sum(0) / total_mass
+            self.center_error = 2.1 * (score + gamma(terms)) * float(np.linalg.norm(sizes)) * (1 + self.slack)
         self.value_reach = np.linalg.norm(self.center, axis=1) * (1 + self.slack) + self.center_error
         """|c_i|, [n]."""
 
@@ -182,14 +185,17 @@ class Tokens:
             path: m q_k, [k, n, o]: a polygon near which ``m q(t)`` stays, J^T q(t) being the linearized displacement.
             between: Frobenius norm of the largest distance of m q(t) from that polygon.
         """
-        # the products of one component are rounded relative to |J_r|_F |q|
+        # the products of one component are rounded relative to |J_r|_F |q|; what the center is off by, on its own
         # a few sizes only, so that all lengths of a path share a program: the last point stands again
         path = np.concatenate([path, np.repeat(path[-1:], -len(path) % PATH, axis=0)])
-        reach = between + self.slack * float(np.sqrt(np.square(path).sum((1, 2)).max()))
+        longest = float(np.sqrt(np.square(path).sum((1, 2)).max()))
+        reach, missed = between + self.slack * longest, self.center_error * longest
         return np.stack(
             [
                 np.asarray(
-                    _movement(*tile, *self._common(), self.center, self.value_reach, path, reach, variant=self.variant)
+                    _movement(
+                        *tile, *self._common(), self.center, self.value_reach, path, reach, missed, variant=self.variant
+                    )
                 )
                 for tile in self._tiles()
             ]
@@ -294,8 +300,8 @@ def _scores(weights: Array, signs: Array, valid: Array, inputs: Array, *, varian
         top,
         exponentials.sum(1),
         jnp.matmul(exponentials, values),
+        jnp.matmul(exponentials, jnp.abs(values)),
         jnp.where(valid, jnp.linalg.norm(weights, axis=1), 0).max(),
-        jnp.where(valid, jnp.linalg.norm(values, axis=1), 0).max(),
     )
 
 
@@ -328,6 +334,7 @@ def _movement(
     reach: Array,
     path: Array,
     between: Array,
+    missed: Array,
     *,
     variant: Variant,
 ) -> Array:
@@ -343,7 +350,8 @@ def _movement(
 
     furthest = jax.lax.map(length, path).max(0)
     blocks = _blocks(mass, norms, jnp.linalg.norm(values, axis=1)[None] + reach[:, None], values.shape[1], variant)
-    return jnp.sqrt(furthest) + jnp.sqrt(jnp.square(blocks).sum(0)) * between
+    aside = jnp.sqrt(jnp.square(mass * norms[:, None]).sum(0)) * missed
+    return jnp.sqrt(furthest) + jnp.sqrt(jnp.square(blocks).sum(0)) * between + aside
 
 
 @functools.partial(jax.jit, static_argnames="variant")
