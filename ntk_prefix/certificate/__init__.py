@@ -4,6 +4,7 @@
 >>> print(certificate.explain())
 """
 
+from ntk_prefix.certificate.margin import MarginCertificate
 from ntk_prefix.certificate.theorem import Certificate, certify, find_m
 
-__all__ = ["Certificate", "certify", "find_m"]
+__all__ = ["Certificate", "MarginCertificate", "certify", "find_m"]

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.certificate.curve import Forecast
+from ntk_prefix.certificate.data import check_data, outputs_wanted
 from ntk_prefix.certificate.elsewhere import elsewhere
+from ntk_prefix.certificate.length import search
+from ntk_prefix.certificate.margin import MarginCertificate, certify_margin, separates, signs_of
 from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.result import Certificate
 from ntk_prefix.certificate.rounding import OUTWARD, eigen_enclosure
 from ntk_prefix.certificate.tokens import LARGEST_EXPONENT, Claimed, Prefix, Tokens
-from ntk_prefix.checks import check_count, check_finite, check_inputs, check_positive, expected
+from ntk_prefix.checks import check_count, check_inputs, check_positive, expected
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.limit import limit_ntk
-from ntk_prefix.one_layer import check_signs
-from ntk_prefix.random_prefix import ModelName, RandomPrefix, variant_named
+from ntk_prefix.random_prefix import ModelName, RandomPrefix
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray, OtherInputs
 
 __all__ = ["Certificate", "certify", "find_m"]
@@ -37,17 +41,45 @@ GROWTH = (2.0, 2.0, 1.3, 1.3, 1.3, 1.05)
 LARGEST_EXPONENT_A_PRIORI = 100.0
 """sigma^2 |x|^2 up to which the sixth power of e^{sigma^2 |x|^2} is a float64."""
 
-LARGEST_INPUT = 1e100
-"""|x| up to which products of two of them, and sums of those, are float64."""
-
 SMALLEST_ERROR = 1e-140
 """|F(0) - Y| down to which its square, and a millionth of it, are normal float64."""
 
 
+class _Start(TypedDict, total=False):
+    """What both kinds of certificate take."""
+
+    sigma: float
+    model: ModelName | Prefix
+    m: int | None
+    key: KeyArray | None
+    symmetric: bool
+    step_size: float | None
+
+
+@overload
 def certify(
     x: Inputs,
     y: Float[Array, "n o"],
     *,
+    delta: float | None = ...,
+    x_test: OtherInputs | None = ...,
+    remove_offset: bool = ...,
+    **start: Unpack[_Start],
+) -> Certificate: ...
+
+
+@overload
+def certify(
+    x: Inputs, *, labels: Sequence[Any] | Array | np.ndarray, loss: float | None = ..., **start: Unpack[_Start]
+) -> MarginCertificate: ...
+
+
+def certify(
+    x: Inputs,
+    y: Float[Array, "n o"] | None = None,
+    *,
+    labels: Sequence[Any] | Array | np.ndarray | None = None,
+    loss: float | None = None,
     sigma: float = 1.0,
     model: ModelName | Prefix = "fixed",
     m: int | None = None,
@@ -57,12 +89,17 @@ def certify(
     step_size: float | None = None,
     x_test: OtherInputs | None = None,
     remove_offset: bool = False,
-) -> Certificate:
+) -> Certificate | MarginCertificate:
     """Certify that gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 converges, before it starts.
+
+    With ``labels`` it is on the logistic loss R = mean_i log(1 + exp(-y_i F(x_i))), and certified is that it gets small.
 
     Args:
         x: [n, d] inputs, distinct, float64. Nothing is assumed of their norms.
-        y: [n, outputs] targets, float64; d of them for the tied model.
+        y: [n, outputs] targets, float64; d of them for the tied model. None with labels.
+        labels: [n] of two kinds, of which the larger is y_i = 1, the other -1: for the fixed model with one output and a
+            symmetric start, without delta, x_test and remove_offset.
+        loss: with labels, what R is certified to fall to; None is log 2 / n, below which every label is right.
         sigma: standard deviation of the prefix at initialization.
         model: "fixed" or "tied"; or a model, or a ``RandomPrefix``: then its own weights are the starting point (a
             trained model restarts the certificate where it stands), and sigma, m, key and symmetric are its own.
@@ -77,19 +114,34 @@ def certify(
             no longer prefix than one with them.
 
     Returns:
-        the certificate; look at ``holds`` first, and print ``explain()``.
+        the certificate, of labels a :class:`~ntk_prefix.certificate.margin.MarginCertificate`; look at ``holds`` first, and
+        print ``explain()``.
 
     Raises:
         ValueError: inputs that are not float64 or of the wrong shape, JAX without 64-bit numbers, m, key or delta beside
-            a model that brings its own prefix, a tied model whose signs are not -1 or +1.
+            a model that brings its own prefix, a tied model whose signs are not -1 or +1; labels of one kind or of many.
 
     Numerics: every bound is rounded outward (``certificate.rounding`` lists what is assumed of the machine). What is
     certified is gradient descent in exact arithmetic from the drawn floats.
 
-    Source: derived; the theorem and its proof are theory/certificate.md.
+    Source: derived; the theorems and their proofs are theory/certificate.md and, of labels, theory/margin.md.
     """
+    if (y is None) == (labels is None):
+        raise expected("y and labels", "one of the two", "neither" if y is None else "both")
     if step_size is not None:
         check_positive("step_size", step_size)
+    if labels is not None:
+        for name, given in (("delta", delta), ("x_test", x_test), ("remove_offset", remove_offset or None)):
+            if given is not None:
+                raise expected(name, "None beside labels", given)
+        tied = model.variant.has_value_part if isinstance(model, Prefix) else model == "tied"
+        if tied or (isinstance(model, Prefix) and model.output_width != 1):
+            raise expected("model", "the fixed one, with one output, beside labels", "tied" if tied else "more outputs")
+        check_inputs("x", x)
+        y = jnp.asarray(signs_of(labels, len(x)))[:, None]
+    elif loss is not None:
+        raise expected("loss", "None without labels", loss)
+    assert y is not None
     if x_test is not None:
         check_inputs("x_test", x_test, features=x.shape[1])
         if x_test.dtype != jnp.float64:
@@ -104,10 +156,16 @@ def certify(
                 raise expected(name, "None beside a model, which is its own prefix", given)
         prefix = model
     else:
-        _check_data(x, y, model, None)
+        check_data(x, y, model, None)
         check_positive("sigma", sigma)
         if delta is not None:
             return _before_drawing(x, y, sigma, model, m, delta, symmetric, step_size)
+        if m is None and labels is not None:
+            start: _Start = {"sigma": sigma, "model": model, "key": key, "symmetric": symmetric, "step_size": step_size}
+            return search(
+                lambda m: certify(x, labels=labels, loss=loss, **(start | _Start(m=m))),
+                hopeless=lambda _: not separates(x, np.asarray(y)[:, 0], sigma),
+            )
         if m is None:
             found = find_m(
                 x,
@@ -129,9 +187,11 @@ def certify(
             sigma=sigma,
             symmetric=symmetric,
             model=model,
-            outputs=_outputs(y, model),
+            outputs=outputs_wanted(y, model),
         )
-    _check_data(x, y, prefix.variant.name if isinstance(prefix, Prefix) else "fixed", prefix)
+    check_data(x, y, prefix.variant.name if isinstance(prefix, Prefix) else "fixed", prefix)
+    if labels is not None:
+        return certify_margin(Tokens(prefix, x), np.asarray(y)[:, 0], wanted=loss, step_size=step_size)
     others = None if x_test is None else np.asarray(x_test)
     return _certify(Tokens(prefix, x), np.asarray(y), step_size, others, remove_offset)
 
@@ -274,7 +334,7 @@ def find_m(
         raise expected(
             "model", '"tied" or "fixed"', type(model).__name__, "certify(x, y, model=model) certifies a model"
         )
-    _check_data(x, y, model, None)
+    check_data(x, y, model, None)
     check_positive("sigma", sigma)
     check_positive("resolution", resolution)
     for name, length in (("start", start), ("largest", largest)):
@@ -297,69 +357,19 @@ def find_m(
             remove_offset=remove_offset,
         )
 
-    refused, found = 2, attempt(start)
-    if not found.holds and _singular(x, y, sigma, model):
-        return found
-    while not found.holds and found.m < largest:
-        refused, found = found.m, attempt(min(2 * found.m, largest))
-    while found.holds and found.m - refused > max(2, resolution * found.m):
-        middle = attempt(2 * round((refused * found.m) ** 0.5 / 2))
-        if middle.holds:
-            found = middle
-        else:
-            refused = middle.m
-    return found
+    def hopeless(found: Certificate) -> bool:
+        return _singular(x, y, sigma, model)
+
+    return search(attempt, start, largest, resolution, hopeless)
 
 
 def _singular(x: Array, y: Array, sigma: float, model: ModelName) -> bool:
     """Whether lambda_min of the limit kernel is within rounding of zero, as for equal inputs."""
-    limit = np.asarray(limit_ntk(x, sigma=sigma, model=model, outputs=_outputs(y, model)))
+    limit = np.asarray(limit_ntk(x, sigma=sigma, model=model, outputs=outputs_wanted(y, model)))
     if not np.isfinite(limit).all():
         return False
     enclosure = eigen_enclosure(limit.reshape(y.size, -1))
     return float(enclosure.values[0]) <= float(enclosure.radius)
-
-
-def _outputs(y: Array, model: ModelName) -> int | None:
-    """Return the outputs that a prefix for these targets is asked for; None for the tied model, which has d."""
-    return None if variant_named(model).has_value_part else y.shape[1]
-
-
-def _check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> None:
-    if jnp.result_type(float) != jnp.float64:
-        raise expected(
-            "certify",
-            "64-bit numbers",
-            "JAX's default of 32",
-            "Wrap the call in `with jax.enable_x64(True):`",
-        )
-    variant = variant_named(model)
-    if not isinstance(prefix, Prefix | None):
-        raise expected("model", '"tied" or "fixed", a model or a RandomPrefix', type(prefix).__name__)
-    width = None
-    if prefix is not None:
-        width = prefix.d if isinstance(prefix, RandomPrefix) else prefix.weights.shape[1]
-    if not isinstance(prefix, RandomPrefix | None):
-        check_signs(prefix)
-        check_finite("the model's weights", prefix.weights[...])
-        check_finite("the model's signs", prefix.signs[...])
-    check_inputs("x", x, features=width)
-    if y.ndim != 2 or 0 in y.shape:
-        raise expected(
-            "y",
-            f"targets [n, outputs], one row for each of the {len(x)} inputs",
-            y.shape,
-            "Class labels become targets by jax.nn.one_hot(y, classes), single numbers by y[:, None]",
-        )
-    for name, array in (("x", x), ("y", y)):
-        if array.dtype != jnp.float64:
-            raise expected(name, "float64", array.dtype, f"Use {name}.astype(float) under x64")
-    check_finite("y", y)
-    if float(jnp.abs(x).max()) > LARGEST_INPUT:
-        raise expected("x", f"entries up to {LARGEST_INPUT:g}", f"{float(jnp.abs(x).max()):.3g}", "Scale the data")
-    outputs = variant.outputs(x.shape[1], _outputs(y, model)) if prefix is None else prefix.output_width
-    if y.shape != (len(x), outputs):
-        raise expected("y", f"one row of {outputs} targets for each of the {len(x)} inputs", y.shape)
 
 
 def _certify(

@@ -126,6 +126,7 @@ class Tokens:
         fade = np.exp(top - highest[None])
         mean = (fade * total).sum(0) * self._copies / self.m
         self.shift = highest + np.log(mean)
+        self.largest_mass = np.exp(highest - self.shift)
         d = self.inputs.shape[1]
         score = (gamma(d + 2) + gamma(8)) * float(self.norms.max() * longest.max()) + gamma(16) * (
             1 + float(np.abs(self.shift).max())

@@ -1,0 +1,195 @@
+"""The certificate for labels: what it promises of descent is kept, and what it cannot promise is refused in a line."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ntk_prefix.certificate import MarginCertificate, certify
+from ntk_prefix.certificate.margin import largest_margins, separates, signs_of
+from ntk_prefix.checks import UsageError
+from ntk_prefix.one_layer import TiedPrefixModel
+from ntk_prefix.random_prefix import RandomPrefix
+
+N, D = 6, 3
+
+
+class Problem(NamedTuple):
+    """Inputs, labels, a prefix and its certificate; one shape, so that all share their programs."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    prefix: RandomPrefix
+    certificate: MarginCertificate
+
+
+def problem(seed: int) -> Problem:
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(N, D)) * draw.choice([0.5, 1.0])
+    direction = draw.normal(size=D)
+    direction /= np.linalg.norm(direction)
+    labels = np.where(draw.permutation(N) < draw.integers(1, N), 1.0, -1.0)
+    if draw.random() < 0.8:  # what a direction separates, with a margin that may be small
+        labels = np.where(x @ direction > np.median(x @ direction), 1.0, -1.0)
+        x += draw.uniform(0, 0.5) * labels[:, None] * direction
+    m, sigma = 2 * int(2 ** draw.uniform(10, 15)), float(draw.choice([0.1, 0.3, 0.5]))
+    loss = float(draw.choice([0.3, 0.5, 0.6, 0.65]))
+    prefix = RandomPrefix(key=jax.random.key(seed), d=D, m=m, sigma=sigma, model="fixed", outputs=1)
+    return Problem(x, labels, prefix, certify(jnp.asarray(x), labels=labels, model=prefix, loss=loss))
+
+
+def gradient(weights: np.ndarray, signs: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return F, [n], and J, [n, m, d], by the formula of the model."""
+    scores = x @ weights.T
+    mass = np.exp(scores - scores.max(1, keepdims=True))
+    mass *= len(weights) / mass.sum(1, keepdims=True)
+    mean = mass @ signs / len(weights)
+    return len(weights) * mean, (mass * (signs[None] - mean[:, None]))[:, :, None] * x[:, None]
+
+
+def check_promises(found: Problem) -> None:
+    """Follow descent for as long as the certificate is about it, or for 20 steps."""
+    certificate = found.certificate
+    weights, signs = (np.asarray(x) for x in found.prefix.materialise())
+    start, signs = weights, signs[:, 0]
+    _, first = gradient(start, signs, found.inputs)
+    root = math.sqrt(found.prefix.m)
+    steps = min(certificate.steps_needed, 20)
+    curve = certificate.curve(certificate.steps_needed)
+    losses = []
+    for _ in range(steps + 1):
+        outputs, jacobian = gradient(weights, signs, found.inputs)
+        losses.append(np.logaddexp(0, -found.labels * outputs).mean())
+        slope = -found.labels / (1 + np.exp(found.labels * outputs)) / N
+        moved = np.linalg.norm(weights - start)
+        assert moved <= certificate.radius
+        assert np.linalg.norm(jacobian - first, axis=(1, 2)).max() / root <= certificate.drift
+        assert np.linalg.norm(jacobian, axis=(1, 2)).max() / root <= certificate.gradient
+        weights = weights - certificate.step_size * np.tensordot(slope, jacobian, 1)
+    assert np.all(np.array(losses) <= curve[: steps + 1] * (1 + 1e-12))
+    assert np.all(np.diff(losses) <= 1e-15)
+    if steps == certificate.steps_needed:
+        assert losses[-1] <= certificate.loss <= certificate.wanted
+        assert (found.labels * outputs <= 0).sum() <= certificate.errors
+
+
+def promises_of(seeds: range) -> None:
+    found = [problem(seed) for seed in seeds]
+    certified = [each for each in found if each.certificate.holds]
+    for each in certified:
+        check_promises(each)
+    assert len(certified) >= 0.4 * len(found)
+    assert len(certified) < len(found)
+
+
+def test_descent_keeps_what_was_certified() -> None:
+    promises_of(range(12))
+
+
+@pytest.mark.slow
+def test_descent_keeps_what_was_certified_of_many() -> None:
+    promises_of(range(200))
+
+
+@pytest.mark.parametrize("wrong", ["radius", "loss"])
+def test_a_promise_that_is_too_good_is_seen(wrong: str) -> None:
+    found = next(each for each in map(problem, range(20)) if each.certificate.holds)
+    shorter: dict[str, Any] = {
+        "radius": {"radius": 1e-6},
+        "loss": {"bounds": found.certificate.bounds * [1e-3, 1e-3, 1]},
+    }
+    better = found.certificate.__class__(**{**vars(found.certificate), **shorter[wrong]})
+    with pytest.raises(AssertionError):
+        check_promises(found._replace(certificate=better))
+
+
+def test_the_margin_of_orthonormal_examples_and_of_a_pair() -> None:
+    margins, weights, _ = largest_margins(np.eye(4), np.array([1.0, -1, 1, -1]))
+    np.testing.assert_allclose(margins, 0.5, rtol=1e-9)
+    np.testing.assert_allclose(weights, weights[0], rtol=1e-9)
+    # points 1 and 3 on a line from the origin, alike: the nearer one carries the margin
+    margins, weights, _ = largest_margins(np.outer([1.0, 3.0], [1.0, 3.0]), np.array([1.0, 1.0]))
+    np.testing.assert_allclose(margins, [1, 3], rtol=1e-9)
+    assert weights[1] < 1e-9 * weights[0]
+    assert largest_margins(np.ones((2, 2)), np.array([1.0, -1.0]))[0].min() <= 0
+
+
+def test_the_margin_is_lowered_by_what_the_kernel_may_be_off_by() -> None:
+    kernel, labels = np.eye(4), np.array([1.0, -1, 1, -1])
+    lowered = largest_margins(kernel, labels, 0.01)[0].min()
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        off = draw.normal(size=(4, 4))
+        off = 0.01 * (off + off.T) / np.linalg.norm(off + off.T)
+        alpha = largest_margins(kernel, labels)[1]
+        signed = (kernel + off) * np.outer(labels, labels)
+        assert lowered <= (signed @ alpha).min() / math.sqrt(alpha @ signed @ alpha)
+
+
+def test_a_length_is_found_and_a_shorter_one_is_refused() -> None:
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(N, D)) * 0.5)
+    labels = np.asarray(x[:, 0] > 0).astype(int)
+    found = certify(x, labels=labels, sigma=0.5, loss=0.5)
+    assert found.holds
+    assert not certify(x, labels=labels, sigma=0.5, loss=0.5, m=2 * round(0.45 * found.m)).holds
+    assert "A longer prefix would do" in certify(x, labels=labels, sigma=0.5, loss=0.5, m=8).explain()
+
+
+def test_without_a_loss_no_label_may_be_wrong() -> None:
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(N, D)) * 0.5)
+    labels = np.asarray(x[:, 0] > 0)
+    found = certify(x, labels=labels, sigma=0.5, m=2**17)
+    assert found.holds
+    assert found.loss < math.log(2) / N
+    assert found.errors == 0
+    assert "none of the labels is wrong" in found.explain()
+
+
+def test_equal_inputs_of_other_labels_are_refused_whatever_the_length() -> None:
+    x = jnp.asarray(np.repeat(np.random.default_rng(0).normal(size=(N // 2, D)), 2, axis=0))
+    labels = np.tile([0, 1], N // 2)
+    assert not separates(x, signs_of(labels, N), 1.0)
+    refused = certify(x, labels=labels)
+    assert not refused.holds
+    assert "No length mends it" in refused.explain()
+    with pytest.raises(UsageError, match="does not hold"):
+        refused.curve(1)
+
+
+def test_a_step_that_is_too_large_is_refused() -> None:
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(N, D)) * 0.5)
+    refused = certify(x, labels=np.asarray(x[:, 0] > 0), sigma=0.5, m=2**12, loss=0.5, step_size=1.0)
+    assert not refused.holds
+    assert "smaller step_size" in refused.explain()
+
+
+@pytest.mark.usefixtures("without_annotations")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": [0] * N}, "two kinds"),
+        ({"labels": np.arange(N)}, f"got {N} kinds"),
+        ({"labels": [0, 1]}, "vector of 6"),
+        ({"labels": [0, 1] * 3, "model": "tied"}, "expected the fixed one"),
+        ({"labels": [0, 1] * 3, "symmetric": False, "m": 8}, "symmetric start"),
+        ({"labels": [0, 1] * 3, "delta": 0.1}, "None beside labels"),
+        ({"labels": [0, 1] * 3, "loss": 0.0, "m": 8}, "loss: expected a finite number > 0"),
+        ({"labels": [0, 1] * 3, "y": np.ones((N, 1))}, "one of the two, got both"),
+        ({"loss": 0.1, "y": np.ones((N, 1))}, "None without labels"),
+        ({}, "got neither"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(given: dict[str, Any], message: str) -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)))
+    with pytest.raises(UsageError, match=message):
+        certify(x, **given)
+
+
+def test_a_tied_model_is_refused() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)))
+    with pytest.raises(UsageError, match="got tied"):
+        certify(x, labels=[0, 1] * 3, model=TiedPrefixModel(D, 8, rngs=nnx.Rngs(0)))
