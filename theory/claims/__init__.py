@@ -17,6 +17,7 @@ NAMES = (
     "convergence",
     "lazy",
     "certificate",
+    "margin",
     "dynamics",
     "real_layer",
     "approximation",
