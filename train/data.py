@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import grain
@@ -142,16 +142,17 @@ def train_batches(
     lengths = _lengths(split, buckets)
     # grain shuffles epoch e with seed + e: neighboring seeds would share epochs
     (order_seed,) = np.random.SeedSequence(seed).generate_state(1)
-    # as good as endless: grain's own endless repeat overflows with one row per batch
-    rows = grain.MapDataset.range(split.rows).shuffle(seed=int(order_seed)).repeat((1 << 53) // split.rows)
-    drawn = rows.batch(batch_size * grouped)
+    size = batch_size * grouped
+    # as good as endless
+    groups = (1 << 53) // size
     weight = np.ones(batch_size, np.float32)
 
     @functools.lru_cache(maxsize=1)
     def group(number: int) -> np.ndarray:
+        drawn = _drawn(split.rows, int(order_seed), range(number * size, (number + 1) * size))
         if lengths is None or grouped == 1:
-            return drawn[number].reshape(grouped, batch_size)
-        by_length = drawn[number][np.argsort(lengths[drawn[number]], kind="stable")]
+            return drawn.reshape(grouped, batch_size)
+        by_length = drawn[np.argsort(lengths[drawn], kind="stable")]
         return np.random.default_rng([order_seed, number]).permutation(by_length.reshape(grouped, batch_size))
 
     def collate(number: int) -> Batch:
@@ -160,11 +161,35 @@ def train_batches(
 
     # a thread keeps a few batches ready: images take a GPU's step to resize
     ready = (
-        grain.MapDataset.range(len(drawn) * grouped)
+        grain.MapDataset.range(groups * grouped)
         .map(collate)[start:]
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     )
     return zip(itertools.count(start), ready, strict=False)
+
+
+FEW = 4096
+
+
+def _drawn(rows: int, seed: int, places: Iterable[int]) -> np.ndarray:
+    """Return the rows that stand at these places of an order without end, every epoch of it shuffled by grain."""
+    if rows > FEW:
+        return _shuffled(rows, seed, places)
+    return np.asarray([_epoch(rows, seed, place // rows)[place % rows] for place in places])
+
+
+@functools.lru_cache(maxsize=64)
+def _epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Return one epoch's order [rows].
+
+    Grain looks for each of few rows among 65,536 places, milliseconds a row; runs of one seed have this in common.
+    """
+    return _shuffled(rows, seed, range(epoch * rows, (epoch + 1) * rows))
+
+
+def _shuffled(rows: int, seed: int, places: Iterable[int]) -> np.ndarray:
+    order = grain.MapDataset.range(rows).shuffle(seed=seed)
+    return np.asarray([order[place] for place in places])
 
 
 def evaluation_batches(
