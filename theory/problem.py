@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -132,19 +133,26 @@ def load(data: str, *, inputs: int | None, width: int, sigma: float, seed: int, 
     return Problem(name=name, source=source, inputs=x, targets=y, sigma=sigma, seed=seed, profile=profile)
 
 
-def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
-    """Return images of handwritten digits and, for each, the mean image of its class, in the same coordinates."""
+@functools.cache
+def _centered_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the images [1797, 64] about their mean, their principal directions [64, 64], and their labels [1797]."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    if not (2 <= n <= len(images) and 1 <= d <= images.shape[1]):
-        wanted = f"2 <= --inputs <= {len(images)} and 1 <= --width <= {images.shape[1]}"
+    centered = images - images.mean(0)
+    return centered, np.linalg.svd(centered, full_matrices=False)[2], labels
+
+
+def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
+    """Return images of handwritten digits and, for each, the mean image of its class, in the same coordinates."""
+    centered, directions, labels = _centered_digits()
+    if not (2 <= n <= len(centered) and 1 <= d <= len(directions)):
+        wanted = f"2 <= --inputs <= {len(centered)} and 1 <= --width <= {len(directions)}"
         raise expected("--data digits", wanted, f"{n} and {d}")
     _check_size("--data", n, d)
-    centered = images - images.mean(0)
-    components = np.linalg.svd(centered, full_matrices=False)[2][:d] @ centered.T
+    components = directions[:d] @ centered.T
     prototypes = np.stack([components[:, labels == label].mean(1) for label in range(10)])
-    rows = np.random.default_rng(seed).permutation(len(images))[:n]
+    rows = np.random.default_rng(seed).permutation(len(centered))[:n]
     x = components[:, rows].T
     scale = np.linalg.norm(x, axis=1).max()
     y = prototypes[labels[rows]]
