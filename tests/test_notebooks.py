@@ -1,11 +1,13 @@
-"""Every notebook runs from a fresh kernel at the repository's root, and stands in git without its outputs."""
+"""Every notebook runs from nothing at the repository's root, and stands in git without its outputs."""
 
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jupyter_client
 import nbclient
 import nbformat
 import pytest
@@ -26,8 +28,19 @@ def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
-def run(notebook: nbformat.NotebookNode, **options: Any) -> None:
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute(**options)
+def run(notebook: nbformat.NotebookNode, kernel: Any = None, connection: Any = None) -> None:
+    client = nbclient.NotebookClient(notebook, kernel, timeout=600, resources={"metadata": {"path": str(ROOT)}})
+    client.kc = connection
+    client.execute()
+
+
+AFRESH = """
+%reset -f
+import jax
+jax.config.update("jax_enable_x64", False)
+del jax
+"""
+"""A cell before all others: the kernel has no names, and numbers are as JAX has them."""
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -40,9 +53,21 @@ def check(notebook: nbformat.NotebookNode) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of compiled programs that these notebooks share."""
-    return tmp_path_factory.mktemp("compiled")
+def run_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[nbformat.NotebookNode], None]]:
+    """Return a function that runs notebooks compiled as tests are, in one kernel: imports are a third of their time."""
+    kernel = jupyter_client.KernelManager()
+    kernel.start_kernel(cwd=str(ROOT), env=quickly(tmp_path_factory.mktemp("compiled")))
+    client = kernel.client()
+    client.start_channels()
+    client.wait_for_ready()
+
+    def run_there(notebook: nbformat.NotebookNode) -> None:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(AFRESH))
+        run(notebook, kernel, client)
+
+    yield run_there
+    client.stop_channels()
+    kernel.shutdown_kernel(now=True)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +95,9 @@ def first_layer(folder: Path) -> Path:
 INSTEAD = """
 from pathlib import Path
 from train import assets
-fetched = assets.asset
-folders = {folders!r}
-assets.asset = lambda name, **options: Path(folders[name]) if name in folders else fetched(name, **options)
+def asset(name, fetched=assets.asset, folders={folders!r}, **options):
+    return Path(folders[name]) if name in folders else fetched(name, **options)
+assets.asset = asset
 """
 """A cell before all others: whoever asks for a model is given another folder."""
 
@@ -90,7 +115,7 @@ def with_fewer_sizes(notebook: nbformat.NotebookNode) -> None:
 
 
 @every_notebook
-def test_it_runs(path: Path, compiled: Path, smaller: dict[str, str]) -> None:
+def test_it_runs(path: Path, run_quickly: Callable[..., None], smaller: dict[str, str]) -> None:
     """Every cell, compiled as tests are; in the place of pretrained models and of many sizes smaller ones and few."""
     notebook = nbformat.read(path, as_version=4)
     if path.stem.startswith("01"):
@@ -101,19 +126,20 @@ def test_it_runs(path: Path, compiled: Path, smaller: dict[str, str]) -> None:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(INSTEAD.format(folders=smaller)))
         (cell,) = pretrained
         cell.source += '\nassert len(getattr(model, "backbone", model).layers) < 3'
-    run(notebook, env=quickly(compiled))
+    run_quickly(notebook)
     check(notebook)
 
 
 @pytest.mark.slow
 @every_notebook
 def test_it_runs_as_readers_run_it(path: Path) -> None:
+    """In a kernel of its own, as large as it is."""
     notebook = nbformat.read(path, as_version=4)
     run(notebook)
     check(notebook)
 
 
-def test_rows_of_one_s_own_take_the_place_of_x(compiled: Path) -> None:
+def test_rows_of_one_s_own_take_the_place_of_x(run_quickly: Callable[..., None]) -> None:
     """As the first notebook says: one line is replaced, and everything follows from it."""
     notebook = nbformat.read(ROOT / "notebooks" / "01_explore_the_kernel.ipynb", as_version=4)
     said = "any float array [n, d]"
@@ -121,7 +147,7 @@ def test_rows_of_one_s_own_take_the_place_of_x(compiled: Path) -> None:
     (line,) = [line for line in cell.source.splitlines() if said in line]
     cell.source = cell.source.replace(line, "x = np.random.default_rng(0).normal(size=(5, 3))")
     with_fewer_sizes(notebook)
-    run(notebook, env=quickly(compiled))
+    run_quickly(notebook)
 
 
 @every_notebook
@@ -133,8 +159,9 @@ def test_it_is_stripped(path: Path) -> None:
         assert cell.get("execution_count") is None
 
 
-def test_an_error_in_a_cell_fails() -> None:
-    """Control: the client does not swallow what a cell raises."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"):
-        nbclient.NotebookClient(notebook, timeout=60).execute()
+@pytest.mark.parametrize(("cell", "error"), [("1 / 0", "ZeroDivisionError"), ("npx", "name 'npx' is not defined")])
+def test_an_error_in_a_cell_fails(cell: str, error: str, run_quickly: Callable[..., None]) -> None:
+    """Control: the client does not swallow what a cell raises, and no notebook has the names of another."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=error):
+        run_quickly(notebook)
