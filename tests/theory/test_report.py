@@ -336,7 +336,9 @@ class TestErrors:
 
 
 class TestInterruption:
-    def test_a_killed_run_leaves_no_report_and_is_taken_up(self, report: Path, compiled: Path, tmp_path: Path) -> None:
+    def test_a_killed_run_leaves_no_report_and_is_taken_up(
+        self, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """What is left is measured alone, to the numbers that it has beside the other."""
         arguments = [sys.executable, "-m", "theory", *SMALL, "--out", str(tmp_path)]
         # compiles anew: it must still be measuring when it is killed
@@ -355,9 +357,8 @@ class TestInterruption:
             time.sleep(0.05)
         assert not {path.name for path in tmp_path.iterdir()} & {"index.html", "report.md", "claims.json", "figures"}
         before = (tmp_path / ".unfinished" / "positivity.json").read_bytes()
-        done = run(*arguments[3:], compiled=compiled)
-        assert done.returncode == 0, done.stdout
-        assert "from the interrupted run" in done.stdout
+        assert command.main(CHEAP, inputs=4, width=3, jobs=2, out=tmp_path) == 0
+        assert "from the interrupted run" in capsys.readouterr().out
         records = json.loads((tmp_path / "claims.json").read_text())
         assert records[1] == json.loads(before)
         beside = json.loads((report / "claims.json").read_text())

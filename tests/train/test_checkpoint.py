@@ -330,7 +330,7 @@ def kill_and_check(directory: Path, kills: int, seed: int) -> None:
 
 
 def test_killing_loses_nothing(tmp_path):
-    kill_and_check(tmp_path / "run", kills=3, seed=0)
+    kill_and_check(tmp_path / "run", kills=2, seed=0)
 
 
 @pytest.mark.slow
