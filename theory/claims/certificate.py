@@ -36,6 +36,8 @@ LOWEST = 1e-4
 
 CONTROL_INPUTS = 16
 
+CONTROL_STEPS = 20
+
 ACCURACY = 0.01
 """The share of the first loss that the report counts steps to."""
 
@@ -187,7 +189,10 @@ def plan(problem: Problem) -> dict[ModelName, list[int]]:
 
 
 def _prefix(problem: Problem, name: ModelName, m: int) -> RandomPrefix:
-    return RandomPrefix(key=problem.key("certificate", name), d=problem.d, m=m, sigma=problem.sigma, model=name)
+    # described as the search describes it, and so drawn by the same programs
+    outputs = None if name == "tied" else problem.d
+    key = problem.key("certificate", name)
+    return RandomPrefix(key=key, d=problem.d, m=m, sigma=problem.sigma, model=name, outputs=outputs)
 
 
 def _paper(problem: Problem, name: ModelName) -> float:
@@ -273,12 +278,12 @@ def _sabotage(problem: Problem) -> Evidence:
     part = at_size(problem, CONTROL_INPUTS)
     found = _shortest(part, name)
     short = certify(part.inputs, part.targets, model=_prefix(part, name, found.m // 128 * 2))
-    run = follow(part, found, _prefix(part, name, found.m), step_size=16 * found.step_size, steps=50)
+    run = follow(part, found, _prefix(part, name, found.m), step_size=16 * found.step_size, steps=CONTROL_STEPS)
     checks = [
         Check(f"{name}: tightest inequality at m = {short.m}", short.margin, 1, at_least=True, part="too short"),
         *_watched(f"{name}, steps too long", found, run),
     ]
-    right = follow(part, found, _prefix(part, name, found.m), step_size=found.step_size, steps=50)
+    right = follow(part, found, _prefix(part, name, found.m), step_size=found.step_size, steps=CONTROL_STEPS)
     forecast = found.forecast
     assert forecast is not None
     kernel = forecast.reference.kernel

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from ntk_prefix import bounds
 from ntk_prefix.kernels import limit_ntk, predict, prefix_ntk
+from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.typing import Array, Kernel
 from theory import figures, fits
 from theory.claim import Check, Claim, Control, Evidence, relative_error
-from theory.descent import MODELS, build, descend, limit_of, spectrum
+from theory.descent import MODELS, Model, build, descend, limit_of, spectrum, with_weights
 from theory.problem import Problem
 from theory.scales import ASYMPTOTIC_SIGMA, expected_error, indistinct, training_lengths
 
 STEPS = 200
 REPEATS = 3
+
+SECOND_ORDER_SIGMA = 0.25
+"""The largest sigma at which the orders of a kernel's own error show from m = 64 on. They average products of more tilts
+than a kernel does, and so show later: at sigma = 0.5 the exponents are still 0.1 to 0.25 above."""
+
+ORDERS = {"in pairs": -2.0, "without pairs": -1.5}
+"""Exponents of the distance from the prediction by H(W(0)) (theory/README.md, section 9), by start."""
+
+NEAR = 0.25
+"""How far the farther end of an exponent's interval may be from the exponent derived: half of what the two differ by."""
+
+NARROW = 0.1
+"""Largest half width of an interval that can tell them apart."""
+
+DRAWS = range(3, 25, 3)
+"""Starts of a kind at each length: as many as make the interval narrow."""
+
+EVEN = 1e-9
+"""What rounding may leave of a difference that is zero, over the drift; the other way it is of order 1."""
 
 
 LEAST_EXPONENT = -0.35
@@ -39,55 +62,139 @@ def _undecidable(problem: Problem) -> str | None:
     return indistinct(apart, expected_error(spread, m), m, problem, times=3)
 
 
-def _distance(outputs: Array, kernel: Kernel, problem: Problem, step_size: float, m: int) -> float:
-    """Return the largest distance over all steps between a trajectory and a kernel's prediction of it, over |Y|."""
-    predicted = predict(m * kernel, problem.targets, learning_rate=step_size, steps=jnp.arange(STEPS + 1)).train
-    return float(jnp.linalg.norm(outputs - predicted, axis=(1, 2)).max() / jnp.linalg.norm(problem.targets))
+class _Run(NamedTuple):
+    """A descent and what it started from."""
+
+    model: Model
+    outputs: Array
+    targets: Array
+    step_size: float
+
+    def distance(self, kernel: Kernel) -> float:
+        """Return the largest distance over all steps from the prediction by a kernel, over |F(0) - Y|."""
+        predicted = predict(
+            self.model.m * kernel,
+            self.targets,
+            learning_rate=self.step_size,
+            steps=jnp.arange(STEPS + 1),
+            f_train_0=self.outputs[0],
+        ).train
+        furthest = jnp.linalg.norm(self.outputs - predicted, axis=(1, 2)).max()
+        return float(furthest / jnp.linalg.norm(self.outputs[0] - self.targets))
+
+
+@functools.cache
+def _largest(problem: Problem, name: ModelName) -> float:
+    """Return lambda_max(H*)."""
+    return float(spectrum(limit_of(problem, name))[-1])
+
+
+@functools.cache
+def _trained(problem: Problem, name: ModelName, m: int, repeat: int, symmetric: bool = True) -> _Run:
+    """Train a drawn prefix, once for the measurement and its controls; without pairs on the targets y + F(0)."""
+    step_size = 0.25 * bounds.largest_stable_step(largest=_largest(problem, name), tokens=m)
+    model = build(problem, name, m, "dynamics", repeat, symmetric=symmetric)
+    targets = problem.targets if symmetric else problem.targets + model(problem.inputs)
+    path = descend(model, problem.inputs, targets, step_size=step_size, steps=STEPS)
+    return _Run(model, path.outputs, targets, step_size)
 
 
 def _follow(problem: Problem, repeats: int = REPEATS, wrong_sigma: float = 1.0) -> Evidence:
     problem = dataclasses.replace(problem, sigma=min(problem.sigma, ASYMPTOTIC_SIGMA))
     checks: list[Check] = []
     errors: dict[str, dict[int, np.ndarray]] = {}
-    own: dict[str, dict[int, np.ndarray]] = {}
     slopes: dict[str, fits.Exponent] = {}
     example: dict[str, np.ndarray] = {}
     used = training_lengths(problem)[1:]
     for name in MODELS:
-        largest = float(spectrum(limit_of(problem, name))[-1])
         limit = limit_ntk(problem.inputs, sigma=problem.sigma * wrong_sigma, model=name)
-        errors[name], own[name] = {}, {}
+        errors[name] = {}
         for m in used:
-            step_size = 0.25 * bounds.largest_stable_step(largest=largest, tokens=m)
-            models = [build(problem, name, m, "dynamics", repeat) for repeat in range(repeats)]
-            paths = [
-                descend(model, problem.inputs, problem.targets, step_size=step_size, steps=STEPS) for model in models
-            ]
-            errors[name][m] = np.array([_distance(path.outputs, limit, problem, step_size, m) for path in paths])
-            own[name][m] = np.array(
-                [
-                    _distance(path.outputs, prefix_ntk(model, problem.inputs), problem, step_size, m)
-                    for path, model in zip(paths, models, strict=True)
-                ]
-            )
-            example[f"{name}, m = {m}"] = np.asarray(paths[0].squared_error(problem.targets))
+            runs = [_trained(problem, name, m, repeat) for repeat in range(repeats)]
+            errors[name][m] = np.array([run.distance(limit) for run in runs])
+            example[f"{name}, m = {m}"] = np.asarray(jnp.square(runs[0].outputs - problem.targets).sum((1, 2)))
         example[f"{name}, predicted"] = 2 * np.asarray(
-            predict(m * limit, problem.targets, learning_rate=step_size, steps=jnp.arange(STEPS + 1)).loss
+            predict(m * limit, problem.targets, learning_rate=runs[0].step_size, steps=jnp.arange(STEPS + 1)).loss
         )
-        for which, found, expected in (("", errors, "from -1/2"), (", own kernel", own, "above -1/2")):
-            points = [(m, error) for m, values in found[name].items() for error in values]
-            slope = slopes[name + which] = fits.exponent(*zip(*points, strict=True))
-            gap = slope.gap(-0.5) if found is errors else max(slope.low + 0.5, 0.0)
-            checks.append(Check(f"{name}{which}: exponent {slope}, distance of its interval {expected}", gap, 0.05))
+        slope = slopes[name] = fits.exponent(*_points(errors[name]))
+        checks.append(Check(f"{name}: exponent {slope}, distance of its interval from -1/2", slope.gap(-0.5), 0.05))
         first, last = (float(np.median(errors[name][m])) for m in (used[0], used[-1]))
         what = f"{name}: median distance at m = {used[-1]} over that at m = {used[0]}"
         checks.append(Check(what, last / first, (used[-1] / used[0]) ** LEAST_EXPONENT, part=name))
     parameters = {"tokens": used[-1], "shortest": used[0], "steps": STEPS, "repeats": repeats, "sigma": problem.sigma}
-    return Evidence(tuple(checks), parameters, {"errors": errors, "own": own, "slopes": slopes, "example": example})
+    return Evidence(tuple(checks), parameters, {"errors": errors, "slopes": slopes, "example": example})
+
+
+def _points(errors: dict[int, np.ndarray]) -> tuple[list[int], list[float]]:
+    """Return all measurements and their lengths."""
+    return [m for m, values in errors.items() for _ in values], [
+        error for values in errors.values() for error in values
+    ]
+
+
+@functools.cache
+def _own(problem: Problem, name: ModelName, start: str) -> dict[int, np.ndarray]:
+    """Return distances from the prediction by H(W(0)) at a small sigma, by length."""
+    problem = dataclasses.replace(problem, sigma=min(problem.sigma, SECOND_ORDER_SIGMA))
+    lengths = training_lengths(problem)[1:-1]
+    found: dict[int, list[float]] = {m: [] for m in lengths}
+    for draws in DRAWS:
+        for m in lengths:
+            runs = [_trained(problem, name, m, repeat, start == "in pairs") for repeat in range(len(found[m]), draws)]
+            found[m] += [run.distance(prefix_ntk(run.model, problem.inputs)) for run in runs]
+        errors = {m: np.array(values) for m, values in found.items()}
+        if _half_width(fits.exponent(*_points(errors))) <= NARROW:
+            break
+    return errors
+
+
+def _half_width(slope: fits.Exponent) -> float:
+    return (slope.high - slope.low) / 2
+
+
+def _orders(problem: Problem, exchanged: bool = False) -> Evidence:
+    """Hold the distances from the prediction by H(W(0)) to their orders, or each start to the order of the other."""
+    checks: list[Check] = []
+    own: dict[str, dict[int, np.ndarray]] = {}
+    slopes: dict[str, fits.Exponent] = {}
+    for name in MODELS:
+        for start, order in zip(ORDERS, reversed(ORDERS.values()) if exchanged else ORDERS.values(), strict=True):
+            label = f"{name}, {start}"
+            own[label] = _own(problem, name, start)
+            slope = slopes[label] = fits.exponent(*_points(own[label]))
+            what = f"{label}, by H(W(0)): exponent {slope}, its farther end from {order:g}"
+            checks.append(Check(what, slope.distance(order), NEAR, part=f"{name}, exchanged"))
+            if not exchanged:
+                what = f"{label}, by H(W(0)): half width of the exponent's interval"
+                checks.append(Check(what, _half_width(slope), NARROW))
+        checks.append(_even(problem, name, alike=exchanged))
+    return Evidence(tuple(checks), {}, {"own": own, "own slopes": slopes})
+
+
+def _even(problem: Problem, name: ModelName, alike: bool) -> Check:
+    """Return that H(W(0) + u) = H(W(0) - u) if the tokens of a pair move against one another, which ``alike`` denies."""
+    problem = dataclasses.replace(problem, sigma=min(problem.sigma, SECOND_ORDER_SIGMA))
+    model = build(problem, name, training_lengths(problem)[0], "dynamics", 0)
+    moved = 0.1 * problem.sigma * jax.random.normal(problem.key(name, "pairs"), (model.m // 2, problem.d))
+    moved = jnp.stack([moved, moved if alike else -moved], axis=1).reshape(model.m, -1)
+    start, ahead, back = (
+        prefix_ntk(with_weights(model, model.weights[...] + sign * moved), problem.inputs) for sign in (0, 1, -1)
+    )
+    odd = float(jnp.linalg.norm((ahead - back).ravel()) / jnp.linalg.norm((ahead - start).ravel()))
+    return Check(f"{name}: |H(W(0) + u) - H(W(0) - u)| over the drift", odd, EVEN, part=f"{name}, exchanged")
+
+
+def _measure(problem: Problem) -> Evidence:
+    limit, own = _follow(problem), _orders(problem)
+    return Evidence(limit.checks + own.checks, limit.parameters, limit.series | own.series)
 
 
 def _other_sigma(problem: Problem) -> Evidence:
     return _follow(problem, repeats=1, wrong_sigma=WRONG)
+
+
+def _exchanged(problem: Problem) -> Evidence:
+    return dataclasses.replace(_orders(problem, exchanged=True), series={})
 
 
 def _draw(evidence: Evidence, control: Evidence) -> Figure:
@@ -106,15 +213,11 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
                 )
         slopes = evidence.series["slopes"]
         figures.power_law(rates, evidence.series["errors"][name], f"{name}, by H*", figures.COLORS[name], slopes[name])
-        medians = {m: np.median(values) for m, values in evidence.series["own"][name].items()}
-        slope = slopes[f"{name}, own kernel"]
-        rates.plot(
-            list(medians),
-            list(medians.values()),
-            "--",
-            color=figures.COLORS[name],
-            label=f"{name}, by H(W(0)): slope {slope.value:.2f}",
-        )
+        for start, style in zip(ORDERS, ("--", "-."), strict=True):
+            medians = {m: np.median(values) for m, values in evidence.series["own"][f"{name}, {start}"].items()}
+            slope = evidence.series["own slopes"][f"{name}, {start}"]
+            label = f"{name}, {start}: slope {slope.value:.2f} [{slope.low:.2f}, {slope.high:.2f}]"
+            rates.plot(list(medians), list(medians.values()), style, color=figures.COLORS[name], label=label)
         wrong = control.series["errors"][name]
         rates.plot(list(wrong), [np.median(v) for v in wrong.values()], ":", color=figures.COLORS["control"])
     figures.label(curves, title="Training curves (darker: longer prefix)", x="step t", y="|F(t) - Y|^2", log="y")
@@ -127,22 +230,35 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
 CLAIM = Claim(
     name="dynamics",
     title="Training follows the kernel's prediction",
-    statement="max_t |F(t) - F_kernel(t)| / |Y| falls as m^(-1/2) when predicted by H*, and faster by H(W(0))",
+    statement="max_t |F(t) - F_kernel(t)| / |F(0) - Y| falls as m^(-1/2) when predicted by H*; by H(W(0)) as m^(-2) from "
+    "starts in pairs, where H(W(0) + u) = H(W(0) - u), and as m^(-3/2) from others, their offset removed",
     proof="9",
     computed_by=("kernels.predict",),
-    source="rate: derived from the claims limit and lazy; predictions by ntk_prefix.kernels.predict",
-    measure=_follow,
-    controls=tuple(
-        Control(
-            f"{name}, another sigma",
-            "predictions by the limit kernel at a sigma that is 30 % too large",
-            _other_sigma,
-            name,
-        )
-        for name in MODELS
+    source="rates: derived (theory/README.md); predictions by ntk_prefix.kernels.predict",
+    measure=_measure,
+    controls=(
+        *(
+            Control(
+                f"{name}, another sigma",
+                "predictions by the limit kernel at a sigma that is 30 % too large",
+                _other_sigma,
+                name,
+            )
+            for name in MODELS
+        ),
+        *(
+            Control(
+                f"{name}, exchanged",
+                "each start held to the order of the other, and tokens of a pair that move alike",
+                _exchanged,
+                f"{name}, exchanged",
+            )
+            for name in MODELS
+        ),
     ),
     draw=_draw,
     undecidable=_undecidable,
     caption="Left: squared error of trained prefixes and the prediction of the infinite-prefix kernel. Right: largest "
-    "distance from the prediction over the training, by prefix length; dotted: predictions at a wrong sigma.",
+    "distance from the prediction over the training, by prefix length: solid by H*, dashed by the start's own kernel at "
+    "sigma = 0.25, from starts in pairs and without; dotted: by H* at a wrong sigma.",
 )
