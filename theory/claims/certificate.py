@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from ntk_prefix import RandomPrefix, bounds
 from ntk_prefix.certificate import Certificate, certify, find_m
 from ntk_prefix.certificate.curve import Curve, Forecast
+from ntk_prefix.certificate.elsewhere import Elsewhere
 from ntk_prefix.kernels import prefix_ntk
 from ntk_prefix.one_layer import fixed_outputs, tied_outputs
 from ntk_prefix.random_prefix import ModelName
@@ -63,12 +64,19 @@ class Run(NamedTuple):
     """Gradient descent from the certified start, with every hypothesis of the certificate watched."""
 
     error: np.ndarray
-    """|F(t) - Y|^2 at t = 0..T."""
+    """|F(t) - Y|^2 at t = 0..T-1."""
     reach: float
     """Largest |w_r(t) - w_r(0)| over that token's own radius, over all tokens and steps."""
     smallest: np.ndarray
     """lambda_min(H(W(t))) at every ``every``-th step."""
     every: int
+    final: Array
+    """W(T), [m, d]."""
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.error)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "steps"))
@@ -111,7 +119,7 @@ def follow(problem: Problem, certificate: Certificate, prefix: RandomPrefix, *, 
         )
         errors.append(np.asarray(error))
         reaches.append(float(reach.max()))
-    return Run(np.concatenate(errors), max(reaches), np.array(smallest), every)
+    return Run(np.concatenate(errors), max(reaches), np.array(smallest), every, weights)
 
 
 def _watched(label: str, certificate: Certificate, run: Run) -> list[Check]:
@@ -141,6 +149,29 @@ def _inside(label: str, error: np.ndarray, curve: Curve) -> Check:
     """Return that |F(t) - Y| is within D(t) of the kernel's own curve at every step of a run."""
     apart = np.abs(np.sqrt(error[1:]) - np.sqrt(2 * curve.kernel[1:])) / curve.deviation[1:]
     return Check(f"{label}: distance from the kernel's curve over D(t)", float(apart.max()), 1.0, part="curve")
+
+
+def _between(problem: Problem) -> Array:
+    """Return inputs that are not trained on: the middles of neighbors."""
+    return (problem.inputs + jnp.roll(problem.inputs, 1, axis=0)) / 2
+
+
+@functools.lru_cache
+def _elsewhere(problem: Problem, name: ModelName) -> Elsewhere:
+    """Return what the shortest certified prefix makes certain of those."""
+    prefix = _prefix(problem, name, _shortest(problem, name).m)
+    found = certify(problem.inputs, problem.targets, model=prefix, x_test=_between(problem)).elsewhere
+    assert found is not None
+    return found
+
+
+def _predicted(label: str, problem: Problem, run: Run, prefix: RandomPrefix, elsewhere: Elsewhere) -> Check:
+    """Return that the outputs between the inputs are within their band after a run."""
+    found = elsewhere.predict(np.array([run.steps], float))
+    outputs = tied_outputs if prefix.model == "tied" else fixed_outputs
+    apart = np.asarray(outputs(run.final, prefix.materialise()[1], _between(problem))) - found.outputs[0]
+    what = f"{label}: distance from the prediction between the inputs, over its band"
+    return Check(what, float(np.linalg.norm(apart) / found.deviation[0]), 1.0, part="between the inputs")
 
 
 def _worst_step(error: np.ndarray, rate: float) -> float:
@@ -244,6 +275,13 @@ def _measure(problem: Problem) -> Evidence:
             parameters[f"tightest_step_{name}_{part.n}"] = max(
                 found.drift_parts, key=lambda key: found.drift_parts[key]
             )
+            if name == "fixed":
+                others = _elsewhere(part, name)
+                checks.append(_predicted(label, part, run, _prefix(part, name, found.m), others))
+                band = others.predict(np.array([run.steps], float))
+                parameters[f"band_between_the_inputs_{name}_{part.n}"] = float(
+                    band.deviation[0] / np.linalg.norm(band.outputs[0])
+                )
             if problem.full and name == "fixed":
                 checks += _restarted(part, name, found.m // 8 * 2)
     parameters["tokens"] = int(max(max(kinds["certified"].values()) for kinds in lengths.values()))
@@ -283,13 +321,16 @@ def _sabotage(problem: Problem) -> Evidence:
         Check(f"{name}: tightest inequality at m = {short.m}", short.margin, 1, at_least=True, part="too short"),
         *_watched(f"{name}, steps too long", found, run),
     ]
-    right = follow(part, found, _prefix(part, name, found.m), step_size=found.step_size, steps=CONTROL_STEPS)
+    prefix, others = _prefix(part, name, found.m), _elsewhere(part, name)
+    right = follow(part, found, prefix, step_size=found.step_size, steps=CONTROL_STEPS)
     forecast = found.forecast
     assert forecast is not None
     kernel = forecast.reference.kernel
     other = dataclasses.replace(forecast.reference, kernel=kernel._replace(values=OTHER * kernel.values))
     wrong = Forecast(other, found.drift, found.rate).curve(np.arange(len(right.error)))
     checks.append(dataclasses.replace(_inside(f"{name}, another kernel", right.error, wrong), part="another kernel"))
+    others = dataclasses.replace(others, kernel=OTHER * others.kernel)
+    checks.append(_predicted(f"{name}, another kernel", part, right, prefix, others))
     return Evidence(tuple(checks), {"tokens": found.m}, {"other": (f"{name}, a kernel {OTHER} times as large", wrong)})
 
 
@@ -323,13 +364,14 @@ CLAIM = Claim(
     "<= R_r for every token and sqrt(lambda_min(H(t))) >= sqrt(lambda) - Delta, all computed from X, Y and W(0) with "
     "rounding accounted for",
     proof="certificate.md",
-    computed_by=("certificate.certify", "certificate.find_m"),
+    computed_by=("certificate.certify", "certificate.find_m", "Certificate.curve", "Certificate.predict"),
     source="derived (theory/certificate.md); checked along a real descent at the smallest certified m",
     measure=_measure,
     controls=(
         Control("too short", "a prefix 64 times too short is refused", _sabotage, "too short"),
         Control("steps too long", "steps 16 times too long leave the envelope", _sabotage, "envelope"),
         Control("another kernel", "the curve of a kernel a fifth too large is left", _sabotage, "another kernel"),
+        Control("between the inputs", "predictions by such a kernel are left", _sabotage, "between the inputs"),
     ),
     draw=_draw,
     caption="Left: smallest certified prefix length beside the form after the paper. Right: the loss of gradient descent "
