@@ -435,6 +435,20 @@ class TestCertificate:
         if name == "fixed":  # what is subtracted, the squared mean, is small beside it
             assert np.mean(squares) >= prior.moments.kernel / rows / 3
 
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_what_is_not_known_of_the_limit_is_in_the_moments(self, name: str) -> None:
+        """A kernel that is a millionth too large makes tokens look smaller: by less than its radius allows for."""
+        x, y = data()
+        prior = Prior(inputs=np.asarray(x), targets=np.asarray(y), sigma=0.5, model=name, failure=0.1)
+        exact, (values, basis, _, tilt) = prior.moments.kernel, prior.kernel
+        limit = (basis * values) @ basis.T
+        moments = {}
+        for radius in (0.0, 1e-6 * np.linalg.norm(values)):
+            object.__setattr__(prior, "kernel", Enclosure((1 + 1e-6) * values, basis, np.array(radius), tilt))
+            moments[radius] = prior._moments(limit).kernel
+        blind, seeing = moments.values()
+        assert blind < exact <= seeing < 1.1 * exact
+
     @pytest.mark.parametrize(
         ("call", "message"),
         [

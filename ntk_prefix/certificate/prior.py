@@ -95,8 +95,8 @@ class Prior:
 
         E[t_i t_j t_k t_l] = exp(sigma^2 times the sum of the six inner products), and it tilts w to
         N(sigma^2 (x_i + x_j + x_k + x_l), sigma^2 I), under which a polynomial of degree 4 is integrated exactly. Sums with
-        signs are rounded relative to the sums of absolute values; what the enclosure does not know of the inverse enters
-        the same way.
+        signs are rounded relative to the sums of absolute values A. G -> sqrt(E tr(G X G X)) is a seminorm, at most
+        sqrt(A) |G|, so what the enclosure does not know of the inverse adds that much to the root.
         """
         o, s = self.targets.shape[1], self.sigma**2
         inner = self.inputs @ self.inputs.T
@@ -126,10 +126,9 @@ class Prior:
                     mean, sizes = self._tied_products(i, j, inverse)
                     kernel += float((expected[j] * mean).sum())
                     absolute += float((expected[j] * sizes).sum())
-        # what is not known of the inverse, twice, and rounding, all relative to the sums of absolute values
-        unsure = 2 * doubt / least + doubt**2 + gamma(len(inner) ** 4 + 10**5) / least**2
-        kernel += unsure * absolute
-        return Moments(OUTWARD * max(kernel, 0.0), OUTWARD * max(normalizer, 0.0))
+        kernel += gamma(len(inner) ** 4 + 10**5) / least**2 * absolute
+        kernel = (math.sqrt(max(kernel, 0.0)) + doubt * math.sqrt(absolute)) ** 2
+        return Moments(OUTWARD * kernel, OUTWARD * max(normalizer, 0.0))
 
     def _tied_products(self, i: int, j: int, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """E <M_ij, M_kl> under the tilted Gaussian, for all k, l; and a bound on its terms, over |H^-|^2, all signs plus."""
