@@ -24,7 +24,19 @@ from __future__ import annotations
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-__all__ = ["Array", "Bool", "Float", "Inputs", "Int", "Kernel", "KeyArray", "OtherInputs", "Signs", "Weights"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Inputs",
+    "Int",
+    "Kernel",
+    "KeyArray",
+    "KeyArrays",
+    "OtherInputs",
+    "Signs",
+    "Weights",
+]
 
 Inputs = Float[Array, "n d"]
 """Rows are inputs of the stylized model; the theory wants ``|x_i| <= 1``."""
@@ -43,3 +55,6 @@ Kernel = Float[Array, "n1 d1 n2 d2"]
 
 KeyArray = Key[Array, ""]
 """One ``jax.random.key``."""
+
+KeyArrays = Key[Array, "_"]
+"""Several of them, one for each row."""

@@ -5,6 +5,7 @@
 >>> model.remat = True                                                          # see RunOptions
 >>> model = models.from_pretrained("SmolLM2-135M-Instruct.Q4_1.gguf", "causal-lm")
 >>> models.generate(model, input_ids, attention_mask, max_new_tokens=32, eos_token_id=2)
+>>> models.generate(model, input_ids, sampling=models.Sampling(top_p=0.9), key=jax.random.key(0), samples=10)   # [B, 10, 32]
 
 Why these are our own: every attention layer needs one exchangeable core (:mod:`.attention`), under one name in text,
 images and language models, and no kept JAX library offers that. transformers has dropped Flax; jax-ml/bonsai is a
@@ -26,6 +27,7 @@ from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.loading import from_pretrained, module_aliases, module_names
 from ntk_prefix.models.preprocessing import ImageNormalization, image_normalization, load_tokenizer
 from ntk_prefix.models.rotary import Rope, Rotary
+from ntk_prefix.models.sampling import Sampling
 from ntk_prefix.models.vit import Vit, VitConfig
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "Rope",
     "Rotary",
     "RunOptions",
+    "Sampling",
     "T5Config",
     "T5Encoder",
     "Vit",

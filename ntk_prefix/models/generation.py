@@ -1,4 +1,4 @@
-"""Greedy generation with a key-value cache: a whole batch in one compiled program.
+"""Generation with a key-value cache, greedy or drawn: a whole batch in one compiled program.
 
 On a CPU the maps of a token are bound by how fast weights come from memory, if they are used as they lie. XLA's products
 there copy a matrix ``[in, out]`` into another layout before a few rows are multiplied with it, each time, and widen
@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import UsageError, check_count, expected
 from ntk_prefix.models.attention import KeyValueCache
 from ntk_prefix.models.backbone import check_tokens
 from ntk_prefix.models.llama import Llama
+from ntk_prefix.models.sampling import Sampling
 from ntk_prefix.precision import accumulation_dtype
-from ntk_prefix.typing import Array, Bool, Float, Int
+from ntk_prefix.typing import Array, Bool, Float, Int, KeyArray, KeyArrays
 
 __all__ = ["generate"]
 
@@ -43,8 +44,11 @@ def generate(
     *,
     eos_token_id: int | tuple[int, ...] | None = None,
     pad_token_id: int | None = None,
-) -> Int[Array, "B new"]:
-    """Continue prompts greedily, with a key-value cache, in one compiled program per shape.
+    sampling: Sampling | None = None,
+    key: KeyArray | None = None,
+    samples: int | None = None,
+) -> Int[Array, "B *samples new"]:
+    """Continue prompts, with a key-value cache, in one compiled program per shape: greedily, or drawing each token.
 
     Args:
         model: made with ``causal_lm``.
@@ -53,12 +57,17 @@ def generate(
         max_new_tokens: length of the result.
         eos_token_id: a row ends with this token, or one of these; the loop ends when all rows have.
         pad_token_id: what follows the end of a row; the (first) end token if None.
+        sampling: how tokens are drawn; None takes the likeliest. Its numbers may change without a new program.
+        key: of the draws; what a row draws depends on it and on the row's place, not on the other rows.
+        samples: of each prompt; None is one.
 
     Returns:
-        [B, max_new_tokens], the new tokens only, of the dtype of ``input_ids``.
+        [B, max_new_tokens], the new tokens only, of the dtype of ``input_ids``; [B, samples, max_new_tokens] if samples are
+        asked for.
 
     Raises:
-        UsageError: ids that the model has not, an empty prompt, no token to be made, or a model without logits.
+        UsageError: ids that the model has not, an empty prompt, no token to be made, a model without logits, or a key or
+            samples without a sampling.
     """
     if not model.causal_lm:
         raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
@@ -67,6 +76,14 @@ def generate(
     if not input_ids.shape[1]:
         raise expected("input_ids", "at least one token a row", "none")
     check_tokens(input_ids, attention_mask, model.config.vocab_size)
+    if sampling is None and (key is not None or samples is not None):
+        raise expected("sampling", "a Sampling, which a key or samples are for", "None", "Use sampling=Sampling()")
+    if sampling is not None:
+        sampling.check()
+        if key is None:
+            raise expected("key", "a key beside a sampling", "None", "Use key=jax.random.key(0)")
+    if samples is not None:
+        check_count("samples", samples)
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, bool)
     elif not isinstance(attention_mask, jax.core.Tracer) and not np.asarray(attention_mask).any(axis=1).all():
@@ -75,13 +92,19 @@ def generate(
     padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
     graph, state = nnx.split(model)
     special = (jnp.asarray(ends, input_ids.dtype), jnp.asarray(padding, input_ids.dtype))
+    prompts = input_ids.shape[0]
+    if samples is not None:
+        input_ids, attention_mask = (jnp.repeat(jnp.asarray(x), samples, axis=0) for x in (input_ids, attention_mask))
     platform, rows = _platform(model), input_ids.shape[0]
     if platform == "gpu" and rows == 1:
         input_ids, attention_mask = (jnp.repeat(jnp.asarray(x), 2, axis=0) for x in (input_ids, attention_mask))
+    drawn = None
+    if sampling is not None and key is not None:
+        drawn = sampling, jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(input_ids.shape[0]))
     tokens = _generate(
-        graph, max_new_tokens, platform == "cpu", state, input_ids, attention_mask.astype(bool), *special
-    )
-    return tokens[:rows]
+        graph, max_new_tokens, platform == "cpu", state, input_ids, attention_mask.astype(bool), *special, drawn
+    )[:rows]
+    return tokens if samples is None else tokens.reshape(prompts, samples, max_new_tokens)
 
 
 def _platform(model: Llama) -> str:
@@ -100,6 +123,7 @@ def _generate(
     mask: Array,
     ends: Array,
     padding: Array,
+    drawn: tuple[Sampling, KeyArrays] | None,
 ) -> Array:
     model = nnx.merge(graph, state)
     for _, module in nnx.iter_modules(model):
@@ -114,29 +138,48 @@ def _generate(
     # the last slot of a row is its last token, which the next one follows: padding goes to the left
     order = jnp.argsort(mask, axis=1, stable=True)
     prompts, mask = (jnp.take_along_axis(x, order, axis=1) for x in (prompts, mask))
+    seen = _seen(prompts, mask, model.config.vocab_size) if drawn and drawn[0].repetition_penalty is not None else None
     mask = jnp.concatenate([mask, jnp.ones((batch, new), bool)], axis=1)
 
-    def best(ids: Array, cache: tuple[KeyValueCache, ...], start: Array | int) -> tuple[Array, Any]:
+    def following(
+        ids: Array, cache: tuple[KeyValueCache, ...], start: Array | int, step: Array | int, seen: Array | None
+    ) -> tuple[Array, Any]:
         hidden, cache_after = model.hidden(ids, mask, cache, start)
-        return jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(prompts.dtype), cache_after
+        logits = model.logits(hidden[:, -1:])[:, 0]
+        if drawn is None:
+            token = jnp.argmax(logits, axis=-1)
+        else:
+            sampling, keys = drawn
+            token = sampling.draw(jax.vmap(jax.random.fold_in, (0, None))(keys, step), logits, seen)
+        return token.astype(prompts.dtype), cache_after
+
+    def added(seen: Array | None, token: Array) -> Array | None:
+        return None if seen is None else seen.at[jnp.arange(batch), token].set(True)
 
     def ended(token: Array) -> Array:
         return jnp.isin(token, ends)
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
-        step, _, _, finished, _ = carry
+        step, _, _, finished, *_ = carry
         return (step < new) & ~finished.all()
 
     def extend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, tokens, last, finished, cache = carry
-        token, cache = best(last[:, None], cache, length + step - 1)
+        step, tokens, last, finished, cache, seen = carry
+        token, cache = following(last[:, None], cache, length + step - 1, step, seen)
         token = jnp.where(finished, padding, token)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
-        return step + 1, tokens, token, finished | ended(token), cache
+        return step + 1, tokens, token, finished | ended(token), cache, added(seen, token)
 
-    first, cache = best(prompts, model.empty_cache(batch, length + new), 0)
+    first, cache = following(prompts, model.empty_cache(batch, length + new), 0, 0, seen)
     tokens = jnp.full((batch, new), padding, prompts.dtype).at[:, 0].set(first)
-    return jax.lax.while_loop(unfinished, extend, (jnp.int32(1), tokens, first, ended(first), cache))[1]
+    start = (jnp.int32(1), tokens, first, ended(first), cache, added(seen, first))
+    return jax.lax.while_loop(unfinished, extend, start)[1]
+
+
+def _seen(prompts: Array, mask: Array, vocabulary: int) -> Bool[Array, "B V"]:
+    """Return which tokens each row has; padding is none of them."""
+    nothing = jnp.zeros((len(prompts), vocabulary), jnp.int32)
+    return nothing.at[jnp.arange(len(prompts))[:, None], prompts].max(mask.astype(jnp.int32)) > 0
 
 
 # ------------------------------------------------------------------------------ products on a CPU
