@@ -414,6 +414,11 @@ class TestCertificate:
         assert prior.m > certify(x, y, model=name, delta=0.5).m > 4096
         assert not certify(x, y, model=name, delta=0.1, m=prior.m // 8 * 2).holds
 
+    def test_a_priori_nothing_to_learn_is_learnt_and_no_kernel_is_refused(self) -> None:
+        x, y = data()
+        assert certify(x, 0 * y, delta=0.1).holds
+        assert "the limit kernel is positive" in certify(1e-170 * x, y, delta=0.1).explain().splitlines()[1]
+
     @pytest.mark.parametrize("name", ["fixed", "tied"])
     def test_the_moments_bound_what_is_drawn(self, name: str) -> None:
         """The mean square of the whitened kernel's error is at most the moment over the tokens."""
@@ -461,6 +466,12 @@ class TestCertificate:
             (lambda x, y: certify(x, y.at[0, 0].set(jnp.nan), m=64), "y: expected finite numbers"),
             (lambda x, y: certify(x, 1e-170 * y, m=4096), r"expected \|F\(0\) - Y\|"),
             (lambda x, y: certify(1e200 * x, y, m=64), "x: expected entries up to 1e.100"),
+            (lambda x, y: certify(x, 1e200 * y, m=64), "y: expected entries up to 1e.100"),
+            (lambda x, y: certify(x, 1e-170 * y, delta=0.1), r"expected \|F\(0\) - Y\|"),
+            (lambda x, y: certify(x, y, delta=0.1, step_size=1e-310), "m eta lambda_min"),
+            (lambda x, y: certify(x, y, delta=0.1, sigma=1e200), r"x: expected sigma\^2 \|x_i\|\^2 <= 100, got inf"),
+            (lambda x, y: certify(x, y, delta=0.1, m=10**400), "m: expected at most 1e.300 prefix tokens"),
+            (lambda x, y: eigen_enclosure(np.diag([1.0, np.inf])), "entries up to 1e.140, got inf"),
             (lambda x, y: certify(30 * x, y, delta=0.1), r"x: expected sigma\^2 \|x_i\|\^2 <= 100"),
             (lambda x, y: certify(x, y, m=64, step_size=-1.0), "step_size: expected a finite number > 0"),
             (lambda x, y: certify(x, y, delta=0.1, step_size=0.0), "step_size: expected a finite number > 0"),

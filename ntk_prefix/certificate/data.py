@@ -13,7 +13,7 @@ from ntk_prefix.typing import Array
 __all__ = ["check_data", "outputs_wanted"]
 
 LARGEST_INPUT = 1e100
-"""|x| up to which products of two of them, and sums of those, are float64."""
+"""Entries up to which products of two of them, and sums of those, are float64."""
 
 
 def outputs_wanted(y: Array, model: ModelName) -> int | None:
@@ -52,12 +52,12 @@ def check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> N
             y.shape,
             "Class labels become targets by jax.nn.one_hot(y, classes), single numbers by y[:, None]",
         )
+    check_finite("y", y)
     for name, array in (("x", x), ("y", y)):
         if array.dtype != jnp.float64:
             raise expected(name, "float64", array.dtype, f"Use {name}.astype(float) under x64")
-    check_finite("y", y)
-    if float(jnp.abs(x).max()) > LARGEST_INPUT:
-        raise expected("x", f"entries up to {LARGEST_INPUT:g}", f"{float(jnp.abs(x).max()):.3g}", "Scale the data")
+        if (largest := float(jnp.abs(array).max())) > LARGEST_INPUT:
+            raise expected(name, f"entries up to {LARGEST_INPUT:g}", f"{largest:.3g}", "Scale the data")
     outputs = variant.outputs(x.shape[1], outputs_wanted(y, model)) if prefix is None else prefix.output_width
     if y.shape != (len(x), outputs):
         raise expected("y", f"one row of {outputs} targets for each of the {len(x)} inputs", y.shape)

@@ -84,7 +84,7 @@ class Prior:
     def positive(self) -> Step:
         """The first step of the proof."""
         smallest = float(self.kernel.values[0])
-        error = OUTWARD * (self.kernel_error + float(self.kernel.radius))
+        error = OUTWARD * (self.kernel_error + float(self.kernel.radius)) + float(np.finfo(float).tiny)
         return Step("the limit kernel is positive: rounding of lambda_min below lambda_min", error, smallest / 2)
 
     def _moments(self, limit: np.ndarray) -> Moments:

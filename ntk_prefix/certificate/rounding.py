@@ -17,9 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ntk_prefix.checks import expected
+
 __all__ = ["OUTWARD", "Enclosure", "eigen_enclosure", "gamma"]
 
 UNIT = 2.0**-53
+
+LARGEST_ENTRY = 1e140
+"""Of a matrix whose Frobenius norm, and its square, are float64."""
 
 OUTWARD = 1 + 1e-10
 """Factor on every scalar that is the upper end of a bound; its inverse on the lower ends. A scalar here is made of fewer
@@ -56,6 +61,9 @@ def eigen_enclosure(matrix: np.ndarray) -> Enclosure:
     inequality on U w U^T - V w V^T. The two residuals are themselves rounded: by gamma_{N+3} of their absolute sums,
     at most N times the product of the norms.
     """
+    if not np.abs(matrix).max() <= LARGEST_ENTRY:
+        wanted = f"kernels and moments with entries up to {LARGEST_ENTRY:g}"
+        raise expected("x and the prefix", wanted, f"{np.abs(matrix).max():.3g}", "Scale them down")
     values, basis = np.linalg.eigh(matrix)
     size = matrix.shape[-1]
     frobenius = lambda a: np.linalg.norm(a, axis=(-2, -1)) * (1 + gamma(size**2 + 4))  # noqa: E731

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_prefix.certificate.closure import PASSES, close
 from ntk_prefix.certificate.curve import Forecast
 from ntk_prefix.certificate.data import check_data, outputs_wanted
 from ntk_prefix.certificate.elsewhere import elsewhere
@@ -20,7 +21,7 @@ from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.result import Certificate
 from ntk_prefix.certificate.rounding import OUTWARD, eigen_enclosure
-from ntk_prefix.certificate.tokens import LARGEST_EXPONENT, Claimed, Prefix, Tokens
+from ntk_prefix.certificate.tokens import Prefix, Tokens
 from ntk_prefix.checks import check_count, check_inputs, check_positive, expected
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.limit import limit_ntk
@@ -32,17 +33,13 @@ __all__ = ["Certificate", "certify", "find_m"]
 STABILITY = 0.5
 """m eta (sqrt(lambda_max) + drift)^2 at the step size chosen here: a quarter of the largest stable one."""
 
-PASSES = 16
-"""Attempts at closing the bounds, each a pass over the tokens."""
-
-GROWTH = (2.0, 2.0, 1.3, 1.3, 1.3, 1.05)
-"""By how much more than the last pass computed each attempt claims."""
-
 LARGEST_EXPONENT_A_PRIORI = 100.0
 """sigma^2 |x|^2 up to which the sixth power of e^{sigma^2 |x|^2} is a float64."""
 
 SMALLEST_ERROR = 1e-140
 """|F(0) - Y| down to which its square, and a millionth of it, are normal float64."""
+
+LONGEST_A_PRIORI = 1e300
 
 
 class _Start(TypedDict, total=False):
@@ -220,11 +217,14 @@ def _before_drawing(
         check_count("m", m, 2)
         if m % 2:
             raise expected("m", "an even number of prefix tokens, which are drawn in pairs", m, f"Use m={m + 1}")
-    if sigma**2 * float(np.square(np.asarray(x)).sum(1).max()) > LARGEST_EXPONENT_A_PRIORI:
+        if m > LONGEST_A_PRIORI:
+            raise expected("m", f"at most {LONGEST_A_PRIORI:g} prefix tokens", f"one of {len(str(m))} digits")
+    spread = float(sigma) * float(np.linalg.norm(np.asarray(x), axis=1).max())
+    if spread * spread > LARGEST_EXPONENT_A_PRIORI:
         raise expected(
             "x",
             f"sigma^2 |x_i|^2 <= {LARGEST_EXPONENT_A_PRIORI:g}",
-            f"{sigma**2 * float(np.square(np.asarray(x)).sum(1).max()):.3g}, beyond which moments overflow",
+            f"{spread * spread:.3g}, beyond which moments overflow",
             "Scale the data, or take a smaller sigma",
         )
     prior = Prior(inputs=np.asarray(x), targets=np.asarray(y), sigma=sigma, model=model, failure=delta)
@@ -240,7 +240,9 @@ def _before_drawing(
 def _prior_certificate(prior: Prior, m: int, step_size: float | None) -> Certificate:
     values = prior.kernel.values
     # the drawn kernel is at most half as large again as its limit
-    rate = STABILITY / (1.6 * float(values[-1])) if step_size is None else m * step_size
+    rate = (
+        STABILITY / (1.6 * max(float(values[-1]), float(np.finfo(float).tiny))) if step_size is None else m * step_size
+    )
     certificate = Certificate(
         holds=False,
         model=prior.model,
@@ -261,6 +263,7 @@ def _prior_certificate(prior: Prior, m: int, step_size: float | None) -> Certifi
     )
     if not all(step.holds for step in certificate.steps):
         return certificate
+    _check_not_vanishing(prior.targets, rate * float(values[0]))
     reference = prior.reference(m, rate)
     if isinstance(reference, Step):
         return dataclasses.replace(certificate, steps=(*certificate.steps, reference))
@@ -273,7 +276,7 @@ def _prior_certificate(prior: Prior, m: int, step_size: float | None) -> Certifi
             steps.append(
                 Step("the drift implies itself: computed in the ball, over the one assumed", computed / drift, 1.0)
             )
-        if not all(step.holds for step in steps[:3]) or (drift and steps[3].holds):
+        if not all(step.holds for step in steps[:3]) or not computed or (drift and steps[3].holds):
             break
         drift = 2 * computed
         if not all(step.holds for step in reference.steps(drift)):
@@ -282,7 +285,7 @@ def _prior_certificate(prior: Prior, m: int, step_size: float | None) -> Certifi
         total = prior.total(m, reference, drift)
     last, decrease = descent(reference, drift)
     steps = [*certificate.steps, *steps, last]
-    holds = drift > 0 and all(step.holds for step in steps)
+    holds = (drift > 0 or not computed) and all(step.holds for step in steps)
     return dataclasses.replace(
         certificate,
         holds=holds,
@@ -380,9 +383,9 @@ def _certify(
     kernel = np.asarray(prefix_ntk(tokens.prefix, jnp.asarray(tokens.inputs)))
     enclosure = eigen_enclosure(kernel.reshape(targets.size, -1))
     smallest = float(enclosure.values[0]) - OUTWARD * (kernel_error + float(enclosure.radius))
-    top = float(enclosure.values[-1])
+    top, tiny = float(enclosure.values[-1]), float(np.finfo(float).tiny)
     if step_size is None:
-        rate = STABILITY / (math.sqrt(max(top, 0)) + math.sqrt(max(smallest, 0)) / 10) ** 2
+        rate = STABILITY / (math.sqrt(max(top, tiny)) + math.sqrt(max(smallest, 0)) / 10) ** 2
     else:
         rate = tokens.m * step_size
     outputs, outputs_error = (np.zeros_like(targets), 0.0) if remove_offset else tokens.outputs_now()
@@ -391,7 +394,7 @@ def _certify(
     first = [
         Step(
             "the kernel is positive: rounding of lambda_min below lambda_min",
-            OUTWARD * float(enclosure.values[0]) - smallest,
+            OUTWARD * float(enclosure.values[0]) - smallest + tiny,
             smallest,
         ),
         Step("the step is stable: m eta lambda_max of the linearized run", OUTWARD * rate * top, 0.99),
@@ -413,18 +416,11 @@ def _certify(
     if not all(step.holds for step in first):
         return refused
 
-    largest_error = float(np.abs(error).max())
-    if 0 < largest_error < SMALLEST_ERROR or rate * smallest < SMALLEST_ERROR:
-        small = f"|F(0) - Y| = {largest_error:.3g} and m eta lambda_min = {rate * smallest:.3g}"
-        raise expected(
-            "y and step_size",
-            f"|F(0) - Y| and m eta lambda_min above {SMALLEST_ERROR:g}, whose squares are floats",
-            small,
-        )
+    _check_not_vanishing(error, rate * smallest)
     reference = Reference(enclosure, kernel_error, error, rounding, rate)
     path, between = reference.polygon()
     movement = tokens.movement(path.reshape(-1, *targets.shape), between)
-    closure = _close(tokens, reference, movement, spread)
+    closure = close(tokens, reference, movement, spread)
     last, decrease = descent(reference, closure.drift)
     steps = (*first, *closure.steps, last)
     holds, total = all(step.holds for step in steps), closure.claimed.total
@@ -449,46 +445,15 @@ def _certify(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Closure:
-    """A ball that gradient descent does not leave, or the step at which looking for one failed."""
-
-    steps: tuple[Step, ...]
-    claimed: Claimed
-    drift: float
-    parts: dict[str, float]
-
-
-def _close(tokens: Tokens, reference: Reference, movement: np.ndarray, spread: np.ndarray) -> _Closure:
-    """Look for a drift that implies itself: claim one, and h and s with it, until a pass computes no more than claimed."""
-    n = len(tokens.inputs)
-    claimed = Claimed(0.0, np.zeros(n), np.zeros(n))
-    drift, parts, steps = 0.0, {}, []
-    for attempt in range(PASSES):
-        exponent = float(tokens.norms.max()) * (float(movement.max()) + claimed.total) + float(claimed.normalizer.max())
-        steps = [Step("exponents are small: |x_i| R_r + h_i of every token", OUTWARD * exponent, LARGEST_EXPONENT)]
-        if not steps[0].holds:
-            break
-        if drift:
-            steps += reference.steps(drift)
-        ball = tokens.ball(claimed, movement, spread)
-        parts = ball.parts
-        if drift:
-            steps += [
-                Step("the drift implies itself: computed in the ball, over the one assumed", ball.drift / drift, 1.0),
-                Step("so does the normalizer", _worst(ball.normalizer, claimed.normalizer), 1.0),
-                Step("so does the mean value", _worst(ball.center, claimed.center), 1.0),
-            ]
-            if all(step.holds for step in steps):
-                break
-        wanted = GROWTH[min(attempt, len(GROWTH) - 1)] * ball.drift
-        needed = reference.steps(wanted)
-        if not all(step.holds for step in needed):
-            return _Closure((steps[0], *needed), claimed, wanted, parts)
-        drift = wanted
-        total = OUTWARD * reference.paths(drift).deviation / math.sqrt(tokens.m)
-        claimed = Claimed(total, 1.5 * ball.normalizer, 1.5 * ball.center)
-    return _Closure(tuple(steps), claimed, drift, parts)
+def _check_not_vanishing(error: np.ndarray, slowest: float) -> None:
+    """Refuse numbers whose squares underflow; an error of zero is one."""
+    largest = float(np.abs(error).max())
+    if 0 < largest < SMALLEST_ERROR or slowest < SMALLEST_ERROR:
+        raise expected(
+            "y and step_size",
+            f"|F(0) - Y| and m eta lambda_min above {SMALLEST_ERROR:g}, whose squares are floats",
+            f"|F(0) - Y| = {largest:.3g} and m eta lambda_min = {slowest:.3g}",
+        )
 
 
 def descent(reference: Reference, drift: float) -> tuple[Step, float]:
@@ -503,8 +468,3 @@ def descent(reference: Reference, drift: float) -> tuple[Step, float]:
     against = OUTWARD * (4 * relative + 2 * relative**2 + stability * (1 + relative) ** 2)
     decrease = reference.rate * reference.smallest * (2 - against) / OUTWARD
     return Step("every step descends: 4 eps + 2 eps^2 + beta (1 + eps)^2", against, 2 / OUTWARD), decrease
-
-
-def _worst(computed: np.ndarray, claimed: np.ndarray) -> float:
-    """Largest ratio; nothing claimed and nothing computed is 0."""
-    return float(np.where(computed > 0, computed / np.where(claimed > 0, claimed, 1e-300), 0).max())
