@@ -24,10 +24,11 @@ import numbers
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import special
 
-from ntk_prefix.checks import check_positive, expected
+from ntk_prefix.checks import check_count, check_positive, expected
 
-__all__ = ["expected_error_bound"]
+__all__ = ["expected_error_bound", "success_probability_bound"]
 
 MOST_BETS = 256
 """Up to twice as many losses the mean over bets is the exact integral; above, any mean over fixed bets is as valid."""
@@ -91,3 +92,32 @@ def expected_error_bound(losses: ArrayLike, delta: float, upper: float) -> float
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (low, middle) if exceeds(middle) else (middle, high)
     return min(high * upper * (1 + 2**-40), float(upper))
+
+
+def success_probability_bound(successes: int, trials: int, delta: float) -> float:
+    """Return a lower bound on the probability of success that holds with probability at least 1 - delta.
+
+    It is the p at which ``P(Binomial(trials, p) >= successes) = delta``, a quantile of Beta(successes, trials - successes
+    + 1): were the true probability smaller, so many successes would come with probability at most delta.
+
+    Args:
+        successes: of independent trials of one probability.
+        trials: at least 1.
+        delta: the probability with which the bound may fail, in (0, 1).
+
+    Raises:
+        UsageError: more successes than trials, a delta that is no probability.
+
+    Numerics: float64, rounded down.
+
+    Source: Clopper and Pearson, Biometrika 26 (1934), one-sided.
+    """
+    check_count("trials", trials)
+    check_count("successes", successes, 0)
+    if successes > trials:
+        raise expected("successes", f"at most trials = {trials}", successes)
+    if not (isinstance(delta, numbers.Real) and 0 < delta < 1):
+        raise expected("delta", "a probability in (0, 1)", delta)
+    if not successes:
+        return 0.0
+    return float(special.betaincinv(successes, trials - successes + 1, delta)) * (1 - 2**-40)

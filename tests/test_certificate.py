@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ntk_prefix import FixedValuePrefixModel, RandomPrefix, TiedPrefixModel
-from ntk_prefix.certificate import certify, curve, find_m, theorem
+from ntk_prefix.certificate import certify, certify_draws, curve, find_m, theorem
 from ntk_prefix.certificate.curve import Forecast
 from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference
@@ -418,6 +418,20 @@ class TestCertificate:
         x, y = data()
         assert certify(x, 0 * y, delta=0.1).holds
         assert "the limit kernel is positive" in certify(1e-170 * x, y, delta=0.1).explain().splitlines()[1]
+
+    def test_draws_bound_how_likely_a_prefix_is_certified(self) -> None:
+        x, y = data()
+        all_of_them = certify_draws(x, y, m=4096, draws=4, delta=0.1)
+        assert all_of_them.certified == 4
+        assert all_of_them.probability == pytest.approx(0.1 ** (1 / 4))
+        assert all_of_them.rate > 0
+        some = certify_draws(x, y, m=1536, draws=8, key=jax.random.key(2))
+        keys = [jax.random.fold_in(jax.random.key(2), draw) for draw in range(8)]
+        assert 0 < some.certified == sum(certify(x, y, m=1536, key=key).holds for key in keys) < 8
+        assert 0 < some.probability < some.certified / 8
+        assert certify_draws(x, y, m=16, draws=2).probability == 0
+        with pytest.raises(ValueError, match="delta: expected a probability"):
+            certify_draws(x, y, m=16, delta=1.0)
 
     @pytest.mark.parametrize("name", ["fixed", "tied"])
     def test_the_moments_bound_what_is_drawn(self, name: str) -> None:

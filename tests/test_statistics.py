@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from ntk_prefix.statistics import expected_error_bound
+from ntk_prefix.statistics import expected_error_bound, success_probability_bound
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,24 @@ def test_at_the_ends(losses: list[float], delta: float, found: float) -> None:
 def test_what_is_no_loss_is_refused(losses: list, delta: float, upper: float, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         expected_error_bound(losses, delta, upper)
+
+
+@pytest.mark.parametrize("trials", [1, 10, 45])
+def test_so_many_successes_would_be_as_rare_as_it_states_at_the_bound(trials: int) -> None:
+    for successes in range(1, trials + 1):
+        bound = success_probability_bound(successes, trials, 0.01)
+        assert stats.binom.sf(successes - 1, trials, bound) == pytest.approx(0.01, rel=1e-6)
+    assert success_probability_bound(0, trials, 0.01) == 0
+
+
+def test_it_is_below_the_probability_as_often_as_it_states_and_the_share_is_not() -> None:
+    bounds = np.array([success_probability_bound(k, 20, 0.05) for k in range(21)])
+    for p in np.linspace(0.01, 0.99, 99):
+        counts = stats.binom.pmf(np.arange(21), 20, p)
+        assert counts[bounds > p].sum() <= 0.05
+    assert stats.binom.pmf(np.arange(21), 20, 0.5)[np.arange(21) / 20 > 0.5].sum() > 0.05
+
+
+def test_more_successes_than_trials_are_none() -> None:
+    with pytest.raises(ValueError, match="successes: expected at most trials = 3, got 4"):
+        success_probability_bound(4, 3, 0.1)

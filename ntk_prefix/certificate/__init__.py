@@ -4,7 +4,8 @@
 >>> print(certificate.explain())
 """
 
+from ntk_prefix.certificate.draws import Draws, certify_draws
 from ntk_prefix.certificate.margin import MarginCertificate
 from ntk_prefix.certificate.theorem import Certificate, certify, find_m
 
-__all__ = ["Certificate", "MarginCertificate", "certify", "find_m"]
+__all__ = ["Certificate", "Draws", "MarginCertificate", "certify", "certify_draws", "find_m"]
