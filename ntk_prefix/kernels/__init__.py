@@ -9,6 +9,7 @@ from ntk_prefix.kernels.dynamics import Prediction, predict
 from ntk_prefix.kernels.empirical import KernelFallbackWarning, empirical_ntk
 from ntk_prefix.kernels.limit import limit_ntk, real_layer_limit_ntk
 from ntk_prefix.kernels.neural_tangents import UntestedJaxWarning
+from ntk_prefix.kernels.state import state_ntk
 
 __all__ = [
     "KernelFallbackWarning",
@@ -21,4 +22,5 @@ __all__ = [
     "predict",
     "prefix_ntk",
     "real_layer_limit_ntk",
+    "state_ntk",
 ]

@@ -18,6 +18,7 @@ NAMES = (
     "lazy",
     "certificate",
     "margin",
+    "state",
     "dynamics",
     "real_layer",
     "approximation",
