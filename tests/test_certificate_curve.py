@@ -14,6 +14,7 @@ from ntk_prefix.certificate.rounding import Enclosure
 from ntk_prefix.one_layer import fixed_outputs, tied_outputs
 from tests.test_certificate import D, data
 from theory.claims.certificate import _advance
+from theory.problem import load
 
 
 class TestForecast:
@@ -59,6 +60,27 @@ class TestForecast:
             first = forecast.reaches(error, 10**4)
             assert upper[first] <= error**2 / 2 < upper[first - 1]
         assert forecast.reaches(1e-9, 17) == 17
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "n", "m", "certified", "own"), [("fixed", 16, 2**14, 82, 75), ("tied", 8, 2**17, 211, 204)]
+)
+def test_on_digits_it_says_what_certificate_md_says(name: str, n: int, m: int, certified: int, own: int) -> None:
+    problem = load("digits", inputs=n, width=8, sigma=1.0, seed=0, profile="quick")
+    prefix = RandomPrefix(key=problem.key("certificate", name), d=8, m=m, model=name)
+    found = certify(problem.inputs, problem.targets, model=prefix)
+    assert found.steps_to(0.01) == certified <= 1.2 * own
+    sides = found.curve(own)
+    assert sides.kernel[-1] <= 0.01 * sides.kernel[0] < sides.kernel[-2]
+    assert found.curve(200).deviation.max() <= 0.01 * np.sqrt(2 * sides.kernel[0])
+    weights, signs = prefix.materialise()
+    data = (problem.inputs, problem.targets)
+    radii = jnp.asarray(found.radii)
+    _, (error, _) = _advance(weights, signs, weights, radii, data, jnp.asarray(found.step_size), name, own + 1)
+    loss = np.asarray(error) / 2
+    assert ((sides.lower <= loss * (1 + 1e-9)) & (loss <= sides.upper)).all()
+    assert not ((sides.lower <= 1.1 * loss) & (1.1 * loss <= sides.upper)).all()
 
 
 class TestElsewhere:
