@@ -26,6 +26,7 @@ from ntk_prefix.models.generation import generate
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.loading import from_pretrained, module_aliases, module_names
 from ntk_prefix.models.preprocessing import ImageNormalization, image_normalization, load_tokenizer
+from ntk_prefix.models.ranker import Ranker, load_ranker
 from ntk_prefix.models.rotary import Rope, Rotary
 from ntk_prefix.models.sampling import Sampling
 from ntk_prefix.models.vit import Vit, VitConfig
@@ -49,6 +50,7 @@ __all__ = [
     "ModernBert",
     "ModernBertConfig",
     "Output",
+    "Ranker",
     "Roberta",
     "RobertaConfig",
     "Rope",
@@ -64,6 +66,7 @@ __all__ = [
     "gguf_chat_template",
     "gguf_tokenizer",
     "image_normalization",
+    "load_ranker",
     "load_tokenizer",
     "local_files",
     "module_aliases",

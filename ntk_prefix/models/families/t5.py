@@ -171,12 +171,16 @@ class T5Encoder(Backbone):
 
     @classmethod
     def stored(cls, checkpoint: Checkpoint) -> Checkpoint:
-        """Take the embeddings once, of a file that has them twice.
+        """Take the encoder of RankGen's layout, and the embeddings once, of a file that has them twice.
 
         Raises:
             UsageError: a file with a decoder, or with two tables that differ.
         """
-        tensors = dict(checkpoint.tensors)
+        tensors = {name.removeprefix("t5_encoder."): tensor for name, tensor in checkpoint.tensors.items()}
+        if len(tensors) == len(checkpoint.tensors) and any(
+            name.startswith("t5_encoder.") for name in checkpoint.tensors
+        ):
+            tensors.pop("projection.weight", None)  # what a ranker has behind the encoder
         if any(name.startswith("decoder.") for name in tensors):
             raise expected(
                 checkpoint.where,

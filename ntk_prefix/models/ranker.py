@@ -1,0 +1,208 @@
+"""RankGen's encoder: which continuation fits a beginning, by the inner product of two vectors of one model.
+
+Beginnings and continuations are marked as what they are, "pre " and "suffi ", and go through the same encoder; the pooled
+state goes through a square linear map without bias. The authors' checkpoints are T5 v1.1 encoders that pool the first token.
+
+Source: RankGen (arXiv 2205.09726) and its public code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ntk_prefix.checks import check_count, expected
+from ntk_prefix.models.backbone import Backbone, Pooling
+from ntk_prefix.models.classifier import Classifier
+from ntk_prefix.models.formats import read_checkpoint
+from ntk_prefix.models.llama import Llama
+from ntk_prefix.models.loading import from_pretrained
+from ntk_prefix.models.placing import Slot, Target, placed
+from ntk_prefix.models.preprocessing import load_tokenizer
+from ntk_prefix.typing import Array, Float, Int
+
+__all__ = ["Ranker", "load_ranker"]
+
+Role = Literal["prefix", "suffix"]
+
+MARKS: dict[Role, str] = {"prefix": "pre ", "suffix": "suffi "}
+"""What stands before a text of each role."""
+
+LENGTHS: dict[Role, int] = {"prefix": 512, "suffix": 128}
+"""Tokens of each, mark included, at most."""
+
+
+class Ranker(Classifier):
+    """An encoder of beginnings and continuations: ``score = W h(prefix) . W h(suffix)``.
+
+    It is a :class:`Classifier` whose head, W, is square and whose logits are the vector, so it is adapted and trained as one.
+
+    Args:
+        backbone: an encoder of text.
+        pooling: as in :class:`Classifier`; the authors' is "cls".
+        tokenizer: of the backbone, for texts; token ids go without one.
+        lengths: tokens of a prefix and of a suffix, at most; of a longer prefix the last ones are read, of a suffix the first.
+        rngs: as in :class:`Classifier`; W starts as the identity, whatever they are.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        pooling: Pooling = "mean",
+        tokenizer: Any = None,
+        lengths: tuple[int, int] = (LENGTHS["prefix"], LENGTHS["suffix"]),
+        rngs: nnx.Rngs | None = None,
+    ):
+        size = backbone.config.hidden_size
+        super().__init__(backbone, size, pooling=pooling, rngs=rngs or nnx.Rngs(0))
+        if self.head.kernel.shape != (size, size):
+            raise expected("pooling", "one that makes a single state", repr(pooling))
+        self.head = nnx.Linear(size, size, use_bias=False, rngs=rngs or nnx.Rngs(0))
+        self.head.kernel[...] = jnp.eye(size, dtype=jnp.float32)
+        for length in lengths:
+            check_count("lengths", length, 4)
+        self.tokenizer = nnx.static(tokenizer)
+        self.lengths = nnx.static(lengths)
+
+    def encode_prefixes(self, texts: Sequence[str], **options: Any) -> Float[np.ndarray, "n D"]:
+        """Return the vectors of beginnings; options are those of :meth:`encode_texts`."""
+        return self.encode_texts(texts, "prefix", **options)
+
+    def encode_suffixes(self, texts: Sequence[str], **options: Any) -> Float[np.ndarray, "n D"]:
+        """Return the vectors of continuations; options are those of :meth:`encode_texts`."""
+        return self.encode_texts(texts, "suffix", **options)
+
+    def score(self, prefixes: Sequence[str], suffixes: Sequence[str], **options: Any) -> Float[np.ndarray, "n"]:
+        """Return the score of each pair; a single prefix is that of all suffixes.
+
+        Args:
+            prefixes, suffixes: texts, n each, or one prefix.
+            options: of :meth:`encode_texts`.
+
+        Raises:
+            UsageError: as many prefixes as suffixes, or one, are not there.
+        """
+        if len(prefixes) not in (1, len(suffixes)):
+            raise expected("prefixes", f"one, or as many as suffixes ({len(suffixes)})", len(prefixes))
+        return np.sum(self.encode_prefixes(prefixes, **options) * self.encode_suffixes(suffixes, **options), axis=1)
+
+    def encode_texts(
+        self,
+        texts: Sequence[str],
+        role: Role,
+        *,
+        batch_size: int = 32,
+        progress: Callable[[int, int], Any] = lambda *_: None,
+    ) -> Float[np.ndarray, "n D"]:
+        """Return the vectors of texts, in their order.
+
+        Texts of like length are read together, padded to the next of a few lengths: a program for each of these.
+
+        Args:
+            texts: without marks.
+            role: what they are.
+            batch_size: read at once.
+            progress: told how many are done, and of how many.
+
+        Raises:
+            UsageError: no tokenizer, nothing to read, or what is no text; an empty text is one.
+        """
+        check_count("batch_size", batch_size)
+        ids = [self._ids(text, role) for text in texts]
+        if not ids:
+            raise expected("texts", "at least one", "none")
+        order = np.argsort([-len(each) for each in ids], kind="stable")
+        found = np.zeros((len(ids), self.config.hidden_size), np.float32)
+        graph, state = nnx.split(self)
+        for start in range(0, len(ids), batch_size):
+            rows = order[start : start + batch_size]
+            width = _round_up(max(len(ids[row]) for row in rows), self.lengths[role == "suffix"])
+            tokens = np.zeros((min(batch_size, len(ids)), width), np.int32)
+            mask = np.zeros_like(tokens)
+            mask[:, 0] = 1  # rows that fill the batch up see something too
+            for place, row in enumerate(rows):
+                tokens[place, : len(ids[row])] = ids[row]
+                mask[place, : len(ids[row])] = 1
+            found[rows] = np.asarray(_vectors(graph, state, jnp.asarray(tokens), jnp.asarray(mask)))[: len(rows)]
+            progress(min(start + batch_size, len(ids)), len(ids))
+        return found
+
+    def _ids(self, text: str, role: Role) -> list[int]:
+        if self.tokenizer is None:
+            raise expected("tokenizer", "the backbone's, for texts", "None", "load_ranker brings it")
+        if not isinstance(text, str):
+            raise expected("texts", "texts", repr(text))
+        mark, most = MARKS[role], self.lengths[role == "suffix"]
+        text = " ".join(text.split())
+        encoded = self.tokenizer.encode(mark + text)
+        if role == "suffix":
+            encoded.truncate(most)
+            return list(encoded.ids)
+        while len(encoded.ids) > most:
+            # cut where the first token that stays begins, of the text; what stands at the ends is added anew
+            begins = [start for start, end in encoded.offsets if end > start and start >= len(mark)]
+            over = len(encoded.ids) - most
+            if over >= len(begins):
+                raise expected("lengths", "room for the mark and a token of text", most)
+            text = text[begins[over] - len(mark) :]
+            encoded = self.tokenizer.encode(mark + text)
+        return list(encoded.ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _vectors(graph: Any, state: Any, tokens: Int[Array, "B T"], mask: Int[Array, "B T"]) -> Float[Array, "B D"]:
+    return nnx.merge(graph, state)(tokens, mask).logits
+
+
+def _round_up(length: int, most: int) -> int:
+    """Return the next power of two or half between two of them, at most the longest there is."""
+    sizes: Iterable[int] = (s for power in range(3, 14) for s in (2**power, 3 * 2 ** (power - 1)))
+    return min(next(size for size in sizes if size >= length), max(most, length))
+
+
+def load_ranker(
+    path: str | Path,
+    *,
+    pooling: Pooling | None = None,
+    dtype: DTypeLike | None = None,
+    lengths: tuple[int, int] = (LENGTHS["prefix"], LENGTHS["suffix"]),
+    progress: Callable[[int, int], None] | None = None,
+) -> Ranker:
+    """Load an encoder as a ranker, with its tokenizer: RankGen's own checkpoints, or any encoder of text.
+
+    Args:
+        path: see :func:`~ntk_prefix.models.from_pretrained`. A file in the authors' layout (``t5_encoder.*`` and
+            ``projection.weight``) brings its W; another starts with the identity, so that a score is the inner product of
+            pooled states.
+        pooling: None is "cls" for the authors' layout and the family's own otherwise.
+        dtype, progress: see :func:`~ntk_prefix.models.from_pretrained`.
+        lengths: see :class:`Ranker`.
+
+    Raises:
+        UsageError: a model that is no encoder of text, or a projection of another shape.
+    """
+    model = from_pretrained(path, dtype=dtype, progress=progress)
+    if not isinstance(model, Backbone) or isinstance(model, Llama) or model.input_names[0] != "input_ids":
+        raise expected(f"{path}", "an encoder of text", type(model).__name__)
+    projection = read_checkpoint(path).tensors.get("projection.weight")
+    own: Pooling = "cls" if projection is not None else model.pooling
+    ranker = Ranker(model, pooling=pooling or own, tokenizer=load_tokenizer(path), lengths=lengths)
+    if ranker.tokenizer is not None:
+        ranker.tokenizer.no_padding()
+        ranker.tokenizer.no_truncation()
+    if projection is not None:
+        size = model.config.hidden_size
+        if projection.shape != (size, size):
+            raise expected(f"{path}: projection.weight", f"shape {(size, size)}", projection.shape)
+        slot = Slot("head.kernel", ranker.head.kernel, True)
+        slot.variable.set_value(placed(slot, projection, Target(np.dtype(np.float32), None, lambda done, total: None)))
+    return ranker

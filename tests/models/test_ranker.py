@@ -1,0 +1,117 @@
+"""A ranker: two roles of one encoder, the authors' layout, and scores that do not depend on what else is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import processors
+
+from ntk_prefix import models, peft
+from ntk_prefix.checks import UsageError
+from tests.train.tiny_model import write_model
+
+T5 = Path(__file__).parents[1] / "fixtures" / "encoders" / "t5"
+WORDS = ("[UNK]", "[CLS]", "[SEP]", "pre", "suffi", "the", "film", "was", "good", "bad", "very", "and", "long", ".")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("ranker"), WORDS, ("[CLS]", "[SEP]"), kind="bert")
+
+
+@pytest.fixture(scope="module")
+def ranker(folder: Path) -> models.Ranker:
+    loaded = models.load_ranker(folder, lengths=(8, 6))
+    loaded.tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    return loaded
+
+
+def ids_of(*words: str) -> jnp.ndarray:
+    return jnp.asarray([[WORDS.index(word) for word in ("[CLS]", *words, "[SEP]")]])
+
+
+def test_a_vector_is_the_pooled_state_through_the_map(folder: Path, ranker: models.Ranker) -> None:
+    draw = np.random.default_rng(0)
+    size = ranker.config.hidden_size
+    before = ranker.head.kernel[...]
+    ranker.head.kernel[...] = jnp.asarray(draw.normal(size=(size, size)), jnp.float32)
+    try:
+        found = ranker.encode_prefixes(["the film"])[0]
+        states = models.from_pretrained(folder)(ids_of("pre", "the", "film")).last_hidden_state[0]
+        np.testing.assert_allclose(found, np.asarray(states.mean(0) @ ranker.head.kernel[...]), rtol=1e-4, atol=1e-5)
+        assert not np.allclose(found, ranker.encode_suffixes(["the film"])[0], atol=1e-3)
+    finally:
+        ranker.head.kernel[...] = before
+
+
+def test_a_score_is_the_product_of_a_pair_whatever_stands_beside_it(ranker: models.Ranker) -> None:
+    prefixes = ["the film", "the very long film", "good", "bad and long"]
+    suffixes = ["was good .", "", "very very bad .", "was long"]  # one that ends at once is one too
+    vectors = ranker.encode_prefixes(prefixes), ranker.encode_suffixes(suffixes)
+    together = ranker.score(prefixes, suffixes)
+    np.testing.assert_allclose(together, np.sum(vectors[0] * vectors[1], axis=1), rtol=1e-6)
+    alone = [ranker.score([p], [s])[0] for p, s in zip(prefixes, suffixes, strict=True)]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    np.testing.assert_allclose(ranker.score(prefixes, suffixes, batch_size=3), together, rtol=1e-5)
+    np.testing.assert_allclose(ranker.score(prefixes[:1], suffixes), vectors[1] @ vectors[0][0], rtol=1e-5)
+    assert len(np.unique(np.round(together, 4))) == 4
+
+
+def test_of_a_long_beginning_the_end_is_read_and_of_a_continuation_the_beginning(ranker: models.Ranker) -> None:
+    """Lengths of 8 and 6, with the mark and a token at either end."""
+    words = ["the", "film", "was", "very", "very", "long", "and", "good"]
+    kept = ranker.encode_prefixes([" ".join(words)])
+    np.testing.assert_allclose(kept, ranker.encode_prefixes([" ".join(words[-5:])]), rtol=1e-6)
+    assert not np.allclose(kept, ranker.encode_prefixes([" ".join(words[:5])]), atol=1e-3)
+    ids = ranker._ids(" ".join(words), "suffix")
+    assert [WORDS[i] for i in ids] == ["[CLS]", "suffi", "the", "film", "was", "very"]
+    np.testing.assert_array_equal(ranker._ids("the   film\n", "prefix"), ids_of("pre", "the", "film")[0])
+
+
+def test_the_authors_layout(tmp_path: Path) -> None:
+    """``t5_encoder.*`` and ``projection.weight``, [out, in], on the first token's state."""
+    tensors = load_file(T5 / "model.safetensors")
+    config = json.loads((T5 / "config.json").read_text())
+    size = config["d_model"]
+    projection = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    theirs = {f"t5_encoder.{name}": tensor for name, tensor in tensors.items()} | {"projection.weight": projection}
+    save_file(theirs, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((T5 / "config.json").read_text())
+    loaded = models.load_ranker(tmp_path)
+    ids, mask = jnp.asarray([[3, 1, 4, 1], [5, 9, 0, 0]]), jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 0]])
+    hidden = models.from_pretrained(T5)(ids, mask).last_hidden_state
+    np.testing.assert_allclose(loaded(ids, mask).logits, np.asarray(hidden[:, 0]) @ projection.T, rtol=1e-5, atol=1e-6)
+    assert loaded.pooling == "cls"
+    np.testing.assert_array_equal(models.from_pretrained(tmp_path)(ids, mask).last_hidden_state, hidden)
+    save_file(theirs | {"projection.weight": projection[:-1]}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"projection.weight: expected shape"):
+        models.load_ranker(tmp_path)
+
+
+def test_an_adapter_goes_on_it_as_on_a_classifier(ranker: models.Ranker) -> None:
+    before = ranker.score(["the film"], ["was good"])
+    peft.apply(ranker, peft.PRESETS["lora"], name="tried")
+    np.testing.assert_allclose(ranker.score(["the film"], ["was good"]), before, rtol=1e-5)
+    peft.delete_adapter(ranker, "tried")
+
+
+@pytest.mark.usefixtures("without_annotations")
+def test_what_cannot_be_ranked_is_refused(ranker: models.Ranker, tmp_path: Path) -> None:
+    no_texts: Any = [3]
+    for call, message in (
+        (lambda: ranker.encode_prefixes([]), "texts: expected at least one"),
+        (lambda: ranker.encode_prefixes(no_texts), "texts: expected texts, got 3"),
+        (
+            lambda: ranker.score(["the", "film"], ["was"]),
+            r"prefixes: expected one, or as many as suffixes \(1\), got 2",
+        ),
+        (lambda: models.Ranker(ranker.backbone).encode_prefixes(["the"]), "tokenizer: expected the backbone's"),
+        (lambda: models.Ranker(ranker.backbone, lengths=(8, 0)), "lengths"),
+        (lambda: models.load_ranker(write_model(tmp_path, WORDS)), "expected an encoder of text, got Llama"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()
