@@ -9,7 +9,6 @@ import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,20 +18,13 @@ FLAGS = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_spli
 XLA_FLAGS = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *FLAGS])
 
 
-def quickly(kept: Path | None = None) -> dict[str, str]:
-    """Return the environment of a process that compiles as tests do.
-
-    Args:
-        kept: a folder of programs that were compiled before, for one process at a time: JAX writes its entries in place.
-    """
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "XLA_FLAGS": XLA_FLAGS}
-    if kept is not None:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(kept),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        }
-    return environment
+def quickly() -> dict[str, str]:
+    """Return the environment of a process that compiles as tests do."""
+    return os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+        "XLA_FLAGS": XLA_FLAGS,
+    }
 
 
 def share_contexts(programs: int = 100) -> None:

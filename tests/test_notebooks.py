@@ -53,10 +53,10 @@ def check(notebook: nbformat.NotebookNode) -> None:
 
 
 @pytest.fixture(scope="module")
-def run_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[nbformat.NotebookNode], None]]:
+def run_quickly() -> Iterator[Callable[[nbformat.NotebookNode], None]]:
     """Return a function that runs notebooks compiled as tests are, in one kernel: imports are a third of their time."""
     kernel = jupyter_client.KernelManager()
-    kernel.start_kernel(cwd=str(ROOT), env=quickly(tmp_path_factory.mktemp("compiled")))
+    kernel.start_kernel(cwd=str(ROOT), env=quickly())
     client = kernel.client()
     client.start_channels()
     client.wait_for_ready()
@@ -102,13 +102,18 @@ assets.asset = asset
 """A cell before all others: whoever asks for a model is given another folder."""
 
 
-def with_fewer_sizes(notebook: nbformat.NotebookNode) -> None:
-    """Leave fewer sizes of prefixes to compile for: that the cells run is tested, not what they show."""
+FEWER = {
+    "01": {"2 ** np.arange(6, 17, 2), 5": "2 ** np.arange(6, 9, 2), 2", "(64, 1024, 16384)": "(64, 128, 256)"},
+    "02": {"count, tokens = 12, 32": "count, tokens = 12, 8"},
+    "03": {"steps=8": "steps=2", "validation_size=32": "validation_size=16", "test_size=32": "test_size=16"},
+}
+"""What is made smaller, by notebook: there is less to compile and to run."""
+
+
+def with_fewer_sizes(notebook: nbformat.NotebookNode, number: str) -> None:
+    """Leave fewer and smaller sizes: that the cells run is tested, not what they show."""
     text = json.dumps([cell.source for cell in notebook.cells])
-    for whole, few in (
-        ("2 ** np.arange(6, 17, 2), 5", "2 ** np.arange(6, 9, 2), 2"),
-        ("(64, 1024, 16384)", "(64, 128, 256)"),
-    ):
+    for whole, few in FEWER.get(number, {}).items():
         assert whole in text
         for cell in notebook.cells:
             cell.source = cell.source.replace(whole, few)
@@ -118,8 +123,7 @@ def with_fewer_sizes(notebook: nbformat.NotebookNode) -> None:
 def test_it_runs(path: Path, run_quickly: Callable[..., None], smaller: dict[str, str]) -> None:
     """Every cell, compiled as tests are; in the place of pretrained models and of many sizes smaller ones and few."""
     notebook = nbformat.read(path, as_version=4)
-    if path.stem.startswith("01"):
-        with_fewer_sizes(notebook)
+    with_fewer_sizes(notebook, path.stem[:2])
     pretrained = [cell for cell in notebook.cells if re.search(r'asset\("(minilm|smollm2)"\)', cell.source)]
     assert bool(pretrained) == path.stem.startswith(("02", "03"))
     if pretrained:
@@ -146,7 +150,7 @@ def test_rows_of_one_s_own_take_the_place_of_x(run_quickly: Callable[..., None])
     (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and said in cell.source]
     (line,) = [line for line in cell.source.splitlines() if said in line]
     cell.source = cell.source.replace(line, "x = np.random.default_rng(0).normal(size=(5, 3))")
-    with_fewer_sizes(notebook)
+    with_fewer_sizes(notebook, "01")
     run_quickly(notebook)
 
 

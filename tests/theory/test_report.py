@@ -42,10 +42,10 @@ CHEAP = ("gradients", "positivity")
 SMALL = (*CHEAP, "--inputs", "4", "--width", "3", "--jobs", "2")
 
 
-def run(*arguments: str | Path, compiled: Path) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it, but for how programs are compiled, and where they are kept."""
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, but for how programs are compiled."""
     command = [sys.executable, "-m", "theory", *map(str, arguments)]
-    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=quickly(compiled))
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=quickly())
 
 
 @pytest.fixture
@@ -73,16 +73,10 @@ def invented(holds: bool = True, control_holds: bool = False, name: str = "posit
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of compiled programs that this module's commands share."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def report(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a report of two claims, measured side by side."""
     out = tmp_path_factory.mktemp("report")
-    done = run(*SMALL, "--out", out, compiled=compiled)
+    done = run(*SMALL, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -341,7 +335,6 @@ class TestInterruption:
     ) -> None:
         """What is left is measured alone, to the numbers that it has beside the other."""
         arguments = [sys.executable, "-m", "theory", *SMALL, "--out", str(tmp_path)]
-        # compiles anew: it must still be measuring when it is killed
         options = {"cwd": CHECKOUT, "env": quickly(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(arguments, **options) as process:
             until = time.monotonic() + 300
