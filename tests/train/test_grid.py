@@ -169,14 +169,25 @@ def failing(trained: Callable[..., Result], method: str, flags: dict[str, dict[s
     return ", ".join(name for name, flag in flags.items() if differs(flag)) or f"only together: {', '.join(flags)}"
 
 
-@pytest.mark.parametrize("method", METHODS)
+LIKE_ANOTHER = {"bitfit", "lora_ntk", "ntk_attention_published", "head"}
+"""Methods whose layers are those of others, or of the frozen model: on replicas and in bfloat16 slow tests."""
+
+every_method = pytest.mark.parametrize("method", METHODS)
+one_of_a_kind = pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.slow if m in LIKE_ANOTHER else ()) for m in METHODS]
+)
+
+
 class TestEveryMethod:
+    @every_method
     def test_on_a_mesh_trains_as_on_one_device(self, method: str, trained: Callable[..., Result]) -> None:
         assert not failing(trained, method, MESH, EXACT)
 
+    @one_of_a_kind
     def test_on_replicas_trains_as_on_one_device(self, method: str, trained: Callable[..., Result]) -> None:
         assert not failing(trained, method, PMAP, EXACT)
 
+    @one_of_a_kind
     def test_in_bfloat16_trains_nearly_so(self, method: str, trained: Callable[..., Result]) -> None:
         assert not failing(trained, method, NARROW, BFLOAT16)
         alone, narrow = trained(method, devices=1, window=3), trained(method, precision="bfloat16", window=3)
