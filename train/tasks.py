@@ -29,7 +29,16 @@ from train.data import Dataset, ImageFormat
 from train.sources import Columns, Kind, read, spec_of
 from train.unrelated import NONE, REVIEWS, texts
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Task", "encode_texts", "exact_match", "extract_answer", "load"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Task",
+    "encode_texts",
+    "ending_token",
+    "exact_match",
+    "extract_answer",
+    "load",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +146,7 @@ def load(
     if settings.test_size is not None:
         test = _split(f"{name}, test_size", test, settings.test_size, SPLIT_SEED)[1]
 
-    end_id = _end_id(encoder) if encoder is not None and spec.kind == "causal-lm" else None
+    end_id = ending_token(encoder) if encoder is not None and spec.kind == "causal-lm" else None
     image = None if text else ImageFormat(size=settings.image_size, mean=image_mean, std=image_std)
     pad_id = _pad_id(encoder) if encoder is not None else 0
 
@@ -293,7 +302,7 @@ def _first_known(tokenizer: Tokenizer, tokens: Sequence[str]) -> int | None:
     return next((found for token in tokens if (found := tokenizer.token_to_id(token)) is not None), None)
 
 
-def _end_id(tokenizer: Tokenizer) -> int:
+def ending_token(tokenizer: Tokenizer) -> int:
     """Return the token that ends an answer: that of a chat model's turn, or of a text."""
     tokens = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
     found = _first_known(tokenizer, tokens)
@@ -370,7 +379,7 @@ def _encode_answers(
     answers = [re.sub(r"<<[^>]*>>", "", answer) for answer in columns["answer"]]
     prompts = [one.ids for one in tokenizer.encode_batch_fast([template.replace("{}", q) for q in columns["question"]])]
     ends = [one.ids for one in tokenizer.encode_batch_fast(answers, add_special_tokens=False)]
-    rows = [prompt + answer + [_end_id(tokenizer)] for prompt, answer in zip(prompts, ends, strict=True)]
+    rows = [prompt + answer + [ending_token(tokenizer)] for prompt, answer in zip(prompts, ends, strict=True)]
     longest = max(map(len, prompts))
     if longest >= max_length:
         raise expected("max_length", f"more than the {longest} tokens of the longest prompt", max_length)

@@ -1,0 +1,427 @@
+"""``python -m train.rank``: which continuation fits a beginning, by a ranking encoder; from samples, or in a beam search.
+
+    python -m train.rank score  --pairs pairs.jsonl                       # a score for each {"prefix", "suffix"}
+    python -m train.rank rerank --prompts story.txt --samples 10          # SmolLM2 writes, the ranker chooses
+    python -m train.rank beam   --prompts story.txt --tokens 20 --beams 2 # chosen every 20 tokens
+    python -m train.rank search --prompts story.txt --among texts.jsonl   # the continuations in a file that fit best
+
+The ranker is any encoder of text (``--ranker``), with an adapter or without, or one of RankGen's own checkpoints. Results are
+JSON lines, one for each prompt, with all candidates and their scores, best first; written as they are found, and taken over
+by the same command run again.
+
+Source: RankGen (arXiv 2205.09726): over-generating and re-ranking, and its beam search.
+"""
+
+from __future__ import annotations
+
+from train.memory import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+import tyro
+from rich.console import Console
+
+from ntk_prefix import models, peft
+from ntk_prefix.artifacts import json_text, provenance, read_json, write_whole
+from ntk_prefix.checks import expected
+from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
+from train.prompts import whole_text
+from train.readers import ENDINGS, open_table
+from train.setup import load_tokenizer, model_path
+from train.tasks import ending_token
+
+__all__ = ["Beam", "Candidate", "Rerank", "Score", "Search", "Writer", "beam_search", "main", "reranked"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Ranking(Checked):
+    """What all of them take."""
+
+    ranker: str = "minilm"
+    """An asset (minilm), a Hugging Face folder, or owner/name of the hub; RankGen's checkpoints bring their projection."""
+    adapter: Path | None = None
+    """Folder of an adapter for the ranker."""
+    pooling: str | None = None
+    """Of the ranker: mean, cls; None is its own."""
+    cosine: bool = False
+    """Score by the cosine of the two vectors instead of their inner product."""
+    out: Path = Path("runs/ranked.jsonl")
+    """File of the results."""
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before anything is loaded."""
+        if self.pooling not in (None, "mean", "cls"):
+            raise expected("--pooling", "mean or cls", self.pooling)
+        if self.out.is_dir():
+            raise expected("--out", "a file", f"{self.out}, which is a folder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score(_Ranking):
+    """Score pairs."""
+
+    pairs: Path
+    """A table with the columns "prefix" and "suffix"."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search(_Ranking):
+    """Find the continuations in a file that fit best: a ranker as a retriever."""
+
+    prompts: Path
+    """A text file, which is one prompt, or a table with a column "prefix"."""
+    among: Path
+    """A table with a column "suffix" or "text"."""
+    top: int = 10
+    """How many."""
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before anything is loaded."""
+        super().check()
+        at_least("top", self.top, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rerank(_Ranking):
+    """Let a decoder write several continuations, and rank them."""
+
+    prompts: Path
+    """A text file, which is one prompt, or a table with a column "prefix"."""
+    model: str = "smollm2"
+    """The decoder: an asset (smollm2), a Hugging Face folder, a .gguf file, or owner/name of the hub."""
+    samples: int = 10
+    """Continuations."""
+    tokens: int = 128
+    """Of each, at most."""
+    context: int = 256
+    """Tokens of a prompt, the last ones."""
+    temperature: float = 1.0
+    top_p: float = 0.9
+    """The nucleus that tokens are drawn from."""
+    stop: tuple[str, ...] = ()
+    """Texts that a continuation ends before."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before anything is loaded."""
+        super().check()
+        for name in ("samples", "tokens", "context"):
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
+        if "" in self.stop:
+            raise expected("--stop", "texts", "an empty one")
+        models.Sampling(temperature=self.temperature, top_p=self.top_p).check()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Beam(Rerank):
+    """Let a decoder write a few tokens at a time, and go on from those that the ranker likes best."""
+
+    tokens: int = 20
+    """Between two choices."""
+    beams: int = 2
+    """Continuations that are kept at each."""
+    total: int = 128
+    """Tokens in all, at most."""
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before anything is loaded."""
+        super().check()
+        at_least("beams", self.beams, 1)
+        at_least("total", self.total, self.tokens)
+
+
+class Candidate(NamedTuple):
+    """A continuation and what the ranker says of it."""
+
+    text: str
+    score: float
+
+
+Scored = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+"""``scored(prefixes, suffixes)``: a score for each pair; a single prefix is that of all suffixes."""
+
+
+class Writer:
+    """A decoder that continues texts: one compiled program for all of about a length.
+
+    Args:
+        model: made with ``causal_lm``.
+        tokenizer: the model's.
+        sampling: how tokens are drawn.
+        context: tokens of a text that are read, the last ones.
+        stop: texts that a continuation ends before.
+    """
+
+    def __init__(
+        self, model: models.Llama, tokenizer: Any, sampling: models.Sampling, context: int, stop: tuple[str, ...] = ()
+    ):
+        self.model, self.tokenizer, self.sampling, self.context, self.stop = model, tokenizer, sampling, context, stop
+        self.end = ending_token(tokenizer)
+
+    def __call__(self, texts: Sequence[str], samples: int, tokens: int, key: jax.Array) -> list[list[tuple[str, bool]]]:
+        """Return continuations of each text, and whether each has ended: by the model, or before a stop text."""
+        ids = [self.tokenizer.encode(text).ids[-self.context :] for text in texts]
+        for text, each in zip(texts, ids, strict=True):
+            if not each:
+                raise expected("prompt", "at least one token", repr(text))
+        width = min(-(-max(map(len, ids)) // 64) * 64, max(self.context, 1))
+        array, mask = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), np.int32)
+        for row, each in enumerate(ids):
+            array[row, width - len(each) :], mask[row, width - len(each) :] = each, 1
+        options: dict[str, Any] = {"sampling": self.sampling, "key": key, "samples": samples, "eos_token_id": self.end}
+        new = np.asarray(models.generate(self.model, jnp.asarray(array), jnp.asarray(mask), tokens, **options))
+        return [[self._text(each.tolist()) for each in rows] for rows in new]
+
+    def _text(self, ids: list[int]) -> tuple[str, bool]:
+        ended = self.end in ids
+        text = self.tokenizer.decode(ids[: ids.index(self.end)] if ended else ids)
+        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
+        return (text[: min(places)], True) if places else (text, ended)
+
+
+def reranked(prompt: str, writer: Writer, scored: Scored, samples: int, tokens: int, key: jax.Array) -> list[Candidate]:
+    """Return as many continuations of a prompt, best first."""
+    [written] = writer([prompt], samples, tokens, key)
+    return _best_first([text for text, _ in written], scored([prompt], [text for text, _ in written]))
+
+
+def beam_search(
+    prompt: str,
+    writer: Writer,
+    scored: Scored,
+    *,
+    samples: int,
+    tokens: int,
+    beams: int,
+    total: int,
+    key: jax.Array,
+) -> list[Candidate]:
+    """Return the continuations of a prompt that are left of a beam search, best first.
+
+    Every ``tokens`` tokens each continuation that is kept is continued ``samples`` times, and of all the ``beams`` best are
+    kept; one that has ended stays as it is. What is scored is the whole continuation.
+    """
+    kept: list[tuple[str, bool]] = [("", False)]
+    for step in range(-(-total // tokens)):
+        left = min(tokens, total - step * tokens)
+        open_ = [text for text, over in kept if not over]
+        if not open_:
+            break
+        found = dict(each for each in kept if each[1])
+        # each has the seed of its place, so that a step's draws do not depend on how many have ended
+        for place, text in enumerate(open_):
+            own = jax.random.fold_in(jax.random.fold_in(key, step), place)
+            [written] = writer([prompt + text], samples, left, own)
+            for new, over in written:
+                found.setdefault(text + new, over)
+        texts = list(found)
+        order = np.argsort(-scored([prompt], texts), kind="stable")[:beams]
+        kept = [(texts[i], found[texts[i]]) for i in order]
+    return _best_first([text for text, _ in kept], scored([prompt], [text for text, _ in kept]))
+
+
+def _best_first(texts: Sequence[str], scores: np.ndarray) -> list[Candidate]:
+    return [Candidate(texts[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")]
+
+
+# ------------------------------------------------------------------------------------------ programs
+
+
+def main(options: Score | Search | Rerank | Beam, console: Console) -> list[dict[str, Any]]:
+    """Do what is asked, write the lines, and return them."""
+    asked = _asked(options)
+    results = _Results(options, asked)
+    missing = [row for row in range(len(asked)) if row not in results.found]
+    if missing:
+        scored = _scored(options)
+        with rich.progress.Progress(console=console, disable=not console.is_terminal) as bars:
+            task = bars.add_task(type(options).__name__.lower(), total=len(asked), completed=len(asked) - len(missing))
+            for row, line in _lines(options, asked, missing, scored):
+                results.add(row, line)
+                bars.advance(task)
+    lines = results.lines()
+    console.print(f"{len(lines)} lines in {options.out}", markup=False, highlight=False, soft_wrap=True)
+    return lines
+
+
+def _lines(
+    options: Score | Search | Rerank | Beam, asked: list[dict[str, str]], missing: list[int], scored: Scored
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    if isinstance(options, Score):
+        for start in range(0, len(missing), PAIRS_AT_ONCE):
+            rows = missing[start : start + PAIRS_AT_ONCE]
+            pairs = [[asked[row][name] for row in rows] for name in ("prefix", "suffix")]
+            for row, score in zip(rows, scored(*pairs), strict=True):
+                yield row, asked[row] | {"score": float(score)}
+        return
+    if isinstance(options, Search):
+        texts = _column(options.among, "--among", ("suffix", "text"))
+        for row in missing:
+            best = _best_first(texts, scored([asked[row]["prefix"]], texts))[: options.top]
+            yield row, asked[row] | _said(best)
+        return
+    writer = _writer(options)
+    for row in missing:
+        prompt, key = asked[row]["prefix"], jax.random.fold_in(jax.random.key(options.seed), row)
+        some: dict[str, Any] = {"samples": options.samples, "tokens": options.tokens, "key": key}
+        if isinstance(options, Beam):
+            best = beam_search(prompt, writer, scored, beams=options.beams, total=options.total, **some)
+        else:
+            best = reranked(prompt, writer, scored, **some)
+        yield row, asked[row] | _said(best)
+
+
+PAIRS_AT_ONCE = 1024
+"""Pairs after which scores are written down."""
+
+
+def _said(best: list[Candidate]) -> dict[str, Any]:
+    return {"best": best[0].text, "candidates": [each._asdict() for each in best]}
+
+
+def _scored(options: _Ranking) -> Scored:
+    """Load the ranker."""
+    path = model_path(options.ranker)
+    if path is None:
+        raise expected("--ranker", "an encoder of text", options.ranker)
+    pooling: Any = options.pooling
+    with byte_progress(f"loading {options.ranker}") as progress:
+        ranker = models.load_ranker(path, pooling=pooling, progress=progress)
+    if options.adapter is not None:
+        peft.load_adapter(ranker, options.adapter)
+    known: dict[str, np.ndarray] = {}
+
+    def unit(vectors: np.ndarray) -> np.ndarray:
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-30) if options.cosine else vectors
+
+    def scored(prefixes: Sequence[str], suffixes: Sequence[str]) -> np.ndarray:
+        # a prompt, or a file that is searched, is asked about again and again
+        names = [json.dumps([role, list(texts)]) for role, texts in (("prefix", prefixes), ("suffix", suffixes))]
+        for name, texts, encode in zip(
+            names, (prefixes, suffixes), (ranker.encode_prefixes, ranker.encode_suffixes), strict=True
+        ):
+            if name not in known:
+                known[name] = unit(encode(texts))
+        scores = np.sum(known[names[0]] * known[names[1]], axis=1)
+        while len(known) > KNOWN:
+            known.pop(next(iter(known)))
+        return scores
+
+    return scored
+
+
+KNOWN = 8
+"""Batches of vectors that are remembered."""
+
+
+def _writer(options: Rerank) -> Writer:
+    path = model_path(options.model)
+    tokenizer = None if path is None else load_tokenizer(path)
+    if path is None or tokenizer is None:
+        raise expected("--model", "a decoder with a tokenizer", options.model)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    with byte_progress(f"loading {options.model}") as progress:
+        model = models.from_pretrained(path, task="causal-lm", progress=progress)
+    assert isinstance(model, models.Llama)
+    sampling = models.Sampling(temperature=options.temperature, top_p=options.top_p)
+    return Writer(model, tokenizer, sampling, options.context, options.stop)
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+def _asked(options: Score | Search | Rerank | Beam) -> list[dict[str, str]]:
+    """Return the prompts, or the pairs."""
+    if isinstance(options, Score):
+        prefixes, suffixes = (_column(options.pairs, "--pairs", (name,)) for name in ("prefix", "suffix"))
+        return [{"prefix": prefix, "suffix": suffix} for prefix, suffix in zip(prefixes, suffixes, strict=True)]
+    if options.prompts.suffix in ENDINGS:
+        return [{"prefix": text} for text in _column(options.prompts, "--prompts", ("prefix",))]
+    return [{"prefix": whole_text(options.prompts, "--prompts")}]
+
+
+def _column(file: Path, flag: str, names: tuple[str, ...]) -> list[str]:
+    table = open_table(file)
+    name = next((name for name in names if name in table.names), None)
+    if name is None:
+        raise expected(f"{flag} {file}", f"a column {' or '.join(map(repr, names))}", f"{', '.join(table.names)}")
+    texts = ["" if text is None else str(text) for text in table.column(name)]
+    if not texts:
+        raise expected(f"{flag} {file}", "at least one row", "none")
+    return texts
+
+
+class _Results:
+    """Lines that are written as they are found, behind what they depend on; of a run that asked otherwise, none."""
+
+    def __init__(self, options: _Ranking, asked: list[dict[str, str]]):
+        self.file, self.beside = options.out, options.out.with_name(options.out.name + ".settings.json")
+        said = json_text({"options": dataclasses.asdict(options) | {"out": None}, "asked": asked})
+        digest = hashlib.sha256(said.encode()).hexdigest()
+        self.found: dict[int, dict[str, Any]] = {}
+        if (
+            self.beside.is_file()
+            and read_json(self.beside, dict[str, Any]).get("digest") == digest
+            and self.file.is_file()
+        ):
+            for line in self.file.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # a line that was being written when the run was stopped
+                    break
+                self.found[len(self.found)] = row
+        elif self.file.exists() and not self.beside.is_file():
+            raise expected("--out", "a new file, or one of this program", f"{self.file}, which is another")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in self.found.values()).encode())
+        settings = {"digest": digest, "options": dataclasses.asdict(options), **provenance("jax", "flax")}
+        write_whole(self.beside, json_text(settings).encode())
+
+    def add(self, row: int, line: dict[str, Any]) -> None:
+        """Write a line, which is the next."""
+        assert row == len(self.found)
+        self.found[row] = line
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return all."""
+        return list(self.found.values())
+
+
+def _rank(console: Console) -> int:
+    choices = Annotated[Score, tyro.conf.subcommand("score")] | Annotated[Search, tyro.conf.subcommand("search")]
+    choices |= Annotated[Rerank, tyro.conf.subcommand("rerank")] | Annotated[Beam, tyro.conf.subcommand("beam")]
+    options: Any = parsed(lambda: tyro.cli(choices, prog="python -m train.rank", description=__doc__))
+    options.check()
+    try:
+        main(options, console)
+    except KeyboardInterrupt:
+        console.print("stopped; what is finished is kept, and the same command goes on", style="yellow")
+        return 130
+    return 0
+
+
+def command() -> int:
+    """Parse, rank; say in a line what is wrong."""
+    console = Terminal()
+    return ended(lambda: _rank(console), console)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
