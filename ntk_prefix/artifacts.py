@@ -203,17 +203,17 @@ def json_text(value: Any, indent: int | None = 2) -> str:
     Raises:
         NonFiniteError: a number is infinite or NaN, which JSON has not; the text names it.
     """
+    return json.dumps(_plain(value, ""), indent=indent, allow_nan=False) + "\n"
 
-    def plain(value: Any, name: str) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(entry, f"{name}.{key}" if name else str(key)) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise NonFiniteError(f"{name or 'value'}: expected a finite number, got {value}.")
-        return str(value) if isinstance(value, Path) else value
 
-    return json.dumps(plain(value, ""), indent=indent, allow_nan=False) + "\n"
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry, f"{name}.{key}" if name else str(key)) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, f"{name}[{index}]") for index, entry in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NonFiniteError(f"{name or 'value'}: expected a finite number, got {value}.")
+    return str(value) if isinstance(value, Path) else value
 
 
 def finite_or_none(value: float) -> float | None:
