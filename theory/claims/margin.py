@@ -22,9 +22,9 @@ from theory.problem import Problem
 
 SIGMA = 0.5
 WIDTH = 8
-EXAMPLES = {"quick": 64, "full": 300}
-TOKENS = {"quick": 8192, "full": 65536}
-LOSS = {"quick": 0.4, "full": 0.3}
+EXAMPLES = {"quick": 32, "full": 300}
+TOKENS = {"quick": 4096, "full": 65536}
+LOSS = {"quick": 0.45, "full": 0.3}
 SIZES = (8, 16, 32, 64, 128, 256)
 """Examples at which margin and smallest eigenvalue are drawn."""
 FARTHER = 6.0
