@@ -45,7 +45,7 @@ ACCURACY = 0.01
 OTHER = 1.2
 """The control's kernel, over the right one."""
 
-QUICK_STEPS = {"fixed": 300, "tied": 50}
+QUICK_STEPS = {"fixed": 200, "tied": 50}
 FULL_STEPS = {"fixed": 2000, "tied": 500}
 
 RESTART_EVERY = 500

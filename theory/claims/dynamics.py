@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from matplotlib.figure import Figure
 
 from ntk_prefix import bounds
@@ -16,7 +17,7 @@ from ntk_prefix.certificate import certify
 from ntk_prefix.certificate.curve import Curve
 from ntk_prefix.kernels import limit_ntk, predict, prefix_ntk
 from ntk_prefix.random_prefix import ModelName
-from ntk_prefix.typing import Array, Kernel
+from ntk_prefix.typing import Array, Inputs, Kernel
 from theory import figures, fits
 from theory.claim import Check, Claim, Control, Evidence, relative_error
 from theory.descent import MODELS, Model, build, descend, limit_of, spectrum, with_weights
@@ -97,10 +98,38 @@ def _largest(problem: Problem, name: ModelName) -> float:
 def _trained(problem: Problem, name: ModelName, m: int, repeat: int, symmetric: bool = True) -> _Run:
     """Train a drawn prefix, once for the measurement and its controls; without pairs on the targets y + F(0)."""
     step_size = 0.25 * bounds.largest_stable_step(largest=_largest(problem, name), tokens=m)
-    model = build(problem, name, m, "dynamics", repeat, symmetric=symmetric)
-    targets = problem.targets if symmetric else problem.targets + model(problem.inputs)
+    if symmetric:
+        model = _drawn(problem, name, m, repeat)
+        targets = problem.targets
+    else:
+        model = _without_pairs(_trained(problem, name, m, 0).model, problem, repeat)
+        targets = problem.targets + _outputs(nnx.split(model), problem.inputs)
     path = descend(model, problem.inputs, targets, step_size=step_size, steps=STEPS)
     return _Run(model, path.outputs, targets, step_size)
+
+
+def _drawn(problem: Problem, name: ModelName, m: int, repeat: int) -> Model:
+    """Return a start in pairs; all sigmas share the programs that draw one."""
+    model = build(dataclasses.replace(problem, sigma=1.0), name, m, "dynamics", repeat)
+    model.weights[...] = problem.sigma * model.weights[...]
+    return model
+
+
+@jax.jit
+def _outputs(graph_and_state: tuple[nnx.GraphDef[Model], nnx.State], inputs: Inputs) -> Array:
+    return nnx.merge(*graph_and_state)(inputs)
+
+
+def _random(problem: Problem, *labels: int | str) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.key_data(problem.key("dynamics", *labels))))
+
+
+def _without_pairs(model: Model, problem: Problem, repeat: int) -> Model:
+    """Return another start of that shape, with independent tokens; drawn by NumPy, whose draws are no programs."""
+    random = _random(problem, type(model).__name__, model.m, repeat)
+    single = with_weights(model, jnp.asarray(problem.sigma * random.normal(size=model.weights.shape)))
+    single.signs[...] = jnp.asarray(random.choice([-1.0, 1.0], size=model.signs.shape))
+    return single
 
 
 @functools.cache
@@ -195,12 +224,12 @@ def _orders(problem: Problem, exchanged: bool = False) -> Evidence:
 def _even(problem: Problem, name: ModelName, alike: bool) -> Check:
     """Return that H(W(0) + u) = H(W(0) - u) if the tokens of a pair move against one another, which ``alike`` denies."""
     problem = dataclasses.replace(problem, sigma=min(problem.sigma, SECOND_ORDER_SIGMA))
-    model = build(problem, name, training_lengths(problem)[0], "dynamics", 0)
-    moved = jax.random.normal(problem.key(name, "pairs"), (model.m // 2, problem.d))
-    moved = 0.1 * moved / jnp.linalg.norm(problem.inputs, axis=1).max()  # scores change by a tenth
-    moved = jnp.stack([moved, moved if alike else -moved], axis=1).reshape(model.m, -1)
+    model = _drawn(problem, name, training_lengths(problem)[1], 0)
+    moved = _random(problem, name, "pairs").normal(size=(model.m // 2, problem.d))
+    moved *= 0.1 / np.linalg.norm(problem.inputs, axis=1).max()  # scores change by a tenth
+    both = np.stack([moved, moved if alike else -moved], axis=1).reshape(model.m, -1)
     start, ahead, back = (
-        prefix_ntk(with_weights(model, model.weights[...] + sign * moved), problem.inputs) for sign in (0, 1, -1)
+        prefix_ntk(with_weights(model, model.weights[...] + sign * both), problem.inputs) for sign in (0, 1, -1)
     )
     odd = float(jnp.linalg.norm((ahead - back).ravel()) / jnp.linalg.norm((ahead - start).ravel()))
     return Check(f"{name}: |H(W(0) + u) - H(W(0) - u)| over the drift", odd, EVEN, part=f"{name}, exchanged")
