@@ -294,7 +294,9 @@ def sensitivity(
     """
     heads = {path: (site.num_heads, site.head_dim) for path, site in attention_sites(model)}
 
-    def objective(probes: dict[str, Array], graph: Any, state: Any, inputs: Inputs, key: Array) -> Array:
+    def objective(
+        probes: dict[str, Array], graph: Any, state: Any, prefix: Mapping[str, Prefix], inputs: Inputs, key: Array
+    ) -> Array:
         model = nnx.merge(graph, state)
         with replaced_cores(model, lambda path, _: _Prefixed(prefix[path], probes[path])), _in_a_loop(model):
             result = model(**inputs)
@@ -315,7 +317,8 @@ def sensitivity(
     for i, some in enumerate(in_parts({name: x[:rows] for name, x in queries.items()})):
         shape = some["input_ids"].shape
         probes = {path: jnp.zeros((*shape, *size)) for path, size in heads.items()}
-        found = gradient(probes, graph, state, some, jax.random.fold_in(jax.random.key(seed), i))
+        # the prefix is an argument: a constant of the program would be held several times
+        found = gradient(probes, graph, state, dict(prefix), some, jax.random.fold_in(jax.random.key(seed), i))
         for path, each in found.items():
             total[path] = total[path] + np.asarray(jnp.sum(each**2, axis=(0, 1, 3)), np.float64)
         count += int(some["attention_mask"].sum())
