@@ -169,6 +169,7 @@ def train_batches(
 
 
 FEW = 4096
+"""Rows up to which an epoch's order is drawn as a whole and kept."""
 
 
 def _drawn(rows: int, seed: int, places: Iterable[int]) -> np.ndarray:
