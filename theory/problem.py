@@ -134,7 +134,7 @@ def load(data: str, *, inputs: int | None, width: int, sigma: float, seed: int, 
 
 
 @functools.cache
-def _centered_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def centered_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the images [1797, 64] about their mean, their principal directions [64, 64], and their labels [1797]."""
     from sklearn.datasets import load_digits
 
@@ -145,7 +145,7 @@ def _centered_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
     """Return images of handwritten digits and, for each, the mean image of its class, in the same coordinates."""
-    centered, directions, labels = _centered_digits()
+    centered, directions, labels = centered_digits()
     if not (2 <= n <= len(centered) and 1 <= d <= len(directions)):
         wanted = f"2 <= --inputs <= {len(centered)} and 1 <= --width <= {len(directions)}"
         raise expected("--data digits", wanted, f"{n} and {d}")

@@ -31,6 +31,7 @@ __all__ = [
     "byte_progress",
     "ended",
     "parsed",
+    "resumable",
     "show_error",
     "typed_changes",
 ]
@@ -127,6 +128,16 @@ def ended(run: Callable[[], int], console: Console) -> int:
             raise
         show_error(console, line)
         return DIVERGED if isinstance(error, DivergedError) else USAGE
+
+
+def resumable(run: Callable[[], object], console: Console) -> int:
+    """Return the exit status of a program that goes on where Ctrl-C has stopped it."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        console.print("stopped; what is finished is kept, and the same command goes on", style="yellow")
+        return 130
+    return 0
 
 
 # ----------------------------------------------------------------------------------- field=value

@@ -14,6 +14,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ntk_prefix.artifacts import json_text, write_whole
-from train.command import Terminal, ended, parsed
+from train.command import Terminal, ended, parsed, resumable
 from train.comparison import run
 from train.comparison.figure import draw, draw_reliability
 from train.comparison.plan import Cell, Comparison
@@ -100,11 +101,10 @@ def _compare(console: Console) -> int:
     comparison = parsed(lambda: tyro.cli(Comparison, prog="python -m train.compare"))
     comparison.check()
     comparison.check_sources()
-    try:
-        lines = compare(comparison, console)
-    except KeyboardInterrupt:
-        console.print("stopped; what is finished is kept, and the same command goes on", style="yellow")
-        return 130
+    return resumable(lambda: _show(compare(comparison, console), comparison.out, console), console)
+
+
+def _show(lines: list[dict[str, Any]], out: Path, console: Console) -> None:
     table = Table("task", "method", "score", "spread", "parameters", "rate", "s / step")
     for line in lines:
         table.add_row(
@@ -117,9 +117,8 @@ def _compare(console: Console) -> int:
             as_number(line["seconds_a_step"], 1, 2),
         )
     console.print(table)
-    written = f"{comparison.out / 'table.md'}, {comparison.out / 'table.png'}"
+    written = f"{out / 'table.md'}, {out / 'table.png'}"
     console.print(written, markup=False, highlight=False, soft_wrap=True)
-    return 0
 
 
 def main() -> int:

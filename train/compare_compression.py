@@ -44,7 +44,7 @@ from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefixed_model import Prefix, answers, attending, distances, in_parts, read_prompt
 from ntk_prefix.typing import Array, Float
 from train import unrelated
-from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
+from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.compression_case import Case, seen_by_layers
 from train.compression_table import Results, Row, draw, lines_of, markdown
 from train.compressors import METHODS
@@ -421,12 +421,7 @@ def _say(console: Console, row: Row) -> None:
 def _compare(console: Console) -> int:
     options = parsed(lambda: tyro.cli(Options, prog="python -m train.compare_compression", description=__doc__))
     options.check()
-    try:
-        main(options, console)
-    except KeyboardInterrupt:
-        console.print("stopped; what is finished is kept, and the same command goes on", style="yellow")
-        return 130
-    return 0
+    return resumable(lambda: main(options, console), console)
 
 
 def command() -> int:

@@ -37,7 +37,7 @@ from rich.console import Console
 from ntk_prefix import models, peft
 from ntk_prefix.artifacts import json_text, provenance, read_json, write_whole
 from ntk_prefix.checks import expected
-from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
+from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.prompts import whole_text
 from train.readers import ENDINGS, open_table
 from train.setup import load_tokenizer, model_path
@@ -409,12 +409,7 @@ def _rank(console: Console) -> int:
     choices |= Annotated[Rerank, tyro.conf.subcommand("rerank")] | Annotated[Beam, tyro.conf.subcommand("beam")]
     options: Any = parsed(lambda: tyro.cli(choices, prog="python -m train.rank", description=__doc__))
     options.check()
-    try:
-        main(options, console)
-    except KeyboardInterrupt:
-        console.print("stopped; what is finished is kept, and the same command goes on", style="yellow")
-        return 130
-    return 0
+    return resumable(lambda: main(options, console), console)
 
 
 def command() -> int:

@@ -18,7 +18,7 @@ from ntk_prefix.random_prefix import RandomPrefix
 from ntk_prefix.typing import Array, Float
 from theory import figures
 from theory.claim import Check, Claim, Control, Evidence
-from theory.problem import Problem
+from theory.problem import Problem, centered_digits
 
 SIGMA = 0.5
 WIDTH = 8
@@ -41,11 +41,8 @@ class Case(NamedTuple):
 
 def digits(problem: Problem, examples: int) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n"]]:
     """Return images of the digits 0 and 1 in the unit ball, and labels -1 and 1, in an order drawn from the seed."""
-    from sklearn.datasets import load_digits
-
-    images, kinds = load_digits(return_X_y=True)
-    centered = images - images.mean(0)
-    x = centered @ np.linalg.svd(centered, full_matrices=False)[2][:WIDTH].T
+    centered, directions, kinds = centered_digits()
+    x = centered @ directions[:WIDTH].T
     rows = np.random.default_rng(problem.seed).permutation(np.flatnonzero(kinds < 2))[:examples]
     return x[rows] / np.linalg.norm(x[rows], axis=1).max(), signs_of(kinds[rows], examples)
 
