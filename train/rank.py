@@ -34,7 +34,7 @@ import rich.progress
 import tyro
 from rich.console import Console
 
-from ntk_prefix import models, peft
+from ntk_prefix import models
 from ntk_prefix.artifacts import json_text, provenance, read_json, write_whole
 from ntk_prefix.checks import expected
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
@@ -56,8 +56,8 @@ class _Ranking(Checked):
     """Folder of an adapter for the ranker."""
     pooling: str | None = None
     """Of the ranker: mean, cls; None is its own."""
-    cosine: bool = False
-    """Score by the cosine of the two vectors instead of their inner product."""
+    cosine: bool | None = None
+    """Score by the cosine of the two vectors instead of their inner product; None is what the adapter was trained with."""
     out: Path = Path("runs/ranked.jsonl")
     """File of the results."""
 
@@ -300,13 +300,10 @@ def _scored(options: _Ranking) -> Scored:
         raise expected("--ranker", "an encoder of text", options.ranker)
     pooling: Any = options.pooling
     with byte_progress(f"loading {options.ranker}") as progress:
-        ranker = models.load_ranker(path, pooling=pooling, progress=progress)
-    if options.adapter is not None:
-        peft.load_adapter(ranker, options.adapter)
+        ranker = models.load_ranker(
+            path, adapter=options.adapter, pooling=pooling, cosine=options.cosine, progress=progress
+        )
     known: dict[str, np.ndarray] = {}
-
-    def unit(vectors: np.ndarray) -> np.ndarray:
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-30) if options.cosine else vectors
 
     def scored(prefixes: Sequence[str], suffixes: Sequence[str]) -> np.ndarray:
         # a prompt, or a file that is searched, is asked about again and again
@@ -315,7 +312,7 @@ def _scored(options: _Ranking) -> Scored:
             names, (prefixes, suffixes), (ranker.encode_prefixes, ranker.encode_suffixes), strict=True
         ):
             if name not in known:
-                known[name] = unit(encode(texts))
+                known[name] = encode(texts)
         scores = np.sum(known[names[0]] * known[names[1]], axis=1)
         while len(known) > KNOWN:
             known.pop(next(iter(known)))

@@ -11,14 +11,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from ntk_prefix.artifacts import json_text, read_json, write_whole
 from ntk_prefix.checks import check_count, expected
 from ntk_prefix.models.backbone import Backbone, Pooling
 from ntk_prefix.models.classifier import Classifier
@@ -29,7 +32,7 @@ from ntk_prefix.models.placing import Slot, Target, placed
 from ntk_prefix.models.preprocessing import load_tokenizer
 from ntk_prefix.typing import Array, Float, Int
 
-__all__ = ["Ranker", "load_ranker"]
+__all__ = ["Ranker", "load_ranker", "marked_ids", "save_settings"]
 
 Role = Literal["prefix", "suffix"]
 
@@ -38,6 +41,20 @@ MARKS: dict[Role, str] = {"prefix": "pre ", "suffix": "suffi "}
 
 LENGTHS: dict[Role, int] = {"prefix": 512, "suffix": 128}
 """Tokens of each, mark included, at most."""
+
+SETTINGS = "ranker.json"
+"""In the folder of an adapter: how the ranker that it was trained on makes scores."""
+
+
+class _Settings(msgspec.Struct):
+    pooling: Pooling
+    cosine: bool
+
+
+class Projection(nnx.Linear):
+    """W, without a bias also where an adapter trains a copy of it: a constant in all vectors is no word on any."""
+
+    without_bias: ClassVar[bool] = True
 
 
 class Ranker(Classifier):
@@ -50,6 +67,7 @@ class Ranker(Classifier):
         pooling: as in :class:`Classifier`; the authors' is "cls".
         tokenizer: of the backbone, for texts; token ids go without one.
         lengths: tokens of a prefix and of a suffix, at most; of a longer prefix the last ones are read, of a suffix the first.
+        cosine: give texts vectors of length 1, so that a score is the cosine.
         rngs: as in :class:`Classifier`; W starts as the identity, whatever they are.
     """
 
@@ -60,18 +78,20 @@ class Ranker(Classifier):
         pooling: Pooling = "mean",
         tokenizer: Any = None,
         lengths: tuple[int, int] = (LENGTHS["prefix"], LENGTHS["suffix"]),
+        cosine: bool = False,
         rngs: nnx.Rngs | None = None,
     ):
         size = backbone.config.hidden_size
         super().__init__(backbone, size, pooling=pooling, rngs=rngs or nnx.Rngs(0))
         if self.head.kernel.shape != (size, size):
             raise expected("pooling", "one that makes a single state", repr(pooling))
-        self.head = nnx.Linear(size, size, use_bias=False, rngs=rngs or nnx.Rngs(0))
+        self.head = Projection(size, size, use_bias=False, rngs=rngs or nnx.Rngs(0))
         self.head.kernel[...] = jnp.eye(size, dtype=jnp.float32)
         for length in lengths:
             check_count("lengths", length, 4)
         self.tokenizer = nnx.static(tokenizer)
         self.lengths = nnx.static(lengths)
+        self.cosine = cosine
 
     def encode_prefixes(self, texts: Sequence[str], **options: Any) -> Float[np.ndarray, "n D"]:
         """Return the vectors of beginnings; options are those of :meth:`encode_texts`."""
@@ -134,28 +154,42 @@ class Ranker(Classifier):
                 mask[place, : len(ids[row])] = 1
             found[rows] = np.asarray(_vectors(graph, state, jnp.asarray(tokens), jnp.asarray(mask)))[: len(rows)]
             progress(min(start + batch_size, len(ids)), len(ids))
-        return found
+        return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-30) if self.cosine else found
 
     def _ids(self, text: str, role: Role) -> list[int]:
         if self.tokenizer is None:
             raise expected("tokenizer", "the backbone's, for texts", "None", "load_ranker brings it")
         if not isinstance(text, str):
             raise expected("texts", "texts", repr(text))
-        mark, most = MARKS[role], self.lengths[role == "suffix"]
-        text = " ".join(text.split())
-        encoded = self.tokenizer.encode(mark + text)
-        if role == "suffix":
-            encoded.truncate(most)
-            return list(encoded.ids)
-        while len(encoded.ids) > most:
-            # cut where the first token that stays begins, of the text; what stands at the ends is added anew
-            begins = [start for start, end in encoded.offsets if end > start and start >= len(mark)]
-            over = len(encoded.ids) - most
-            if over >= len(begins):
-                raise expected("lengths", "room for the mark and a token of text", most)
-            text = text[begins[over] - len(mark) :]
-            encoded = self.tokenizer.encode(mark + text)
+        return marked_ids(self.tokenizer, text, role, self.lengths[role == "suffix"])
+
+
+def marked_ids(tokenizer: Any, text: str, role: Role, most: int) -> list[int]:
+    """Return the tokens of a text, marked as what it is: of a long prefix the last ones, of a suffix the first.
+
+    Args:
+        tokenizer: without truncation and padding.
+        text: without its mark; white space is a blank.
+        role: what it is.
+        most: tokens, mark included, at most.
+
+    Raises:
+        UsageError: there is no room for a token of a prefix.
+    """
+    mark, text = MARKS[role], " ".join(text.split())
+    encoded = tokenizer.encode(mark + text)
+    if role == "suffix":
+        encoded.truncate(most)
         return list(encoded.ids)
+    while len(encoded.ids) > most:
+        # cut where the first token that stays begins, of the text; what stands at the ends is added anew
+        begins = [start for start, end in encoded.offsets if end > start and start >= len(mark)]
+        over = len(encoded.ids) - most
+        if over >= len(begins):
+            raise expected("lengths", "room for the mark and a token of text", most)
+        text = text[begins[over] - len(mark) :]
+        encoded = tokenizer.encode(mark + text)
+    return list(encoded.ids)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -172,8 +206,12 @@ def _round_up(length: int, most: int) -> int:
 def load_ranker(
     path: str | Path,
     *,
+    adapter: str | Path | None = None,
     pooling: Pooling | None = None,
+    cosine: bool | None = None,
     dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | Literal["file"] | None = None,
+    mesh: Mesh | None = None,
     lengths: tuple[int, int] = (LENGTHS["prefix"], LENGTHS["suffix"]),
     progress: Callable[[int, int], None] | None = None,
 ) -> Ranker:
@@ -183,19 +221,27 @@ def load_ranker(
         path: see :func:`~ntk_prefix.models.from_pretrained`. A file in the authors' layout (``t5_encoder.*`` and
             ``projection.weight``) brings its W; another starts with the identity, so that a score is the inner product of
             pooled states.
-        pooling: None is "cls" for the authors' layout and the family's own otherwise.
-        dtype, progress: see :func:`~ntk_prefix.models.from_pretrained`.
+        adapter: folder of an adapter that was trained on it, with a W of its own or without.
+        pooling: None is what the adapter was trained with; without, "cls" for the authors' layout and else the family's own.
+        cosine: see :class:`Ranker`; None is what the adapter was trained with, and without one False.
+        dtype, param_dtype, mesh, progress: see :func:`~ntk_prefix.models.from_pretrained`.
         lengths: see :class:`Ranker`.
 
     Raises:
-        UsageError: a model that is no encoder of text, or a projection of another shape.
+        UsageError: a model that is no encoder of text, a projection of another shape, an adapter of another model.
     """
-    model = from_pretrained(path, dtype=dtype, progress=progress)
+    from ntk_prefix import peft
+
+    trained: _Settings | None = None
+    if adapter is not None and (Path(adapter) / SETTINGS).is_file():
+        trained = read_json(Path(adapter) / SETTINGS, _Settings)
+    model = from_pretrained(path, dtype=dtype, param_dtype=param_dtype, mesh=mesh, progress=progress)
     if not isinstance(model, Backbone) or isinstance(model, Llama) or model.input_names[0] != "input_ids":
         raise expected(f"{path}", "an encoder of text", type(model).__name__)
     projection = read_checkpoint(path).tensors.get("projection.weight")
-    own: Pooling = "cls" if projection is not None else model.pooling
-    ranker = Ranker(model, pooling=pooling or own, tokenizer=load_tokenizer(path), lengths=lengths)
+    own: Pooling = trained.pooling if trained else "cls" if projection is not None else model.pooling
+    normed = cosine if cosine is not None else bool(trained and trained.cosine)
+    ranker = Ranker(model, pooling=pooling or own, tokenizer=load_tokenizer(path), lengths=lengths, cosine=normed)
     if ranker.tokenizer is not None:
         ranker.tokenizer.no_padding()
         ranker.tokenizer.no_truncation()
@@ -205,4 +251,10 @@ def load_ranker(
             raise expected(f"{path}: projection.weight", f"shape {(size, size)}", projection.shape)
         slot = Slot("head.kernel", ranker.head.kernel, True)
         slot.variable.set_value(placed(slot, projection, Target(np.dtype(np.float32), None, lambda done, total: None)))
-    return ranker
+    return ranker if adapter is None else peft.load_adapter(ranker, adapter)
+
+
+def save_settings(ranker: Ranker, folder: str | Path) -> None:
+    """Write beside an adapter how its ranker makes scores, for :func:`load_ranker`."""
+    settings = {"pooling": ranker.pooling, "cosine": ranker.cosine}
+    write_whole(Path(folder) / SETTINGS, json_text(settings).encode())

@@ -40,9 +40,11 @@ class _Head(Adapter):
     def __init__(self, base: nnx.Linear):
         self.kernel = AdapterParam(jnp.copy(widened(base.kernel[...])))
         bias = base.bias
-        # a map that has none, such as Llama's score, gets one
-        self.optional = ("bias",) if bias is None else ()
-        self.bias = AdapterParam(jnp.zeros(base.kernel.shape[1]) if bias is None else jnp.copy(widened(bias[...])))
+        # a map that has none, such as Llama's score, gets one, but for one that may have none, as a ranker's
+        never = getattr(base, "without_bias", False)
+        start = jnp.zeros(base.kernel.shape[1]) if bias is None else jnp.copy(widened(bias[...]))
+        self.optional = ("bias",) if bias is None and not never else ()
+        self.bias = None if never else AdapterParam(start)
 
 
 class HeadHost(Host):
@@ -64,19 +66,23 @@ class HeadHost(Host):
         if self.rows is not None:
             heads = [self.adapters[name] for name in self.names]
             kernel = gather_rows([h.kernel[...] for h in heads], self.rows)
-            bias = gather_rows([h.bias[...] for h in heads], self.rows)
             output = jnp.einsum("b...d,bde->b...e", x, kernel.astype(x.dtype))
-            output = output + bias.astype(x.dtype).reshape(len(bias), *(1,) * (x.ndim - 2), -1)
+            if biases := [h.bias[...] for h in heads if h.bias is not None]:
+                bias = gather_rows(biases, self.rows)
+                output = output + bias.astype(x.dtype).reshape(len(bias), *(1,) * (x.ndim - 2), -1)
             frozen = (self.rows < 0).reshape(-1, *(1,) * (x.ndim - 1))
             return jnp.where(frozen, self.base(x), output)
         if head is None:
             return self.base(x)
         output = x @ head.kernel[...].astype(x.dtype)
+        if head.bias is None:
+            return output
         return output + head.bias[...].astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
 
     def merge(self) -> nnx.Linear:
         """Return a linear map with the active copy's weights."""
         head = self.current()
         self.base.kernel[...] = head.kernel[...]
-        self.base.bias = nnx.Param(head.bias[...])
+        if head.bias is not None:
+            self.base.bias = nnx.Param(head.bias[...])
         return self.base
