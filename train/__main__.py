@@ -77,10 +77,13 @@ def with_policy(arguments: list[str]) -> list[str]:
     return words
 
 
+RANKING_ONLY = ("suffix_length", "negatives", "generated", "generated_negatives", "human", "temperature")
+
 MEANINGLESS: dict[Kind, tuple[str, ...]] = {
-    "sequence-classification": ("image_size", "max_new_tokens"),
-    "image-classification": ("max_length", "window", "grouped", "max_new_tokens"),
-    "causal-lm": ("image_size", "window", "pooling", "head_learning_rate"),
+    "sequence-classification": ("image_size", "max_new_tokens", *RANKING_ONLY),
+    "image-classification": ("max_length", "window", "grouped", "max_new_tokens", *RANKING_ONLY),
+    "causal-lm": ("image_size", "window", "pooling", "head_learning_rate", *RANKING_ONLY),
+    "ranking": ("image_size", "window", "max_new_tokens", "prompt_template", "accumulate"),
 }
 """Fields that say nothing to a kind of task."""
 

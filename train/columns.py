@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Columns", "checked", "column_flag", "label_names", "read_columns"]
 
 Columns = dict[str, Any]
-"""Rows, checked: ``text`` (and ``text_pair``) or ``image`` with ``label`` (class numbers), or ``question``, ``answer``."""
+"""Rows, checked: ``text`` (and ``text_pair``) or ``image`` with ``label`` (class numbers), or ``question``, ``answer``,
+or ``prefix``, ``suffix``."""
 
 WITHOUT_LABELS = " (a split without labels, as GLUE's test)"
 
@@ -155,7 +156,7 @@ def checked(where: str, columns: Columns, spec: TaskSpec, *, numbered: bool) -> 
     rows = {len(values) for values in columns.values()}
     if rows == {0}:
         raise expected(where, "at least one row", "none")
-    for column in {"text", "text_pair", "question", "answer"} & set(columns):
+    for column in {"text", "text_pair", "question", "answer", "prefix", "suffix"} & set(columns):
         for row, text in enumerate(columns[column]):
             if not isinstance(text, str) or not text.strip():
                 raise expected(where, f"text in {column} of row {row}", repr(text))

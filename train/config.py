@@ -67,6 +67,17 @@ class DataConfig(Checked):
     """Height and width that images are resized to."""
     grouped: int = 32
     """Batches of text that are drawn together and divided by length, for less padding; 1 leaves them as drawn."""
+    suffix_length: int = 64
+    """Tokens after which a continuation is cut (ranking); max_length is of the beginning, whose last ones are read."""
+    negatives: int = 1
+    """Other spans of its document that a row brings to the batch (ranking)."""
+    generated: str | None = None
+    """File of continuations that a decoder wrote, of python -m train.write_negatives (ranking)."""
+    generated_negatives: int = 0
+    """Of these, how many a row brings to the batch; the test split is measured on all."""
+    human: str | None = None
+    """File of people's choices between two continuations, that a ranker's are compared with at the end: lines with prefix,
+    ranked, sampled, votes_ranked, votes_sampled (ranking)."""
     prompt_template: str | None = None
     """What a question is put into, at its {} (instruct, math); None is the turns of a chat model, or a plain form."""
     unrelated: str | None = None
@@ -92,7 +103,11 @@ class DataConfig(Checked):
             0 < self.validation_size < 1 or (self.validation_size >= 1 and float(self.validation_size).is_integer())
         ):
             raise expected("--validation-size", "a number of rows, or a share of them below 1", self.validation_size)
-        at_least("test_beyond", self.test_beyond, 0)
+        for name in ("test_beyond", "negatives", "generated_negatives"):
+            at_least(name, getattr(self, name), 0)
+        if self.generated_negatives and self.generated is None:
+            raise expected("--generated-negatives", "--generated beside it", self.generated_negatives)
+        at_least("suffix_length", self.suffix_length, 4)
         at_least("max_length", self.max_length, 8)
         at_least("unrelated_length", self.unrelated_length, 2)
         if self.prompt_template is not None and self.prompt_template.count("{}") != 1:
@@ -122,6 +137,8 @@ class OptimConfig(Checked):
     """Fraction of the steps in which the rate rises linearly."""
     weight_decay: float = 0.0
     """Of AdamW, on trained weights."""
+    temperature: float = 0.05
+    """What cosines are divided by in the loss (ranking)."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
 
@@ -129,10 +146,12 @@ class OptimConfig(Checked):
         """Refuse steps that mean nothing: rates are finite and do not climb."""
         for name in ("steps", "batch_size", "accumulate"):
             at_least(name, getattr(self, name), 1)
-        for name in ("learning_rate", "head_learning_rate", "k_learning_rate", "weight_decay", "clip"):
+        for name in ("learning_rate", "head_learning_rate", "k_learning_rate", "weight_decay", "clip", "temperature"):
             at_least(name, getattr(self, name), 0)
         if self.batch_size % self.accumulate:
             raise expected("--accumulate", f"a divisor of the batch size {self.batch_size}", self.accumulate)
+        if not self.temperature > 0:
+            raise expected("--temperature", "a number above 0", self.temperature)
         if not 0 <= self.warmup < 1:
             raise expected("--warmup", "a fraction of the steps in [0, 1)", self.warmup)
 
@@ -247,7 +266,7 @@ class TrainConfig(Checked, metaclass=_Sectioned):
     model: str
     """An asset (minilm, vit, smollm2), a Hugging Face folder, a .gguf or .onnx file, or tiny-vit (random weights)."""
     task: str
-    """One of train.sources.TASKS; text, pair, image and instruct are for your own rows, see --data-dir."""
+    """One of train.sources.TASKS; text, pair, image, instruct and ranking are for your own rows, see --data-dir."""
     method: str = "ntk_attention"
     """One of train.config.METHODS."""
     adapter: tuple[str, ...] = ()
@@ -370,6 +389,16 @@ def adapter_config(method: str, changes: tuple[str, ...] = ()) -> tuple[peft.Ada
     return tuple(map(changed, configs))
 
 
+RANKING = TrainConfig(
+    model="minilm",
+    task="ranking",
+    data=DataConfig(max_length=96, suffix_length=48, validation_size=64),
+    # W starts as the identity
+    optim=OptimConfig(batch_size=16, head_learning_rate=1e-3),
+    eval=EvalConfig(choose_by="loss"),
+)
+"""What the rankings have in common."""
+
 CONFIGS: dict[str, tuple[str, TrainConfig]] = {
     "tiny": (
         "digits with a random two-layer vision transformer: seconds, no downloads; to see that everything runs",
@@ -404,6 +433,18 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
             optim=OptimConfig(batch_size=8),
             eval=EvalConfig(choose_by="loss"),
         ),
+    ),
+    "ranking": (
+        "which continuation fits, MiniLM, film reviews; --data-dir FILE with your documents (text) or pairs (prefix, suffix)",
+        RANKING,
+    ),
+    "ranking_generated": (
+        "the same beside continuations that a decoder wrote: --generated FILE",
+        RANKING.changed(generated="generated.jsonl", generated_negatives=1),
+    ),
+    "ranking_newsgroups": (
+        "which continuation fits, MiniLM, newsgroups",
+        RANKING.changed(task="ranking_newsgroups"),
     ),
     "rte": (
         "textual entailment, MiniLM",

@@ -66,6 +66,8 @@ class Dataset(Mapping[str, np.ndarray]):
             ``labels``          int32; classification
             ``prompt_length``   int32; causal language modeling: the loss is on the tokens from here on
             ``prompt_ids``      object, each int32; what to generate from
+            ``candidates``      int8 [rows, C], ``candidate_ids`` and ``candidate_mask`` int32 [rows, C, tokens], ``pair``
+                                int32; ranking, see :mod:`train.ranking_data`
             ``image``           uint8 [rows, h, w] or [rows, h, w, 3], or object of such, or of bytes of picture files
             and columns that no batch holds: ``text``, ``question``, ``answer``, ...
         pad_id: token that pads.
@@ -131,7 +133,8 @@ def train_batches(
     Returns:
         Pairs (i, batch). Of text: ``input_ids``, ``attention_mask`` and, where the split has them, ``token_type_ids``,
         all int32 [rows, bucket]; ``labels`` int32 [rows], or [rows, bucket] with ``IGNORED`` outside of the answer, not
-        shifted, for causal language modeling. Of images: ``pixel_values`` float32 [rows, size, size, 3] and
+        shifted, for causal language modeling, and of rankings their candidates instead.
+        Of images: ``pixel_values`` float32 [rows, size, size, 3] and
             ``labels``.
         ``weight`` float32 [rows] is 1.
 
@@ -307,6 +310,9 @@ def _collate(split: Dataset, rows: np.ndarray, weight: np.ndarray, length: int) 
         pixels = np.stack([_pixels(split["image"][row], split.image) for row in rows])
         return {"pixel_values": pixels, "labels": split["labels"][rows], "weight": weight}
     batch = _padded(split, "input_ids", rows, length, "right")
+    if "candidate_ids" in split:
+        own = ("candidate_ids", "candidate_mask", "candidates", "pair")
+        return batch | {name: split[name][rows] for name in own} | {"weight": weight}
     if "token_type_ids" in split:
         batch["token_type_ids"] = _padded(split, "token_type_ids", rows, length, "right")["input_ids"]
     if "prompt_length" in split:

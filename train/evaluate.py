@@ -13,8 +13,11 @@ from flax import nnx
 
 from ntk_prefix import models, peft, sharding
 from ntk_prefix.models.cross_entropy import cross_entropy, in_parts
+from ntk_prefix.models.ranker import LENGTHS, Role, marked_ids
 from ntk_prefix.training import Trainer, TrainState
 from train import data, tasks
+from train.ranking import by_encoder, vectors
+from train.ranking_measures import agreement, read_choices
 from train.setup import Setup, model_inputs
 
 __all__ = ["Evaluator", "Predictions"]
@@ -28,7 +31,7 @@ class Predictions(NamedTuple):
     """What came out for each row of a split."""
 
     correct: np.ndarray
-    """[rows] bool."""
+    """[rows] bool; of rankings the share of kinds of candidates."""
     loss: float
     """Mean cross entropy; of the answers' tokens for language."""
     log_probabilities: np.ndarray | None
@@ -37,6 +40,8 @@ class Predictions(NamedTuple):
     """[rows], the true classes; None for language."""
     texts: tuple[str, ...] = ()
     """Generated answers; language only."""
+    kinds: dict[str, float] | None = None
+    """Rankings only: kind of candidates -> how often the true one is told from nine of these."""
     last_number: float | None = None
     """Share of them whose last number is right, marked as the answer or not; language only."""
 
@@ -98,6 +103,12 @@ class Evaluator:
         """
         if self.setup.task.kind == "causal-lm":
             return self._language(state, split, generate)
+        if self.setup.task.kind == "ranking":
+            temperature = self.setup.config.optim.temperature
+            found = by_encoder(self.encoder(state), split, self.batch_size, temperature)
+            right = np.mean([*found.right.values()], axis=0)
+            kinds = {kind: float(each.mean()) for kind, each in found.right.items()}
+            return Predictions(right, float(np.mean([*found.loss.values()])), None, kinds=kinds)
         trained, frozen = self._local(state)
         rows, weights, labels = [], [], []
         split, places = data.by_length(split)
@@ -110,6 +121,25 @@ class Evaluator:
         log_probabilities = np.asarray(jax.nn.log_softmax(scores))
         loss = -log_probabilities[np.arange(len(targets)), targets].mean()
         return Predictions(scores.argmax(axis=1) == targets, float(loss), log_probabilities, targets)
+
+    def encoder(self, state: TrainState) -> Callable[[data.Batch], np.ndarray]:
+        """Return how a state's ranker makes vectors of a batch of texts."""
+        trained, frozen = self._local(state)
+        return lambda batch: np.asarray(self._logits(trained, frozen, batch))
+
+    def agreement(self, state: TrainState, file: str) -> dict[str, Any]:
+        """Return how often a state's ranker chooses as people did, by :func:`train.ranking_measures.agreement`."""
+        choices = read_choices(file)
+        tokenizer = self.setup.task.tokenizer
+        columns = zip(*((each.prefix, each.ranked, each.sampled) for each in choices), strict=True)
+        roles: tuple[Role, ...] = ("prefix", "suffix", "suffix")
+        ids = [
+            np.array(marked_ids(tokenizer, text, role, LENGTHS[role]), np.int32)
+            for role, texts in zip(roles, columns, strict=True)
+            for text in texts
+        ]
+        found = vectors(self.encoder(state), ids, self.batch_size).reshape(3, len(choices), -1)
+        return agreement(choices, np.einsum("nd,knd->nk", found[0], found[1:]))
 
     def _language(self, state: TrainState, split: data.Dataset, generate: bool) -> Predictions:
         trained, frozen = self._local(state)

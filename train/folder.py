@@ -55,6 +55,15 @@ class Summary(TypedDict):
     calibration_error_scaled: NotRequired[Share | None]
     temperature: NotRequired[Loss | None]
     reliability: NotRequired[list[Reliability]]
+    identification: NotRequired[dict[str, Share]]
+    agreement: NotRequired[Agreement | None]
+
+
+class Agreement(TypedDict):
+    """Of a ranker with people, as :func:`train.ranking_measures.agreement`."""
+
+    agree: Count
+    of: Count
 
 
 class Reliability(TypedDict):

@@ -63,6 +63,10 @@ RIDGES = tuple(10.0**power for power in range(-5, 2))
 """Candidates for rho, relative to the kernel's mean eigenvalue."""
 
 
+def _has_classes(name: str) -> bool:
+    return name in CONFIGS and spec_of(CONFIGS[name][1].task).kind.endswith("classification")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(Checked):
     """Of one kernel view."""
@@ -92,8 +96,8 @@ class Options(Checked):
 
     def check(self) -> None:
         """Refuse what is not there, before any work."""
-        if self.config not in CONFIGS or spec_of(CONFIGS[self.config][1].task).kind == "causal-lm":
-            of_classes = [name for name, (_, config) in CONFIGS.items() if spec_of(config.task).kind != "causal-lm"]
+        if self.config not in CONFIGS or not _has_classes(self.config):
+            of_classes = [name for name in CONFIGS if _has_classes(name)]
             raise expected("--config", f"one of {', '.join(of_classes)}", repr(self.config))
         if unknown := set(self.methods) - set(METHODS):
             raise expected("--methods", f"some of {', '.join(METHODS)}", ", ".join(sorted(unknown)))

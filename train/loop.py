@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ntk_prefix import peft
 from ntk_prefix.artifacts import json_text, write_whole
 from ntk_prefix.checks import NonFiniteError, expected
+from ntk_prefix.models.ranker import save_settings
 from ntk_prefix.training import TrainState
 from train import data, result
 from train.checkpoint import Checkpoints
@@ -309,7 +310,10 @@ class _Run:
             self._say("forgetting is not measured: the reviews could not be fetched; --unrelated FILE takes other text")
         if language and setup.task.unrelated is not None:
             unrelated = self.evaluate.unrelated_loss(None), self.evaluate.unrelated_loss(best)
-        model = setup.trainer.model(setup.model, best)
+        human = None
+        if test is not None and setup.task.kind == "ranking" and config.data.human is not None:
+            human = self.evaluate.agreement(best, config.data.human)
+        model: Any = setup.trainer.model(setup.model, best)
         summary = result.summary(
             setup,
             self.folder,
@@ -320,11 +324,14 @@ class _Run:
             test=test,
             before=before,
             unrelated=unrelated,
+            human=human,
         )
         json_text(summary)  # before the adapter is written: refuses what is not finite
         if jax.process_index() == 0:
             if config.method != "full":
                 peft.save_pretrained(model, self.folder.path / "adapter", base_model_name_or_path=setup.model_source)
+                if setup.task.kind == "ranking":
+                    save_settings(model, self.folder.path / "adapter")
                 weights = self.folder.path / "adapter" / "adapter_model.safetensors"
                 summary["adapter_bytes"] = weights.stat().st_size
             if test is not None and language:

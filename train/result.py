@@ -28,6 +28,7 @@ def summary(
     test: Predictions | None,
     before: Predictions | None,
     unrelated: tuple[float, float] | None = None,
+    human: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what a run leaves behind.
 
@@ -41,6 +42,7 @@ def summary(
         test: of the best weights; None if that split was not read.
         before: of the model as it was at the start, on the test split, for language.
         unrelated: its loss on unrelated text, without its adapter and with the best weights; None if not measured.
+        human: how a ranker's choices agree with people's; None if not measured.
     """
     config, task = setup.config, setup.task
     trained, whole = peft.trainable_parameters(model)
@@ -71,6 +73,7 @@ def summary(
         "source": task.source,
         "model_source": setup.model_source,
         "config": config.as_dict(),
+        **({} if test is None or test.kinds is None else {"identification": test.kinds, "agreement": human}),
         **_confidence(validation, test),
         **provenance("orbax-checkpoint", sources=("ntk_prefix/**/*.py", "train/**/*.py")),
     }

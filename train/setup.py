@@ -28,6 +28,7 @@ from ntk_prefix.typing import Array, Float
 from train import assets, data, tasks
 from train.command import byte_progress
 from train.config import OptimConfig, TrainConfig, adapter_config
+from train.ranking import contrastive_loss
 from train.sources import Kind, check_source, spec_of
 
 __all__ = [
@@ -81,6 +82,11 @@ def build(config: TrainConfig) -> Setup:
     """
     kind = spec_of(config.task).kind
     placement = placement_of(config, jax.devices())
+    if kind == "ranking" and config.optim.accumulate > 1:
+        hint = "Take a smaller --batch-size, with fewer of them"
+        raise expected(
+            "--accumulate", "1 for a ranking, whose negatives are the whole batch", config.optim.accumulate, hint
+        )
     if config.window is not None and kind != "sequence-classification":
         raise expected("--window", f"none for {config.task}: only encoders of text see through windows", config.window)
     check_source(config.task, config.data.data_dir)  # before a model is fetched for it
@@ -131,7 +137,7 @@ def adapt(model: Any, config: TrainConfig, calibration: Mapping[str, Any]) -> No
 def trainer_of(config: TrainConfig, kind: str, placement: Mapping[str, Any]) -> Trainer:
     """Return how a run trains, on the devices of ``placement``: a mesh, devices of pmap, or nothing."""
     return Trainer(
-        loss=loss_of(kind),
+        loss=loss_of(kind, config),
         optimizer=optimizer(config.optim),
         wrt=peft.AdapterParam,
         parallel=config.device.parallel,
@@ -195,6 +201,14 @@ def load_model(
 ) -> nnx.Module:
     """Return the pretrained model with a head for a task of a kind, its weights laid out over the mesh if there is one."""
     rngs, dtype = nnx.Rngs(config.seed), jnp.dtype(config.device.precision)
+    if kind == "ranking":
+        if path is None:
+            raise expected("--model", f"an encoder of text, for {config.task} is text", config.model)
+        own: dict[str, Any] = {"dtype": dtype, "param_dtype": config.device.param_dtype, "mesh": mesh}
+        with byte_progress(f"loading {config.model}") as progress:
+            ranker = models.load_ranker(path, pooling=config.pooling, cosine=True, **own, progress=progress)
+        ranker.tokenizer = nnx.static(None)  # the task has it; programs of runs are then alike
+        return ranker
     if path is None:
         if config.device.param_dtype == "bfloat16":
             raise expected("--param-dtype", f"float32 for {config.model}, which is no file", "bfloat16")
@@ -234,11 +248,12 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Array]:
     return {name: jnp.asarray(batch[name]) for name in model.input_names if name in batch}
 
 
-def loss_of(kind: str) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]:
+def loss_of(kind: str, config: TrainConfig) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]:
     """Return the loss of a kind of task, summed over the batch's rows, as :class:`Trainer` wants it.
 
     Classification: cross entropy, no label smoothing. Language: cross entropy of the answer's tokens, averaged over
-    each row's own, so that every example counts alike, whatever its length and whichever device holds it.
+    each row's own, so that every example counts alike, whatever its length and whichever device holds it. Ranking: see
+    :mod:`train.ranking`.
     """
 
     def classification(model: Any, batch: Mapping[str, Array]) -> Float[Array, ""]:
@@ -254,7 +269,11 @@ def loss_of(kind: str) -> Callable[[Any, Mapping[str, Array]], Float[Array, ""]]
         share = batch["weight"] / jnp.maximum(answer.sum(axis=1), 1)
         return model.loss(hidden, labels, answer * share[:, None])
 
-    return language if kind == "causal-lm" else classification
+    def ranking(model: Any, batch: Mapping[str, Array]) -> Float[Array, ""]:
+        replicas = config.device.parallel == "pmap"
+        return contrastive_loss(model, batch, config.optim.temperature, "rows" if replicas else None)
+
+    return {"causal-lm": language, "ranking": ranking}.get(kind, classification)
 
 
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:

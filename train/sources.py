@@ -6,8 +6,8 @@ a folder      ``data_dir``: files of a Hugging Face data set (parquet, jsonl, cs
 a hub         ``data_dir="hub"``, or ``"hub:owner/name"`` for another data set of the same columns; needs network
 the assets    ``data_dir=None``: what ``train.assets`` fetches, and the digits of scikit-learn
 
-The tasks text, pair, image and instruct are anybody's own: their columns are named by whoever has them, and their classes
-are those that the train split has.
+The tasks text, pair, image, instruct and ranking are anybody's own: their columns are named by whoever has them, and their
+classes are those that the train split has.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from ntk_prefix.checks import expected
 from train.assets import AssetError, asset, verified_files
 from train.columns import Columns, checked, column_flag, label_names, read_columns
 from train.images import decoded
-from train.readers import ENDINGS, saved_files, saved_splits
+from train.readers import ENDINGS, open_table, saved_files, saved_splits
 
 __all__ = ["TASKS", "Columns", "Kind", "Rows", "TaskSpec", "check_source", "find_folder", "read", "reviews", "spec_of"]
 
-Kind = Literal["sequence-classification", "image-classification", "causal-lm"]
+Kind = Literal["sequence-classification", "image-classification", "causal-lm", "ranking"]
 
 
 class Rows(NamedTuple):
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     source: str
     """Where the rows come from, for the record."""
     label_names: tuple[str, ...]
-    """Of the classes, in the order of their numbers; empty for causal language modeling."""
+    """Of the classes, in the order of their numbers; empty where there are none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,6 +201,9 @@ def _splits(name: str, spec: TaskSpec, data_dir: Path | str | None) -> tuple[dic
     assert folder is not None
     wanted = {"train": spec.train, "validation": spec.validation, "test": spec.test}
     files = {split: _files(folder, names) for split, names in wanted.items() if names}
+    if spec.kind == "ranking" and not {*spec.columns["text"]} & {*open_table(files["train"][0]).names}:
+        # pairs as they are, in the place of whole documents
+        spec = dataclasses.replace(spec, columns={"prefix": ("prefix",), "suffix": ("suffix",)})
     if spec.foreign_test and not files["test"]:
         raise expected(f"{name}: {source}", "a test split beside it", "none", "Put test.jsonl of GSM8K into the folder")
     found = {split: read_columns(name, spec, some) for split, some in files.items() if some}
@@ -247,6 +250,15 @@ def reviews(source: str) -> dict[str, Columns]:
     with asset("reviews").open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["source"] == source]
     return {"train": {"text": [row["text"] for row in rows], "label": [row["label"] for row in rows]}}
+
+
+_LONG = 300
+"""Words of a review that is a document."""
+
+
+def _documents(words: int) -> dict[str, Columns]:
+    """Return the film reviews of so many words or more."""
+    return {"train": {"text": [text for text in reviews("imdb")["train"]["text"] if len(text.split()) >= words]}}
 
 
 def _newsgroups() -> dict[str, Columns]:
@@ -479,6 +491,15 @@ TASKS: dict[str, TaskSpec] = {
         columns={"image": ("image", "img", "file_name"), "label": _LABEL},
         own=True,
         validation=_VALIDATION,
+    ),
+    # the reviews, without their classes, that are long enough to have spans beside a pair
+    "ranking": TaskSpec(
+        kind="ranking", columns={"text": _TEXT}, own=True, validation=_VALIDATION, assets=lambda: _documents(_LONG)
+    ),
+    "ranking_newsgroups": TaskSpec(
+        kind="ranking",
+        columns={"text": _TEXT},
+        assets=lambda: {split: {"text": columns["text"]} for split, columns in _newsgroups().items()},
     ),
     "instruct": TaskSpec(
         kind="causal-lm",

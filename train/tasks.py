@@ -26,6 +26,7 @@ from ntk_prefix.models import load_tokenizer
 from train.assets import AssetError
 from train.config import DataConfig
 from train.data import Dataset, ImageFormat
+from train.ranking_data import OTHERS, encoded, pairs, read_generated
 from train.sources import Columns, Kind, read, spec_of
 from train.unrelated import NONE, REVIEWS, texts
 
@@ -81,8 +82,10 @@ class Task:
         return len(self.label_names)
 
     @property
-    def metric(self) -> Literal["accuracy", "exact_match"]:
+    def metric(self) -> Literal["accuracy", "exact_match", "identification"]:
         """Return what is reported."""
+        if self.kind == "ranking":
+            return "identification"
         return "exact_match" if self.kind == "causal-lm" else "accuracy"
 
 
@@ -121,6 +124,11 @@ def load(
     text = spec.kind != "image-classification"
     encoder = _tokenizer(tokenizer) if text and tokenizer is not None else None
     raw, source, label_names = read(name, settings.data_dir, settings.columns)
+    if spec.kind == "ranking":
+        raw = {
+            split: pairs(f"{name}, {split} split", columns, max_length, settings.suffix_length)
+            for split, columns in raw.items()
+        }
     train = raw["train"]
     if "test" in raw:
         test = raw["test"]
@@ -150,7 +158,15 @@ def load(
     image = None if text else ImageFormat(size=settings.image_size, mean=image_mean, std=image_std)
     pad_id = _pad_id(encoder) if encoder is not None else 0
 
+    def ranked(columns: Columns, others: tuple[int, int]) -> Dataset:
+        lengths = (max_length, settings.suffix_length)
+        written = {} if settings.generated is None else read_generated(settings.generated, columns["prefix"])
+        return Dataset(encoded(encoder, columns, lengths, others, written), pad_id=pad_id)
+
     def dataset(columns: Columns, drop: bool = False) -> Dataset:
+        if spec.kind == "ranking":
+            training = columns is train
+            return ranked(columns, (settings.negatives, settings.generated_negatives) if training else (OTHERS, OTHERS))
         arrays = {key: _array(values) for key, values in columns.items() if key != "label"}
         if "label" in columns:
             arrays["labels"] = np.asarray(columns["label"], np.int32)
@@ -273,7 +289,7 @@ def _without_repeats(columns: Columns) -> Columns:
             image if isinstance(image, bytes) else (image.shape, image.tobytes()) for image in columns["image"]
         ]
     else:
-        names = [name for name in ("text", "text_pair", "question") if name in columns]
+        names = [name for name in ("text", "text_pair", "question", "prefix", "suffix") if name in columns]
         keys = list(zip(*(columns[name] for name in names), strict=True))
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     if len(first) < len(keys):

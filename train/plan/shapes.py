@@ -106,6 +106,8 @@ def abstract_model(config: TrainConfig, shape: str | None, num_labels: int) -> A
         UsageError: a shape that is none, or that does not fit the task.
     """
     kind = spec_of(config.task).kind
+    if kind == "ranking":
+        raise expected("--config", "a task of classes or of language: the plan of a ranking is not made", config.task)
     path = None if shape is not None else setup.model_path(config.model)
     if shape is None and path is None:
         make: Callable[[], Any] = functools.partial(setup.load_model, config, None, kind, num_labels)
