@@ -165,7 +165,7 @@ def _choose_in_head(rows: Rows, prefix: Array, most: int, candidates: int) -> tu
     return order, jnp.concatenate([all_of_it[None], left])
 
 
-def _mean_square_shares(rows: Rows, prefix: Array, block: int = 4096) -> Array:
+def _mean_square_shares(rows: Rows, prefix: Array, block: int = 512) -> Array:
     """Return for each token of a head's prefix its mean square share in the queries' denominators, in blocks of tokens."""
 
     def of(part: Array) -> Array:

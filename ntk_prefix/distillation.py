@@ -24,6 +24,7 @@ from flax import nnx
 from ntk_prefix.attention import LowRank
 from ntk_prefix.checks import NonFiniteError, check_count, check_positive, expected
 from ntk_prefix.compression import Kept, make
+from ntk_prefix.models.run import jit_reading
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.prefixed_model import Inputs, Prefix, Progress, attending, in_parts
 from ntk_prefix.typing import Array
@@ -202,7 +203,7 @@ def _hidden(model: Any, inputs: Inputs) -> Array:
 
 
 def _exact(model: Any, prefix: Mapping[str, Prefix], texts: Inputs, progress: Progress) -> np.ndarray:
-    run = nnx.jit(_hidden)
+    run = jit_reading(_hidden)
     found = []
     rows = len(texts["input_ids"])
     with attending(model, prefix):

@@ -380,7 +380,14 @@ def _solve_mass(samples: _Head, ridge: float, positive: bool) -> np.ndarray:
 
 
 def _solve_z(samples: _Head, k: np.ndarray, ridge: float) -> np.ndarray:
-    """Return the z that is best for this k: least squares in the output itself."""
+    """Return the z that is best for this k: least squares in the output itself.
+
+    A feature without mass gets no value: far from the samples it could be all that a query finds, divided by nothing.
+    """
+    if not k.all():
+        z = np.zeros((len(k), samples.target.shape[1]))
+        z[k != 0] = _solve_z(samples._replace(features=samples.features[:, k != 0]), k[k != 0], ridge)
+        return z
     denominator = samples.denominator(k)
     wanted = samples.target * denominator[:, None] - samples.own_mass[:, None] * samples.own_output
     weights = 1 / denominator**2

@@ -23,6 +23,7 @@ from ntk_prefix.models.attention import AttentionCore, AttentionOptions
 from ntk_prefix.models.backbone import Backbone, check_tokens
 from ntk_prefix.models.generation import generate
 from ntk_prefix.models.llama import Llama
+from ntk_prefix.models.run import jit_reading
 from ntk_prefix.models.scan import check_alike
 from ntk_prefix.peft.record import LayerRecord, record, replaced_cores
 from ntk_prefix.peft.sites import attention_sites
@@ -55,7 +56,7 @@ ROWS_AT_ONCE = 4
 """Texts that a model reads together: their logits are held at once."""
 ASKED_WHAT_MATTERS = 1024
 """Tokens of the queries, whole texts, that :func:`sensitivity` is measured on: a mean for each head, with gradients."""
-PROMPT_AT_ONCE = 1024
+PROMPT_AT_ONCE = 512
 """Tokens of a prompt that a decoder reads together."""
 
 
@@ -127,17 +128,19 @@ def read_prompt(model: Any, input_ids: Int[Array, " M"], progress: Progress = la
         return kept
     check_tokens(ids, None, model.config.vocab_size)
 
-    @nnx.jit
-    def read(model: Llama, part: Array, cache: Any, start: Array) -> Any:
+    def more(model: Llama, part: Array, cache: Any, start: Array) -> Any:
         return model.hidden(part, None, cache, start, position_offset=-length)[1]
 
-    cache = model.empty_cache(1, length)
+    read, cache = jit_reading(more, donate=2), list(model.empty_cache(1, length))
     for start in range(0, length, PROMPT_AT_ONCE):
         part = ids[:, start : start + PROMPT_AT_ONCE]
-        cache = jax.block_until_ready(read(model, part, cache, jnp.int32(start)))
+        cache = list(jax.block_until_ready(read(model, part, cache, jnp.int32(start))))
         progress("reading the prompt", start + part.shape[1], length)
-    paths = [path for path, _ in attention_sites(model)]
-    return {path: Prefix(c.key[0], c.value[0]) for path, c in zip(paths, cache, strict=True)}
+    found = {}
+    for path, _ in attention_sites(model):
+        layer = cache.pop(0)  # a slice is a copy: of one layer at a time
+        found[path] = Prefix(layer.key[0], layer.value[0])
+    return found
 
 
 @contextlib.contextmanager
@@ -240,7 +243,7 @@ class Queries:
         kept: dict[str, list[tuple[LayerRecord, dict[str, Array]]]] = {path: [] for path in self.prefix}
         rows = len(self.texts["input_ids"])
         # compiled as a whole: one by one its small operations would be a hundred programs
-        run = nnx.jit(lambda model, some: record(model, some, _arrays))
+        run = jit_reading(lambda model, some: record(model, some, _arrays))
         for i, some in enumerate(in_parts(self.texts)):
             with attending(self.model, self.prefix):
                 for path, seen in run(self.model, some).items():

@@ -10,6 +10,7 @@ import pytest
 
 from ntk_prefix.attention import ntk_attention, prefix_attention
 from ntk_prefix.feature_maps import Elu1, Taylor
+from ntk_prefix.prefix_fit import FitOptions, Samples, fit_prefix
 from ntk_prefix.prefix_state import PrefixState
 
 
@@ -171,6 +172,17 @@ class TestFit:
         _, start = PrefixState.fit_with_report(query, key, value, own_key, own_value, iterations=0)
         _, found = PrefixState.fit_with_report(query, key, value, own_key, own_value)
         assert np.all(found.training_error <= start.training_error * (1 + 1e-6))
+
+    def test_a_feature_without_mass_has_no_value(self):
+        """Far from the samples such a feature may be all that a query finds: its value would be divided by nothing."""
+        draw = np.random.default_rng(0)
+        features, values = draw.uniform(0.1, 1, (1, 60, 3)), draw.standard_normal((1, 60, 2))
+        masses = features[..., 0] - 0.5 * features[..., 1] + 0.5  # less with more of feature 1, which a mass cannot be
+        samples = Samples(features, np.ones((1, 60)), 0 * values, masses, values, np.ones((1, 60)), 60)
+        raw = np.zeros((1, 3, 2)), np.zeros((1, 3))
+        fit = fit_prefix(samples, FitOptions(iterations=0), positive=True, raw=raw, alone=False)
+        np.testing.assert_array_equal(fit.k[0] > 0, [True, False, True])
+        np.testing.assert_array_equal(fit.z[0].any(axis=1), [True, False, True])
 
     def test_more_starts_are_never_worse_on_the_samples(self):
         key, value = related(500)

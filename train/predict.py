@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from flax import nnx
 
 from ntk_prefix import peft
 from ntk_prefix.artifacts import read_bytes, read_json
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
+from ntk_prefix.models.run import jit_reading
 from train import tasks
 from train.config import TrainConfig
 from train.data import Dataset, ImageFormat, evaluation_batches
@@ -88,7 +88,7 @@ def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
     peft.narrow_frozen(model)
     mean, std = normalization(path)
     image = ImageFormat(size=config.data.image_size, mean=mean, std=std)
-    run = nnx.jit(lambda model, inputs: jax.nn.softmax(model(**inputs).logits.astype(jnp.float32)))
+    run = jit_reading(lambda model, inputs: jax.nn.softmax(model(**inputs).logits.astype(jnp.float32)))
 
     def columns(inputs: Sequence[Sequence[Any]]) -> dict[str, np.ndarray]:
         if not texts:

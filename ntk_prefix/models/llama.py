@@ -404,7 +404,9 @@ class Llama(Backbone):
             slots = min(length, window or length)
             return jnp.zeros((batch, slots, self.config.num_key_value_heads, self.config.head_dim), self.dtype)
 
-        return tuple(KeyValueCache(*[zeros(layer.attention.kind.window)] * 2) for layer in self.layers)
+        # two arrays, not one twice: a cache may be donated
+        windows = [layer.attention.kind.window for layer in self.layers]
+        return tuple(KeyValueCache(zeros(window), zeros(window)) for window in windows)
 
 
 def _logits(output_map: Any, hidden: Float[Array, "B T D"], soft_cap: float | None) -> Float[Array, "B T V"]:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 
 from ntk_prefix.checks import expected
 
-__all__ = ["REMAT_POLICIES", "RunOptions", "Runnable"]
+__all__ = ["REMAT_POLICIES", "RunOptions", "Runnable", "jit_reading"]
 
 REMAT_POLICIES: Mapping[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -69,3 +70,20 @@ class Runnable:
     scan_layers: bool = _option("scan_layers")
     window: int | None = _option("window")
     position_offset: int = _option("position_offset")
+
+
+def jit_reading(function: Callable[..., Any], donate: int | None = None) -> Callable[..., Any]:
+    """Return ``function(model, *args)``, compiled, for a model that it only reads.
+
+    ``nnx.jit`` also returns the model as it is after the call: a new copy of every weight, each time.
+
+    Args:
+        function: of a model and arrays. What it changes of the model is lost.
+        donate: which argument may be overwritten, counted with the model as 0.
+    """
+    run = jax.jit(
+        lambda graph, state, *args: function(nnx.merge(graph, state), *args),
+        static_argnums=0,
+        donate_argnums=() if donate is None else donate + 1,
+    )
+    return lambda model, *args: run(*nnx.split(model), *args)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from ntk_prefix import models
 from ntk_prefix.models.backbone import check_tokens
+from ntk_prefix.models.run import jit_reading
 from ntk_prefix.models.vit import bicubic_matrix
 from tests.models import formulas
 from tests.models.calling import call, quick
@@ -405,6 +406,17 @@ def test_run_options_are_one_record(folders: dict[str, Path]) -> None:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             models.RunOptions(**wrong)
     assert nnx.split(model)[0] == nnx.split(nnx.clone(model))[0]  # static: another option is another program
+
+
+def test_what_only_reads_a_model_leaves_its_weights_where_they_lie() -> None:
+    """``nnx.jit`` returned a new copy of each with every call."""
+    model, x, sums = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.arange(3.0), jnp.ones(2)
+    before = model.kernel[...].unsafe_buffer_pointer()
+    run = jit_reading(lambda model, x, sums: sums + model(x), donate=2)
+    np.testing.assert_allclose(run(model, x, sums), 1 + x @ model.kernel[...], rtol=1e-6)
+    assert model.kernel[...].unsafe_buffer_pointer() == before
+    assert sums.is_deleted()
+    assert not x.is_deleted()
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
