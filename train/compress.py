@@ -12,7 +12,7 @@ An adapter takes no place in the cache and has no position: text behind it begin
 
 from __future__ import annotations
 
-from train.memory import use_huge_pages
+from train.memory import give_back, use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()
@@ -145,8 +145,10 @@ def main(options: Options, console: Console) -> None:
         fit, held = _split(texts, options)
         some = {"seed": options.seed, "progress": told, "kept": kept}
         found = compress(model, prefix, fit, options.budget, steps=options.steps, even=options.even, **some)
+        give_back()
         states = distil_states(model, prefix, found.states, fit, steps=options.distil, **some)
         measured = divergence(model, prefix, [states, None, *([found.states] if options.distil else [])], held, told)
+        give_back()
         held_error = errors(model, prefix, states, {name: x[:ROWS_AT_ONCE] for name, x in held.items()})
     found = dataclasses.replace(found, states=states)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Huge pages, seen from outside: the page faults of a large block that is freed and asked for again."""
+"""Memory, seen from outside: page faults of a large block that is asked for again, and pages of what was freed."""
 
 import os
 import subprocess
@@ -29,6 +29,27 @@ for count in range(2, 12):
     found.append(faults() - before)
 print(os.getpid(), sys.prefix, min(found), sep="\\n")
 """
+
+
+FREED = """
+import resource, sys
+from pathlib import Path
+from train.memory import give_back
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+blocks = [b"." * 100_000 for _ in range(1000)]
+last = blocks[-1]
+del blocks
+kept = pages()
+give_back()
+print(kept, pages())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another C library")
+def test_what_is_freed_is_given_back():
+    done = subprocess.run([sys.executable, "-c", FREED], stdout=subprocess.PIPE, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept - left > 0.9 * 100_000_000 / 4096
 
 
 def run(how: str, **environment: str) -> int:
