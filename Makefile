@@ -4,13 +4,17 @@ ENVIRONMENT := .venv
 LOCK := requirements.lock
 READY := $(ENVIRONMENT)/ready
 
-.PHONY: setup tpu verify verify-full test quick test-slow test-gpu test-3.12 lint bench accelerator lock clean
+.PHONY: setup tpu docs verify verify-full test quick test-slow test-gpu test-3.12 lint bench accelerator lock clean
 
 verify: $(READY)  ## check the theory claim by claim, minutes on two cores; report in runs/theory
 	$(ENVIRONMENT)/bin/python -m theory --profile quick
 
 tpu: $(READY)  ## add the compiler for TPU, for `python -m train.plan`; JAX_PLATFORMS=cpu keeps JAX from looking for a TPU
 	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-tpu.lock
+
+docs: $(READY)  ## the site, runs/docs/index.html: works from the file, without network; fails if a public name is not documented
+	$(ENVIRONMENT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes -r requirements-docs.lock
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(ENVIRONMENT)/bin/python -m mkdocs build --quiet
 
 setup: $(READY)  ## only set up; then `source .venv/bin/activate`
 
@@ -52,7 +56,10 @@ accelerator:  ## all that a GPU or TPU has to show, 9 minutes; goes on where it 
 # not neural-tangents' TensorFlow, as in pyproject.toml; and the versions that `make accelerator` ran with on GPUs
 OVERRIDDEN := "tensorflow ; python_version < '0'" "tf2jax ; python_version < '0'" jax==0.11.2 jaxlib==0.11.2 flax==0.12.10
 
-lock:  ## write requirements.lock, requirements-3.12.lock and requirements-tpu.lock anew (needs uv)
+# what an extra of pyproject.toml asks for, without what the library itself does
+EXTRA := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
+
+lock:  ## write requirements.lock and those of 3.12, tpu and docs anew (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url \
 		--fork-strategy fewest --python-version 3.11 \
 		--custom-compile-command "make lock" --output-file requirements.lock
@@ -61,6 +68,8 @@ lock:  ## write requirements.lock, requirements-3.12.lock and requirements-tpu.l
 		--custom-compile-command "make lock" --output-file requirements-3.12.lock
 	echo libtpu | uv pip compile - --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
 		--custom-compile-command "make lock" --output-file requirements-tpu.lock
+	$(PYTHON) -c '$(EXTRA)' docs | uv pip compile - --no-config --constraint requirements.lock --universal --generate-hashes \
+		--no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" --output-file requirements-docs.lock
 
 clean:
 	rm -rf $(ENVIRONMENT) runs

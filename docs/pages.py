@@ -1,0 +1,164 @@
+"""What `make docs` adds to MkDocs: the repository's own pages, formulas as MathML, public names, and what must be there.
+
+Nothing is written twice: README.md, the proofs, the tables and the notebooks are pages as they stand, at their own paths.
+"""
+
+import functools
+import importlib
+import inspect
+import json
+import re
+from html import unescape
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import latex2mathml.converter
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from theory import formulas
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "train/README.md", "theory/*.md"]
+PICTURES = ["train/*.png", "theory/*.png"]
+PROOFS = "theory/"
+
+PUBLIC = [
+    "ntk_prefix", "ntk_prefix.bounds", "ntk_prefix.certificate", "ntk_prefix.feature_maps", "ntk_prefix.kernels",
+    "ntk_prefix.kernels.equivalence", "ntk_prefix.kernels.neural_tangents", "ntk_prefix.models", "ntk_prefix.peft",
+    "ntk_prefix.prompting", "ntk_prefix.training",
+]  # fmt: skip
+"""Modules whose ``__all__`` is public: each name has to stand on a page, with a docstring."""
+
+_made: list[str] = []
+"""Formulas of pages under way; a page has their numbers between two characters of no language until its HTML is there."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Put every page at its path in the repository."""
+    for file in [file for file in files if file.src_dir == config.docs_dir]:
+        files.remove(file)
+        files.append(File.generated(config, f"docs/{file.src_uri}", abs_src_path=file.abs_src_path))
+    for pattern in PAGES + PICTURES:
+        for path in sorted(ROOT.glob(pattern)):
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        content = notebook(json.loads(path.read_text("utf-8")))
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=content))
+    return files
+
+
+def notebook(cells: dict[str, Any]) -> str:
+    """Return a notebook as Markdown: its texts, its code, and the pictures and texts that are committed with it."""
+    parts = []
+    for cell in cells["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                parts.append(f'<img alt="output" src="data:image/png;base64,{"".join(data["image/png"].split())}">')
+            elif text := "".join(data.get("text/plain", "")):
+                parts.append(f"```text\n{text}\n```")
+    return "\n\n".join(parts)
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Set the proofs' formulas, list public names, turn links to notebooks into links to their pages."""
+    if page.file.src_uri.startswith(PROOFS):
+        markdown = set_formulas(markdown)
+    markdown = re.sub(
+        r"^@@ ([\w.]+)(?:: (.*))?$", lambda found: entries(found[1], found[2]), markdown, flags=re.MULTILINE
+    )
+    return re.sub(r"(\]\([\w/.]*notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
+
+
+def entries(module: str, names: str | None) -> str:
+    """Return mkdocstrings' lines for the named members of a module, or for all of its ``__all__`` that are no modules."""
+    chosen = (
+        names.split() if names else [n for n, member in public(module).items() if not isinstance(member, ModuleType)]
+    )
+    return "\n\n".join(f"::: {module}.{name}" for name in chosen)
+
+
+def set_formulas(markdown: str) -> str:
+    """Put placeholders where formulas stand: indented blocks, and what is between backticks and is no code."""
+    blocks = re.split(r"((?:^    .*\n(?:\s*\n(?=    ))?)+)", markdown, flags=re.MULTILINE)
+    for place, block in enumerate(blocks):
+        if place % 2:
+            lines = [line[4:] for line in block.splitlines() if line.strip()]
+            blocks[place] = f"{_placeholder(formulas.display(lines))}\n"
+        else:
+            blocks[place] = "\n".join(_line(line) for line in block.split("\n"))
+    return "".join(blocks)
+
+
+def _line(line: str) -> str:
+    parts = re.split(r"(`[^`]+`|\]\([^)]*\))", line)
+    for place, part in enumerate(parts):
+        if place % 2 == 0 and not line.startswith(("#", "|--")):
+            found = formulas.found_in(part)
+            parts[place] = "".join(_placeholder(formulas.inline(text)) if is_math else text for text, is_math in found)
+        elif part.startswith("`") and formulas.is_formula(part[1:-1]):
+            parts[place] = _placeholder(formulas.inline(part[1:-1]))
+    return "".join(parts)
+
+
+def _placeholder(html: str) -> str:
+    _made.append(html)
+    return f"\ue000{len(_made) - 1}\ue001"
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put formulas where their places are, and turn LaTeX into MathML."""
+    html = re.sub(r"<p>(\ue000\d+\ue001)</p>", r"\1", html)
+    html = re.sub(r"\ue000(\d+)\ue001([,.;:)]*)", _with_its_point, html)
+    for tag, kind, opened, closed in (("span", "inline", r"\\\(", r"\\\)"), ("div", "block", r"\\\[", r"\\\]")):
+        written = rf'<{tag} class="arithmatex">\s*{opened}(.*?){closed}\s*</{tag}>'
+        html = re.sub(written, functools.partial(_latex, kind=kind), html, flags=re.DOTALL)
+    return html
+
+
+def _with_its_point(found: re.Match[str]) -> str:
+    """Return a formula that no line parts from the point behind it."""
+    *before, last = _made[int(found[1])].split("<wbr>")
+    return "<wbr>".join([*before, f'<span class="whole">{last}{found[2]}</span>' if found[2] else last])
+
+
+def _latex(found: re.Match[str], kind: str) -> str:
+    return latex2mathml.converter.convert(unescape(found[1]).strip(), display=kind)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Refuse a site in which a public name is missing or undocumented, or in which something is fetched from a network."""
+    html = {path: path.read_text("utf-8") for path in sorted(Path(config.site_dir).rglob("*.html"))}
+    anchors = set(re.findall(r'id="([\w.]+)"', "".join(html.values())))
+    names = {f"{module}.{name}": member for module in PUBLIC for name, member in public(module).items()}
+    shown = {id(member) for name, member in names.items() if name in anchors or name in PUBLIC}
+    if missing := [name for name, member in names.items() if id(member) not in shown or not documented(member)]:
+        raise PluginError(f"public names without a page or a docstring: {', '.join(missing)}; see docs/api")
+    fetched = {
+        f"{path.name}: {url}"
+        for path, text in html.items()
+        for url in re.findall(r'<(?:script|link|img|iframe)\b[^>]*?(?:src|href)="(https?:[^"]+)"', text)
+    }
+    if fetched:
+        raise PluginError(f"expected a site that needs no network, got {', '.join(sorted(fetched))}")
+    print(f"{len(html)} pages, {len(names)} public names, each documented: {config.site_dir}/index.html")
+
+
+def public(module: str) -> dict[str, Any]:
+    """Return what a module's ``__all__`` names."""
+    members = importlib.import_module(module)
+    return {name: getattr(members, name) for name in members.__all__}
+
+
+def documented(member: Any) -> bool:
+    """Return whether a module, a class or a function has a docstring of its own; dataclasses are given one by Python."""
+    if not (isinstance(member, ModuleType) or inspect.isclass(member) or inspect.isfunction(member)):
+        return True  # a constant: mkdocstrings shows it only with its docstring
+    own = (vars(member).get("__doc__") if inspect.isclass(member) else member.__doc__) or ""
+    return bool(own) and not own.startswith(f"{member.__name__}(")
