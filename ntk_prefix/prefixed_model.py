@@ -131,14 +131,15 @@ def read_prompt(model: Any, input_ids: Int[Array, " M"], progress: Progress = la
     def more(model: Llama, part: Array, cache: Any, start: Array) -> Any:
         return model.hidden(part, None, cache, start, position_offset=-length)[1]
 
-    read, cache = jit_reading(more, donate=2), list(model.empty_cache(1, length))
+    read, cache = jit_reading(more, donate=2), model.empty_cache(1, length)
     for start in range(0, length, PROMPT_AT_ONCE):
         part = ids[:, start : start + PROMPT_AT_ONCE]
-        cache = list(jax.block_until_ready(read(model, part, cache, jnp.int32(start))))
+        cache = jax.block_until_ready(read(model, part, cache, jnp.int32(start)))
         progress("reading the prompt", start + part.shape[1], length)
-    found = {}
+    layers, found = list(cache), {}
+    del cache
     for path, _ in attention_sites(model):
-        layer = cache.pop(0)  # a slice is a copy: of one layer at a time
+        layer = layers.pop(0)  # a slice is a copy: of one layer at a time
         found[path] = Prefix(layer.key[0], layer.value[0])
     return found
 
