@@ -28,8 +28,8 @@ from train.command import Terminal, ended, parsed, resumable
 from train.comparison import run
 from train.comparison.figure import draw, draw_reliability
 from train.comparison.plan import Cell, Comparison
-from train.comparison.table import as_number, as_whole, document, markdown, table_line
-from train.profiles import Row
+from train.comparison.table import UNTRAINED, as_number, as_whole, document, markdown, table_line
+from train.profiles import PROFILES, Row
 
 __all__ = ["Cell", "Comparison", "compare"]
 
@@ -45,6 +45,7 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
     for cell in comparison.grid_cells(seeds=comparison.repeats):
         run.check_folder(comparison, cell)
     pairs = comparison.pairs()
+    untrained = [task for task in comparison.chosen_tasks if task in PROFILES[comparison.profile].references]
     lines: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -57,12 +58,22 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
                 finished[cell] = run.run_cell(comparison, cell, progress.console, test=test)
                 progress.advance(bar)
             lines.append(table_line(task, row, finished, _best_rate(comparison, finished)))
-            write_whole(comparison.out / "table.json", json_text(document(comparison, lines)).encode())
-            write_whole(comparison.out / "table.md", markdown(comparison, lines).encode())
-            draw(lines).savefig(comparison.out / "table.png", dpi=150)
-            if any(line["reliability"] for line in lines):
-                draw_reliability(lines).savefig(comparison.out / "reliability.png", dpi=150)
+            _write(comparison, lines)
+        for task in untrained:
+            progress.update(bar, description=f"references of {escape(task)}")
+            for name, found in run.run_references(comparison, task, progress.console).items():
+                row = (name, UNTRAINED, ())
+                lines.append(table_line(task, row, {Cell(task, row, 0.0, 0): found}, 0.0))
+            _write(comparison, lines)
     return lines
+
+
+def _write(comparison: Comparison, lines: list[dict[str, Any]]) -> None:
+    write_whole(comparison.out / "table.json", json_text(document(comparison, lines)).encode())
+    write_whole(comparison.out / "table.md", markdown(comparison, lines).encode())
+    draw(lines).savefig(comparison.out / "table.png", dpi=150)
+    if any(line["reliability"] for line in lines):
+        draw_reliability(lines).savefig(comparison.out / "reliability.png", dpi=150)
 
 
 def _cells(

@@ -61,6 +61,17 @@ YARDSTICK_ROWS: tuple[Row, ...] = (
 rows that it has, and the methods of states that it has not. Its best prefix, 50 tokens whose keys and values start as those
 of a system prompt, is missing: ours do not start from text."""
 
+RANKING_ROWS: tuple[Row, ...] = (
+    ("full", "full", ()),
+    # W alone: twice as many numbers as an adapter
+    ("projection", "head", ()),
+    # and adapters without it, within 4 % of each other
+    ("lora r=8", "lora", ("train_head=false",)),
+    ("prefix 16", "prefix_tuning", ("num_tokens=16", "train_head=false")),
+    ("ntk", "ntk_attention", ("train_head=false",)),
+)
+"""Of a ranker made of MiniLM."""
+
 SHARED_ROWS: tuple[Row, ...] = (
     ("full", "full", ()),
     ("head", "head", ()),
@@ -119,6 +130,8 @@ class Profile:
     """Learning rates that every row is tuned over: low enough for all weights, high enough for a prefix."""
     own_grids: tuple[tuple[str, tuple[float, ...]], ...] = ()
     """Labels of rows with learning rates of their own, where a setting is somebody else's."""
+    references: tuple[str, ...] = ()
+    """Tasks that also have the rows of :mod:`train.ranking_references`, for which nothing is trained."""
     seeds: int = 3
     """Runs of each row's best rate."""
 
@@ -147,6 +160,7 @@ Name = Literal[
     "long_full",
     "yardstick",
     "yardstick_small",
+    "ranking",
 ]
 
 _YARDSTICK: dict[str, Any] = {
@@ -254,6 +268,23 @@ PROFILES: dict[Name, Profile] = {
         tasks=_all_of_it({"newsgroups_long": 6000, "imdb": 6000, "imdb_longer": 6000}),
         rows=LONG_ROWS,
         grid=(5e-4, 1e-3, 5e-3, 1e-2, 5e-2),
+    ),
+    # which continuation fits: with what python -m train.write_negatives wrote, --set generated=FILE, and people's choices,
+    # --set human=FILE; the grid has rates for all weights and for a prefix
+    "ranking": Profile(
+        tasks={"ranking": {}, "ranking_generated": {}},
+        shared={
+            "train_size": 1600,
+            "test_size": 150,
+            "steps": 100,
+            "evaluate_every": 50,
+            "checkpoint_every": 50,
+            "patience": 0,
+        },
+        rows=RANKING_ROWS,
+        without=tuple(("ranking_generated", row[0]) for row in RANKING_ROWS if row[0] != "lora r=8"),
+        grid=(5e-5, 5e-4, 5e-3),
+        references=("ranking",),
     ),
     # peft's own comparison, for a GPU: --data-dir with MetaMathQA, GSM8K, or both; --set model=FOLDER for another decoder.
     # Rows of theirs have their rates; the two that they have not are tuned on the validation loss

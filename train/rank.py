@@ -43,7 +43,18 @@ from train.readers import ENDINGS, open_table
 from train.setup import load_tokenizer, model_path
 from train.tasks import ending_token
 
-__all__ = ["Beam", "Candidate", "Rerank", "Score", "Search", "Writer", "beam_search", "main", "reranked"]
+__all__ = [
+    "Beam",
+    "Candidate",
+    "Rerank",
+    "Score",
+    "Search",
+    "Writer",
+    "beam_search",
+    "load_decoder",
+    "main",
+    "reranked",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,7 +285,8 @@ def _lines(
             best = _best_first(texts, scored([asked[row]["prefix"]], texts))[: options.top]
             yield row, asked[row] | _said(best)
         return
-    writer = _writer(options)
+    sampling = models.Sampling(temperature=options.temperature, top_p=options.top_p)
+    writer = Writer(*load_decoder(options.model), sampling, options.context, options.stop)
     for row in missing:
         prompt, key = asked[row]["prefix"], jax.random.fold_in(jax.random.key(options.seed), row)
         some: dict[str, Any] = {"samples": options.samples, "tokens": options.tokens, "key": key}
@@ -325,18 +337,22 @@ KNOWN = 8
 """Batches of vectors that are remembered."""
 
 
-def _writer(options: Rerank) -> Writer:
-    path = model_path(options.model)
+def load_decoder(name: str, flag: str = "--model") -> tuple[models.Llama, Any]:
+    """Return a decoder of a name with its tokenizer, which neither pads nor cuts.
+
+    Raises:
+        UsageError: it is none, or has none; ``flag`` is what named it.
+    """
+    path = model_path(name)
     tokenizer = None if path is None else load_tokenizer(path)
     if path is None or tokenizer is None:
-        raise expected("--model", "a decoder with a tokenizer", options.model)
+        raise expected(flag, "a decoder with a tokenizer", name)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    with byte_progress(f"loading {options.model}") as progress:
+    with byte_progress(f"loading {name}") as progress:
         model = models.from_pretrained(path, task="causal-lm", progress=progress)
     assert isinstance(model, models.Llama)
-    sampling = models.Sampling(temperature=options.temperature, top_p=options.top_p)
-    return Writer(model, tokenizer, sampling, options.context, options.stop)
+    return model, tokenizer
 
 
 # --------------------------------------------------------------------------------------------- files

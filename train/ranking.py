@@ -117,18 +117,18 @@ class Identification:
 
 
 def identification(
-    split: Dataset, score: Callable[[int, list[tuple[int, int]]], np.ndarray], temperature: float = 1.0
+    split: Dataset, score: Callable[[str, int, list[tuple[int, int]]], np.ndarray], temperature: float = 1.0
 ) -> Identification:
     """Return how often the true suffix of a row is told from nine others.
 
     Args:
         split: of the task.
-        score: ``score(row, candidates)``, a number for each candidate of :func:`ten` behind the row's prefix.
+        score: ``score(kind, row, candidates)``, a number for each candidate of :func:`ten` behind the row's prefix.
         temperature: that scores are divided by, for the loss.
     """
     right, loss = {}, {}
     for kind, rows in ten(split).items():
-        scores = [np.asarray(score(row, candidates), np.float64) for row, candidates in enumerate(rows)]
+        scores = [np.asarray(score(kind, row, candidates), np.float64) for row, candidates in enumerate(rows)]
         right[kind] = np.array([s[0] > s[1:].max() for s in scores])
         loss[kind] = float(np.mean([np.logaddexp.reduce((s - s[0]) / temperature) for s in scores]))
     return Identification(right, loss)
@@ -170,7 +170,7 @@ def by_encoder(
     whole = vectors(encode, [*split["input_ids"], *suffixes], batch_size)
     number = {(int(row), int(place)): split.rows + i for i, (row, place) in enumerate(there)}
 
-    def score(row: int, candidates: list[tuple[int, int]]) -> np.ndarray:
+    def score(_: str, row: int, candidates: list[tuple[int, int]]) -> np.ndarray:
         return whole[[number[each] for each in candidates]] @ whole[row]
 
     return identification(split, score, temperature)

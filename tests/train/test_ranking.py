@@ -276,13 +276,13 @@ class TestIdentification:
 
     def test_is_right_if_the_true_one_is_above_all_others(self) -> None:
         split, draw = split_of(1000, 9), np.random.default_rng(0)
-        known = ranking.identification(split, lambda row, some: np.array([each == (row, 0) for each in some], float))
+        known = ranking.identification(split, lambda _, row, some: np.array([each == (row, 0) for each in some], float))
         assert {kind: right.mean() for kind, right in known.right.items()} == {"random": 1, "same document": 1}
         # one that says nothing is never right, one that guesses in a tenth of the cases
-        assert not ranking.identification(split, lambda row, some: np.zeros(len(some))).right["random"].any()
-        guessed = ranking.identification(split, lambda row, some: draw.normal(size=len(some)))
+        assert not ranking.identification(split, lambda _, row, some: np.zeros(len(some))).right["random"].any()
+        guessed = ranking.identification(split, lambda _, row, some: draw.normal(size=len(some)))
         assert guessed.right["random"].mean() == pytest.approx(0.1, abs=0.03)
-        even = ranking.identification(split, lambda row, some: np.zeros(len(some)), 0.1)
+        even = ranking.identification(split, lambda _, row, some: np.zeros(len(some)), 0.1)
         assert even.loss["random"] == pytest.approx(np.log(10))
 
 

@@ -52,7 +52,8 @@ class Comparison(Checked):
     read; full: all data and two more tasks, for a GPU; ablation: parts of NTK-Attention; math and math_short: SmolLM2 on
     all kinds of generated problems and on eight short ones; long and long_full: small and full for long documents, sized
     for three hours; yardstick: the method comparison of Hugging Face's peft, for a decoder on a GPU; yardstick_small: its
-    short form, SmolLM2 on GSM8K."""
+    short form, SmolLM2 on GSM8K; ranking: which continuation fits, MiniLM, with --set generated=FILE of
+    train.write_negatives."""
     tasks: tuple[str, ...] = ()
     """Some of the profile's tasks; all for none."""
     rows: tuple[str, ...] = ()
@@ -120,6 +121,11 @@ class Comparison(Checked):
             # a task that is not in the folder comes from the assets, if these have it
             found = given is not None and find_folder(usual, given) is not None
             check_source(usual, given if found or spec_of(usual).assets is None else None)
+        for cell in self.grid_cells():
+            data = self.config(cell).data
+            for flag, file in (("generated", data.generated), ("human", data.human)):
+                if file is not None and not Path(file).expanduser().is_file():
+                    raise expected(f"--set {flag}", "a file", f"{file} of the task {cell.task}, which is not there")
 
     def grid_cells(self, *, seeds: int = 1) -> Iterator[Cell]:
         """Yield a cell for each line and rate, with the first seeds."""

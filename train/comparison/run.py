@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -11,14 +12,14 @@ from typing import Any
 
 from rich.console import Console
 
-from ntk_prefix.artifacts import CHECKOUT, json_text, write_whole
+from ntk_prefix.artifacts import CHECKOUT, json_text, read_json, write_whole
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from train.command import DIVERGED
 from train.comparison.plan import Cell, Comparison
 from train.config import TrainConfig
 from train.folder import read_summary
 
-__all__ = ["CellError", "check_folder", "run_cell"]
+__all__ = ["CellError", "check_folder", "run_cell", "run_references"]
 
 NOTHING: dict[str, Any] = {"validation_score": None, "validation_loss": None, "test_score": None, "diverged": True}
 """What a run that diverged has to say."""
@@ -98,6 +99,32 @@ def _summary(comparison: Comparison, cell: Cell, test: bool) -> dict[str, Any] |
     return None if test and found["test_score"] is None else found
 
 
+def run_references(comparison: Comparison, task: str, console: Console) -> dict[str, dict[str, Any]]:
+    """Return the rows of a task for which nothing is trained, as summaries by their names; what is finished is only read.
+
+    Raises:
+        CellError: they ended without a result; with the end of what was said.
+    """
+    folder = comparison.out / "references" / task
+    folder.mkdir(parents=True, exist_ok=True)
+    row = comparison.rows_of(task)[0]
+    config = comparison.config(Cell(task, row, comparison.rates_of(row)[0], 0))
+    write_whole(folder / "config.json", json_text(config.as_dict()).encode())
+    paths = ["--config", str(folder / "config.json"), "--out", str(folder)]
+    status, output = _process(comparison, ["train.ranking_references", *paths], f"references of {task}", console)
+    if status:
+        raise CellError(f"references of {task}: they ended with {status}:\n{output[-2000:]}")
+    return {
+        name: {
+            "test_score": statistics.fmean(found["identification"].values()),
+            "test_rows": found["rows"],
+            "validation_score": None,
+            **found,
+        }
+        for name, found in read_json(folder / "references.json", dict[str, Any])["rows"].items()
+    }
+
+
 def _train(comparison: Comparison, cell: Cell, console: Console, *, test: bool) -> tuple[int, str]:
     """Train a cell in a process of its own; return its exit status and what it said."""
     folder = comparison.out / cell.folder
@@ -105,7 +132,13 @@ def _train(comparison: Comparison, cell: Cell, console: Console, *, test: bool) 
     config = comparison.config(cell)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, test=test))
     write_whole(folder / "config.json", json_text(config.as_dict()).encode())
-    command = [sys.executable, "-m", "train", "--config", str(folder / "config.json"), "--workdir", str(folder)]
+    paths = ["--config", str(folder / "config.json"), "--workdir", str(folder)]
+    return _process(comparison, ["train", *paths], str(cell.folder), console)
+
+
+def _process(comparison: Comparison, module: list[str], name: str, console: Console) -> tuple[int, str]:
+    """Run a module with its arguments in a process of its own; return its exit status and what it said."""
+    command = [sys.executable, "-m", *module]
     # in the user's own folder, so that a path means there what it means here
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(
@@ -127,7 +160,7 @@ def _train(comparison: Comparison, cell: Cell, console: Console, *, test: bool) 
         try:
             output, _ = process.communicate()
         except KeyboardInterrupt:
-            console.print(f"{cell.folder} saves, then all stops", markup=False, highlight=False)
+            console.print(f"{name} saves, then all stops", markup=False, highlight=False)
             process.terminate()
             process.communicate()
             raise

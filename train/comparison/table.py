@@ -10,8 +10,13 @@ from ntk_prefix.artifacts import provenance
 from train.comparison.plan import Cell, Comparison
 from train.confidence import BINS
 from train.profiles import Row
+from train.ranking_data import KINDS
 
-__all__ = ["as_number", "as_whole", "document", "markdown", "table_line"]
+__all__ = ["UNTRAINED", "as_number", "as_whole", "document", "markdown", "table_line"]
+
+
+UNTRAINED = "none"
+"""The method of a row for which nothing is trained."""
 
 
 def table_line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: float) -> dict[str, Any]:
@@ -65,9 +70,20 @@ def table_line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: 
         "peak_memory_bytes": median("peak_memory_bytes"),
         "adapter_bytes": median("adapter_bytes"),
         **{name: mean(name) for name in ("macro_f1", "calibration_error", "calibration_error_scaled", "temperature")},
+        # of rankers: kind of candidates -> how often the true one is told from nine of these; of choices, the share
+        "identification": {
+            kind: statistics.fmean(run["identification"][kind] for run in whole)
+            for kind in whole[0].get("identification", ())
+        },
+        "agreement": _mean_agreement(whole),
         # of all seeds together: the bins add up
         "reliability": [[*b.values()] for run in whole for b in run.get("reliability", ())],
     }
+
+
+def _mean_agreement(runs: list[dict[str, Any]]) -> float | None:
+    found = [run["agreement"] for run in runs if run.get("agreement")]
+    return statistics.fmean(each["agree"] / each["of"] for each in found) if found else None
 
 
 def document(comparison: Comparison, lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,6 +114,13 @@ def markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         "without adapter; - of runs that did not measure it, and of encoders, which have no loss of language. F1: macro; "
         f"ECE: expected calibration error, {BINS} bins of equal width; scaled: with a temperature from validation.\n"
     )
+    if any(line["identification"] for line in lines):
+        about += (
+            "Of rankers: how often the true continuation is told from nine others, the score the mean over the kinds of these "
+            "(other documents' at random, other spans of its own, what a decoder wrote; too few of its own are filled up with "
+            "random); a share p of n test rows has an error of sqrt(p (1 - p) / n). People: how often it prefers what most "
+            "of them did, in percent.\n"
+        )
     ours = {line["task"]: line for line in lines if line["row"] == "ntk"}
     columns = {
         "task": [line["task"] for line in lines],
@@ -109,6 +132,8 @@ def markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         "ntk is ahead by": [_lead(ours.get(line["task"]), line) for line in lines],
         "last number before": [as_number(line["last_number_before"], 0.01, 1) for line in lines],
         "last number": [as_number(line["last_number"], 0.01, 1) for line in lines],
+        **{f"among {kind}": [_kind(line, kind) for line in lines] for kind in ("random", *KINDS[2:])},
+        "people": [as_number(line["agreement"], 0.01, 1) for line in lines],
         "loss before": [as_number(line["loss_before"], 1, 3) for line in lines],
         "loss": [as_number(line["loss"], 1, 3) for line in lines],
         "forgetting": [_forgetting(line) for line in lines],
@@ -126,6 +151,10 @@ def markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
     return "\n".join([about, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
+def _kind(line: dict[str, Any], kind: str) -> str:
+    return as_number(line["identification"].get(kind), 0.01, 1)
+
+
 def _about_rates(comparison: Comparison) -> str:
     """Return how learning rates were chosen."""
     grids = {comparison.rates_of(row) for _, row in comparison.pairs()}
@@ -141,6 +170,8 @@ def _about_rates(comparison: Comparison) -> str:
 
 def _rate(comparison: Comparison, line: dict[str, Any]) -> str:
     """Return a line's rate, marked at an end of its grid."""
+    if line["method"] == UNTRAINED:
+        return "-"
     rate = line["learning_rate"]
     (grid,) = {comparison.rates_of(row) for _, row in comparison.pairs() if row[0] == line["row"]}
     return f"{rate:g}{'*' * (len(grid) > 1 and rate in (min(grid), max(grid)))}"

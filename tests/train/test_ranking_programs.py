@@ -1,0 +1,157 @@
+"""What stands beside a trained ranker: what a decoder writes, what it finds likely, and rows that nothing was trained for."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ntk_prefix import models
+from ntk_prefix.artifacts import json_text
+from ntk_prefix.checks import UsageError
+from tests.train.test_ranking import document
+from tests.train.tiny_model import write_model
+from train import ranking_references
+from train.compare import compare
+from train.comparison import run
+from train.comparison.plan import Comparison
+from train.config import CONFIGS, TrainConfig
+from train.ranking_data import read_generated
+from train.ranking_references import Likelihood, Options, references
+from train.write_negatives import Command, write
+
+WORDS = ("[UNK]", "[PAD]", "<|endoftext|>", "pre", "suffi", ".", *"abcdefghijklmnopqrstuvwxyz")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("programs")
+    file = folder / "documents.jsonl"
+    file.write_text("".join(json.dumps({"text": document(seed)}) + "\n" for seed in range(20)))
+    encoder = write_model(folder / "encoder", WORDS, ("[PAD]",), kind="bert", num_hidden_layers=1)
+    sizes = {"max_length": 16, "suffix_length": 8, "validation_size": 4, "test_size": 4}
+    return CONFIGS["ranking"][1].changed(model=str(encoder), data_dir=str(file), **sizes)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("decoder"), WORDS, ("[PAD]", "<|endoftext|>"))
+
+
+class Counting:
+    """A writer that says a number, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, texts: Sequence[str], samples: int, tokens: int, key: Any) -> list[list[tuple[str, bool]]]:
+        self.asked += texts
+        return [[(f"{text[:3]} {sample}", False) for sample in range(samples)] for text in texts]
+
+
+def test_negatives_are_written_once_and_a_stopped_program_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "negatives" / "generated.jsonl"
+    command = Command(config, test_samples=2, prompts=3, out=out)
+    writer: Any = Counting()
+    assert write(command, QUIET, writer) == len(writer.asked) > 8
+    whole = read_generated(out)
+    assert sorted(map(len, whole.values())) == [1] * (len(whole) - 4) + [2] * 4
+    # as if it had been stopped while a line was written
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:5]) + lines[5][:-9])
+    again: Any = Counting()
+    write(command, QUIET, again)
+    assert len(again.asked) == len(lines) - 5
+    assert read_generated(out) == whole
+    assert write(command, QUIET, None) == 0
+    with pytest.raises(UsageError, match="task: expected a ranking, got digits"):
+        write(Command(CONFIGS["tiny"][1], out=out), QUIET)
+
+
+def test_a_likelihood_is_that_of_the_whole_text(decoder: Path) -> None:
+    """The prefix is read once for all: the numbers are those of each text read alone, token by token."""
+    model: Any = models.from_pretrained(decoder, "causal-lm")
+    found = Likelihood(model, models.load_tokenizer(decoder))("x a b c", ["d e", "f g h"], (3, 4))
+    ids = jnp.asarray(
+        [[WORDS.index(word) for word in text] for text in ("abcdef", "abcfgh")]
+    )  # of "x a b c" the last 3
+    said = jax.nn.log_softmax(jax.jit(lambda ids: model(ids).logits)(ids))
+    each = np.take_along_axis(np.asarray(said)[:, 2:-1], np.asarray(ids)[:, 3:, None], axis=2)[..., 0]
+    sums = [each[0, :2].sum(), each[1].sum()]
+    np.testing.assert_allclose(found[0], sums, rtol=1e-4)
+    np.testing.assert_allclose(found[1], [sums[0] / 2, sums[1] / 3], rtol=1e-4)
+
+
+def test_rows_for_which_nothing_is_trained_are_measured_once(
+    config: TrainConfig, decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    human = tmp_path / "human.jsonl"
+    choice = {"prefix": "a b", "ranked": "c .", "sampled": "d", "votes_ranked": 2, "votes_sampled": 1}
+    human.write_text(json.dumps(choice) + "\n")
+    file = tmp_path / "config.json"
+    file.write_text(json_text(config.changed(human=str(human)).as_dict()))
+    options = Options(config=file, decoder=str(decoder), likelihood_rows=3, out=tmp_path / "out")
+    found = references(options, QUIET)
+    assert list(found) == ["random", "frozen cosine", "likelihood, sum", "likelihood, mean"]
+    for name, row in found.items():
+        assert set(row["identification"]) == {"random", "same document"}
+        assert row["rows"] == (3 if "likelihood" in name else 4)
+        assert row["agreement"]["of"] == 1
+    lines = (tmp_path / "out" / "references.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "references.jsonl").write_text("".join(lines[:-3]) + lines[-3][:-2])
+    asked: list[str] = []
+    call = Likelihood.__call__
+
+    def counted(self: Likelihood, prefix: str, *rest: Any) -> Any:
+        asked.append(prefix)
+        return call(self, prefix, *rest)
+
+    monkeypatch.setattr(Likelihood, "__call__", counted)
+    assert references(options, QUIET) == found
+    assert len(asked) == 1  # the two rows of results, and the choice
+    monkeypatch.setattr(ranking_references, "_decoder", lambda name: pytest.fail("it was loaded again"))
+    assert references(options, QUIET) == found
+    file.write_text(json_text(config.as_dict()))
+    with pytest.raises(UsageError, match="--out: expected a new folder"):
+        references(options, QUIET)
+
+
+def test_a_table_of_rankers_has_them_beside_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {"random": 0.75, "same document": 0.5}
+    summary = {
+        "validation_score": 0.5,
+        "validation_loss": 1.0,
+        "test_score": 0.625,
+        "test_rows": 150,
+        "trainable_parameters": 73728,
+        "identification": kinds,
+        "agreement": {"agree": 60, "of": 100},
+    }
+    monkeypatch.setattr(run, "run_cell", lambda *_, test: dict(summary))
+    untrained = {"random": {"test_score": 0.1, "test_rows": 150, "validation_score": None, "identification": kinds}}
+    monkeypatch.setattr(run, "run_references", lambda *_: untrained)
+    files = [tmp_path / "generated.jsonl", tmp_path / "none.jsonl"]
+    files[0].write_text("")
+    settings: dict[str, Any] = {
+        "profile": "ranking",
+        "tasks": ("ranking",),
+        "rows": ("ntk",),
+        "out": tmp_path / "table",
+    }
+    comparison = Comparison(**settings, set=(f"generated={files[0]}",))
+    comparison.check_sources()
+    lines = compare(comparison, QUIET)
+    assert [line["row"] for line in lines] == ["ntk", "random"]
+    table = (tmp_path / "table" / "table.md").read_text().splitlines()
+    header, _, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|"))
+    ours, chance = (dict(zip(header, row, strict=True)) for row in cells)
+    assert (ours["among random"], ours["among same document"], ours["people"]) == ("75.0", "50.0", "60.0")
+    assert (chance["score"], chance["people"], chance["learning rate"]) == ("10.0", "-", "-")
+    with pytest.raises(UsageError, match="--set generated: expected a file"):
+        Comparison(**settings, set=(f"generated={files[1]}",)).check_sources()

@@ -1,0 +1,134 @@
+"""``python -m train.write_negatives``: let a decoder continue the beginnings of a ranking task; run it again to go on.
+
+    python -m train.write_negatives ranking --train-size 2000 --test-size 200 --out generated.jsonl
+    python -m train ranking --train-size 2000 --test-size 200 --generated generated.jsonl --generated-negatives 1
+
+What it wrote are negatives of a run of the same data and lengths: a ranker learns to tell people's text from a decoder's. One
+line a beginning, written as soon as it is made; a beginning that the file has with as many continuations is left as it is, so
+that runs of several seeds or sizes may share a file.
+"""
+
+from __future__ import annotations
+
+from train.memory import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()
+
+import dataclasses
+import json
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.progress
+import tyro
+from rich.console import Console
+
+from ntk_prefix import models
+from ntk_prefix.artifacts import held, write_whole
+from ntk_prefix.checks import expected
+from train import tasks
+from train.__main__ import parse_command
+from train.command import Terminal, at_least, ended, resumable
+from train.config import TrainConfig
+from train.rank import Writer, load_decoder
+from train.ranking_data import OTHERS, read_generated
+from train.sources import spec_of
+
+__all__ = ["Command", "write"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Write negatives of a ranking task."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+    writer: str = "smollm2"
+    """The decoder: an asset (smollm2), a Hugging Face folder, a .gguf file, or owner/name of the hub."""
+    samples: int = 1
+    """Continuations of each beginning of the train split; 0 leaves it out."""
+    test_samples: int = OTHERS
+    """Of each of the test split, likewise; the validation split has none."""
+    prompts: int = 8
+    """Beginnings that are continued at once."""
+    top_p: float = 0.9
+    """The nucleus that tokens are drawn from."""
+    out: Path = Path("generated.jsonl")
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before anything is loaded."""
+        for name, least in (("samples", 0), ("test_samples", 0), ("prompts", 1)):
+            at_least(name, getattr(self, name), least)
+        models.Sampling(top_p=self.top_p).check()
+        if spec_of(self.config.task).kind != "ranking":
+            raise expected("task", "a ranking", self.config.task)
+        if self.out.is_dir():
+            raise expected("--out", "a file", f"{self.out}, which is a folder")
+
+
+def write(command: Command, console: Console, writer: Writer | None = None) -> int:
+    """Write what is missing; return how many lines that is.
+
+    Args:
+        command: what is asked.
+        console: for progress.
+        writer: in the place of the one that is named.
+
+    Raises:
+        UsageError: what cannot be meant; a file of another form; another process writes it.
+    """
+    command.check()
+    config, file = command.config, command.out
+    bare = dataclasses.replace(config.data, generated=None, generated_negatives=0)
+    task = tasks.load(config.task, bare, seed=config.seed)
+    wanted = [(prefix, command.samples) for prefix in task.train["prefix"]]
+    wanted += [(prefix, command.test_samples) for prefix in task.test["prefix"]]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with held(file.with_name(file.name + ".lock"), "--out"):
+        found = read_generated(file)
+        missing = [(prefix, count) for prefix, count in wanted if len(found.get(prefix, ())) < count]
+        # a line that was being written when the program was stopped is left out
+        rows = [json.dumps({"prefix": prefix, "generated": texts}) + "\n" for prefix, texts in found.items()]
+        write_whole(file, "".join(rows).encode())
+        if missing and writer is None:
+            sampling = models.Sampling(top_p=command.top_p)
+            writer = Writer(*load_decoder(command.writer, "--writer"), sampling, config.data.max_length)
+        with rich.progress.Progress(console=console, disable=not console.is_terminal) as bars:
+            bar = bars.add_task("writing", total=len(wanted), completed=len(wanted) - len(missing))
+            for count in sorted({count for _, count in missing}):
+                some = [prefix for prefix, own in missing if own == count]
+                for start in range(0, len(some), command.prompts):
+                    together = some[start : start + command.prompts]
+                    _write_some(command, together, count, writer)
+                    bars.advance(bar, len(together))
+    console.print(f"{len(wanted)} beginnings in {file}", markup=False, highlight=False, soft_wrap=True)
+    return len(missing)
+
+
+def _write_some(command: Command, prefixes: list[str], count: int, writer: Any) -> None:
+    # the draws are those of these texts, whatever was written before
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32("\n".join(prefixes).encode()))
+    written = writer(prefixes, count, command.config.data.suffix_length, key)
+    with command.out.open("a") as stream:
+        for prefix, texts in zip(prefixes, written, strict=True):
+            stream.write(json.dumps({"prefix": prefix, "generated": [text for text, _ in texts]}) + "\n")
+
+
+def _main(console: Console) -> int:
+    about = "Let a decoder continue the beginnings of a ranking task; the same command goes on."
+    command = parse_command(Command, sys.argv[1:], "python -m train.write_negatives", about)
+    command.check()
+    return resumable(lambda: write(command, console), console)
+
+
+def main() -> int:
+    """Parse, write; say in a line what is wrong."""
+    console = Terminal()
+    return ended(lambda: _main(console), console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
