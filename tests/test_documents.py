@@ -14,6 +14,7 @@ from ntk_prefix.feature_maps.base import _MAPS
 from ntk_prefix.models import loading
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("attention", "fine-tuning", "kernels", "your-own-model"))]
 
 
 def run_code(document: str) -> dict[str, Any]:
@@ -39,11 +40,39 @@ def registered_for_a_while() -> Iterator[None]:
             kept.update(known)
 
 
+KEPT = ROOT / "tests" / "fixtures" / "a340712"
+AT_HAND = {
+    "SmolLM2-135M": KEPT / "llama",
+    "all-MiniLM-L6-v2": KEPT / "bert",
+    "runs/notes/adapter": KEPT / "adapters" / "llama_ntk_attention",
+    "runs/rotten_tomatoes-ntk_attention-0": KEPT / "runs" / "finished",
+    "tests": ROOT / "tests",
+}
+"""What documents name and a reader has after the commands above the code; here small models and old runs take their place."""
+
+
 @pytest.mark.parametrize("x64", [False], indirect=True)
-def test_the_guide_to_your_own_model_runs(x64, tmp_path, monkeypatch):
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_code_of_a_document_runs(x64, document, tmp_path, monkeypatch):
+    for name, stands_for in AT_HAND.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(stands_for)
     monkeypatch.chdir(tmp_path)
-    names = run_code("docs/your-own-model.md")
-    assert names["losses"][-1] < 0.9 * names["losses"][0]
+    names = run_code(document)
+    if document == "docs/your-own-model.md":
+        assert names["losses"][-1] < 0.9 * names["losses"][0]
+
+
+def test_every_document_with_code_is_run():
+    there = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))]
+    with_code = [name for name in there if "```python" in (ROOT / name).read_text("utf-8")]
+    assert sorted(with_code) == sorted([*DOCUMENTS, "CONTRIBUTING.md"])
+
+
+def test_paragraphs_of_readme_are_short():
+    text = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    prose = [part for part in text.split("\n\n") if not part.lstrip().startswith("|")]
+    assert max(map(len, prose)) < 700
 
 
 @pytest.mark.parametrize("x64", [False], indirect=True)
