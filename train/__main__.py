@@ -23,10 +23,12 @@ import tyro
 from rich.console import Console
 
 from ntk_prefix.checks import UsageError, expected
+from train import hub
 from train.command import Terminal, ended, parsed
 from train.config import CONFIGS, SECTION_OF, TrainConfig
 from train.loop import Interrupted, run
 from train.sources import Kind, spec_of
+from train.trackers import Log, check_installed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class Command:
     config: tyro.conf.OmitArgPrefixes[TrainConfig]
     workdir: Path | None = None
     """Where the run's files go; runs/<task>-<method>-<seed> if not given."""
+    log: Log = "jsonl"
+    """Where measurements go beside metrics.jsonl, which is always written: event files of TensorBoard, or Weights & Biases."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub, owner/name, that the adapter and its model card are put into at the end."""
     job: tyro.conf.OmitArgPrefixes[Processes] = dataclasses.field(default_factory=Processes)
 
 
@@ -161,6 +167,11 @@ def parse(arguments: list[str]) -> Command:
 def _train(console: Console) -> int:
     command = parse(sys.argv[1:])
     config, job = command.config, command.job
+    check_installed(command.log)
+    if command.push_to_hub is not None:
+        if config.method == "full":
+            raise expected("--push-to-hub", "a method with an adapter", "full, which leaves none")
+        hub.check(command.push_to_hub)
     workdir = command.workdir or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
     if job.distributed:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for processes without accelerators
@@ -169,7 +180,7 @@ def _train(console: Console) -> int:
         except (RuntimeError, ValueError) as error:  # JAX's ways of saying that the others were not found
             raise UsageError(f"--distributed: expected to find the other processes, got: {error}") from error
     try:
-        summary = run(config, workdir, console)
+        summary = run(config, workdir, console, command.log)
     except Interrupted as stop:
         console.print(str(stop), style="yellow", markup=False)
         return 0
@@ -185,6 +196,9 @@ def _train(console: Console) -> int:
         markup=False,
         soft_wrap=True,
     )
+    if command.push_to_hub is not None and jax.process_index() == 0:
+        said = f"{config.method} for {config.task}: {summary['metric']} {summary['validation_score']:.4f} on validation"
+        console.print(hub.push(workdir / "adapter", command.push_to_hub, said), markup=False, soft_wrap=True)
     return 0
 
 

@@ -31,7 +31,8 @@ from ntk_prefix.artifacts import json_text, write_whole
 from ntk_prefix.checks import NonFiniteError, expected
 from ntk_prefix.models.ranker import save_settings
 from ntk_prefix.training import TrainState
-from train import data, result
+from train import data, result, trackers
+from train.card import card
 from train.checkpoint import Checkpoints
 from train.command import DivergedError
 from train.config import TrainConfig
@@ -48,8 +49,14 @@ LOG_EVERY = 10
 MEND = "The last checkpoint is whole; lower --learning-rate, or use --precision float32, in another --workdir"
 
 
-def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> dict[str, Any]:
+def run(config: TrainConfig, workdir: Path, console: Console | None = None, log: str = "jsonl") -> dict[str, Any]:
     """Train, or go on training, what ``config`` says in ``workdir``; return the summary.
+
+    Args:
+        config: of the run.
+        workdir: its folder.
+        console: told what happens.
+        log: of :data:`train.trackers.TRACKERS`, where measurements also go.
 
     Raises:
         UsageError: a configuration that does not fit itself, its data, its model, or what stands in the folder; a folder
@@ -69,11 +76,20 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None) -> d
             # only now: a run whose setup fails must not take the folder
             folder.write_config(config)
         with Checkpoints(workdir / "checkpoints") as checkpoints, Signals() as signals:
-            training = _Run(setup, folder, checkpoints, console or Console(quiet=True))
+            training = _Run(setup, folder, checkpoints, console or Console(quiet=True), log)
+            result = None
             try:
-                return training.train(signals)
+                result = training.train(signals)
             except NonFiniteError as error:
                 raise DivergedError(str(error)) from error
+            finally:
+                training.tracker.close(result and _measured(result))
+            return result
+
+
+def _measured(summary: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a summary, without the settings."""
+    return {name: x for name, x in summary.items() if isinstance(x, int | float) and not isinstance(x, bool)}
 
 
 class _Kept(TypedDict):
@@ -109,7 +125,7 @@ def _kept(info: dict[str, Any]) -> _Kept:
 class _Run:
     """The state of one run, between setup and summary."""
 
-    def __init__(self, setup: Setup, folder: RunFolder, checkpoints: Checkpoints, console: Console):
+    def __init__(self, setup: Setup, folder: RunFolder, checkpoints: Checkpoints, console: Console, log: str):
         self.setup, self.config, self.folder, self.console = setup, setup.config, folder, console
         self.checkpoints = checkpoints
         self.evaluate = Evaluator(setup)
@@ -122,6 +138,9 @@ class _Run:
         self.best_predictions: Predictions | None = None
         self.stopped = False
         self._resume()
+        # of several processes the first one writes
+        first = jax.process_index() == 0
+        self.tracker = trackers.tracker(log if first else "jsonl", folder.path, setup.config.flat(), self.done)
 
     def train(self, signals: Signals) -> dict[str, Any]:
         """Take the steps that are left and return the summary.
@@ -213,7 +232,6 @@ class _Run:
         # of the whole batch: the loss is the mean of its parts, and the last part's norms are those of all
         loss = statistics.fmean(float(part["loss"]) for parts in steps for part in parts)
         self._write(
-            step=self.done,
             loss=loss,
             gradient_norm=float(steps[-1][-1]["gradient_norm"]),
             update_norm=float(steps[-1][-1]["update_norm"]),
@@ -230,7 +248,7 @@ class _Run:
         seen = self.evaluate(self.state, self.setup.task.validation, generate=False)
         if not math.isfinite(seen.loss):  # before it is compared: nothing is larger than NaN
             raise NonFiniteError(f"step {self.done}: expected a finite validation loss, got {seen.loss}. {MEND}.")
-        self._write(step=self.done, validation_score=seen.score, validation_loss=seen.loss)
+        self._write(validation_score=seen.score, validation_loss=seen.loss)
         metric = self.config.eval.selection_metric(seen.score, seen.loss)
         if self.best_step == 0 or metric > self.best_metric:
             self.best, self.best_metric, self.best_step = jax.tree.map(jnp.copy, self.state.trained), metric, self.done
@@ -242,7 +260,8 @@ class _Run:
 
     def _write(self, **values: float) -> None:
         if jax.process_index() == 0:
-            self.folder.metrics.append(**values)
+            self.folder.metrics.append(step=self.done, **values)
+            self.tracker.write(self.done, values)
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False)
@@ -334,6 +353,7 @@ class _Run:
                     save_settings(model, self.folder.path / "adapter")
                 weights = self.folder.path / "adapter" / "adapter_model.safetensors"
                 summary["adapter_bytes"] = weights.stat().st_size
+                write_whole(self.folder.path / "adapter" / "README.md", card(summary, setup.task.kind).encode())
             if test is not None and language:
                 columns: dict[str, Any] = {name: setup.task.test[name] for name in ("question", "answer")}
                 columns |= {} if before is None else {"before": before.texts}

@@ -5,16 +5,20 @@ import itertools
 import json
 import shutil
 import signal
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
+from tensorboardX.proto.event_pb2 import Event
 
 from ntk_prefix.artifacts import json_text
 from ntk_prefix.checks import NonFiniteError
@@ -49,10 +53,18 @@ def metrics(workdir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds_a_step"} for line in lines]
 
 
+def events(content: bytes) -> Iterator[Event]:
+    """Read TensorBoard's records: length, its checksum, an event, its checksum."""
+    while content:
+        (length,) = struct.unpack_from("<Q", content)
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("unbroken")
-    run(TINY, workdir)
+    run(TINY, workdir, log="tensorboard")
     return workdir
 
 
@@ -71,6 +83,40 @@ class TestAFinishedRun:
     def test_is_not_run_again(self, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loop, "build", lambda config: pytest.fail("it was set up again"))
         assert run(TINY, unbroken) == json.loads((unbroken / "summary.json").read_text())
+
+    def test_a_tracker_has_the_numbers_of_metrics_jsonl(self, unbroken: Path) -> None:
+        (file,) = (unbroken / "tensorboard").glob("events*")
+        found: dict[int, dict[str, float]] = {}
+        for event in events(file.read_bytes()):
+            for value in event.summary.value:
+                found.setdefault(event.step, {})[value.tag] = value.simple_value
+        wanted: dict[int, dict[str, float]] = {}
+        for line in (unbroken / "metrics.jsonl").read_text().splitlines():
+            values = json.loads(line)
+            wanted.setdefault(values.pop("step"), {}).update(values)
+        assert found.keys() == wanted.keys()
+        for step, values in wanted.items():
+            assert found[step] == pytest.approx(values, rel=1e-6)
+
+    def test_is_pushed_with_its_card(
+        self, unbroken: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pushed = {}
+
+        class Hub:
+            def create_repo(self, name: str, exist_ok: bool) -> huggingface_hub.RepoUrl:
+                return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+            def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+                pushed[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+        monkeypatch.setattr(huggingface_hub, "whoami", lambda: {"name": "me"})
+        command = ["--config", str(unbroken / "config.json"), "--workdir", str(unbroken), "--push-to-hub", "me/mine"]
+        monkeypatch.setattr(sys, "argv", ["train", *command])
+        assert main() == 0
+        assert pushed == {"me/mine": {"README.md", "adapter_config.json", "adapter_model.safetensors"}}
+        assert "https://huggingface.co/me/mine" in capsys.readouterr().out
 
 
 class TestTheTestSplit:
