@@ -26,7 +26,6 @@ import numpy as np
 from flax import nnx
 
 from ntk_prefix.checks import UsageError, check_count, expected
-from ntk_prefix.models.attention import KeyValueCache
 from ntk_prefix.models.backbone import check_tokens
 from ntk_prefix.models.llama import Llama
 from ntk_prefix.models.sampling import Sampling
@@ -92,15 +91,13 @@ def generate(
     padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
     graph, state = nnx.split(model)
     special = (jnp.asarray(ends, input_ids.dtype), jnp.asarray(padding, input_ids.dtype))
-    prompts = input_ids.shape[0]
-    if samples is not None:
-        input_ids, attention_mask = (jnp.repeat(jnp.asarray(x), samples, axis=0) for x in (input_ids, attention_mask))
-    platform, rows = _platform(model), input_ids.shape[0]
+    prompts, each = input_ids.shape[0], samples or 1
+    platform, rows = _platform(model), prompts * each
     if platform == "gpu" and rows == 1:
         input_ids, attention_mask = (jnp.repeat(jnp.asarray(x), 2, axis=0) for x in (input_ids, attention_mask))
     drawn = None
     if sampling is not None and key is not None:
-        drawn = sampling, jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(input_ids.shape[0]))
+        drawn = sampling, jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(input_ids.shape[0] * each))
     tokens = _generate(
         graph, max_new_tokens, platform == "cpu", state, input_ids, attention_mask.astype(bool), *special, drawn
     )[:rows]
@@ -130,7 +127,9 @@ def _generate(
         settle = getattr(module, "settle", None)  # adapters have it
         if settle is not None:
             settle()
-    batch, length = prompts.shape
+    # as many rows as there are keys, of each prompt alike
+    batch, length = len(prompts) if drawn is None else len(drawn[1]), prompts.shape[1]
+    each = batch // len(prompts)
     if on_cpu and model.dtype.itemsize < 4:
         _widen(model)
     if on_cpu and batch > 1:
@@ -139,19 +138,19 @@ def _generate(
     order = jnp.argsort(mask, axis=1, stable=True)
     prompts, mask = (jnp.take_along_axis(x, order, axis=1) for x in (prompts, mask))
     seen = _seen(prompts, mask, model.config.vocab_size) if drawn and drawn[0].repetition_penalty is not None else None
-    mask = jnp.concatenate([mask, jnp.ones((batch, new), bool)], axis=1)
+    mask = jnp.concatenate([mask, jnp.ones((len(prompts), new), bool)], axis=1)
 
-    def following(
-        ids: Array, cache: tuple[KeyValueCache, ...], start: Array | int, step: Array | int, seen: Array | None
-    ) -> tuple[Array, Any]:
-        hidden, cache_after = model.hidden(ids, mask, cache, start)
-        logits = model.logits(hidden[:, -1:])[:, 0]
+    def repeated(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), tree) if each > 1 else tree
+
+    def chosen(hidden: Array, step: Array | int, seen: Array | None) -> Array:
+        logits = model.logits(hidden)[:, 0]
         if drawn is None:
             token = jnp.argmax(logits, axis=-1)
         else:
             sampling, keys = drawn
             token = sampling.draw(jax.vmap(jax.random.fold_in, (0, None))(keys, step), logits, seen)
-        return token.astype(prompts.dtype), cache_after
+        return token.astype(prompts.dtype)
 
     def added(seen: Array | None, token: Array) -> Array | None:
         return None if seen is None else seen.at[jnp.arange(batch), token].set(True)
@@ -165,12 +164,16 @@ def _generate(
 
     def extend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, tokens, last, finished, cache, seen = carry
-        token, cache = following(last[:, None], cache, length + step - 1, step, seen)
+        hidden, cache = model.hidden(last[:, None], mask, cache, length + step - 1)
+        token = chosen(hidden, step, seen)
         token = jnp.where(finished, padding, token)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
         return step + 1, tokens, token, finished | ended(token), cache, added(seen, token)
 
-    first, cache = following(prompts, model.empty_cache(batch, length + new), 0, 0, seen)
+    # a prompt is read once, whatever is drawn behind it
+    hidden, cache = model.hidden(prompts, mask, model.empty_cache(len(prompts), length + new), 0)
+    hidden, cache, mask, seen = repeated((hidden[:, -1:], cache, mask, seen))
+    first = chosen(hidden, 0, seen)
     tokens = jnp.full((batch, new), padding, prompts.dtype).at[:, 0].set(first)
     start = (jnp.int32(1), tokens, first, ended(first), cache, added(seen, first))
     return jax.lax.while_loop(unfinished, extend, start)[1]
