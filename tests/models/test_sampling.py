@@ -133,13 +133,15 @@ def test_one_token_is_greedy_and_a_row_draws_alone(model: models.Llama) -> None:
 
 def test_samples_are_rows_of_their_own_and_a_penalty_keeps_tokens_from_coming_back(model: models.Llama) -> None:
     ids, mask = jnp.asarray(IDS), jnp.asarray(MASK)
-    options: dict[str, Any] = {"sampling": Sampling(repetition_penalty=1e9), "key": jax.random.key(0)}
-    new = np.asarray(models.generate(model, ids, mask, NEW, samples=2, **options))
+    strict, free = Sampling(repetition_penalty=1e9, temperature=1e-3), Sampling(repetition_penalty=1.0, temperature=9.0)
+    key = jax.random.key(0)
+    new = np.asarray(models.generate(model, ids, mask, NEW, sampling=strict, key=key, samples=2))
     assert new.shape == (3, 2, NEW)
-    assert (new[:, 0] != new[:, 1]).any(axis=1).all()
     # a prompt that is read once for its samples is the same as one that is there twice
+    drawn = np.asarray(models.generate(model, ids, mask, NEW, sampling=free, key=key, samples=2))
+    assert (drawn[:, 0] != drawn[:, 1]).any(axis=1).all()
     twice = (jnp.repeat(x, 2, axis=0) for x in (ids, mask))
-    np.testing.assert_array_equal(models.generate(model, *twice, NEW, **options).reshape(3, 2, NEW), new)
+    np.testing.assert_array_equal(models.generate(model, *twice, NEW, sampling=free, key=key), drawn.reshape(6, NEW))
     for row, prompt, real in zip(new, IDS, MASK, strict=True):
         for sample in row:
             assert len(set(sample.tolist())) == NEW
