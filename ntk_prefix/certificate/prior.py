@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from ntk_prefix.certificate.cubature import degree_five
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.rounding import OUTWARD, Enclosure, eigen_enclosure, gamma
 from ntk_prefix.kernels.limit import limit_ntk
@@ -133,7 +134,7 @@ class Prior:
     def _tied_products(self, i: int, j: int, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """E <M_ij, M_kl> under the tilted Gaussian, for all k, l; and a bound on its terms, over |H^-|^2, all signs plus."""
         x, d = self.inputs, self.inputs.shape[1]
-        nodes, weights = _degree_five(d)
+        nodes, weights = degree_five(d)
         # [k, l, node, d]
         w = self.sigma * nodes + self.sigma**2 * (x[i] + x[j] + x[:, None] + x[None])[:, :, None]
         blocks = inverse.reshape(len(x), d, len(x), d)
@@ -239,15 +240,3 @@ class Prior:
     def total(self, m: int, reference: Reference, drift: float) -> float:
         """Bound on |W(t) - W(0)|_F: the linearized displacement, at most nu sqrt(e^T H*^-1 e / m), and the deviation."""
         return OUTWARD * (reference.nu * reference.norm + reference.paths(drift).deviation) / math.sqrt(m)
-
-
-def _degree_five(d: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes [2 d^2 + 1, d] and weights that integrate polynomials of degree 5 against N(0, I) exactly.
-
-    The origin, +-sqrt(3) on one axis, and on two: weights 1 + (d^2 - 7 d) / 18, (4 - d) / 18, 1 / 36.
-    """
-    axis = math.sqrt(3) * np.concatenate([np.eye(d), -np.eye(d)])
-    two = [axis[a] + axis[b] for a in range(2 * d) for b in range(a) if (a - b) % d]
-    nodes = np.concatenate([np.zeros((1, d)), axis, np.reshape(two, (-1, d))])
-    weights = np.concatenate([[1 + (d**2 - 7 * d) / 18], np.full(2 * d, (4 - d) / 18), np.full(len(two), 1 / 36)])
-    return nodes, weights

@@ -276,7 +276,9 @@ def _measure(problem: Problem) -> Evidence:
                 f"tokens_before_drawing_{name}_{part.n}": prior.m,
                 f"theory_log10_{name}_{part.n}": asked,
             }
-            checks.append(Check(f"{label}: certified before drawing, tightest inequality", prior.margin, 1, at_least=True))
+            checks.append(
+                Check(f"{label}: certified before drawing, tightest inequality", prior.margin, 1, at_least=True)
+            )
             steps = FULL_STEPS[name] if problem.full else QUICK_STEPS[name]
             run = follow(part, found, _prefix(part, name, found.m), step_size=found.step_size, steps=steps)
             checks += _watched(f"{label}, {len(run.error) - 1} steps", found, run)
@@ -336,7 +338,7 @@ def _restarted(problem: Problem, name: ModelName, m: int) -> list[Check]:
 
 
 def _sabotage(problem: Problem) -> Evidence:
-    """Measure a prefix 64 times too short, a certified one with steps 16 times too long, at another rate, by another's curve."""
+    """Measure a prefix that is too short, and a certified one with steps too long, a rate too good, by another's curve."""
     name: ModelName = "fixed"
     part = at_size(problem, CONTROL_INPUTS)
     found = _shortest(part, name)
@@ -397,7 +399,9 @@ CLAIM = Claim(
     controls=(
         Control("too short", "a prefix 64 times too short is refused", _sabotage, "too short"),
         Control("steps too long", "with steps 16 times too long the loss does not fall as promised", _sabotage, "rate"),
-        Control("a rate too good", f"{FASTER:g} times the rate is not kept in the slowest direction", _sabotage, "too good"),
+        Control(
+            "a rate too good", f"{FASTER:g} times the rate is not kept in the slowest direction", _sabotage, "too good"
+        ),
         Control("another kernel", "the curve of a kernel a fifth too large is left", _sabotage, "another kernel"),
         Control("between the inputs", "predictions by such a kernel are left", _sabotage, "between the inputs"),
     ),

@@ -85,9 +85,7 @@ def _drawn(problem: Problem, name: ModelName, m: int) -> tuple[Model, np.ndarray
 def _squared_errors(problem: Problem, name: ModelName, m: int, kind: str, step_size: float) -> np.ndarray:
     """Return |F(t) - Y|^2 at every step of a descent, which measurement and controls share."""
     targets = problem.targets if kind == "data" else worst_targets(limit_of(problem, name), problem)
-    path = descend(
-        _drawn(problem, name, m)[0], problem.inputs, targets, step_size=step_size, steps=_steps(problem)
-    )
+    path = descend(_drawn(problem, name, m)[0], problem.inputs, targets, step_size=step_size, steps=_steps(problem))
     return np.asarray(path.squared_error(targets))
 
 
