@@ -228,9 +228,9 @@ class TestVerdict:
     def test_a_real_control_that_is_sabotaged_is_noticed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """The same with a real measurement: the control that forgets to duplicate an input."""
         module = importlib.import_module("theory.claims.positivity")
-        sound, duplicated = module.CLAIM.controls
+        sound, duplicated, *others = module.CLAIM.controls
         forgetful = dataclasses.replace(duplicated, measure=module.CLAIM.measure)
-        monkeypatch.setattr(module, "CLAIM", dataclasses.replace(module.CLAIM, controls=(sound, forgetful)))
+        monkeypatch.setattr(module, "CLAIM", dataclasses.replace(module.CLAIM, controls=(sound, forgetful, *others)))
         assert command.main(("positivity",), out=tmp_path, inputs=4, width=3) == 1
 
     def test_nan_never_holds(self) -> None:

@@ -185,7 +185,7 @@ def _eigenvalue(name: str, kernels: list[Kernel], limit: float) -> Check:
     """Return how far the smallest eigenvalue of drawn kernels is from the limit's, as a factor."""
     drawn = float(np.median([spectrum(kernel)[0] for kernel in kernels]))
     factor = max(drawn / limit, limit / drawn) if drawn > 0 else np.inf
-    return Check(f"{name}: smallest eigenvalue, factor between drawn and limit", factor, 1.25)
+    return Check(f"{name}: smallest eigenvalue, factor between drawn and limit", factor, 1.1)
 
 
 def _limits_apart(frozen: list[PrefixAttentionLayer], problem: Problem) -> dict[int, float]:

@@ -166,7 +166,10 @@ def _follow(problem: Problem, repeats: int = REPEATS, wrong_sigma: float = 1.0) 
             predict(m * limit, problem.targets, learning_rate=runs[0].step_size, steps=jnp.arange(STEPS + 1)).loss
         )
         slope = slopes[name] = fits.exponent(*_points(errors[name]))
-        checks.append(Check(f"{name}: exponent {slope}, distance of its interval from -1/2", slope.gap(-0.5), 0.05))
+        checks += [
+            Check(f"{name}: exponent {slope}, distance of its interval from -1/2", slope.gap(-0.5), 0.05),
+            *([] if wrong_sigma != 1 else [Check(f"{name}: half width of that interval", _half_width(slope), NARROW)]),
+        ]
         first, last = (float(np.median(errors[name][m])) for m in (used[0], used[-1]))
         what = f"{name}: median distance at m = {used[-1]} over that at m = {used[0]}"
         checks.append(Check(what, last / first, (used[-1] / used[0]) ** LEAST_EXPONENT, part=name))

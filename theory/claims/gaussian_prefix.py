@@ -67,6 +67,7 @@ def _approach(problem: Problem, covariance: float = 1.0) -> Evidence:
     slope = fits.exponent(*zip(*[(m, error) for m, found in errors.items() for error in found], strict=True))
     checks = (
         Check(f"distance of the slope's interval {slope} from -1/2", slope.gap(-0.5), 0.05),
+        Check("half width of that interval", (slope.high - slope.low) / 2, 0.05),
         Check(f"median relative error at m = {LENGTHS[-1]}", float(np.median(errors[LENGTHS[-1]])), 0.01),
     )
     parameters = {"tokens": LENGTHS[-1], "shortest": LENGTHS[0], "head_dim": HEAD_DIM, "repeats": REPEATS}

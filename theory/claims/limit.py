@@ -41,6 +41,9 @@ DRAWS, MOST_DRAWS = 200, 1600
 NEAR, LARGER = 0.25, 1.5
 """How far the mean square may be from the derived one, over it: five standard errors; and the control's constant."""
 
+NARROW = 0.12
+"""Largest half width of an interval that is to tell -1/2 from 0."""
+
 FITTED = 3
 """Lengths that a slope is fitted to, at least."""
 
@@ -92,7 +95,11 @@ def _approach(problem: Problem, repeats: tuple[int, int] = REPEATS, wrong_sigma:
             slopes[name] = fits.exponent(*zip(*points, strict=True))
             slope = slopes[name]
             gap = slope.gap(-0.5)
-            checks.append(Check(f"{name}: distance of the slope's interval {slope} from -1/2", gap, 0.02, part=model))
+            width = (slope.high - slope.low) / 2
+            checks += [
+                Check(f"{name}: distance of the slope's interval {slope} from -1/2", gap, 0.02, part=model),
+                Check(f"{name}: half width of the slope's interval", width, NARROW),
+            ]
             if problem.full:  # enough draws for the estimate itself to be held to a tolerance
                 checks.append(Check(f"{name}: |slope + 1/2|", abs(slope.value + 0.5), 0.05, part=model))
             if sigma in AIMED:
@@ -125,7 +132,8 @@ def _squared_distance(problem: Problem, model: ModelName, narrow: float) -> floa
             key = problem.key("limit", model, "constant", len(found))
             prefix = RandomPrefix(key=key, d=problem.d, m=TOKENS, sigma=problem.sigma, model=model, symmetric=False)
             found.append(TOKENS * float(np.square(np.asarray(prefix_ntk(prefix, inputs)) - limit).sum()))
-        if np.std(found) <= narrow * math.sqrt(len(found)):
+        # of one entry or two the squares scatter more: there the draws may be half as many as wanted
+        if np.std(found) <= (narrow if len(found) < MOST_DRAWS else 2 * narrow) * math.sqrt(len(found)):
             return float(np.mean(found))
     raise Undecidable(
         f"undecidable by {MOST_DRAWS} draws: at sigma = {problem.sigma:g} the squared distance of a drawn kernel ({model}, "

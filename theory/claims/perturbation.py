@@ -82,7 +82,7 @@ def _measure(problem: Problem, overstep: float = 1.0) -> Evidence:
         power = fits.exponent(RADII[:5], drifts[name][:5])
         checks += [
             Check(f"{name}: largest drift / derived bound", float((drifts[name] / allowed[name]).max()), 1, part=name),
-            Check(f"{name}: largest drift / bound after the paper", float((drifts[name] / stated).max()), 1),
+            # the bound after the paper is eleven orders above: it is in the figure, and could not fail as a check
             Check(f"{name}: |exponent of R - 1|, exponent {power}", power.distance(1), 0.1),
         ]
     parameters = {"tokens": TOKENS, "inputs": len(inputs), "largest_radius": float(RADII[-1]), "scale_B": scale}
