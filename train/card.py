@@ -125,14 +125,15 @@ Data: {summary["source"]}. Versions: {versions}. Commit {summary["git"]}.
 
 def _code(config: TrainConfig, kind: str, summary: dict[str, Any]) -> str:
     """Return how the adapter is put on the model that it was trained on."""
+    base = json.dumps(summary["model_source"] or config.model)
     if kind == "ranking":
-        return 'from ntk_prefix import models\n\nranker = models.load_ranker("BASE MODEL", adapter="THIS FOLDER")'
+        return f'from ntk_prefix import models\n\nranker = models.load_ranker({base}, adapter="THIS FOLDER")'
     said = [f'task="{kind}"']
     if kind != "causal-lm":
         said += [f"num_labels={len(summary['label_names'])}", f'pooling="{config.pooling}"']
     return (
         "from ntk_prefix import models, peft\n\n"
-        f'model = models.from_pretrained("BASE MODEL", {", ".join(said)})\n'
+        f"model = models.from_pretrained({base}, {', '.join(said)})\n"
         'peft.load_adapter(model, "THIS FOLDER")'
     )
 

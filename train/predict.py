@@ -18,19 +18,18 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 
 from ntk_prefix import peft
-from ntk_prefix.artifacts import read_bytes, read_json
-from ntk_prefix.checks import NonFiniteError, UsageError, expected
+from ntk_prefix.artifacts import read_bytes
+from ntk_prefix.checks import NonFiniteError, expected
 from ntk_prefix.models.run import jit_reading
 from train import tasks
-from train.config import TrainConfig
-from train.data import Dataset, ImageFormat, evaluation_batches
+from train.data import Dataset, evaluation_batches
+from train.finished import finished
 from train.images import LARGEST_FILE, decoded
-from train.setup import load_model, load_tokenizer, model_inputs, model_path, normalization, set_context_length
-from train.sources import spec_of
+from train.setup import model_inputs
+from train.sources import Kind
 
 __all__ = ["Prediction", "load"]
 
@@ -45,11 +44,6 @@ class Prediction(TypedDict):
     probability: float
 
 
-class _Summary(msgspec.Struct):
-    config: dict[str, Any]
-    label_names: list[str]
-
-
 def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
     """Return a function from a text, a pair of texts or an image to its label and the label's probability.
 
@@ -62,32 +56,12 @@ def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
     Raises:
         UsageError: the run is not finished, is of another kind, or trained the whole model; a file of it is broken.
     """
-    folder = Path(workdir)
-    summary_file = folder / "summary.json"
-    if not summary_file.is_file():
-        raise expected(str(folder), "a finished run with a summary.json", "none", "Run the same command to go on")
-    summary = read_json(summary_file, _Summary)
-    config, labels = TrainConfig.from_dict(summary.config, str(summary_file)), summary.label_names
-    try:
-        spec, path = spec_of(config.task), model_path(config.model)
-    except UsageError as error:
-        raise UsageError(f"{summary_file}: {error}") from None
-    tokenizer = None if path is None else load_tokenizer(path)
-    if tokenizer is not None:
-        tokenizer.no_padding()
-    texts = [column for column in ("text", "text_pair") if column in spec.columns]
-    if spec.kind == "causal-lm" or not labels or not (folder / "adapter").is_dir() or (texts and tokenizer is None):
-        raise expected(
-            str(folder),
-            "a run of classification with an adapter",
-            f"{config.task} by {config.method} on {config.model}",
-        )
-    model = load_model(config, path, spec.kind, len(labels))
-    set_context_length(model, config.data.max_length, config.window)
-    peft.load_adapter(model, folder / "adapter")
+    run_of: tuple[Kind, ...] = ("sequence-classification", "image-classification")
+    found = finished(workdir, "a run of classification with an adapter", run_of)
+    folder, config, labels, tokenizer = found.folder, found.config, found.labels, found.tokenizer()
+    texts = [column for column in ("text", "text_pair") if column in found.columns]
+    image, model = found.image(), found.model()
     peft.narrow_frozen(model)
-    mean, std = normalization(path)
-    image = ImageFormat(size=config.data.image_size, mean=mean, std=std)
     run = jit_reading(lambda model, inputs: jax.nn.softmax(model(**inputs).logits.astype(jnp.float32)))
 
     def columns(inputs: Sequence[Sequence[Any]]) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from ntk_prefix.peft.inject import (
     print_trainable_parameters,
     trainable_parameters,
 )
+from ntk_prefix.peft.merged import HEAD_FILE, save_merged
 from ntk_prefix.peft.methods import *  # noqa: F403  a new method needs no line here
 from ntk_prefix.peft.methods import METHODS, PRESETS
 from ntk_prefix.peft.record import LayerRecord, record
@@ -28,6 +29,7 @@ from ntk_prefix.peft.sites import attention_fn
 from ntk_prefix.peft.states import apply_states
 
 __all__ = [
+    "HEAD_FILE",
     "METHODS",
     "PRESETS",
     "AdapterConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "non_negative",
     "print_trainable_parameters",
     "record",
+    "save_merged",
     "save_pretrained",
     "trainable_parameters",
     *(kind.__name__ for kind in METHODS.values()),

@@ -47,7 +47,7 @@ from ntk_prefix.peft.inject import active_adapter, apply, configs
 from ntk_prefix.peft.names import Fields
 from ntk_prefix.typing import Array
 
-__all__ = ["load_adapter", "save_pretrained"]
+__all__ = ["load_adapter", "own_weights", "save_pretrained"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def save_pretrained(
     if parent and any(module.startswith(f"{parent}.") for module in saved):
         # a head that is one module of theirs is theirs to save whole, whatever of it is trained
         fields["modules_to_save"] = list(dict.fromkeys(parent if m.startswith(f"{parent}.") else m for m in saved))
-        frozen = {key: value for key, value in _frozen(model, names).items() if key.startswith(names.heads)}
+        frozen = {key: value for key, value in own_weights(model, names).items() if key.startswith(names.heads)}
         stored = {names.key(key): value for key, value in frozen.items()} | stored
     _write(Path(directory), fields, {key: np.ascontiguousarray(value) for key, value in stored.items()})
 
@@ -224,7 +224,7 @@ def _own_weights(module: nnx.Module, place: str, names: Names, kind: type[nnx.Va
             yield _Slot(key, module, attribute, value, turned, False, False)
 
 
-def _frozen(model: Any, names: Names) -> dict[str, Array]:
+def own_weights(model: Any, names: Names) -> dict[str, Array]:
     """Return the model's own weights by canonical key, as a file has them."""
     hosts = [dotted(path) for path, module in nnx.iter_modules(model) if isinstance(module, Host)]
     return {
@@ -283,7 +283,7 @@ def _account_for(
     left = {key: value for key, value in tensors.items() if key not in slots}
     if not left:
         return
-    own = _frozen(model, names)
+    own = own_weights(model, names)
     nowhere = []
     for key, value in left.items():
         frozen = own.get(key.replace(".base_layer.", "."))

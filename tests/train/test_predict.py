@@ -66,7 +66,7 @@ def test_a_damaged_summary_is_told(finished: Path, tmp_path: Path, monkeypatch: 
         assert num_labels >= 1
         raise Loaded
 
-    monkeypatch.setattr("train.predict.load_model", loaded)
+    monkeypatch.setattr("train.finished.load_model", loaded)
 
     @fuzzed
     @given(content=damaged_json(good))

@@ -62,7 +62,7 @@ class TestACard:
         [
             ("sequence-classification", 'task="sequence-classification", num_labels=2, pooling="mean")'),
             ("causal-lm", 'task="causal-lm")'),
-            ("ranking", 'load_ranker("BASE MODEL", adapter="THIS FOLDER")'),
+            ("ranking", 'load_ranker("org/base", adapter="THIS FOLDER")'),
         ],
     )
     def test_says_how_its_adapter_is_put_on(self, kind: str, call: str) -> None:

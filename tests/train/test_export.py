@@ -1,0 +1,100 @@
+"""``python -m train.export``: a folder that says what the run says, without anything of ours."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from ntk_prefix import models, peft
+from tests.train.tiny_model import write_model
+from train.config import TrainConfig
+from train.export import Options, main
+from train.predict import load
+from train.setup import load_model
+
+WORDS = ["[PAD]", "[UNK]", "a", "gripping", "dull", "film"]
+TEXTS = ["a gripping film", "dull", "a film a film a film a film a film"]
+
+
+def finished(folder: Path, method: peft.AdapterConfig, name: str) -> Path:
+    """Write what a run on texts leaves, with an adapter that does something."""
+    base = write_model(folder / "base", WORDS, special=["[PAD]"], kind="bert")
+    config = TrainConfig(model=str(base), task="text", method=name, max_length=8)
+    model = peft.apply(load_model(config, base, "sequence-classification", 2), method)
+    for _, x in sorted(adapter_values(model).items()):
+        x[...] = x[...] + 0.3 * np.random.default_rng(x.size).random(x.shape, np.float32)
+    peft.save_pretrained(model, folder / "adapter")
+    (folder / "config.json").write_text(json.dumps(config.as_dict()))
+    (folder / "summary.json").write_text(json.dumps({"config": config.as_dict(), "label_names": ["bad", "good"]}))
+    return folder
+
+
+def adapter_values(model: Any) -> dict[str, peft.AdapterParam]:
+    return {
+        f"{path}.{name}": x
+        for path, module in nnx.iter_modules(model)
+        for name, x in vars(module).items()
+        if isinstance(x, peft.AdapterParam)
+    }
+
+
+def export(run: Path, to: str, out: Path, *rows: int) -> None:
+    options = Options(run=run, to=to, out=out, rows=rows)  # type: ignore[arg-type]
+    options.check()
+    main(options, Console(quiet=True))
+
+
+def test_a_predictor_says_what_the_run_says(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", peft.NTKAttentionConfig(), "ntk_attention")
+    export(run, "stablehlo", tmp_path / "out", 2)
+    wanted = load(run)(TEXTS)
+    script = runpy.run_path(str(tmp_path / "out" / "predict.py"))
+    found = script["classify"](TEXTS)  # three rows by a program of two
+    assert [label for label, _ in found] == [one["label"] for one in wanted]
+    np.testing.assert_allclose([p for _, p in found], [one["probability"] for one in wanted], rtol=1e-5)
+    assert len({round(p, 4) for _, p in found}) == 3
+
+
+def test_its_script_needs_nothing_of_ours(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", peft.LoraConfig(r=2), "lora")
+    export(run, "stablehlo", tmp_path / "out", 1)
+    # without this checkout on the path, and with its package refused
+    program = (
+        "import sys; sys.modules['ntk_prefix'] = sys.modules['train'] = None; "
+        "sys.argv = ['predict.py', 'a gripping film']; import runpy; runpy.run_path('predict.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu"})
+    one = load(run)("a gripping film")
+    assert done.stdout == f"{one['label']} {one['probability']:.4f}\n", done.stderr
+
+
+def test_a_merged_folder_is_a_model_of_hugging_faces(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", peft.LoraConfig(r=2), "lora")
+    export(run, "hugging-face", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["label2id"] == {"bad": 0, "good": 1}
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    models.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": (0,)}, "--rows: expected at least 1"),
+        ({"rows": (1,), "to": "hugging-face"}, "--rows: expected --to stablehlo beside it"),
+        ({"out": Path(__file__)}, "--out: expected a new folder"),
+        ({"run": Path("/nowhere")}, "expected a finished run with a summary.json"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(change: dict, said: str, tmp_path: Path) -> None:
+    options = {"run": tmp_path, "to": "stablehlo", "out": tmp_path / "out", **change}
+    with pytest.raises(ValueError, match=said):
+        main(Options(**options), Console(quiet=True))

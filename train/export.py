@@ -1,0 +1,160 @@
+"""``python -m train.export RUN``: what a finished run has trained, for machines that have nothing of ours.
+
+    python -m train.export RUN --to stablehlo --out DIR        a predictor: a program, its weights, a script
+    python -m train.export RUN --to hugging-face --out DIR     the model with LoRA merged into its weights
+
+A predictor is the model with its adapter, NTK-Attention's state for one, as StableHLO (``jax.export``) for CPU, GPU and TPU;
+it runs with jax, safetensors and tokenizers alone. Its attention is the implementation that runs everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+from rich.console import Console
+
+from ntk_prefix import peft
+from ntk_prefix.artifacts import json_text, read_json, write_whole
+from ntk_prefix.checks import expected
+from ntk_prefix.typing import Array
+from train.command import Checked, Terminal, at_least, ended, parsed
+from train.finished import Finished, finished
+from train.sources import Kind
+
+__all__ = ["Options", "main"]
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+SCRIPT = Path(__file__).with_name("predictor.py")
+"""What a predictor's folder is run by; it is copied, and imports nothing of ours."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Write what a run has trained, for machines that have nothing of ours."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished run."""
+    to: Literal["stablehlo", "hugging-face"]
+    """A predictor, or the model with its adapter merged."""
+    out: Path
+    """A new folder."""
+    rows: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
+    """Texts or images that the predictor's program takes at once; several times for several programs. 1 and 32 by default."""
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before anything is loaded."""
+        for rows in self.rows:
+            at_least("rows", rows, 1)
+        if self.rows and self.to != "stablehlo":
+            raise expected("--rows", "--to stablehlo beside it", self.to)
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise expected("--out", "a new folder", f"{self.out}, which is in use")
+
+
+def main(options: Options, console: Console) -> None:
+    """Write the folder.
+
+    Raises:
+        UsageError: a run of another kind, or an adapter that cannot be merged.
+    """
+    if options.to == "hugging-face":
+        _merged(options, console)
+    else:
+        _predictor(options, console)
+    size = sum(file.stat().st_size for file in options.out.iterdir())
+    console.print(f"{options.out}: {size / 2**20:.1f} MiB", markup=False, soft_wrap=True)
+
+
+def _merged(options: Options, console: Console) -> None:
+    kinds: tuple[Kind, ...] = ("causal-lm", *CLASSIFIERS)
+    run = finished(options.run, "a run of language or classification with an adapter", kinds)
+    if run.path is None or not run.path.is_dir():
+        raise expected("--to hugging-face", "a run on a Hugging Face folder", run.config.model)
+    written = peft.save_merged(run.model(), run.path, options.out)
+    (options.out / "asset.json").unlink(missing_ok=True)  # of our own cache
+    if run.labels:
+        config = options.out / "config.json"
+        labels = dict(enumerate(run.labels))
+        said = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+        write_whole(config, json_text({**read_json(config, dict[str, Any]), **said}).encode())
+    console.print(f"{len(written)} tensors are not the base model's")
+    if (options.out / peft.HEAD_FILE).is_file():
+        console.print(
+            f"{peft.HEAD_FILE} has the head, {run.config.pooling} over tokens, then weight and bias: Hugging Face's class for "
+            "this model pools in another way.",
+            soft_wrap=True,
+        )
+
+
+CLASSIFIERS: tuple[Kind, ...] = ("sequence-classification", "image-classification")
+
+
+def _predictor(options: Options, console: Console) -> None:
+    run = finished(options.run, "a run of classification with an adapter", CLASSIFIERS)
+    graph, state = nnx.split(run.model())
+    variables = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    weights: dict[str, Array] = {name: variable[...] for name, (_, variable) in variables.items()}
+
+    def predict(weights: dict[str, Array], inputs: dict[str, Array]) -> Array:
+        filled = [(path, variable.replace(weights[name])) for name, (path, variable) in variables.items()]
+        model = nnx.merge(graph, nnx.from_flat_state(filled))
+        return jax.nn.softmax(model(**inputs).logits.astype(jnp.float32))
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    for rows in options.rows or (1, 32):
+        made = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(_shapes(weights), _inputs(run, rows))
+        write_whole(options.out / f"predict_{rows}.bin", bytes(made.serialize()))
+        console.print(f"a program for {rows} rows on {', '.join(made.platforms)}")
+    from safetensors.flax import save
+
+    write_whole(options.out / "weights.safetensors", save(weights))
+    about = {
+        "labels": run.labels,
+        "tokens": run.config.data.max_length if "text" in run.columns else None,
+        "pairs": "text_pair" in run.columns,
+        "inputs": {name: [list(x.shape), str(x.dtype)] for name, x in _inputs(run, 1).items()},
+        "image": None if "text" in run.columns else dataclasses.asdict(run.image()),
+        "run": json.loads((run.folder / "config.json").read_text()),
+        "jax": jax.__version__,
+    }
+    write_whole(options.out / "predictor.json", json_text(about).encode())
+    tokenizer = run.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save(str(options.out / "tokenizer.json"))
+    shutil.copyfile(SCRIPT, options.out / "predict.py")
+
+
+def _shapes(weights: dict[str, Array]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
+
+
+def _inputs(run: Finished, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return what the program takes: token ids and mask, token types of pairs; or images, normalized."""
+    if "text" not in run.columns:
+        size = run.config.data.image_size
+        return {"pixel_values": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32)}
+    names = ("input_ids", "attention_mask", *(("token_type_ids",) if "text_pair" in run.columns else ()))
+    return {name: jax.ShapeDtypeStruct((rows, run.config.data.max_length), jnp.int32) for name in names}
+
+
+def _export(console: Console) -> int:
+    options = parsed(lambda: tyro.cli(Options, prog="python -m train.export", description=__doc__))
+    options.check()
+    main(options, console)
+    return 0
+
+
+if __name__ == "__main__":
+    terminal = Terminal()
+    sys.exit(ended(lambda: _export(terminal), terminal))
