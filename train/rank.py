@@ -52,6 +52,7 @@ __all__ = [
     "Writer",
     "beam_search",
     "load_decoder",
+    "load_scorer",
     "main",
     "reranked",
 ]
@@ -258,7 +259,7 @@ def main(options: Score | Search | Rerank | Beam, console: Console) -> list[dict
     results = _Results(options, asked)
     missing = [row for row in range(len(asked)) if row not in results.found]
     if missing:
-        scored = _scored(options)
+        scored = load_scorer(options.ranker, options.adapter, options.pooling, options.cosine)
         with rich.progress.Progress(console=console, disable=not console.is_terminal) as bars:
             task = bars.add_task(type(options).__name__.lower(), total=len(asked), completed=len(asked) - len(missing))
             for row, line in _lines(options, asked, missing, scored):
@@ -305,16 +306,17 @@ def _said(best: list[Candidate]) -> dict[str, Any]:
     return {"best": best[0].text, "candidates": [each._asdict() for each in best]}
 
 
-def _scored(options: _Ranking) -> Scored:
-    """Load the ranker."""
-    path = model_path(options.ranker)
+def load_scorer(name: str, adapter: Path | None, pooling: Any = None, cosine: bool | None = None) -> Scored:
+    """Return the scores of a ranker of a name, with an adapter or without; see :func:`ntk_prefix.models.load_ranker`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    path = model_path(name)
     if path is None:
-        raise expected("--ranker", "an encoder of text", options.ranker)
-    pooling: Any = options.pooling
-    with byte_progress(f"loading {options.ranker}") as progress:
-        ranker = models.load_ranker(
-            path, adapter=options.adapter, pooling=pooling, cosine=options.cosine, progress=progress
-        )
+        raise expected("--ranker", "an encoder of text", name)
+    with byte_progress(f"loading {name}") as progress:
+        ranker = models.load_ranker(path, adapter=adapter, pooling=pooling, cosine=cosine, progress=progress)
     known: dict[str, np.ndarray] = {}
 
     def scored(prefixes: Sequence[str], suffixes: Sequence[str]) -> np.ndarray:

@@ -144,7 +144,7 @@ def divergence(
     Args:
         ours, theirs: a vector for each text; of length 1, so that their distances are those of cosines.
         clusters: k; a tenth of all texts if None, two at least.
-        seed: of k-means, which starts five times.
+        seed: of k-means, which starts three times.
 
     Raises:
         UsageError: more clusters than texts.
@@ -153,7 +153,7 @@ def divergence(
     count = max(2, round(len(both) / 10)) if clusters is None else clusters
     if not 1 <= count <= len(both):
         raise expected("clusters", f"1 to {len(both)}, the number of texts", count)
-    labels = KMeans(count, n_init=5, random_state=seed).fit_predict(both)
+    labels = KMeans(count, n_init=3, random_state=seed).fit_predict(both)
     p, q = (np.bincount(part, minlength=count) for part in (labels[: len(ours)], labels[len(ours) :]))
     return frontier_area(p, q)
 

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from ntk_prefix.typing import Array, Float, Int
 from train import ranking, tasks
 from train.command import Checked, Terminal, at_least, ended, parsed, resumable
 from train.config import TrainConfig
+from train.kept_lines import KeptLines
 from train.rank import load_decoder
 from train.ranking_measures import Choice, agreement, read_choices
 from train.setup import load_tokenizer, model_path
@@ -142,7 +142,7 @@ def _references(options: Options, config: TrainConfig, console: Console) -> dict
     data = dataclasses.asdict(config.data) | {"train_size": None, "negatives": None, "generated_negatives": None}
     said: dict[str, Any] = {"data": data, "task": config.task, "model": config.model, "pooling": config.pooling}
     said |= {"decoder": options.decoder, "rows": options.likelihood_rows}
-    done = _Lines(options.out, said)
+    done = KeptLines(options.out / "references.jsonl", said)
     path = model_path(config.model)
     tokenizer = None if path is None else load_tokenizer(path)
     if path is None or tokenizer is None:
@@ -164,28 +164,6 @@ def _references(options: Options, config: TrainConfig, console: Console) -> dict
     document = {"rows": rows, "settings": said, **provenance("jax", "flax")}
     write_whole(options.out / "references.json", json_text(document).encode())
     return rows
-
-
-class _Lines:
-    """Lines of a file, each written as soon as it is known, by key; of other settings none."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.file, self.known = folder / "references.jsonl", dict[str, Any]()
-        first = json.dumps({"key": "settings", "value": json.loads(json_text(settings))}) + "\n"
-        lines = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
-        if lines and lines[0] != first:
-            raise expected("--out", "a new folder, or one of this run", f"{folder}, which is of another")
-        for line in lines[1:]:
-            if line.endswith("\n"):  # else the program was stopped while it was written
-                row = json.loads(line)
-                self.known[row["key"]] = row["value"]
-        whole = [first, *(json.dumps({"key": key, "value": value}) + "\n" for key, value in self.known.items())]
-        write_whole(self.file, "".join(whole).encode())
-
-    def add(self, key: str, value: Any) -> None:
-        self.known[key] = value
-        with self.file.open("a") as stream:
-            stream.write(json.dumps({"key": key, "value": value}) + "\n")
 
 
 def _result(found: ranking.Identification, rows: int, agreed: dict[str, Any] | None) -> dict[str, Any]:
@@ -224,7 +202,7 @@ def _likelihood(
     config: TrainConfig,
     task: tasks.Task,
     choices: list[Choice],
-    done: _Lines,
+    done: KeptLines,
     likelihood: Callable[[], Likelihood],
     console: Console,
 ) -> Iterator[dict[str, Any]]:

@@ -52,15 +52,15 @@ class Command:
     """Continuations of each beginning of the train split; 0 leaves it out."""
     test_samples: int = OTHERS
     """Of each of the test split, likewise; the validation split has none."""
-    prompts: int = 8
-    """Beginnings that are continued at once."""
+    rows: int = 32
+    """Continuations that are written at once."""
     top_p: float = 0.9
     """The nucleus that tokens are drawn from."""
     out: Path = Path("generated.jsonl")
 
     def check(self) -> None:
         """Refuse what cannot be meant, before anything is loaded."""
-        for name, least in (("samples", 0), ("test_samples", 0), ("prompts", 1)):
+        for name, least in (("samples", 0), ("test_samples", 0), ("rows", 1)):
             at_least(name, getattr(self, name), least)
         models.Sampling(top_p=self.top_p).check()
         if spec_of(self.config.task).kind != "ranking":
@@ -100,8 +100,9 @@ def write(command: Command, console: Console, writer: Writer | None = None) -> i
             bar = bars.add_task("writing", total=len(wanted), completed=len(wanted) - len(missing))
             for count in sorted({count for _, count in missing}):
                 some = [prefix for prefix, own in missing if own == count]
-                for start in range(0, len(some), command.prompts):
-                    together = some[start : start + command.prompts]
+                size = max(command.rows // count, 1)
+                for start in range(0, len(some), size):
+                    together = some[start : start + size]
                     _write_some(command, together, count, writer)
                     bars.advance(bar, len(together))
     console.print(f"{len(wanted)} beginnings in {file}", markup=False, highlight=False, soft_wrap=True)

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
-from ntk_prefix import models
+from ntk_prefix import models, peft
 from ntk_prefix.artifacts import json_text
 from ntk_prefix.checks import UsageError
+from ntk_prefix.models.ranker import save_settings
 from tests.train.test_ranking import document
 from tests.train.tiny_model import write_model
-from train import ranking_references
+from train import compare_decoding, ranking_references
 from train.compare import compare
 from train.comparison import run
 from train.comparison.plan import Comparison
@@ -57,7 +59,7 @@ class Counting:
 
 def test_negatives_are_written_once_and_a_stopped_program_goes_on(config: TrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "negatives" / "generated.jsonl"
-    command = Command(config, test_samples=2, prompts=3, out=out)
+    command = Command(config, test_samples=2, rows=3, out=out)
     writer: Any = Counting()
     assert write(command, QUIET, writer) == len(writer.asked) > 8
     whole = read_generated(out)
@@ -155,3 +157,60 @@ def test_a_table_of_rankers_has_them_beside_what_was_trained(tmp_path: Path, mon
     assert (chance["score"], chance["people"], chance["learning rate"]) == ("10.0", "-", "-")
     with pytest.raises(UsageError, match="--set generated: expected a file"):
         Comparison(**settings, set=(f"generated={files[1]}",)).check_sources()
+
+
+class TestDecoding:
+    """Ways to continue texts, with an adapter that ranks and one that judges."""
+
+    def test_is_compared_and_a_stopped_comparison_goes_on(
+        self, config: TrainConfig, decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(compare_decoding, "DRAWS", 2)
+        adapters = []
+        for seed in range(2):
+            ranker = models.load_ranker(config.model, cosine=True)
+            peft.apply(ranker, peft.HeadConfig(), rngs=nnx.Rngs(seed))
+            ranker.head.adapters["default"].kernel[...] += 0.5 * jax.random.normal(
+                jax.random.key(seed), (ranker.config.hidden_size,) * 2
+            )
+            peft.save_pretrained(ranker, tmp_path / str(seed))
+            save_settings(ranker, tmp_path / str(seed))
+            adapters.append(tmp_path / str(seed))
+        some: dict[str, Any] = {"ranker": config.model, "judge": config.model, "model": str(decoder)}
+        sizes = {"prompts": 3, "context": 16, "tokens": 8, "samples": 3, "step": 8}
+        some |= {"data_dir": config.data.data_dir, "out": tmp_path / "out", **sizes}
+        options = compare_decoding.Options(**some, adapter=adapters[0], judge_adapter=adapters[1])
+        lines = compare_decoding.compare_decoding(options, QUIET)
+        by = {line["way"]: line for line in lines}
+        assert list(by) == ["greedy", "nucleus", "typical", "re-ranked", "beam", "true"]
+        # the best of several is as good as the first of them, for whom chooses
+        assert by["re-ranked"]["ranker"][0] >= by["nucleus"]["ranker"][0]
+        assert by["nucleus"]["judge_lead"] == [0.0, 0.0]
+        file = tmp_path / "out" / "texts.jsonl"
+        whole = file.read_text()
+        file.write_text(whole[:-5])
+        calls: list[str] = []
+        beam_search = compare_decoding.beam_search
+
+        def counted(prompt: str, *rest: Any, **options: Any) -> Any:
+            calls.append(prompt)
+            return beam_search(prompt, *rest, **options)
+
+        monkeypatch.setattr(compare_decoding, "beam_search", counted)
+        assert compare_decoding.compare_decoding(options, QUIET) == lines
+        assert (len(calls), file.read_text()) == (1, whole)
+        with pytest.raises(UsageError, match="--judge-adapter: expected another ranker than the one it judges"):
+            compare_decoding.Options(**some, adapter=adapters[0], judge_adapter=adapters[0])
+
+    def test_of_true_texts_is_nearest_to_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The controls: texts that are the true ones, ones of another kind, ones that repeat themselves."""
+        monkeypatch.setattr(compare_decoding, "DRAWS", 2)
+        draw = np.random.default_rng(0)
+        features = {"true": draw.normal(size=(40, 4)), "nucleus": draw.normal(size=(40, 4)) + 4}
+        features["same"] = features["true"]
+        texts = {"true": ["a b c d"] * 40, "nucleus": ["a a a a a"] * 40, "same": ["a b c d"] * 40}
+        scores = {name: {way: draw.normal(size=40) for way in texts} for name in ("ranker", "judge")}
+        by = {line["way"]: line for line in compare_decoding.measured(texts, features, scores)}
+        assert by["same"]["divergence"] > 0.99 > 0.1 > by["nucleus"]["divergence"]
+        assert (by["nucleus"]["rep_3"], by["same"]["rep_3"]) == (pytest.approx(2 / 3), 0)
+        assert "divergence" not in by["true"]
