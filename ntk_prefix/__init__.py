@@ -9,7 +9,9 @@
 
 __version__ = "0.1.0"
 
-from ntk_prefix import bounds, certificate, kernels, models, peft, prompting, training
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ntk_prefix.attention import (
     LowRank,
     attention_with_lse,
@@ -24,6 +26,9 @@ from ntk_prefix.polynomial import polynomial_attention, polynomial_degree
 from ntk_prefix.prefix_fit import FitOptions, FitReport
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.random_prefix import RandomPrefix
+
+if TYPE_CHECKING:
+    from ntk_prefix import bounds, certificate, kernels, models, peft, prompting, training
 
 __all__ = [
     "FeatureMap",
@@ -51,3 +56,16 @@ __all__ = [
     "softmax_attention",
     "training",
 ]
+
+LAZY = frozenset({"bounds", "certificate", "kernels", "models", "peft", "prompting", "training"})
+"""Parts that are imported when they are first named: who wants attention alone does not wait for the others."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
+import scipy
 from threadpoolctl import threadpool_limits
 
 from ntk_prefix.checks import NonFiniteError, check_count, expected

@@ -23,8 +23,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
-import scipy.optimize
+import scipy
 from threadpoolctl import threadpool_limits
 
 from ntk_prefix.anchor_fit import RIDGE, choose, fit_chosen

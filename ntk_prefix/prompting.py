@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import softmax
+import scipy
 
 from ntk_prefix.checks import check_positive, expected
 
@@ -77,7 +77,7 @@ def apply(weights: Transformer, prompt: np.ndarray, inputs: np.ndarray) -> np.nd
             (stream @ part).reshape(*x.shape[:2], -1) for part in (weights.query, weights.key, weights.value)
         )
         own = (query @ key.swapaxes(1, 2)).reshape(len(stream), -1)
-        shares = softmax(np.concatenate([query.reshape(len(stream), -1) @ prompt_key.T, own], 1), 1)
+        shares = scipy.special.softmax(np.concatenate([query.reshape(len(stream), -1) @ prompt_key.T, own], 1), 1)
         from_prompt, own = np.split(shares, [len(prompt)], 1)
         from_inputs = (own.reshape(*x.shape[:2], -1) @ value).reshape(len(stream), -1)
         state = np.concatenate([stream, from_prompt @ prompt_value + from_inputs], 1)

@@ -16,8 +16,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import scipy.linalg
-import scipy.special
+import scipy
 from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 

@@ -23,8 +23,8 @@ import math
 import numbers
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special
 
 from ntk_prefix.checks import check_count, check_positive, expected
 
@@ -120,4 +120,4 @@ def success_probability_bound(successes: int, trials: int, delta: float) -> floa
         raise expected("delta", "a probability in (0, 1)", delta)
     if not successes:
         return 0.0
-    return float(special.betaincinv(successes, trials - successes + 1, delta)) * (1 - 2**-40)
+    return float(scipy.special.betaincinv(successes, trials - successes + 1, delta)) * (1 - 2**-40)

@@ -43,7 +43,7 @@ SCRIPT = Path(__file__).with_name("predictor.py")
 class Options(Checked):
     """Write what a run has trained, for machines that have nothing of ours."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a finished run."""
     to: Literal["stablehlo", "hugging-face"]
     """A predictor, or the model with its adapter merged."""

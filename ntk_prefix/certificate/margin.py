@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
+import scipy
 
 from ntk_prefix.certificate.reference import Step
 from ntk_prefix.certificate.rounding import OUTWARD, gamma

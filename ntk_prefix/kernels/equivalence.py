@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
+import scipy
 from threadpoolctl import threadpool_limits
 
 from ntk_prefix.checks import check_count, check_positive, expected
