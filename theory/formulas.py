@@ -72,14 +72,16 @@ def found_in(prose: str) -> list[tuple[str, bool]]:
         end = at
         while end < len(words) and kinds[end] != "text" and (kinds[end] != "space" or words[end] == " "):
             end += 1
-            if kinds[end - 1] != "space" and words[end - 1][-1] in ",;:.":
+            if kinds[end - 1] != "space" and words[end - 1][-1] in ",;:." and _balanced("".join(words[at:end])):
                 break
-        while end > at and kinds[end - 1] in {"space", "sign"}:
+        while end > at and (
+            kinds[end - 1] in {"space", "sign"} or words[end - 1] in _FUNCTIONS or not _balanced("".join(words[at:end]))
+        ):
             end -= 1
         run = words[at:end]
         whole = "".join(run).rstrip(",;:.")
         sure = any(kinds[place] == "sure" for place in range(at, end)) or {"sign"} < set(kinds[at:end]) - {"space"}
-        if run and sure and _balanced(whole) and kinds[at] != "space" and kinds[at] != "sign":
+        if run and sure and kinds[at] not in {"space", "sign"}:
             parts += [(whole, True), ("".join(run)[len(whole) :], False)]
             at = end
         else:
@@ -88,18 +90,27 @@ def found_in(prose: str) -> list[tuple[str, bool]]:
     return [part for part in parts if part[0]]
 
 
-_NO_FORMULA = re.compile(r"[`\ue000\"§∎#]|\*\*|^\*|\*$|\]\(|://|__|^\w+\.\w+|[A-Za-z]{3}(?![^_]*[)}])")
-_SURE = re.compile(r"[α-ωΓΔΘΛΞΠΣΦΨΩℓ√∑∂∇∈≤≥≼≽∞²³⁰⁻ᵀ½^≈\u0304\u0302]|[A-Za-z]_[A-Za-z0-9{]")
-_SOFT = re.compile(r"[-−+]?(\d[\d.,·]*\d|\d|[A-Zb-z]|\d?[A-Za-z]\(\S*\)|\d[a-z])")
+_NO_FORMULA = re.compile(r"[`\ue000\"§∎#]|\*\*|^\*|\*$|\]\(|://|__|^\w\w+\.\w+|[A-Za-z]{3}(?![^_]*[)}])")
+_SURE = re.compile(r"[α-ωΓΔΘΛΞΠΣΦΨΩℓ√∑∂∇∈≤≥≼≽∞²³⁰⁻ᵀ½^≈\u0304\u0302]|[A-Za-z]_[A-Za-z0-9{(]")
+_SOFT = re.compile(r"[-−+/!]?(\d[\d.,·]*\d|\d|[A-Zb-z]|\d[a-z]|d[A-Z])?[-+/!]?")
+_FUNCTION = re.compile(rf"(?<![A-Za-z])({'|'.join(sorted(_FUNCTIONS - {'op'}))})(?=[|(_{{\d]|$)")
 
 
 def _word_kind(word: str) -> str:
     core = word.strip(",;:.")
-    if core in _RELATIONS | _BINARY | {"<=", ">=", "->"} - {"~"}:
+    if core == "|" or re.fullmatch(r"\([ivx]+\)", core):
+        return "text"  # a table's line, an item
+    if core in _RELATIONS | _BINARY | {"<=", ">=", "->", "*", "-", "/"} - {"~"}:
         return "sign"
-    if not core or core.endswith("-") or _NO_FORMULA.search(re.sub(r"_[a-z]+|\{[^}]*\}", "", core)):
-        return "text"
-    return "sure" if _SURE.search(core) else "soft" if _SOFT.fullmatch(core) else "text"
+    if core not in {"sum", "prod", "infinity"}:
+        core = re.sub(r"(?<![A-Za-z])[A-Za-z]+(?![A-Za-z])", lambda found: _NAMES.get(found[0], found[0]), core)
+    core = _FUNCTION.sub("", core)
+    if not core or core.endswith("-") or _NO_FORMULA.search(re.sub(r"_[a-z]+|[_^]?\{[^}]*\}", "", core)):
+        return "soft" if word in {"log", "max", "min", "sup"} else "text"
+    pieces = re.split(r"[()\[\]{}|<>⟨⟩‖,'*·=]+", core)
+    if _SURE.search(core):
+        return "sure"
+    return "soft" if all(_SOFT.fullmatch(piece) for piece in pieces) else "text"
 
 
 def _balanced(text: str) -> bool:
@@ -207,6 +218,8 @@ class _Reader:
         if rest.startswith("{"):
             self.at += 1
             return _joined(self.row("}"))
+        if rest.startswith("(") and not re.match(r"\([a-z]+\)|\([a-z],·\)", rest):
+            return self.parenthesized()
         whole = r"\([a-z]+\)(,\([a-z]+\))*|\([a-z],·\),\([a-z],·\)|[−-]?(\d+|[A-Z]|½|T)"
         if found := re.match(whole, rest):
             run = found[0]
