@@ -33,9 +33,6 @@ PUBLIC = [
 ]  # fmt: skip
 """Modules whose ``__all__`` is public: each name has to stand on a page, with a docstring."""
 
-_made: list[str] = []
-"""Formulas of pages under way; a page has their numbers between two characters of no language until its HTML is there."""
-
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Put every page at its path in the repository."""
@@ -69,7 +66,7 @@ def notebook(cells: dict[str, Any]) -> str:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Set the proofs' formulas, list public names, turn links to notebooks into links to their pages."""
     if page.file.src_uri.startswith(PROOFS):
-        markdown = set_formulas(markdown)
+        markdown, page.meta["formulas"] = formulas.placed(markdown)
     markdown = re.sub(
         r"^@@ ([\w.]+)(?:: (.*))?$", lambda found: entries(found[1], found[2]), markdown, flags=re.MULTILINE
     )
@@ -84,48 +81,13 @@ def entries(module: str, names: str | None) -> str:
     return "\n\n".join(f"::: {module}.{name}" for name in chosen)
 
 
-def set_formulas(markdown: str) -> str:
-    """Put placeholders where formulas stand: indented blocks, and what is between backticks and is no code."""
-    blocks = re.split(r"((?:^    .*\n(?:\s*\n(?=    ))?)+)", markdown, flags=re.MULTILINE)
-    for place, block in enumerate(blocks):
-        if place % 2:
-            lines = [line[4:] for line in block.splitlines() if line.strip()]
-            blocks[place] = f"{_placeholder(formulas.display(lines))}\n"
-        else:
-            blocks[place] = "\n".join(_line(line) for line in block.split("\n"))
-    return "".join(blocks)
-
-
-def _line(line: str) -> str:
-    parts = re.split(r"(`[^`]+`|\]\([^)]*\))", line)
-    for place, part in enumerate(parts):
-        if place % 2 == 0 and not line.startswith(("#", "|--")):
-            found = formulas.found_in(part)
-            parts[place] = "".join(_placeholder(formulas.inline(text)) if is_math else text for text, is_math in found)
-        elif part.startswith("`") and formulas.is_formula(part[1:-1]):
-            parts[place] = _placeholder(formulas.inline(part[1:-1]))
-    return "".join(parts)
-
-
-def _placeholder(html: str) -> str:
-    _made.append(html)
-    return f"\ue000{len(_made) - 1}\ue001"
-
-
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put formulas where their places are, and turn LaTeX into MathML."""
-    html = re.sub(r"<p>(\ue000\d+\ue001)</p>", r"\1", html)
-    html = re.sub(r"\ue000(\d+)\ue001([,.;:)]*)", _with_its_point, html)
+    html = formulas.restored(html, page.meta.get("formulas", []))
     for tag, kind, opened, closed in (("span", "inline", r"\\\(", r"\\\)"), ("div", "block", r"\\\[", r"\\\]")):
         written = rf'<{tag} class="arithmatex">\s*{opened}(.*?){closed}\s*</{tag}>'
         html = re.sub(written, functools.partial(_latex, kind=kind), html, flags=re.DOTALL)
     return html
-
-
-def _with_its_point(found: re.Match[str]) -> str:
-    """Return a formula that no line parts from the point behind it."""
-    *before, last = _made[int(found[1])].split("<wbr>")
-    return "<wbr>".join([*before, f'<span class="whole">{last}{found[2]}</span>' if found[2] else last])
 
 
 def _latex(found: re.Match[str], kind: str) -> str:

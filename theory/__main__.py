@@ -19,8 +19,10 @@ from ntk_prefix.checks import UsageError, expected, explain
 from theory.claim import Claim
 from theory.claims import claims, table
 from theory.jobs import measure
+from theory.page import controls_in_words, number, verdict
 from theory.problem import Problem, Profile, load
-from theory.report import Folder, Outcome, Record, configuration, controls_in_words, number, verdict
+from theory.record import Record
+from theory.report import Folder, Outcome, configuration
 
 COLORS = {"holds": "green", "undecided": "yellow"}
 """Of a verdict; all others are red."""

@@ -4,12 +4,13 @@ What is read: ``x_i``, ``x_{i,k}``, ``e^{-s}``, ``T^½``, ``x²``, ``Aᵀ``, ``�
 ``lambda_min``, ``sqrt(m)``, ``sum_j``, ``<=``, ``->``, ``H*``. Three letters are a word, two letters a product.
 """
 
+import functools
 import re
 import unicodedata
 from html import escape
 from typing import NamedTuple
 
-__all__ = ["display", "found_in", "inline", "is_formula"]
+__all__ = ["display", "found_in", "in_line", "inline", "is_formula", "placed", "restored"]
 
 _GREEK = (
     "alpha α beta β gamma γ delta δ epsilon ε zeta ζ eta η theta θ kappa κ lambda λ mu μ nu ν xi ξ pi π rho ρ tau τ"
@@ -154,6 +155,55 @@ def display(lines: list[str]) -> str:
     return f'<div class="formula">{"".join(rows)}</div>'
 
 
+def in_line(text: str) -> str:
+    """Return a line of text as HTML, with the formulas that are found in it."""
+    signs = {" <= ": " ≤ ", " >= ": " ≥ ", " -> ": " → "}
+    plain = functools.reduce(lambda line, pair: line.replace(*pair), signs.items(), text)
+    return "".join(inline(part) if is_formula else escape(part) for part, is_formula in found_in(plain))
+
+
+def placed(markdown: str) -> tuple[str, list[str]]:
+    """Return Markdown with a mark in the place of each formula, and the formulas, for :func:`restored`.
+
+    Formulas are indented blocks, what is between backticks and is no code, and what :func:`found_in` finds. A mark is the
+    formula's number between two characters of no language, which no reader of Markdown touches.
+    """
+    made: list[str] = []
+
+    def mark(formula: str) -> str:
+        made.append(formula)
+        return f"\ue000{len(made) - 1}\ue001"
+
+    def marked(line: str) -> str:
+        parts = re.split(r"(`[^`]+`|\]\([^)]*\))", line)
+        for place, part in enumerate(parts):
+            if place % 2 == 0 and not line.startswith(("#", "|--")):
+                parts[place] = "".join(mark(inline(text)) if is_math else text for text, is_math in found_in(part))
+            elif part.startswith("`") and is_formula(part[1:-1]):
+                parts[place] = mark(inline(part[1:-1]))
+        return "".join(parts)
+
+    markdown = re.sub(r"`[^`\n]+\n[^`\n]+`", lambda span: span[0].replace("\n", " "), markdown)
+    blocks = re.split(r"((?:^    .*\n(?:\s*\n(?=    ))?)+)", markdown, flags=re.MULTILINE)
+    for place, block in enumerate(blocks):
+        if place % 2:
+            blocks[place] = mark(display([line[4:] for line in block.splitlines() if line.strip()])) + "\n"
+        else:
+            blocks[place] = "\n".join(marked(line) for line in block.split("\n"))
+    return "".join(blocks), made
+
+
+def restored(page: str, made: list[str]) -> str:
+    """Return HTML with the formulas where their marks are; no line parts one from the point behind it."""
+
+    def formula(found: re.Match[str]) -> str:
+        *before, last = made[int(found[1])].split("<wbr>")
+        return "<wbr>".join([*before, f'<span class="whole">{last}{found[2]}</span>' if found[2] else last])
+
+    page = re.sub(r"<p>(\ue000\d+\ue001)</p>", r"\1", page)
+    return re.sub(r"\ue000(\d+)\ue001([,.;:)]*)", formula, page)
+
+
 class _Piece(NamedTuple):
     kind: str  # atom, big, word, function, relation, binary, open, close, separator, space
     xml: str
@@ -243,6 +293,12 @@ class _Reader:
             return _Piece("atom", f"<mn>{found[0]}</mn>")
         if found := re.match(r"[A-Za-z]+", rest):
             return self.letters(found[0])
+        if re.match(r"<[\w|(]", rest) and ">" in rest and not re.search(r"[\w)|]$", self.text[: self.at]):
+            self.at += 1
+            return _operator("⟨", before)
+        if rest[0] == ">" and any("⟨" in piece.xml for piece in before) and re.search(r"[\w)|]$", self.text[: self.at]):
+            self.at += 1
+            return _operator("⟩", before)
         for written, sign in {**_ASCII, ":=": ":="}.items():
             if rest.startswith(written):
                 self.at += len(written)

@@ -25,7 +25,7 @@ from ntk_prefix.checks import expected
 from theory.claim import Claim, examine
 from theory.claims import claims
 from theory.problem import Problem
-from theory.report import Finished, finish
+from theory.record import Finished, finish
 
 LONGEST = ("depth", "limit", "convergence", "certificate", "dynamics", "lazy", "approximation", "real_layer")
 """What is begun first, so that no process is still at a long claim when the others have nothing left."""

@@ -41,6 +41,8 @@ def tex(text: str) -> str:
         ("H_(ik),(jl)", "msub(H{(ik),(jl)})"),
         ("Σ_{s<t} E'", "munder(∑{s&lt;t}) msup(E{′})"),
         ("a <= b", "a<wbr>≤b"),
+        ("<a_k, S> < 1", "⟨msub(a{k}),S⟩<wbr>&lt;1"),
+        ("e^(s c) I", "msup(e{s c}) I"),
         ("log₂ n", "msub(log{2}) n"),
     ],
 )
@@ -64,6 +66,25 @@ def test_prose_keeps_its_words():
     found = formulas.found_in("at σ = 1 the error is of order m^{−1/2}, and n = 8 rows of a file.npy are taken (x_1).")
     assert [text for text, is_formula in found if is_formula] == ["σ = 1", "m^{−1/2}", "n = 8", "(x_1)"]
     assert "".join(text for text, _ in found).startswith("at σ = 1 the error")
+
+
+def test_statements_in_ascii_are_set_too():
+    found = formulas.found_in(
+        "|F(t) - Y|^2 <= (1 - m eta lambda / 2)^t at every step, for every m whose lambda_min > 0"
+    )
+    assert [text for text, is_formula in found if is_formula] == [
+        "|F(t) - Y|^2 <= (1 - m eta lambda / 2)^t", "lambda_min > 0",
+    ]  # fmt: skip
+
+
+def test_formulas_come_back_where_they_were():
+    marked, made = formulas.placed("With `x_i`, see `theory.md`.\n\n    y = Σ_i x_i      (1)\n\nThen λ > 0.\n")
+    assert len(made) == 3
+    page = formulas.restored(marked, made)
+    assert page.count("<math") == 4  # a line may break in front of the last one's relation
+    assert "`theory.md`" in page
+    assert '<span class="number">(1)</span>' in page
+    assert "\ue000" not in page
 
 
 @pytest.mark.parametrize("path", PROOFS, ids=lambda path: path.stem)

@@ -27,8 +27,10 @@ from tests.fuzz import damaged_bytes, damaged_json, fuzzed, read_whole, survives
 from theory import figures, fits, jobs
 from theory.claim import Check, Claim, Control, Evidence, Undecidable, examine
 from theory.claims import NAMES, certificate, claims, convergence
+from theory.page import markdown
 from theory.problem import Problem, load
-from theory.report import Folder, configuration, finish, markdown
+from theory.record import FORMATS, finish
+from theory.report import Folder, configuration
 
 
 def npy(array: object, **options: bool) -> bytes:
@@ -84,7 +86,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestReport:
     def test_everything_a_reader_needs_is_written(self, report: Path) -> None:
         assert {path.name for path in report.iterdir()} == {
-            "index.html", "report.md", "claims.json", "configuration.json", "figures", ".lock",
+            "index.html", "report.md", "claims.json", "claims.tex", "configuration.json", "figures", ".lock",
         }  # fmt: skip
         records = json.loads((report / "claims.json").read_text())
         assert [record["name"] for record in records] == list(CHEAP)
@@ -105,7 +107,11 @@ class TestReport:
         markdown = (report / "report.md").read_text()
         for name in CHEAP:
             assert f"figures/{name}.png" in markdown
-            assert (report / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+            starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF", "csv": b"panel,curve,x,y\n"}
+            for kind in FORMATS:
+                assert (report / "figures" / f"{name}.{kind}").read_bytes().startswith(starts[kind])
+        assert page.count("<summary>Proof: theory/") == len(CHEAP)
+        assert page.count("<math") > 50
 
     def test_a_bar_in_a_cell_does_not_end_it(self, problem: Problem, tmp_path: Path) -> None:
         command.verify(problem, [invented()], tmp_path, Console(quiet=True))
