@@ -392,12 +392,15 @@ def adapter_config(method: str, changes: tuple[str, ...] = ()) -> tuple[peft.Ada
 RANKING = TrainConfig(
     model="minilm",
     task="ranking",
-    data=DataConfig(max_length=96, suffix_length=48, validation_size=64),
+    data=DataConfig(max_length=96, suffix_length=48, validation_size=None),
     # W starts as the identity
     optim=OptimConfig(batch_size=16, head_learning_rate=1e-3),
     eval=EvalConfig(choose_by="loss"),
 )
 """What the rankings have in common."""
+
+RANKING_SIZES: dict[str, Any] = {"validation_size": 64, "test_size": 200}
+"""Of the large ones, each row of which is measured among up to 27 other texts."""
 
 CONFIGS: dict[str, tuple[str, TrainConfig]] = {
     "tiny": (
@@ -435,16 +438,20 @@ CONFIGS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "ranking": (
-        "which continuation fits, MiniLM, film reviews; --data-dir FILE with your documents (text) or pairs (prefix, suffix)",
+        "which continuation fits, your own documents or pairs, MiniLM: --data-dir FILE --text-column NAME",
         RANKING,
+    ),
+    "ranking_reviews": (
+        "which continuation fits, MiniLM, film reviews",
+        RANKING.changed(**RANKING_SIZES),
     ),
     "ranking_generated": (
         "the same beside continuations that a decoder wrote: --generated FILE",
-        RANKING.changed(generated="generated.jsonl", generated_negatives=1),
+        RANKING.changed(**RANKING_SIZES, generated="generated.jsonl", generated_negatives=1),
     ),
     "ranking_newsgroups": (
         "which continuation fits, MiniLM, newsgroups",
-        RANKING.changed(task="ranking_newsgroups"),
+        RANKING.changed(**RANKING_SIZES, task="ranking_newsgroups"),
     ),
     "rte": (
         "textual entailment, MiniLM",

@@ -274,10 +274,9 @@ PROFILES: dict[Name, Profile] = {
     # which continuation fits: with what python -m train.write_negatives wrote, --set generated=FILE, and people's choices,
     # --set human=FILE; about 40 minutes of two cores with one seed. The row beside generated negatives has LoRA's rate
     "ranking": Profile(
-        tasks={"ranking": {}, "ranking_generated": {}},
+        tasks={"ranking_reviews": {}, "ranking_generated": {}},
         shared={
             "train_size": 1600,
-            "test_size": 200,
             "steps": 80,
             "evaluate_every": 40,
             "checkpoint_every": 40,
@@ -285,12 +284,12 @@ PROFILES: dict[Name, Profile] = {
         },
         rows=RANKING_ROWS,
         without=(
-            ("ranking", "lora r=8, generated"),
+            ("ranking_reviews", "lora r=8, generated"),
             *(("ranking_generated", row[0]) for row in RANKING_ROWS if row[0] != "lora r=8, generated"),
         ),
         grid=(5e-5, 5e-4, 5e-3),
         own_grids=(("lora r=8, generated", (5e-3,)),),
-        references=("ranking",),
+        references=("ranking_reviews",),
     ),
     # peft's own comparison, for a GPU: --data-dir with MetaMathQA, GSM8K, or both; --set model=FOLDER for another decoder.
     # Rows of theirs have their rates; the two that they have not are tuned on the validation loss

@@ -1,7 +1,7 @@
 """``python -m train.write_negatives``: let a decoder continue the beginnings of a ranking task; run it again to go on.
 
-    python -m train.write_negatives ranking --train-size 2000 --test-size 200 --out generated.jsonl
-    python -m train ranking --train-size 2000 --test-size 200 --generated generated.jsonl --generated-negatives 1
+    python -m train.write_negatives ranking_reviews --train-size 2000 --out generated.jsonl
+    python -m train ranking_reviews --train-size 2000 --generated generated.jsonl --generated-negatives 1
 
 What it wrote are negatives of a run of the same data and lengths: a ranker learns to tell people's text from a decoder's. One
 line a beginning, written as soon as it is made; a beginning that the file has with as many continuations is left as it is, so

@@ -142,7 +142,7 @@ def test_a_table_of_rankers_has_them_beside_what_was_trained(tmp_path: Path, mon
     files[0].write_text("")
     settings: dict[str, Any] = {
         "profile": "ranking",
-        "tasks": ("ranking",),
+        "tasks": ("ranking_reviews",),
         "rows": ("ntk",),
         "out": tmp_path / "table",
     }
