@@ -276,7 +276,8 @@ PROFILES: dict[Name, Profile] = {
     "ranking": Profile(
         tasks={"ranking_reviews": {}, "ranking_generated": {}},
         shared={
-            "train_size": 1600,
+            # each pair once
+            "train_size": 1280,
             "steps": 80,
             "evaluate_every": 40,
             "checkpoint_every": 40,

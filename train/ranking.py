@@ -135,14 +135,15 @@ def identification(
 
 
 def vectors(
-    encode: Callable[[Batch], np.ndarray], texts: list[np.ndarray], batch_size: int
+    encode: Callable[[Batch], np.ndarray], texts: list[np.ndarray], batch_size: int, *, cosine: bool = True
 ) -> Float[np.ndarray, "n D"]:
-    """Return the unit vectors of texts that are tokens already, in their order; like lengths are read together.
+    """Return the vectors of texts that are tokens already, in their order; like lengths are read together.
 
     Args:
         encode: from a batch of ``input_ids`` and ``attention_mask`` to vectors [B, D].
         texts: [tokens] each, with their marks.
         batch_size: read at once.
+        cosine: make them of length 1.
     """
     column = np.empty(len(texts), object)
     for row, ids in enumerate(texts):
@@ -150,24 +151,25 @@ def vectors(
     split, places = data.by_length(Dataset({"input_ids": column, "labels": np.zeros(len(texts), np.int32)}))
     found = [np.asarray(encode(batch), np.float64) for batch in data.evaluation_batches(split, batch_size)]
     whole = np.concatenate(found)[: len(texts)][places]
-    return whole / np.linalg.norm(whole, axis=1, keepdims=True).clip(1e-12)
+    return whole / np.linalg.norm(whole, axis=1, keepdims=True).clip(1e-12) if cosine else whole
 
 
 def by_encoder(
-    encode: Callable[[Batch], np.ndarray], split: Dataset, batch_size: int, temperature: float
+    encode: Callable[[Batch], np.ndarray], split: Dataset, batch_size: int, temperature: float, *, cosine: bool = True
 ) -> Identification:
-    """Return what an encoder's cosines identify.
+    """Return what an encoder's cosines identify, or its inner products.
 
     Args:
         encode: see :func:`vectors`.
         split: of the task, with tokens.
         batch_size: read at once.
         temperature: of the loss.
+        cosine: whether it is cosines.
     """
     there = [(row, place) for row, place in zip(*np.nonzero(split["candidates"]), strict=True)]
     ids, mask = split["candidate_ids"], split["candidate_mask"]
     suffixes = [ids[each][mask[each] == 1] for each in there]
-    whole = vectors(encode, [*split["input_ids"], *suffixes], batch_size)
+    whole = vectors(encode, [*split["input_ids"], *suffixes], batch_size, cosine=cosine)
     number = {(int(row), int(place)): split.rows + i for i, (row, place) in enumerate(there)}
 
     def score(_: str, row: int, candidates: list[tuple[int, int]]) -> np.ndarray:

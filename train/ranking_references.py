@@ -2,9 +2,9 @@
 
     python -m train.ranking_references --config runs/ranking/config.json --out runs/references
 
-The rows: a random choice; the frozen encoder's cosine; and a decoder's likelihood of the continuation given the beginning, the
-sum over its tokens and their mean. On the run's test split and people's choices, as :mod:`train.ranking` measures a run. The
-decoder reads the prefix once for all its candidates.
+The rows: a random choice; the frozen encoder's cosine, and its inner product; and a decoder's likelihood of the continuation
+given the beginning, the sum over its tokens and their mean. On the run's test split and people's choices, as
+:mod:`train.ranking` measures a run. The decoder reads the prefix once for all its candidates.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from train.sources import spec_of
 
 __all__ = ["Likelihood", "Options", "references"]
 
-NAMES = ("random", "frozen cosine", "likelihood, sum", "likelihood, mean")
+NAMES = ("random", "frozen cosine", "frozen product", "likelihood, sum", "likelihood, mean")
 """The rows."""
 
 
@@ -151,14 +151,15 @@ def _references(options: Options, config: TrainConfig, console: Console) -> dict
     choices = [] if config.data.human is None else read_choices(config.data.human)
     found = {
         "random": lambda: _random(task, choices),
-        "frozen cosine": lambda: _frozen(task, choices, path, config),
+        "frozen cosine": lambda: _frozen(task, choices, path, config, cosine=True),
+        "frozen product": lambda: _frozen(task, choices, path, config, cosine=False),
     }
     for name, make in found.items():
         if name not in done.known:
             done.add(name, make())
     if not {*NAMES} <= {*done.known}:
         likelihood = functools.cache(lambda: _decoder(options.decoder))
-        for each in zip(NAMES[2:], _likelihood(options, config, task, choices, done, likelihood, console), strict=True):
+        for each in zip(NAMES[3:], _likelihood(options, config, task, choices, done, likelihood, console), strict=True):
             done.add(*each)
     rows = {name: done.known[name] for name in NAMES}
     document = {"rows": rows, "settings": said, **provenance("jax", "flax")}
@@ -178,12 +179,14 @@ def _random(task: tasks.Task, choices: list[Choice]) -> dict[str, Any]:
     return _result(found, task.test.rows, agreed)
 
 
-def _frozen(task: tasks.Task, choices: list[Choice], path: Path, config: TrainConfig) -> dict[str, Any]:
-    ranker = models.load_ranker(path, pooling=config.pooling, cosine=True)
+def _frozen(
+    task: tasks.Task, choices: list[Choice], path: Path, config: TrainConfig, *, cosine: bool
+) -> dict[str, Any]:
+    ranker = models.load_ranker(path, pooling=config.pooling, cosine=cosine)
     graph, state = nnx.split(ranker)
     run = jax.jit(lambda state, ids, mask: nnx.merge(graph, state)(ids, mask).logits)
     encode = lambda batch: np.asarray(run(state, batch["input_ids"], batch["attention_mask"]))  # noqa: E731
-    found = ranking.by_encoder(encode, task.test, config.optim.batch_size, config.optim.temperature)
+    found = ranking.by_encoder(encode, task.test, config.optim.batch_size, config.optim.temperature, cosine=cosine)
     agreed = None
     if choices:
         columns = [[getattr(each, name) for each in choices] for name in ("prefix", "ranked", "sampled")]

@@ -152,7 +152,7 @@ def _check_vocabulary(model: Any, task: tasks.Task, name: str) -> None:
     """
     known = getattr(getattr(model, "backbone", model).config, "vocab_size", math.inf)
     for split in filter(None, (task.train, task.validation, task.test, task.unrelated)):
-        for column in {"input_ids", "prompt_ids"} & split.keys():
+        for column in {"input_ids", "prompt_ids", "candidate_ids"} & split.keys():
             if (largest := max((int(ids.max()) for ids in split[column] if len(ids)), default=0)) >= known:
                 raise expected(
                     "--model", f"a tokenizer whose ids are below {known}, the model's", f"{largest} from {name}"

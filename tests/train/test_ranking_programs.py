@@ -100,7 +100,7 @@ def test_rows_for_which_nothing_is_trained_are_measured_once(
     file.write_text(json_text(config.changed(human=str(human)).as_dict()))
     options = Options(config=file, decoder=str(decoder), likelihood_rows=3, out=tmp_path / "out")
     found = references(options, QUIET)
-    assert list(found) == ["random", "frozen cosine", "likelihood, sum", "likelihood, mean"]
+    assert list(found) == ["random", "frozen cosine", "frozen product", "likelihood, sum", "likelihood, mean"]
     for name, row in found.items():
         assert set(row["identification"]) == {"random", "same document"}
         assert row["rows"] == (3 if "likelihood" in name else 4)
