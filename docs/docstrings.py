@@ -6,6 +6,8 @@ from typing import Any
 
 import griffe
 
+from theory import formulas
+
 
 class Docstrings(griffe.Extension):
     """What mkdocstrings loads: every docstring is rewritten before its sections are told apart."""
@@ -20,11 +22,21 @@ def as_markdown(text: str) -> str:
     """Return a docstring with roles as code, ``.. math::`` as ``$$``, and ``====`` tables as Markdown's."""
     text = re.sub(r":(?:mod|func|class|meth|attr|data):`~?([^`]+)`", r"`\1`", text)
     text = re.sub(r"^( *)\.\. math::(.*(?:\n(?:\1 +\S.*| *$))*)", _formula, text, flags=re.MULTILINE)
+    text = re.sub(r"(?<!:)\n *\n((?:    +\S.*\n?|\n(?=    ))+)", _block, text)
     text = re.sub(
         r"^( *)=+(?: +=+)+\n(.*)\n *=+(?: +=+)+\n((?:.*\n)+?) *=+(?: +=+)+$", _table, text, flags=re.MULTILINE
     )
     text = re.sub(r"^( *[\w, ]+: )>", r"\1\\>", text, flags=re.MULTILINE)  # "scale: > 0" is no quotation
     return re.sub(r"([^:]):: *$", r"\1:", text, flags=re.MULTILINE)
+
+
+def _block(found: re.Match[str]) -> str:
+    """Return an indented block as formulas, if it is one: symbols with an index or a power, and a relation."""
+    lines = [line for line in textwrap.dedent(found[1]).splitlines() if line.strip()]
+    symbols, relation = re.search(r"\w[_^][\w{(]", found[1]), re.search(r" (=|<=|->|~) ", found[1])
+    if symbols and relation and ">>>" not in found[1]:
+        return f"\n\n{formulas.display(lines)}\n\n"
+    return found[0]
 
 
 def _formula(found: re.Match[str]) -> str:

@@ -26,12 +26,19 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "train/README.md", "the
 PICTURES = ["train/*.png", "theory/*.png"]
 PROOFS = "theory/"
 
+LISTED = r"^@@ ([\w.]+):?(.*)$"
+"""A line of an API page: a module whose public names are wanted, or some of them behind a colon."""
+
 PUBLIC = [
     "ntk_prefix", "ntk_prefix.bounds", "ntk_prefix.certificate", "ntk_prefix.feature_maps", "ntk_prefix.kernels",
     "ntk_prefix.kernels.equivalence", "ntk_prefix.kernels.neural_tangents", "ntk_prefix.models", "ntk_prefix.peft",
     "ntk_prefix.prompting", "ntk_prefix.training",
 ]  # fmt: skip
 """Modules whose ``__all__`` is public: each name has to stand on a page, with a docstring."""
+
+
+_entries: dict[str, str] = {}
+"""The page of each public name's entry."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -42,6 +49,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for pattern in PAGES + PICTURES:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for path in sorted((ROOT / "docs" / "api").glob("*.md")):
+        lines = re.findall(LISTED, path.read_text("utf-8"), flags=re.MULTILINE)
+        _entries.update({name: f"docs/api/{path.name}" for module, names in lines for name in listed(module, names)})
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         content = notebook(json.loads(path.read_text("utf-8")))
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=content))
@@ -67,23 +77,37 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Set the proofs' formulas, list public names, turn links to notebooks into links to their pages."""
     if page.file.src_uri.startswith(PROOFS):
         markdown, page.meta["formulas"] = formulas.placed(markdown)
-    markdown = re.sub(
-        r"^@@ ([\w.]+)(?:: (.*))?$", lambda found: entries(found[1], found[2]), markdown, flags=re.MULTILINE
-    )
+    markdown = re.sub(LISTED, entries, markdown, flags=re.MULTILINE)
     return re.sub(r"(\]\([\w/.]*notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
 
 
-def entries(module: str, names: str | None) -> str:
-    """Return mkdocstrings' lines for the named members of a module, or for all of its ``__all__`` that are no modules."""
-    chosen = (
-        names.split() if names else [n for n, member in public(module).items() if not isinstance(member, ModuleType)]
-    )
-    return "\n\n".join(f"::: {module}.{name}" for name in chosen)
+def listed(module: str, names: str) -> list[str]:
+    """Return the named members of a module in full, or all of its ``__all__`` that are no modules."""
+    chosen = names.split() or [n for n, member in public(module).items() if not isinstance(member, ModuleType)]
+    return [f"{module}.{name}" for name in chosen]
+
+
+def entries(found: re.Match[str]) -> str:
+    """Return mkdocstrings' lines for what a line of an API page lists."""
+    return "\n\n".join(f"::: {name}" for name in listed(found[1], found[2]))
+
+
+def linked(html: str, page: Page) -> str:
+    """Return a page whose public names, ``npx.kernels.limit_ntk`` between backticks, lead to their entries."""
+
+    def link(found: re.Match[str]) -> str:
+        name = f"ntk_prefix.{found[2]}"
+        if name not in _entries or page.file.src_uri == _entries[name]:
+            return found[0]
+        up = "../" * page.file.dest_uri.count("/")
+        return f'<a href="{up}{_entries[name].removesuffix(".md")}.html#{name}">{found[1]}</a>'
+
+    return re.sub(r"(?<!<pre>)(<code>(?:npx\.|ntk_prefix\.)?((?:\w+\.)*\w+)(?:\([^<]*\))?</code>)(?!</a>)", link, html)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put formulas where their places are, and turn LaTeX into MathML."""
-    html = formulas.restored(html, page.meta.get("formulas", []))
+    html = linked(formulas.restored(html, page.meta.get("formulas", [])), page)
     for tag, kind, opened, closed in (("span", "inline", r"\\\(", r"\\\)"), ("div", "block", r"\\\[", r"\\\]")):
         written = rf'<{tag} class="arithmatex">\s*{opened}(.*?){closed}\s*</{tag}>'
         html = re.sub(written, functools.partial(_latex, kind=kind), html, flags=re.DOTALL)

@@ -12,9 +12,7 @@ from typing import NamedTuple
 
 __all__ = ["display", "found_in", "in_line", "inline", "is_formula", "placed", "restored"]
 
-_GREEK = (
-    "alpha α beta β gamma γ delta δ epsilon ε zeta ζ eta η theta θ kappa κ lambda λ mu μ nu ν xi ξ pi π rho ρ tau τ"
-)
+_GREEK = "alpha α beta β gamma γ delta δ epsilon ε zeta ζ eta η theta θ kappa κ lambda λ mu μ nu ν xi ξ pi π rho ρ tau τ eps ε"
 _SIGNS = (
     "sigma σ phi φ psi ψ omega ω Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Omega Ω sum Σ prod Π sqrt √ infinity ∞"
 )
@@ -183,7 +181,7 @@ def placed(markdown: str) -> tuple[str, list[str]]:
                 parts[place] = mark(inline(part[1:-1]))
         return "".join(parts)
 
-    markdown = re.sub(r"`[^`\n]+\n[^`\n]+`", lambda span: span[0].replace("\n", " "), markdown)
+    markdown = re.sub(r"`[^`]+`", lambda span: span[0].replace("\n", " "), markdown)
     blocks = re.split(r"((?:^    .*\n(?:\s*\n(?=    ))?)+)", markdown, flags=re.MULTILINE)
     for place, block in enumerate(blocks):
         if place % 2:
@@ -213,7 +211,7 @@ class _Reader:
     """A recursive descent over the characters of one formula."""
 
     def __init__(self, text: str) -> None:
-        text = unicodedata.normalize("NFD", text).replace("=\u0338", "≠")
+        text = unicodedata.normalize("NFD", text).replace("=\u0338", "≠").replace(" . ", " · ")
         self.text, self.at = text, 0
 
     def row(self, until: str = "") -> list[_Piece]:

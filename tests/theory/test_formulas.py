@@ -78,8 +78,11 @@ def test_statements_in_ascii_are_set_too():
 
 
 def test_formulas_come_back_where_they_were():
-    marked, made = formulas.placed("With `x_i`, see `theory.md`.\n\n    y = Σ_i x_i      (1)\n\nThen λ > 0.\n")
+    table = "| `aa.b` | `cc.d` |\n|---|---|\n| `ee.f` | `gg.h` |"
+    text = f"With `x_i`, see `theory.md`.\n\n    y = Σ_i x_i      (1)\n\nThen `λ\n> 0`.\n\n{table}\n"
+    marked, made = formulas.placed(text)
     assert len(made) == 3
+    assert marked.endswith(f"\n\n{table}\n")
     page = formulas.restored(marked, made)
     assert page.count("<math") == 4  # a line may break in front of the last one's relation
     assert "`theory.md`" in page
