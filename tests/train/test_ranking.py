@@ -1,5 +1,6 @@
 """The task ``ranking``: pairs out of documents, the loss on any devices, runs that go on, adapters that rank."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +26,11 @@ WORDS = ("[UNK]", "[PAD]", "pre", "suffi", ".", *"abcdefghijklmnopqrstuvwxyz")
 ROWS = 16
 
 
-def document(seed: int, sentences: int = 12) -> str:
+def document(seed: int, sentences: int = 12, letters: int = 6) -> str:
     """Sentences of five words, of letters that are this document's."""
     draw = np.random.default_rng(seed)
-    letters = draw.choice([*"abcdefghijklmnopqrstuvwxyz"], 6, replace=False)
-    return " ".join(" ".join(draw.choice(letters, 4)) + f" {letters[0]}." for _ in range(sentences))
+    own = draw.choice([*"abcdefghijklmnopqrstuvwxyz"], letters, replace=False)
+    return " ".join(" ".join(draw.choice(own, 4)) + f" {own[0]}." for _ in range(sentences))
 
 
 class TestACut:
@@ -346,3 +347,25 @@ class TestARun:
         plain = frozen.encode_prefixes(prefixes)
         plain /= np.linalg.norm(plain, axis=1, keepdims=True)
         np.testing.assert_allclose(ranker.encode_prefixes(prefixes), plain, rtol=1e-4, atol=1e-5)
+
+    def test_learns_what_is_in_the_pairs(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Documents of two letters each. The control: training pairs that are of two documents."""
+        file = tmp_path / "documents.jsonl"
+        file.write_text("".join(json.dumps({"text": document(seed, letters=2)}) + "\n" for seed in range(300)))
+        own = config.changed(data_dir=str(file), negatives=0, validation_size=40, test=False)
+        own = own.changed(steps=20, evaluate_every=20, checkpoint_every=20)
+        learned = loop.run(own, tmp_path / "true")["validation_loss"]
+        load = tasks.load
+
+        def mixed(*arguments: Any, **options: Any) -> tasks.Task:
+            task = load(*arguments, **options)
+            columns = {
+                name: np.roll(column, 1, axis=0) if name.startswith("candidate") else column.copy()
+                for name, column in task.train.items()
+            }
+            return dataclasses.replace(task, train=dataclasses.replace(task.train, columns=columns))
+
+        monkeypatch.setattr(tasks, "load", mixed)
+        assert learned < loop.run(own, tmp_path / "mixed")["validation_loss"] - 0.5
