@@ -102,6 +102,11 @@ def linked(html: str, page: Page) -> str:
         up = "../" * page.file.dest_uri.count("/")
         return f'<a href="{up}{_entries[name].removesuffix(".md")}.html#{name}">{found[1]}</a>'
 
+    headings = dict(re.findall(r'<h2 id="((\d+)-[^"]*)"', html))
+    of_section = {number: name for name, number in headings.items()}
+    html = re.sub(
+        r"§(\d+)", lambda at: f'<a href="#{of_section[at[1]]}">{at[0]}</a>' if at[1] in of_section else at[0], html
+    )
     return re.sub(r"(?<!<pre>)(<code>(?:npx\.|ntk_prefix\.)?((?:\w+\.)*\w+)(?:\([^<]*\))?</code>)(?!</a>)", link, html)
 
 

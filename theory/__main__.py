@@ -117,9 +117,9 @@ def main(
 ) -> int:
     """Verify the theory of infinitely long prefixes, claim by claim, each with negative controls that must fail.
 
-    Writes index.html (self-contained), report.md, claims.json, configuration.json and figures/ to OUT. An interrupted
-    run goes on where it stopped. Exits with 1 if a claim does not hold or a control does not fail, with 2 on bad input or
-    if float64 cannot decide a claim on it.
+    Writes index.html (self-contained), report.md, claims.json, claims.tex, configuration.json and figures/ to OUT. An
+    interrupted run goes on where it stopped. Exits with 1 if a claim does not hold or a control does not fail, with 2 on bad
+    input or if float64 cannot decide a claim on it.
 
     Args:
         claim: claims to test; none means all.

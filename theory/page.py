@@ -154,7 +154,9 @@ def webpage(claims: list[Claim], records: list[Record], config: dict[str, Any], 
         data=html.escape(f"{config['data']}; sigma = {config['sigma']:g}; profile {config['profile']}"),
         head="".join(f"<th>{head}</th>" for head in heads),
         rows="".join(rows),
-        symbols="".join(f"<dt>{formulas.inline(symbol)}</dt><dd>{meaning}</dd>" for symbol, meaning in SYMBOLS),
+        symbols="".join(
+            f"<dt>{formulas.inline(symbol)}</dt><dd>{formulas.in_line(meaning)}</dd>" for symbol, meaning in SYMBOLS
+        ),
         sections="".join(sections),
         settings=settings,
     )
