@@ -22,12 +22,18 @@ def as_markdown(text: str) -> str:
     """Return a docstring with roles as code, ``.. math::`` as ``$$``, and ``====`` tables as Markdown's."""
     text = re.sub(r":(?:mod|func|class|meth|attr|data):`~?([^`]+)`", r"`\1`", text)
     text = re.sub(r"^( *)\.\. math::(.*(?:\n(?:\1 +\S.*| *$))*)", _formula, text, flags=re.MULTILINE)
+    text = re.sub(r"((?:^ *>>>.*\n?)+)", _session, text, flags=re.MULTILINE)
     text = re.sub(r"(?<!:)\n *\n((?:    +\S.*\n?|\n(?=    ))+)", _block, text)
     text = re.sub(
         r"^( *)=+(?: +=+)+\n(.*)\n *=+(?: +=+)+\n((?:.*\n)+?) *=+(?: +=+)+$", _table, text, flags=re.MULTILINE
     )
     text = re.sub(r"^( *[\w, ]+: )>", r"\1\\>", text, flags=re.MULTILINE)  # "scale: > 0" is no quotation
     return re.sub(r"([^:]):: *$", r"\1:", text, flags=re.MULTILINE)
+
+
+def _session(found: re.Match[str]) -> str:
+    """Return lines of a Python session as code, without its prompts."""
+    return "```python\n" + re.sub(r"^ *>>> ?", "", found[1], flags=re.MULTILINE).rstrip() + "\n```\n"
 
 
 def _block(found: re.Match[str]) -> str:

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import re
+import sys
 from html import unescape
 from pathlib import Path
 from types import ModuleType
@@ -50,8 +51,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for path in sorted((ROOT / "docs" / "api").glob("*.md")):
-        lines = re.findall(LISTED, path.read_text("utf-8"), flags=re.MULTILINE)
-        _entries.update({name: f"docs/api/{path.name}" for module, names in lines for name in listed(module, names)})
+        for names in listed(path.read_text("utf-8")).values():
+            _entries.update(dict.fromkeys(names, f"docs/api/{path.name}"))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         content = notebook(json.loads(path.read_text("utf-8")))
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=content))
@@ -77,19 +78,31 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Set the proofs' formulas, list public names, turn links to notebooks into links to their pages."""
     if page.file.src_uri.startswith(PROOFS):
         markdown, page.meta["formulas"] = formulas.placed(markdown)
-    markdown = re.sub(LISTED, entries, markdown, flags=re.MULTILINE)
+    for line, names in listed(markdown).items():
+        markdown = markdown.replace(f"{line}\n", "\n\n".join(f"::: {anchor(name)}" for name in names) + "\n")
     return re.sub(r"(\]\([\w/.]*notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
 
 
-def listed(module: str, names: str) -> list[str]:
-    """Return the named members of a module in full, or all of its ``__all__`` that are no modules."""
-    chosen = names.split() or [n for n, member in public(module).items() if not isinstance(member, ModuleType)]
-    return [f"{module}.{name}" for name in chosen]
+def listed(markdown: str) -> dict[str, list[str]]:
+    """Return the names that an API page's lines list; a module alone stands for what no other line of the page names."""
+    lines = list(re.finditer(LISTED, markdown, flags=re.MULTILINE))
+    named = {f"{line[1]}.{name}" for line in lines for name in line[2].split()}
+    return {
+        line[0]: [f"{line[1]}.{name}" for name in line[2].split()]
+        or [
+            f"{line[1]}.{name}"
+            for name, member in public(line[1]).items()
+            if f"{line[1]}.{name}" not in named and not isinstance(member, ModuleType)
+        ]
+        for line in lines
+    }
 
 
-def entries(found: re.Match[str]) -> str:
-    """Return mkdocstrings' lines for what a line of an API page lists."""
-    return "\n\n".join(f"::: {name}" for name in listed(found[1], found[2]))
+def anchor(name: str) -> str:
+    """Return where a public name's entry is: at the name, or where it is defined if a module of that name is in front."""
+    module, _, short = name.rpartition(".")
+    member = getattr(importlib.import_module(module), short)
+    return name if name not in sys.modules or isinstance(member, ModuleType) else f"{member.__module__}.{short}"
 
 
 def linked(html: str, page: Page) -> str:
@@ -100,7 +113,7 @@ def linked(html: str, page: Page) -> str:
         if name not in _entries or page.file.src_uri == _entries[name]:
             return found[0]
         up = "../" * page.file.dest_uri.count("/")
-        return f'<a href="{up}{_entries[name].removesuffix(".md")}.html#{name}">{found[1]}</a>'
+        return f'<a href="{up}{_entries[name].removesuffix(".md")}.html#{anchor(name)}">{found[1]}</a>'
 
     headings = dict(re.findall(r'<h2 id="((\d+)-[^"]*)"', html))
     of_section = {number: name for name, number in headings.items()}
@@ -128,7 +141,7 @@ def on_post_build(config: MkDocsConfig) -> None:
     html = {path: path.read_text("utf-8") for path in sorted(Path(config.site_dir).rglob("*.html"))}
     anchors = set(re.findall(r'id="([\w.]+)"', "".join(html.values())))
     names = {f"{module}.{name}": member for module in PUBLIC for name, member in public(module).items()}
-    shown = {id(member) for name, member in names.items() if name in anchors or name in PUBLIC}
+    shown = {id(member) for name, member in names.items() if name in PUBLIC or anchor(name) in anchors}
     if missing := [name for name, member in names.items() if id(member) not in shown or not documented(member)]:
         raise PluginError(f"public names without a page or a docstring: {', '.join(missing)}; see docs/api")
     fetched = {
