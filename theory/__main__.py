@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -18,9 +18,9 @@ from ntk_prefix.artifacts import cores
 from ntk_prefix.checks import UsageError, expected, explain
 from theory.claim import Claim
 from theory.claims import claims, table
-from theory.jobs import measure
+from theory.jobs import estimate, measure
 from theory.page import controls_in_words, number, verdict
-from theory.problem import Problem, Profile, load
+from theory.problem import Problem, Profile, Scaling, load
 from theory.record import Record
 from theory.report import Folder, Outcome, configuration
 
@@ -108,7 +108,9 @@ def main(
     data: str = "digits",
     out: Path = Path("runs/theory"),
     seed: int = 0,
-    inputs: int | None = None,
+    inputs: int | Literal["all"] | None = None,
+    targets: str | None = None,
+    scaling: Scaling = "none",
     width: int | None = None,
     sigma: float = 1.0,
     jobs: int | None = None,
@@ -124,10 +126,14 @@ def main(
     Args:
         claim: claims to test; none means all.
         profile: "quick" takes minutes on two cores, "full" shows the sizes of a paper.
-        data: "digits", or a .npy file with your own floats [n, d], rows distinct and in the unit ball.
+        data: "digits", or a .npy file with your own floats [n, d], rows distinct and in the unit ball, once scaled.
         out: folder of the report.
         seed: of the data's choice and of every prefix.
-        inputs: rows to take; the default is 16 of the digits, all of a file.
+        inputs: rows to take, or "all"; the default is 16 of the digits, all of a file.
+        targets: a .npy file with what to learn from a file's rows: floats [n] or [n, outputs], or labels [n], each of which
+            stands for the mean of its rows. Drawn from the seed if not given.
+        scaling: of a file's rows: "ball" divides by the largest norm, "standard" first brings each column to mean 0 and
+            deviation 1.
         width: principal components of the digits, 8 if not given; a file has its own columns.
         sigma: standard deviation of a prefix token's coordinates.
         jobs: claims to measure at once, each in a process of its own; the default is one for each core.
@@ -155,9 +161,18 @@ def main(
             return 0
         with jax.enable_x64(True):
             problem = load(
-                data, inputs=inputs, width=8 if width is None else width, sigma=sigma, seed=seed, profile=profile
+                data,
+                inputs=inputs,
+                width=8 if width is None else width,
+                sigma=sigma,
+                seed=seed,
+                profile=profile,
+                targets=targets,
+                scaling=scaling,
             )
-        outcome = verify(problem, chosen, out, console, cores() if jobs is None else jobs)
+        jobs = cores() if jobs is None else jobs
+        console.print(estimate(problem, chosen, jobs), highlight=False, soft_wrap=True)
+        outcome = verify(problem, chosen, out, console, jobs)
     except Exception as error:
         line = explain(error)
         if line is None:

@@ -31,6 +31,30 @@ LONGEST = ("depth", "limit", "convergence", "certificate", "dynamics", "lazy", "
 """What is begun first, so that no process is still at a long claim when the others have nothing left."""
 
 
+FIXED, GROWING = 3.0, 1.0
+"""CPU seconds of a claim that is in neither table, on the processor that they were measured on."""
+
+SECONDS: dict[str, tuple[float, float]] = {}
+"""By claim: CPU seconds of the quick profile that do not depend on the data, and those at n d = 128, which grow as (n d)^2:
+kernels and their products over tokens are what grows. Measured at n d = 128 and 384 on two cores of a Xeon."""
+
+FULL = 12
+"""How much longer the full profile takes, at least."""
+
+
+def estimate(problem: Problem, chosen: list[Claim], jobs: int) -> str:
+    """Return in a line how long the claims may take: to the factor of two or three by which processors differ."""
+    size = (problem.n * problem.d / 128) ** 2
+    each = [
+        fixed + growing * (1 if claim.drawn else size)
+        for claim in chosen
+        for fixed, growing in [SECONDS.get(claim.name, (FIXED, GROWING))]
+    ]
+    seconds = max(sum(each) / min(jobs, len(each)), *each) * (FULL if problem.full else 1)
+    long = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    return f"n = {problem.n}, d = {problem.d}: about {long} for {len(chosen)} claims, {jobs} at once"
+
+
 def measure(
     chosen: list[Claim], problem: Problem, jobs: int, begun: Callable[[list[Claim]], None] = lambda running: None
 ) -> Generator[tuple[Claim, Finished]]:

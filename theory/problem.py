@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.artifacts import read_array
-from ntk_prefix.checks import check_inputs, check_positive, check_unit_ball, expected
+from ntk_prefix.checks import UsageError, check_finite, check_inputs, check_positive, check_unit_ball, expected
 from ntk_prefix.typing import Array, Float, Inputs, KeyArray
 
 Profile = Literal["quick", "full"]
 Source = Literal["digits", "file"]
+Scaling = Literal["none", "ball", "standard"]
+"""Of a file's rows: as they are; divided by the largest norm; or first each column to mean 0 and deviation 1."""
 
 LARGEST_GRAM = 4096
 """Largest n d: a Gram matrix of this size takes 128 MiB in float64, and its spectrum about a minute."""
@@ -26,6 +28,9 @@ LARGEST_GRAM = 4096
 LARGEST_SPREAD, SMALLEST_SPREAD = 16.0, 1e-6
 """Of sigma max|x_i|. Kernels are of order e^(sigma^2 |x|^2), 1e111 at most here, so that their squares, which norms take,
 are far from float64's largest number; and below the smallest their terms in sigma^2 are lost to rounding beside 1."""
+
+DIGITS = 1797
+"""Images there are."""
 
 SEEDS = 2**32
 """Seeds are below this: what a random key takes with and without float64."""
@@ -94,14 +99,28 @@ class Problem:
         return hashlib.sha256(np.asarray(self.inputs).tobytes() + np.asarray(self.targets).tobytes()).hexdigest()
 
 
-def load(data: str, *, inputs: int | None, width: int, sigma: float, seed: int, profile: Profile) -> Problem:
+def load(
+    data: str,
+    *,
+    inputs: int | Literal["all"] | None,
+    width: int,
+    sigma: float,
+    seed: int,
+    profile: Profile,
+    targets: str | None = None,
+    scaling: Scaling = "none",
+) -> Problem:
     """Read ``digits`` or a .npy file and check everything the claims rely on, before any of them runs.
 
     Args:
-        data: "digits", or the path of a .npy file with a float [n, d] array in the unit ball.
+        data: "digits", or the path of a .npy file with a float [n, d] array, in the unit ball once it is scaled.
         inputs: how many rows to take; None is 16 of the digits, all of a file.
         width: d for the digits (principal components); a file has its own.
         sigma, seed, profile: as in ``Problem``.
+        targets: the path of a .npy file with what to learn from a file's rows, instead of targets that are drawn: floats
+            [n] or [n, o], o <= d, divided by their largest norm if that is above 1, further outputs zero; or labels [n],
+            whole numbers or texts, for each the mean of its rows.
+        scaling: of a file's rows.
 
     Raises:
         UsageError: what was expected, what came, and what to do: no such file, not [n, d], not finite, rows outside of
@@ -110,15 +129,22 @@ def load(data: str, *, inputs: int | None, width: int, sigma: float, seed: int, 
     check_positive("--sigma", sigma)
     if not 0 <= seed < SEEDS:
         raise expected("--seed", f"a whole number from 0 to {SEEDS - 1}", seed)
-    if inputs is not None and inputs < 1:
+    if isinstance(inputs, int) and inputs < 1:
         raise expected("--inputs", "at least 1 row", inputs)
     source: Source = "digits" if data == "digits" else "file"
-    x, y, name = (
-        _digits(16 if inputs is None else inputs, width, seed) if source == "digits" else _file(data, inputs, seed)
-    )
+    if source == "digits":
+        for flag, given in (("--targets", targets), ("--scaling", None if scaling == "none" else scaling)):
+            if given is not None:
+                raise expected(flag, "it beside a file of --data; digits have theirs", given)
+        x, y, name = _digits(16 if inputs is None else DIGITS if inputs == "all" else inputs, width, seed)
+    else:
+        x, y, name = _file(data, None if inputs == "all" else inputs, seed, targets, scaling)
     label = "--data" if source == "digits" else f"--data {data}"
     check_inputs(label, x)
-    check_unit_ball(label, x)
+    try:
+        check_unit_ball(label, x)
+    except UsageError as error:
+        raise UsageError(f"{error} Or take --scaling ball, or --scaling standard.") from None
     _check_distinct(label, np.asarray(x))
     unit = float(np.abs(x).max())  # not 0: what is divided by it has squares that neither vanish nor overflow
     norm = unit * float(np.linalg.norm(np.asarray(x) / unit, axis=1).max())
@@ -164,12 +190,17 @@ def _digits(n: int, d: int, seed: int) -> tuple[Array, Array, str]:
     )
 
 
-def _file(data: str, n: int | None, seed: int) -> tuple[Array, Array, str]:
-    """Return a user's own rows, and targets drawn uniformly in a cube inside the unit ball."""
-    path, label = Path(data), f"--data {data}"
+def _read(flag: str, name: str, wanted: str) -> np.ndarray:
+    path = Path(name)
     if not path.is_file() or path.suffix != ".npy":
-        raise expected("--data", '"digits" or an existing .npy file with a float array [n, d]', repr(data))
-    loaded = read_array(path)
+        raise expected(flag, wanted, repr(name))
+    return read_array(path)
+
+
+def _file(data: str, n: int | None, seed: int, targets: str | None, scaling: Scaling) -> tuple[Array, Array, str]:
+    """Return a user's own rows, and targets: their own, or drawn uniformly in a cube inside the unit ball."""
+    label = f"--data {data}"
+    loaded = _read("--data", data, '"digits" or an existing .npy file with a float array [n, d]')
     if not np.issubdtype(loaded.dtype, np.floating):
         raise expected(label, "floating point numbers", loaded.dtype, "Save x.astype(float)")
     if loaded.ndim != 2 or 0 in loaded.shape:
@@ -180,9 +211,73 @@ def _file(data: str, n: int | None, seed: int) -> tuple[Array, Array, str]:
     rows = loaded[:n]
     _check_size(label, *rows.shape)
     with np.errstate(over="ignore"):  # a wider type's largest numbers: they are refused as infinite
-        x = jnp.asarray(rows.astype(np.float64))
-    y = np.random.default_rng(seed).uniform(-1, 1, x.shape) / np.sqrt(x.shape[1])
-    return x, jnp.asarray(y), f"{os.fsencode(path.name).decode('utf-8', 'replace')}, targets drawn"
+        x = rows.astype(np.float64)
+    check_inputs(label, jnp.asarray(x))
+    x = _scaled(label, x, scaling)
+    if targets is None:
+        y, learnt = np.random.default_rng(seed).uniform(-1, 1, x.shape) / np.sqrt(x.shape[1]), "targets drawn"
+    else:
+        told = _read("--targets", targets, "an existing .npy file with numbers or labels, one for each row of --data")
+        y, learnt = _targets(f"--targets {targets}", told, x, len(loaded)), f"targets of {_shown(targets)}"
+    how = "" if scaling == "none" else f", scaled ({scaling})"
+    return jnp.asarray(x), jnp.asarray(y), f"{_shown(data)}{how}, {learnt}"
+
+
+def _shown(name: str) -> str:
+    """Return a file's name as text, whatever its bytes."""
+    return os.fsencode(Path(name).name).decode("utf-8", "replace")
+
+
+def _scaled(label: str, x: np.ndarray, scaling: Scaling) -> np.ndarray:
+    """Return rows in the unit ball, unless they are to be left as they are.
+
+    Raises:
+        UsageError: a column that is the same everywhere and so has no deviation to divide by.
+    """
+    if scaling == "none":
+        return x
+    # columns and rows are brought to size 1 first: squares of the largest numbers overflow
+    if scaling == "standard":
+        unit = np.abs(x).max(0)
+        x = x / np.where(unit > 0, unit, 1)
+        x = x - x.mean(0)
+        deviation = x.std(0)
+        if (flat := np.flatnonzero(deviation < 1e-12)).size:
+            wanted = "columns that differ from row to row, to divide by their deviations"
+            raise expected(label, wanted, f"one number in all of column {flat[0]}", "Leave it out, or --scaling ball")
+        x = x / deviation
+    unit = np.abs(x).max()
+    x = x / (unit if unit > 0 else 1)
+    norm = np.linalg.norm(x, axis=1).max()
+    return x / (norm if norm > 0 else 1)
+
+
+def _targets(label: str, told: np.ndarray, x: np.ndarray, rows: int) -> np.ndarray:
+    """Return targets [n, d] in the unit ball from numbers or labels of all the rows of the file.
+
+    Raises:
+        UsageError: another number of rows, more outputs than columns, numbers that are not finite, labels of one kind.
+    """
+    if told.ndim not in (1, 2) or len(told) != rows:
+        raise expected(label, f"numbers [{rows}] or [{rows}, outputs], or labels [{rows}]", f"shape {told.shape}")
+    told = told[: len(x)]
+    if np.issubdtype(told.dtype, np.floating):
+        y = told.reshape(len(x), -1).astype(np.float64)
+        if y.shape[1] > x.shape[1]:
+            raise expected(label, f"at most {x.shape[1]} outputs, as many as columns of --data", y.shape[1])
+        check_finite(label, jnp.asarray(y))
+        y = np.pad(y, ((0, 0), (0, x.shape[1] - y.shape[1])))
+    elif told.ndim == 1 and (np.issubdtype(told.dtype, np.integer) or told.dtype.kind in "bUS"):
+        kinds, kind = np.unique(told, return_inverse=True)
+        if len(kinds) < 2:
+            raise expected(label, "labels of at least two kinds", f"{len(kinds)} in the rows taken")
+        y = np.stack([x[kind == place].mean(0) for place in range(len(kinds))])[kind]
+    else:
+        raise expected(
+            label, f"floats, or labels [{rows}] that are whole numbers or texts", f"{told.dtype} {told.shape}"
+        )
+    y = y / max(np.abs(y).max(), 1.0)  # the largest entry is 1 then, and squares do not overflow
+    return y / max(np.linalg.norm(y, axis=1).max(), 1.0)
 
 
 def _check_size(label: str, n: int, d: int) -> None:
