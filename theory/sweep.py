@@ -15,6 +15,7 @@ from typing import Literal, TypedDict
 import jax
 import numpy as np
 import tyro
+from matplotlib.ticker import NullLocator
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -172,9 +173,11 @@ def picture(rows: list[Row], longest: int) -> bytes:
             if held:
                 last = held[-1]
                 curves.fill_between(last["times"], last["lower"], last["upper"], color=look["color"], alpha=0.15)
-                curves.plot(last["times"], last["upper"], label=f"n = {last['n']}", **look)
+                curves.plot(last["times"], last["upper"], label=f"{name}, n = {last['n']}", **look)
         lengths.axhline(longest, color="black", linewidth=0.7)
-        figures.label(lengths, title=f"{model}: certified length (crosses: none)", x="inputs n", y="m", log="xy")
+        figures.label(
+            lengths, title=f"{model}: certified length (crosses: none to the line)", x="inputs n", y="m", log="xy"
+        )
         # nothing at all cannot be drawn over logarithms
         log = "xy" if any(row["m"] for row in rows if row["model"] == model) else ""
         figures.label(rates, title=f"{model}: certified rate of a step", x="inputs n", y="rate", log=log)
@@ -183,7 +186,8 @@ def picture(rows: list[Row], longest: int) -> bytes:
         counts = sorted({row["n"] for row in rows})
         for axis in (lengths, rates):
             axis.set_xticks(counts, [str(count) for count in counts])
-            axis.minorticks_off()
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xlim(counts[0] / 1.1, counts[-1] * 1.1)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

@@ -4,25 +4,26 @@ A prefix enters attention only through ``sum_j exp(q . k_j) v_j`` and ``sum_j ex
 map these become ``phi(q) Z`` and ``phi(q) . k``: a state whose size does not depend on the length of the
 prefix.
 
-==============================  ============  ========  =====================================================
-``feature_map(...)``            dimension R   positive  is phi(q) . phi(k) close to exp(q . k)?
-==============================  ============  ========  =====================================================
-``"elu1"``                      H             yes       no: Z and k must be trained or fitted
-``"taylor", degree=g``          C(H + g, g)   no        yes, deterministically; use an even degree
-``"positive_random", features``  features     yes       yes, in probability
-``"elu"``, ``"gelu"``           H             no        no: the maps of Prefix-Tuning+, without a mass
-``"anchors", points``           R             yes       no: Z and k are one's own, as the points are
-``"normalized_anchors"``          R             yes       no: the same, as probabilities
-``"nearest", centroids``        R             yes       no: one number for each cell
-``"projected", inner, ...``     inner's       inner's   no: ``inner`` on some directions of the head
-``"concatenated", maps``        their sum     if all    no: the features of several maps, side by side
-==============================  ============  ========  =====================================================
+================================  ============  ========  =====================================================
+``feature_map(...)``              dimension R   positive  is phi(q) . phi(k) close to exp(q . k)?
+================================  ============  ========  =====================================================
+``"elu1"``                        H             yes       no: Z and k must be trained or fitted
+``"taylor", degree=g``            C(H + g, g)   no        yes, deterministically; use an even degree
+``"minimax", degree=g, score=S``  the same     no        yes, up to S, with a far smaller error there
+``"positive_random", features``    features     yes       yes, in probability
+``"elu"``, ``"gelu"``             H             no        no: the maps of Prefix-Tuning+, without a mass
+``"anchors", points``             R             yes       no: Z and k are one's own, as the points are
+``"normalized_anchors"``            R             yes       no: the same, as probabilities
+``"nearest", centroids``          R             yes       no: one number for each cell
+``"projected", inner, ...``       inner's       inner's   no: ``inner`` on some directions of the head
+``"concatenated", maps``          their sum     if all    no: the features of several maps, side by side
+================================  ============  ========  =====================================================
 
 Every map takes the *scaled* vector: attention calls ``phi(q * sqrt(scale))`` and ``phi(k * sqrt(scale))``, so
 that ``phi(q) . phi(k)`` stands for ``exp(scale * q . k)``; with the usual ``scale = 1/sqrt(H)`` that is
 ``phi(q / H**0.25)``. A new map is one class, here or anywhere: see :class:`FeatureMap`.
 
-Every map is a pytree. Those of the first four rows have no leaves: they are frozen dataclasses, equal settings are equal
+Every map is a pytree. Those of the first five rows have no leaves: they are frozen dataclasses, equal settings are equal
 maps, and one may be a static argument of ``jax.jit``. The others own arrays, which are their leaves, and may be traced,
 trained, stacked and mapped over like those of any other tree; they are arguments and never static.
 """
@@ -35,6 +36,7 @@ from ntk_prefix.feature_maps.base import (
     feature_maps,
 )
 from ntk_prefix.feature_maps.fixed import Elu, Elu1, Gelu, PositiveRandom, Taylor
+from ntk_prefix.feature_maps.minimax import Minimax
 from ntk_prefix.feature_maps.with_arrays import Anchors, Concatenated, Nearest, NormalizedAnchors, Projected
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Elu1",
     "FeatureMap",
     "Gelu",
+    "Minimax",
     "Nearest",
     "NormalizedAnchors",
     "PositiveRandom",
