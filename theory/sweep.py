@@ -26,8 +26,8 @@ from ntk_prefix.certificate import Certificate, find_m
 from ntk_prefix.checks import UsageError, check_count, expected, explain
 from ntk_prefix.random_prefix import ModelName
 from theory import figures
+from theory.page import number
 from theory.problem import Problem, load
-from theory.report import number
 
 START, RESOLUTION = 512, 0.1
 """Of the search for the shortest certified prefix."""
