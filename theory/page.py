@@ -203,7 +203,7 @@ def latex(claims: list[Claim], records: list[Record]) -> str:
 
 
 def _in_latex(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+    return re.sub(r"([&%$#_{}])", r"\\\1", text).replace("^", r"\^{}")
 
 
 def _power(text: str) -> str:
