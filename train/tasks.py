@@ -158,15 +158,20 @@ def load(
     image = None if text else ImageFormat(size=settings.image_size, mean=image_mean, std=image_std)
     pad_id = _pad_id(encoder) if encoder is not None else 0
 
-    def ranked(columns: Columns, others: tuple[int, int]) -> Dataset:
+    def ranked(columns: Columns) -> Dataset:
+        others = (settings.negatives, settings.generated_negatives) if columns is train else (OTHERS, OTHERS)
+        written: dict[str, list[str]] = {}
+        if settings.generated is not None and others[1]:
+            # for the validation split nothing need be written
+            written = read_generated(settings.generated, () if columns is validation else columns["prefix"])
+            if columns is not validation and (lacking := sum(prefix not in written for prefix in columns["prefix"])):
+                logger.warning("%s: of %d rows %d have no generated text", name, len(columns["prefix"]), lacking)
         lengths = (max_length, settings.suffix_length)
-        written = {} if settings.generated is None else read_generated(settings.generated, columns["prefix"])
         return Dataset(encoded(encoder, columns, lengths, others, written), pad_id=pad_id)
 
     def dataset(columns: Columns, drop: bool = False) -> Dataset:
         if spec.kind == "ranking":
-            training = columns is train
-            return ranked(columns, (settings.negatives, settings.generated_negatives) if training else (OTHERS, OTHERS))
+            return ranked(columns)
         arrays = {key: _array(values) for key, values in columns.items() if key != "label"}
         if "label" in columns:
             arrays["labels"] = np.asarray(columns["label"], np.int32)

@@ -129,13 +129,20 @@ class TestATask:
         file = tmp_path / "written.jsonl"
         common = {**self.COMMON, "data_dir": str(documents)}
         bare = tasks.load("ranking", DataConfig(**common))
-        prefixes = [prefix for split in (bare.train, bare.validation, bare.test) for prefix in split["prefix"]]
+        prefixes = [*bare.train["prefix"], *bare.test["prefix"]]
         lines = [json.dumps({"prefix": prefix, "generated": ["x y", "z"]}) + "\n" for prefix in prefixes]
         file.write_text("".join(lines) + '{"prefix": "cut o')  # stopped while it was written
         task = tasks.load("ranking", DataConfig(**common, generated=str(file), generated_negatives=1))
         assert all(texts[-1] == "x y" for texts in task.train["texts"])
         assert all(texts[-2:] == ["x y", "z"] for texts in task.test["texts"])
         assert len(read_generated(file)) == len(prefixes)
+        assert not (task.validation["candidates"] == 3).any()
+        # a run that is only measured on them needs none of its training rows
+        file.write_text("".join(lines[-bare.test.rows :]))
+        task = tasks.load("ranking", DataConfig(**common, generated=str(file)))
+        assert (task.test["candidates"] == 3).sum() == 2 * bare.test.rows
+        with pytest.raises(UsageError, match="what was written behind prefixes of this run"):
+            tasks.load("ranking", DataConfig(**common, generated=str(file), generated_negatives=1))
         file.write_text(lines[0] + "{}\n" + lines[1])
         with pytest.raises(UsageError, match="line 2: expected"):
             read_generated(file)
