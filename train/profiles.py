@@ -278,8 +278,9 @@ PROFILES: dict[Name, Profile] = {
         shared={
             # each pair once
             "train_size": 1280,
+            "validation_size": 128,
             "steps": 80,
-            "evaluate_every": 40,
+            "evaluate_every": 80,
             "checkpoint_every": 40,
             "patience": 0,
         },
@@ -288,8 +289,8 @@ PROFILES: dict[Name, Profile] = {
             ("ranking_reviews", "lora r=8, generated"),
             *(("ranking_generated", row[0]) for row in RANKING_ROWS if row[0] != "lora r=8, generated"),
         ),
-        grid=(5e-5, 5e-4, 5e-3),
-        own_grids=(("lora r=8, generated", (5e-3,)),),
+        grid=(1e-4, 1e-3, 1e-2),
+        own_grids=(("lora r=8, generated", (1e-2,)),),
         references=("ranking_reviews",),
     ),
     # peft's own comparison, for a GPU: --data-dir with MetaMathQA, GSM8K, or both; --set model=FOLDER for another decoder.
