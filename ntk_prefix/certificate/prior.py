@@ -19,7 +19,7 @@ from ntk_prefix.certificate.rounding import OUTWARD, Enclosure, eigen_enclosure,
 from ntk_prefix.kernels.limit import limit_ntk
 from ntk_prefix.random_prefix import ModelName, Variant, variant_named
 
-__all__ = ["Moments", "Prior"]
+__all__ = ["Limits", "Moments", "Prior"]
 
 EVENTS = 6
 """Among which the failure probability is shared evenly."""
@@ -30,6 +30,23 @@ class Moments(NamedTuple):
 
     kernel: float
     normalizer: float
+
+
+class Limits(NamedTuple):
+    """What a drawn prefix keeps, each with probability 1 - delta / 6: upper bounds, but of ``least``, which is a lower one."""
+
+    kernel: float
+    """|Omega|_F, of the whitened kernel without normalizers."""
+    normalizers: float
+    """|K|_F, of the whitened normalizers."""
+    least: float
+    """min_i n^_i."""
+    highest: np.ndarray
+    """max_r t_ir, [n]."""
+    squares: np.ndarray
+    """(1/M) sum_r t_ir^2, [n]."""
+    longest: float
+    """max_r |w_r|."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +195,21 @@ class Prior:
         reach = reach * (1 + np.linalg.norm(xk, axis=-1) * length) * (1 + np.linalg.norm(xl, axis=-1) * length)
         return total @ weights, reach @ np.abs(weights)
 
+    def limits(self, m: int) -> Limits:
+        """Return (30) to (36) of the certificate: Chebyshev for means, Gaussian tails and a union for single tokens."""
+        n, d = self.inputs.shape
+        tokens, share, s = m // 2, self.failure / EVENTS, self.sigma**2
+        variance = s * np.square(np.linalg.norm(self.inputs, axis=1) * OUTWARD)
+        reach = math.sqrt(2 * math.log(n * tokens / share))
+        return Limits(
+            kernel=OUTWARD * math.sqrt(self.moments.kernel / (share * tokens)),
+            normalizers=OUTWARD * math.sqrt(self.moments.normalizer / (share * tokens)),
+            least=1 - math.sqrt(float(np.expm1(variance).sum()) / (tokens * share)),
+            highest=np.exp(np.sqrt(variance) * reach - variance / 2),
+            squares=np.exp(variance) + np.exp(3 * variance) * math.sqrt(n / (tokens * share)),
+            longest=self.sigma * (math.sqrt(d) + math.sqrt(2 * math.log(tokens / share))),
+        )
+
     def reference(self, m: int, rate: float) -> Reference | Step:
         """Return the linearized run on H*, or the step that fails because the drawn kernel is too uncertain at this m.
 
@@ -185,9 +217,8 @@ class Prior:
 
         with |Omega|_F and |K|_F bounded by Chebyshev; D holds the normalizers, H~ the kernel without them.
         """
-        share = self.failure / EVENTS * (m // 2)
-        omega = OUTWARD * math.sqrt(self.moments.kernel / share)
-        tilt = OUTWARD * math.sqrt(self.moments.normalizer / share)
+        limits = self.limits(m)
+        omega, tilt = limits.kernel, limits.normalizers
         step = Step("the drawn kernel is near its limit: whitened normalizers", tilt, 0.5)
         if not step.holds:
             return step
@@ -204,23 +235,15 @@ class Prior:
 
         Tokens are bounded by their maximum (Gaussian tails and a union), the mean of T_ir^2 by Chebyshev.
         """
-        n, d = self.inputs.shape
-        tokens, share, s = m // 2, self.failure / EVENTS, self.sigma**2
         tied = self.variant.has_value_part
         x = np.linalg.norm(self.inputs, axis=1) * OUTWARD
-        variance = s * np.square(x)
-        low = 1 - math.sqrt(float(np.expm1(variance).sum()) / (tokens * share))
+        limits = self.limits(m)
+        low = limits.least
         step = Step("the normalizers are positive: their deviation", OUTWARD * (1 - low), 0.5)
         if not step.holds:
             return step, {}
-        reach = math.sqrt(2 * math.log(n * tokens / share))
-        length = (
-            self.sigma * (math.sqrt(d) + math.sqrt(2 * math.log(tokens / share)))
-            if tied
-            else math.sqrt(self.targets.shape[1])
-        )
-        highest = np.exp(np.sqrt(variance) * reach - variance / 2) / low
-        squares = (np.exp(variance) + np.exp(3 * variance) * math.sqrt(n / (tokens * share))) / low**2
+        length = limits.longest if tied else math.sqrt(self.targets.shape[1])
+        highest, squares = limits.highest / low, limits.squares / low**2
         mean = np.sqrt(squares / m)  # sqrt(sum_r S_ir^2)
         normalizer = math.e * x * total * mean  # secant and exponential of exponents up to 1 are at most e
         step = Step("exponents are small", OUTWARD * float((x * total + normalizer).max()), 1.0)
