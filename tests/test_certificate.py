@@ -253,32 +253,79 @@ class TestTokens:
         assert short.holds == full.holds
 
 
+def hostile_inputs(rng: np.random.Generator) -> np.ndarray:
+    """Points anywhere, on a line, or two of them next to one another; of norms from 0.1 to 2."""
+    x = rng.normal(size=(N, D))
+    kind = rng.integers(4)
+    if kind == 0:
+        x = rng.uniform(0.5, 2, (N, 1)) * np.arange(1, N + 1)[:, None] * x[:1] + 10.0 ** -rng.uniform(1, 6) * x
+    if kind == 1:
+        x[1] = x[0] + 10.0 ** -rng.uniform(1, 4) * x[1]
+    return 10 ** rng.uniform(-1, 0.3) * x / np.linalg.norm(x, axis=1).max()
+
+
+def hostile_weights(rng: np.random.Generator, x: np.ndarray, m: int) -> np.ndarray:
+    """Tokens as drawn, with heavy tails, a few far out along an input, all on a line, on a grid, or float32's."""
+    w = rng.choice([0.1, 0.5, 1.0, 1.5]) * rng.normal(size=(m, D))
+    kind = rng.integers(6)
+    if kind == 0:
+        w = w / np.maximum(np.abs(rng.normal(size=(m, 1))), 0.1)
+    if kind == 1:
+        w[:2] = rng.uniform(1, 6) * x[0] / np.linalg.norm(x[0]) ** 2
+    if kind == 2:
+        w = rng.normal(size=(m, 1)) * w[:1]
+    if kind == 3:
+        w = np.round(4 * w) / 4
+    if kind == 4:
+        w = w.astype(np.float32).astype(float)
+    return w
+
+
+def hostile_targets(rng: np.random.Generator, outputs: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """F(0) + y with y along the slowest direction, the fastest, or anywhere, of length 1."""
+    basis = np.linalg.eigh(kernel)[1]
+    y = (basis[:, 0], basis[:, -1], rng.normal(size=N * D), kernel @ rng.normal(size=N * D))[rng.integers(4)]
+    return y.reshape(N, D) / np.linalg.norm(y)
+
+
 def run_and_compare(count: int, seed: int) -> tuple[int, int, int]:
-    """Random problems: how many were certified, left their envelope though certified, and left it at all."""
+    """Problems made to break it: how many were certified, left what was certified, and rose though they must not."""
     rng = np.random.default_rng(seed)
     certified = broken = left = 0
     for trial in range(count):
         name = ("fixed", "tied")[trial % 2]
         m = (64, 4096, 4096)[trial // 2 % 3]
-        x, y = data(seed=int(rng.integers(2**31)))
-        x, y = x * rng.uniform(0.4, 1.2), y * rng.uniform(0.1, 1.5)
-        model = drawn(name, m, int(rng.integers(2**31)), rng.uniform(0.5, 1.3), symmetric=trial % 5 > 0)
+        points = hostile_inputs(rng)
+        x = jnp.asarray(points)
+        model = drawn(name, m, int(rng.integers(2**31)), symmetric=trial % 5 > 0)
+        half = hostile_weights(rng, points, m // 2)
+        # pairs stand beside one another
+        model.weights[...] = jnp.asarray(np.repeat(half, 2, axis=0) if trial % 5 else hostile_weights(rng, points, m))
         kernel = np.asarray(prefix_ntk(model, x)).reshape(N * D, -1)
-        step_size = rng.choice([0.2, 0.5, 0.9, 1.5, 3.0]) / (m * np.linalg.eigvalsh(kernel)[-1])
-        certificate = certify(x, y, model=model, step_size=step_size)
+        now = np.asarray(model(x))
+        y = hostile_targets(rng, now, kernel)
+        step_size = rng.choice([0.05, 0.2, 0.5, 0.9, 3.0]) / (m * np.linalg.eigvalsh(kernel)[-1])
+        # the longest targets that are certified, or nearly
+        for shorter in 4.0 ** np.arange(8):
+            data = (x, jnp.asarray(now + y / shorter))
+            certificate = certify(*data, model=model, step_size=step_size)
+            if certificate.holds or certificate.steps[-1].what.startswith("the step is stable"):
+                break
         # a refused certificate gives no rate: then its envelope is that the loss does not rise
         start, radii = model.weights[...], jnp.asarray(certificate.radii if certificate.holds else np.ones(m))
-        _, (error, reach) = _advance(start, model.signs[...], start, radii, (x, y), jnp.asarray(step_size), name, 300)
+        _, (error, reach) = _advance(start, model.signs[...], start, radii, data, jnp.asarray(step_size), name, 300)
         error = np.nan_to_num(np.asarray(error), nan=1e200).clip(max=1e200)
-        # below this the loss is rounding
-        seen = error[:-1] > 1e-20
-        rises = bool((error[1:] > (1 - certificate.rate) * error[:-1] * (1 + 1e-12))[seen].any())
+        # F = m c is rounded by m units of the largest value or so, and below that the loss is rounding
+        size = m * 2.0**-50 * max(1.0, float(np.abs(model.weights[...]).max()))
+        slack = 1e-12 + 2 * size / np.sqrt(np.maximum(error, 1e-300))
+        seen = slack < 1e-2
+        rises = bool((error[1:] > (1 - certificate.rate) * error[:-1] * (1 + slack[:-1]))[seen[:-1]].any())
         left += rises
         certified += certificate.holds
         if certificate.holds:
-            over = (error > certificate.envelope(len(error) - 1) + 1e-20).any()
+            over = (error > certificate.envelope(len(error) - 1) * (1 + slack))[seen].any()
             sides = certificate.curve(len(error) - 1)
-            outside = ((error / 2 < sides.lower * (1 - 1e-9) - 1e-20) | (error / 2 > sides.upper + 1e-20)).any()
+            outside = ((error / 2 < sides.lower * (1 - slack)) | (error / 2 > sides.upper * (1 + slack)))[seen].any()
             broken += rises or bool(over) or bool(outside) or float(reach.max()) > 1
     return certified, broken, left
 
@@ -295,12 +342,12 @@ def optimized() -> Iterator[None]:
 
 @pytest.mark.usefixtures("optimized")
 class TestPromise:
-    @pytest.mark.parametrize("count", [90, pytest.param(300, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
     def test_no_certified_run_leaves_its_envelope(self, count: int) -> None:
         certified, broken, left = run_and_compare(count, seed=0)
         assert broken == 0
-        assert certified >= count / 7.5, "hardly anything was certified: hardly anything was tested"
-        assert left >= count / 7.5, "hardly a run left its envelope: the certificates were not put to the test"
+        assert certified >= 0.4 * count, "hardly anything was certified: hardly anything was tested"
+        assert left >= 0.1 * count, "hardly a run left its envelope: the certificates were not put to the test"
 
     def test_a_sabotaged_rate_is_noticed(self) -> None:
         """The comparison above can fail: the same run against an envelope that falls too fast."""
