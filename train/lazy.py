@@ -49,6 +49,7 @@ from train import data
 from train.command import Checked, DivergedError, Terminal, check_rates, ended, parsed
 from train.config import CONFIGS, METHODS, TrainConfig
 from train.loop import Interrupted, run
+from train.prefix_lengths import head_lengths, in_words
 from train.setup import build, model_inputs
 from train.sources import spec_of
 
@@ -286,7 +287,7 @@ def view(options: Options, method: str, seed: int, console: Console) -> View:
     tuned: dict[float, dict[str, Any]] = {}
     for rate, config in configs.items():
         try:
-            tuned[rate] = run(config, options.out / "runs" / f"{options.config}-{method}-{rate:g}-{seed}", console)
+            tuned[rate] = run(config, _run_folder(options, method, rate, seed), console)
         except DivergedError as error:  # a rate too high for this method: another is chosen
             console.print(str(error), markup=False, highlight=False)
     if not tuned:
@@ -370,6 +371,10 @@ def _config(options: Options, method: str, learning_rate: float, seed: int) -> T
     )
 
 
+def _run_folder(options: Options, method: str, learning_rate: float, seed: int) -> Path:
+    return options.out / "runs" / f"{options.config}-{method}-{learning_rate:g}-{seed}"
+
+
 def _inputs(split: data.Dataset, length: int) -> Array:
     """Return a whole split as one array, padded to one length: what :class:`_Logits` takes."""
     (batch,) = data.evaluation_batches(split, split.rows, buckets=(length,))
@@ -417,6 +422,10 @@ def main(options: Options, console: Console | None = None) -> None:
             f"{100 * lead:+.1f}" + plus_minus(spread / options.seeds**0.5),
         )
     console.print(table)
+    for each in views:
+        folder = _run_folder(options, each.method, each.learning_rate, each.seed) / "adapter"
+        if each.seed == 0 and folder.is_dir() and (heads := head_lengths(folder)):
+            console.print(f"{each.method}: {in_words(heads)}", markup=False, highlight=False, soft_wrap=True)
     over = ", mean and standard deviation (ahead by: standard error)" if options.seeds > 1 else ""
     console.print(
         f"samples: {options.seeds}; test score, %{over}. Ahead by: fine-tuning minus regression with both kernels."
