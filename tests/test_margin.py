@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from ntk_prefix.certificate import MarginCertificate, certify
-from ntk_prefix.certificate.margin import largest_margins, separates, signs_of
+from ntk_prefix.certificate.margin import Ball, largest_margins, separates, signs_of
 from ntk_prefix.checks import UsageError
 from ntk_prefix.one_layer import TiedPrefixModel
 from ntk_prefix.random_prefix import RandomPrefix
@@ -193,3 +193,27 @@ def test_a_tied_model_is_refused() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)))
     with pytest.raises(UsageError, match="got tied"):
         certify(x, labels=[0, 1] * 3, model=TiedPrefixModel(D, 8, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("radius", [1e-3, 0.05])
+def test_the_bounds_of_the_ball_are_met_by_one_heavy_token(radius: float) -> None:
+    """Where one token weighs much more than the rest, and yet little of all, two thirds of either bound would be false."""
+    m, heavy = 2**16, 80.0
+    weights = np.zeros((m, 1))
+    weights[:2] = math.log(heavy)
+    signs = np.where(np.arange(m) % 2, -1.0, 1.0)
+    x = np.ones((1, 1))
+
+    def jacobian(moved: float) -> np.ndarray:
+        there = weights.copy()
+        there[0] += moved
+        return gradient(there, signs, x)[1]
+
+    start, near, edge = (jacobian(part * radius) for part in (0.0, 0.99, 1.0))
+    mass = np.abs(start)[0, :, 0]
+    size = np.sqrt(np.square(mass).mean(keepdims=True))
+    ball = Ball(norms=np.ones(1), spread=size, largest=mass.max(keepdims=True), sizes=size, m=m, slack=0.0)
+    drift, lipschitz, _ = ball.at(radius)
+    changed, slope = np.linalg.norm(edge - start) / m**0.5, np.linalg.norm(edge - near) / (0.01 * radius)
+    assert drift[0] / 1.5 < changed <= drift[0]
+    assert lipschitz[0] / 1.5 < slope <= lipschitz[0]
