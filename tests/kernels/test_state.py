@@ -75,3 +75,32 @@ def test_what_has_no_such_kernel_is_refused() -> None:
     low = PrefixState(LowRank(state.z[..., :1], state.z[:, :1]), state.k, state.feature_map)
     with pytest.raises(UsageError, match="low rank"):
         state_ntk(query, key, value, low)
+
+
+class TestConvergenceOfBoth:
+    """The two rates that theory/state.md, section 4, is made of, where they are met: 1.5 times either would be false."""
+
+    OWN, QUERY = 2.0, np.array([0.6, 0.8])
+
+    def slopes(self, z: np.ndarray, k: np.ndarray, output: float, target: float) -> tuple[float, float, float]:
+        """L, and the derivatives of L and of |theta|^2 along the gradient flow, of one query and one output."""
+
+        def loss(z: jax.Array, k: jax.Array) -> jax.Array:
+            said = (self.OWN * output + self.QUERY @ z) / (self.OWN + self.QUERY @ k)
+            return (said - target) ** 2 / 2
+
+        value, (by_z, by_k) = jax.value_and_grad(loss, (0, 1))(jnp.asarray(z), jnp.asarray(k))
+        falling = -float(jnp.sum(by_z**2) + jnp.sum(by_k**2))
+        return float(value), falling, -2 * float(z @ by_z + k @ by_k)
+
+    def test_the_loss_falls_at_the_slowest_where_the_state_weighs_as_much_as_the_keys(self) -> None:
+        start = self.OWN * self.QUERY
+        value, falling, _ = self.slopes(np.zeros(2), start, 0.0, 1e-3)
+        alpha = 2 * (self.OWN**2 + float(start @ start))
+        rate = 2 * 1.0 / alpha
+        assert rate * value <= -falling * (1 + 1e-9) < 1.5 * rate * value
+
+    def test_the_state_grows_at_the_fastest_halfway_to_the_target(self) -> None:
+        halfway = self.OWN * 0.5 * self.QUERY
+        _, _, growing = self.slopes(halfway, 1e-6 * self.QUERY, 0.0, 1.0)
+        assert 0.5 / 1.5 < growing <= 0.5 * (1 + 1e-5)
