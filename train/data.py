@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -33,6 +33,7 @@ __all__ = [
     "ImageFormat",
     "by_length",
     "evaluation_batches",
+    "objects",
     "prompt_batches",
     "train_batches",
 ]
@@ -253,6 +254,14 @@ def prompt_batches(
         _padded(split, "prompt_ids", rows, _bucket(lengths, rows, buckets), side) | {"weight": weight}
         for rows, weight in _in_order(split.rows, batch_size)
     )
+
+
+def objects(values: Sequence[Any]) -> np.ndarray:
+    """Return a column [rows] of objects, each as it is: arrays of one shape are not stacked."""
+    column = np.empty(len(values), object)
+    for row, value in enumerate(values):
+        column[row] = value
+    return column
 
 
 # ---------------------------------------------------------------------------------------- the parts

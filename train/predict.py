@@ -25,7 +25,7 @@ from ntk_prefix.artifacts import read_bytes
 from ntk_prefix.checks import NonFiniteError, expected
 from ntk_prefix.models.run import jit_reading
 from train import tasks
-from train.data import Dataset, evaluation_batches
+from train.data import Dataset, evaluation_batches, objects
 from train.finished import finished
 from train.images import LARGEST_FILE, decoded
 from train.setup import model_inputs
@@ -66,7 +66,7 @@ def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
 
     def columns(inputs: Sequence[Sequence[Any]]) -> dict[str, np.ndarray]:
         if not texts:
-            return {"image": _objects([_picture(one) for one in inputs[0]])}
+            return {"image": objects([_picture(one) for one in inputs[0]])}
         for values in inputs:
             for row, value in enumerate(values):
                 if not isinstance(value, str) or not value.strip():
@@ -120,10 +120,3 @@ def _picture(value: Any) -> np.ndarray:
         "an image: a path, bytes, or uint8 [h, w] or [h, w, 3]",
         type(value).__name__,
     )
-
-
-def _objects(values: Sequence[Any]) -> np.ndarray:
-    column = np.empty(len(values), object)
-    for row, value in enumerate(values):
-        column[row] = value
-    return column

@@ -145,10 +145,8 @@ def vectors(
         batch_size: read at once.
         cosine: make them of length 1.
     """
-    column = np.empty(len(texts), object)
-    for row, ids in enumerate(texts):
-        column[row] = np.asarray(ids, np.int32)
-    split, places = data.by_length(Dataset({"input_ids": column, "labels": np.zeros(len(texts), np.int32)}))
+    columns = {"input_ids": data.objects(texts), "labels": np.zeros(len(texts), np.int32)}
+    split, places = data.by_length(Dataset(columns))
     found = [np.asarray(encode(batch), np.float64) for batch in data.evaluation_batches(split, batch_size)]
     whole = np.concatenate(found)[: len(texts)][places]
     return whole / np.linalg.norm(whole, axis=1, keepdims=True).clip(1e-12) if cosine else whole

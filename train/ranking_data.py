@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.ranker import marked_ids
 from train.columns import Columns
+from train.data import objects
 
 __all__ = ["KINDS", "OTHERS", "Pair", "cut", "encoded", "pairs", "read_generated"]
 
@@ -175,7 +176,7 @@ def encoded(
         same = columns["others"][row][: others[0]]
         texts[row] = [columns["suffix"][row], *same, *written]
         kinds[row, : len(texts[row])] = [1] + [2] * len(same) + [3] * len(written)
-    arrays: dict[str, Any] = {"prefix": _objects(columns["prefix"]), "texts": texts, "candidates": kinds}
+    arrays: dict[str, Any] = {"prefix": objects(columns["prefix"]), "texts": texts, "candidates": kinds}
     arrays["pair"] = np.arange(rows, dtype=np.int32)
     if tokenizer is None:
         return arrays
@@ -186,11 +187,4 @@ def encoded(
         for place, each in enumerate(candidates):
             tokens[row, place, : len(each)], mask[row, place, : len(each)] = each, 1
     prefixes = [np.array(marked_ids(tokenizer, text, "prefix", lengths[0]), np.int32) for text in columns["prefix"]]
-    return arrays | {"input_ids": _objects(prefixes), "candidate_ids": tokens, "candidate_mask": mask}
-
-
-def _objects(values: Sequence[Any]) -> np.ndarray:
-    column = np.empty(len(values), object)
-    for row, value in enumerate(values):
-        column[row] = value
-    return column
+    return arrays | {"input_ids": objects(prefixes), "candidate_ids": tokens, "candidate_mask": mask}

@@ -25,7 +25,7 @@ from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models import load_tokenizer
 from train.assets import AssetError
 from train.config import DataConfig
-from train.data import Dataset, ImageFormat
+from train.data import Dataset, ImageFormat, objects
 from train.ranking_data import OTHERS, encoded, pairs, read_generated
 from train.sources import Columns, Kind, read, spec_of
 from train.unrelated import NONE, REVIEWS, texts
@@ -347,10 +347,7 @@ def _array(values: Sequence[Any]) -> np.ndarray:
 
 
 def _token_column(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    column = np.empty(len(rows), object)
-    for row, ids in enumerate(rows):
-        column[row] = np.array(ids, np.int32)
-    return column
+    return objects([np.array(ids, np.int32) for ids in rows])
 
 
 def encode_texts(tokenizer: Tokenizer, columns: Columns, max_length: int) -> dict[str, np.ndarray]:
