@@ -289,8 +289,8 @@ PROFILES: dict[Name, Profile] = {
             ("ranking_reviews", "lora r=8, generated"),
             *(("ranking_generated", row[0]) for row in RANKING_ROWS if row[0] != "lora r=8, generated"),
         ),
-        grid=(1e-4, 1e-3, 1e-2),
-        own_grids=(("lora r=8, generated", (1e-2,)),),
+        grid=(1e-4, 1e-3, 5e-3),
+        own_grids=(("lora r=8, generated", (5e-3,)),),
         references=("ranking_reviews",),
     ),
     # peft's own comparison, for a GPU: --data-dir with MetaMathQA, GSM8K, or both; --set model=FOLDER for another decoder.
