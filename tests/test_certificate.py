@@ -315,8 +315,9 @@ def run_and_compare(count: int, seed: int) -> tuple[int, int, int]:
         start, radii = model.weights[...], jnp.asarray(certificate.radii if certificate.holds else np.ones(m))
         _, (error, reach) = _advance(start, model.signs[...], start, radii, data, jnp.asarray(step_size), name, 300)
         error = np.nan_to_num(np.asarray(error), nan=1e200).clip(max=1e200)
-        # F = m c is rounded by m units of the largest value or so, and below that the loss is rounding
-        size = m * 2.0**-50 * max(1.0, float(np.abs(model.weights[...]).max()))
+        # F = m c is rounded by m units of the largest value, times what scores are rounded by: below that the loss is rounding
+        longest = max(1.0, float(np.abs(model.weights[...]).max()))
+        size = m * 2.0**-52 * longest * (4 + longest * float(np.abs(points).max()))
         slack = 1e-12 + 2 * size / np.sqrt(np.maximum(error, 1e-300))
         seen = slack < 1e-2
         rises = bool((error[1:] > (1 - certificate.rate) * error[:-1] * (1 + slack[:-1]))[seen[:-1]].any())

@@ -43,6 +43,8 @@ SECONDS = {
     "dynamics": (14.0, 5.0),
     "approximation": (13.0, 0.0),
     "memorisation": (19.0, 0.0),
+    "positivity": (2.5, 0.3),
+    "gradients": (5.0, 1.0),
 }
 """By claim: CPU seconds of the quick profile that do not depend on the data, and those at n d = 128, which grow as (n d)^2,
 as kernels do. Measured at 128, of ``convergence`` also at 384; of the others the share of the products is counted."""
@@ -61,7 +63,8 @@ def estimate(problem: Problem, chosen: list[Claim], jobs: int) -> str:
     ]
     seconds = max(sum(each) / min(jobs, len(each)), *each) * (FULL if problem.full else 1)
     long = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
-    return f"n = {problem.n}, d = {problem.d}: about {long} for {len(chosen)} claims, {jobs} at once"
+    count = f"{len(chosen)} claims, {jobs} at once" if len(chosen) > 1 else "one claim"
+    return f"n = {problem.n}, d = {problem.d}: about {long} for {count}"
 
 
 def measure(
