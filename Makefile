@@ -4,7 +4,7 @@ ENVIRONMENT := .venv
 LOCK := requirements.lock
 READY := $(ENVIRONMENT)/ready
 
-.PHONY: setup tpu docs verify verify-full test quick test-slow test-gpu test-3.12 lint bench accelerator lock clean
+.PHONY: setup notebooks tpu docs verify verify-full test quick test-slow test-gpu test-3.12 lint bench accelerator lock clean
 
 verify: $(READY)  ## check the theory claim by claim, minutes on two cores; report in runs/theory
 	$(ENVIRONMENT)/bin/python -m theory --profile quick
@@ -40,6 +40,9 @@ lint: $(READY)  ## ruff and mypy
 	$(ENVIRONMENT)/bin/ruff check --output-format concise
 	$(ENVIRONMENT)/bin/ruff format --check
 	$(ENVIRONMENT)/bin/mypy
+
+notebooks: $(READY)  ## run the notebooks and write what they show into them; minutes
+	$(ENVIRONMENT)/bin/python -m tests.record_notebooks
 
 bench: $(READY)  ## time the prefix kernel against neural-tangents
 	$(ENVIRONMENT)/bin/python -m tests.bench.bench_prefix_ntk
