@@ -47,7 +47,7 @@ class MarginCertificate:
         m: prefix length, of the fixed model with one output and a symmetric start.
         examples: n.
         step_size: eta.
-        margin: a lower bound on max over |U|_F = 1 of min_i y_i <J_i(0), U> / sqrt(m).
+        margin: a lower bound on max over |U|_F = 1 of min_i y_i J_i(0) . U / sqrt(m).
         wanted: the loss that was asked for.
         loss: the bound on the loss after ``steps_needed`` steps; infinite if there is none.
         steps_needed: the steps T.

@@ -328,7 +328,7 @@ def find_m(
         resolution: relative width at which the bisection stops.
 
     Returns:
-        The certificate; one that does not hold, at ``start``, if the limit kernel itself is singular: no length mends it.
+        The certificate. If the limit kernel itself is singular, one that does not hold, at ``start``, as no length mends it.
 
     Raises:
         ValueError: as ``certify``; lengths that are odd or not in order, a resolution that is not positive.
