@@ -73,7 +73,10 @@ DTYPES = {"F64", "F32", "F16", "BF16"}
 def save_pretrained(
     model: Any, directory: str | Path, name: str | None = None, *, base_model_name_or_path: str | None = None
 ) -> None:
-    """Write an adapter to a directory, in the form of the table above.
+    """Write an adapter to a directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    LoRA and prefix tuning are in Hugging Face peft's form and can be read there; it cannot read the others. ``z`` and ``k``
+    are stored in the published meaning, the coordinates they were trained in multiplied in.
 
     Hugging Face's prefix tuning counts the prefix in the positions of the tokens. A prefix trained with
     ``shift_positions=False`` says so in its file; peft warns of the field and ignores it, so there, positions are off.
@@ -97,6 +100,13 @@ def save_pretrained(
     if name is None:
         name = active_adapter(model)
     if name not in known:
+        if not known:
+            raise expected(
+                "model",
+                "one with an adapter",
+                f"{type(model).__name__} without any",
+                "ntk_prefix.peft.apply puts one on",
+            )
         raise expected("name", f"an adapter among {sorted(known)}", repr(name), "Activate one, or name it")
     names = Names(model)
     slots = list(_slots(model, name, names))

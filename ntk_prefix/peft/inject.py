@@ -57,12 +57,13 @@ def apply(
 
     Args:
         model: any model of :mod:`ntk_prefix.models`, or an ``nnx.Module`` of your own: places of attention are found as in
-            :mod:`ntk_prefix.peft.sites`, linear maps by their class. It is changed and returned.
+            :mod:`ntk_prefix.peft.sites` (``nnx.MultiHeadAttention``, and modules with a ``core``), linear maps by their class.
+            It is changed and returned.
         config: one method's configuration, or several that act together, such as LoRA and NTK-Attention; each finds its
             targets on the model as those before it left it. LoRA beside BitFit trains biases inside the maps that it
             wraps, in either order; the adapter as a whole then cannot be switched off.
         name: of the adapter; a model can host many.
-        calibration: a small batch of real inputs (keyword arguments of the model) for methods that measure
+        calibration: a small batch of real inputs, by the names of the model's arguments, for methods that measure
             something first, on the frozen model: an adapter that is active is switched off meanwhile. Of
             ``jax.ShapeDtypeStruct``, where only shapes are wanted (in ``nnx.eval_shape``): nothing is run, and what
             would be measured is made up.
@@ -105,6 +106,12 @@ def _measure(model: Any, chosen: Sequence[AdapterConfig], calibration: Mapping[s
     wanted = {i: set(targets(model, each)) for i, each in enumerate(chosen) if each.needs_calibration}
     if not wanted:
         return {}
+    if not isinstance(calibration, Mapping):
+        raise expected(
+            "calibration",
+            'a batch by the names of the model\'s arguments, such as {"x": x}',
+            type(calibration).__name__,
+        )
     measured: dict[Any, Any] = {}
     if all(isinstance(value, jax.ShapeDtypeStruct) for value in calibration.values()):
         with jax.ensure_compile_time_eval():

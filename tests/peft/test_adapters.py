@@ -467,6 +467,14 @@ def test_errors_say_what_was_expected(make, message):
         make()
 
 
+@pytest.mark.usefixtures("without_annotations")
+def test_a_calibration_batch_has_the_names_of_arguments():
+    with pytest.raises(
+        ValueError, match=r"calibration: expected a batch by the names of the model's arguments, .* got tuple"
+    ):
+        peft.apply(tiny(), peft.NTKAttentionConfig(whiten=True), calibration=(1, 2))
+
+
 def test_a_head_named_beside_another_method_is_trained_once():
     model = peft.apply(tiny(), [peft.LoraConfig(r=3, alpha=6), peft.HeadConfig()])
     assert peft.trainable_parameters(model)[0] == METHODS["lora"][1]

@@ -398,6 +398,10 @@ def test_the_active_adapter_is_saved_or_the_named_one(tmp_path):
     peft.activate(model, None)
     with pytest.raises(ValueError, match=r"expected an adapter among \['default', 'second'\], got None\. Activate one"):
         peft.save_pretrained(model, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"expected one with an adapter, got Linear without any\. ntk_prefix\.peft\.apply"
+    ):
+        peft.save_pretrained(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path)
 
 
 def test_a_prefix_trained_on_its_own_positions_warns_peft_of_it(tmp_path, caplog):
