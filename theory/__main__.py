@@ -126,10 +126,12 @@ def main(
     Args:
         claim: claims to test; none means all.
         profile: "quick" takes minutes on two cores, "full" shows the sizes of a paper.
-        data: "digits", or a .npy file with your own floats [n, d], rows distinct and in the unit ball, once scaled.
+        data: "digits", or a .npy file with your own floats [n, d], rows distinct and in the unit ball, once scaled. Claims
+            that draw inputs of their own do without it, and are named.
         out: folder of the report.
         seed: of the data's choice and of every prefix.
-        inputs: rows to take, or "all"; the default is 16 of the digits, all of a file.
+        inputs: rows to take, of a file its first, or "all"; the default is 16 of the digits, all of a file. Time grows with
+            the square of rows times columns.
         targets: a .npy file with what to learn from a file's rows: floats [n] or [n, outputs], or labels [n], each of which
             stands for the mean of its rows. Drawn from the seed if not given.
         scaling: of a file's rows: "ball" divides by the largest norm, "standard" first brings each column to mean 0 and

@@ -49,12 +49,18 @@ SECONDS = {
 """By claim: CPU seconds of the quick profile that do not depend on the data, and those at n d = 128, which grow as (n d)^2,
 as kernels do. Measured at 128, of ``convergence`` also at 384; of the others the share of the products is counted."""
 
+LONG = 600.0
+"""Seconds after which fewer rows of a file are proposed."""
+
 FULL = 12
 """How much longer the full profile takes, at least."""
 
 
 def estimate(problem: Problem, chosen: list[Claim], jobs: int) -> str:
-    """Return in a line how long the claims may take: to the factor of two or three by which processors differ."""
+    """Return in a line how long the claims may take, to the factor of two or three by which processors differ.
+
+    Beside a user's file it says too which claims do not take its rows.
+    """
     size = (problem.n * problem.d / 128) ** 2
     each = [
         fixed + growing * (1 if claim.drawn else size)
@@ -64,7 +70,11 @@ def estimate(problem: Problem, chosen: list[Claim], jobs: int) -> str:
     seconds = max(sum(each) / min(jobs, len(each)), *each) * (FULL if problem.full else 1)
     long = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     count = f"{len(chosen)} claims, {jobs} at once" if len(chosen) > 1 else "one claim"
-    return f"n = {problem.n}, d = {problem.d}: about {long} for {count}"
+    line = f"n = {problem.n}, d = {problem.d}: about {long} for {count}"
+    apart = [claim.name for claim in chosen if claim.drawn] if problem.source == "file" else []
+    if seconds >= LONG and len(apart) < len(chosen) and problem.source == "file":
+        line += "; --inputs takes fewer rows"
+    return line + (f"\nnot on the rows of --data, but on inputs of their own: {', '.join(apart)}" if apart else "")
 
 
 def measure(

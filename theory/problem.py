@@ -270,7 +270,12 @@ def _targets(label: str, told: np.ndarray, x: np.ndarray, rows: int) -> np.ndarr
     elif told.ndim == 1 and (np.issubdtype(told.dtype, np.integer) or told.dtype.kind in "bUS"):
         kinds, kind = np.unique(told, return_inverse=True)
         if len(kinds) < 2:
-            raise expected(label, "labels of at least two kinds", f"{len(kinds)} in the rows taken")
+            raise expected(
+                label,
+                "labels of at least two kinds",
+                f"{len(kinds)} in the first {len(x)} rows",
+                "Shuffle both files alike, or raise --inputs",
+            )
         y = np.stack([x[kind == place].mean(0) for place in range(len(kinds))])[kind]
     else:
         raise expected(

@@ -109,3 +109,15 @@ def test_the_time_is_estimated_from_the_size(tmp_path: Path) -> None:
     assert "for 2 claims, 2 at once" in small
     large = load("digits", inputs=64, width=32, sigma=1.0, seed=0, profile="quick")
     assert "minutes" in estimate(large, chosen, 2)
+    assert "--inputs" not in estimate(large, chosen, 2)  # nor are digits a file
+    rows = saved(tmp_path, "many.npy", np.random.default_rng(0).uniform(-0.1, 0.1, (100, 20)))
+    many = load(rows, inputs=None, width=8, sigma=1.0, seed=0, profile="quick")
+    assert "; --inputs takes fewer rows" in estimate(many, chosen, 2)
+
+
+def test_claims_that_do_not_take_a_file_s_rows_are_named(tmp_path: Path) -> None:
+    chosen = claims(("limit", "margin"))
+    assert "not on the rows of --data, but on inputs of their own: margin" in estimate(read(tmp_path), chosen, 2)
+    assert "of their own" not in estimate(read(tmp_path), claims(("limit",)), 2)
+    digits = load("digits", inputs=4, width=4, sigma=1.0, seed=0, profile="quick")
+    assert "of their own" not in estimate(digits, chosen, 2)
