@@ -54,6 +54,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
+def room() -> None:
+    """A test's programs find room in JAX's tables, however many tests came before."""
+    compiling.leave_room()
+
+
+@pytest.fixture(autouse=True)
 def x64(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Run each test in float64; parametrize ``x64`` indirectly with [True, False] to run it in both."""
     enabled = getattr(request, "param", True)
