@@ -54,6 +54,8 @@ Progress = Callable[[str, int, int], Any]
 """Told what is done, and how many steps of how many."""
 ROWS_AT_ONCE = 4
 """Texts that a model reads together: their logits are held at once."""
+COMPARED_AT_ONCE = 2
+"""Texts whose answers are compared together: both sides' logits are held at once."""
 ASKED_WHAT_MATTERS = 1024
 """Tokens of the queries, whole texts, that :func:`sensitivity` is measured on: a mean for each head, with gradients."""
 PROMPT_AT_ONCE = 512
@@ -210,12 +212,12 @@ def continuations(
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
-def in_parts(inputs: Inputs) -> Iterator[dict[str, Array]]:
+def in_parts(inputs: Inputs, size: int = ROWS_AT_ONCE) -> Iterator[dict[str, Array]]:
     """Cut a batch into parts of equal size, the last one filled up with rows of which nothing is seen."""
     rows = len(inputs["input_ids"])
-    for start in range(0, rows, ROWS_AT_ONCE):
-        part = {name: np.asarray(x[start : start + ROWS_AT_ONCE]) for name, x in inputs.items()}
-        short = min(ROWS_AT_ONCE, rows) - len(part["input_ids"])
+    for start in range(0, rows, size):
+        part = {name: np.asarray(x[start : start + size]) for name, x in inputs.items()}
+        short = min(size, rows) - len(part["input_ids"])
         yield {name: jnp.asarray(np.pad(x, ((0, short), (0, 0)))) for name, x in part.items()}
 
 
@@ -385,16 +387,16 @@ def divergence(
     several, language = list(several), isinstance(model, Llama)
     found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in several]
     rows = len(texts["input_ids"])
-    for i, some in enumerate(in_parts(texts)):
+    for i, some in enumerate(in_parts(texts, COMPARED_AT_ONCE)):
         with attending(model, prefix):
             exact = answers(*nnx.split(model), some)
         seen = np.asarray(some["attention_mask"], bool)
-        text = i * ROWS_AT_ONCE + np.repeat(np.arange(len(seen))[:, None], seen.shape[1], axis=1)
+        text = i * COMPARED_AT_ONCE + np.repeat(np.arange(len(seen))[:, None], seen.shape[1], axis=1)
         for states, parts in zip(several, found, strict=True):
             with attending(model, states):
                 kl, same = map(np.asarray, distances(exact, answers(*nnx.split(model), some), language))
             parts.append((kl[seen], same[seen] if language else same[:0], text[seen]))
-        progress("comparing", min((i + 1) * ROWS_AT_ONCE, rows), rows)
+        progress("comparing", min((i + 1) * COMPARED_AT_ONCE, rows), rows)
     results = [Divergence(*map(np.concatenate, zip(*parts, strict=True))) for parts in found]
     if not all(np.isfinite(each.kl).all() for each in results):
         raise NonFiniteError("divergence: expected finite numbers, got others.")
