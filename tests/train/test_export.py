@@ -46,7 +46,7 @@ def adapter_values(model: Any) -> dict[str, peft.AdapterParam]:
 
 
 def export(run: Path, to: str, out: Path, *rows: int) -> None:
-    options = Options(run=run, to=to, out=out, rows=rows)  # type: ignore[arg-type]
+    options = Options(run=run, to=to, out=out, rows=rows)
     options.check()
     main(options, Console(quiet=True))
 

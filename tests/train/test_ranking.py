@@ -56,7 +56,7 @@ class TestACut:
 
     def test_is_a_function_of_the_text(self) -> None:
         assert cut(self.TEXT, 20, 10) == cut(self.TEXT, 20, 10)
-        cuts = {cut(document(seed, 30), 20, 10).prefix.count(" ") for seed in range(3)}  # type: ignore[union-attr]
+        cuts = {cut(document(seed, 30), 20, 10).prefix.count(" ") for seed in range(3)}
         assert cuts == {19}
 
     def test_of_a_short_text_is_short_or_none(self) -> None:

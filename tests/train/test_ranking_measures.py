@@ -97,4 +97,4 @@ def test_what_are_no_choices_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected choices with a majority"):
         read_choices(choices(tmp_path, [(1, 1)]))
     with pytest.raises(UsageError, match="row 0: expected three texts and two numbers of votes"):
-        read_choices(choices(tmp_path, [("many", 1)]))  # type: ignore[list-item]
+        read_choices(choices(tmp_path, [("many", 1)]))
