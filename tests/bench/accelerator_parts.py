@@ -482,7 +482,7 @@ def _decode(config: models.LlamaConfig, batch: int, prompt: int, new: int, sizes
 
 PARTS: dict[str, tuple[Callable[[Sizes], Rows], float]] = {
     "correctness": (correctness, 130),
-    "attention": (attention, 90),
+    "attention": (attention, 130),
     "step": (lambda sizes: step(sizes, sizes.models[0][0]), 110),
     "decoding": (decoding, 120),
     "large step": (lambda sizes: step(sizes, sizes.models[-1][0]), 150),
