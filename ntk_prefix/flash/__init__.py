@@ -15,7 +15,7 @@ none is named, the first that can run is taken:
 =========  ==================================================================================================
 ``cudnn``  cuDNN flash attention through JAX's own primitives; CUDA, bfloat16 and float16
 ``splash`` JAX's splash attention, a Pallas kernel for TPU; bfloat16 and float32, no bias, masks of keys only
-``tokamax`` kernels for Hopper, Blackwell and older GPUs, where it is installed and named; not run on a GPU yet
+``tokamax`` kernels for Hopper, Blackwell and older GPUs, where it is installed and named; takes a soft cap
 ``xla``    jax.numpy, blockwise over queries and keys; any platform and float dtype, memory linear in T and S
 =========  ==================================================================================================
 
