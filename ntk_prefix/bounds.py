@@ -191,7 +191,7 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
         m delta^2 = sum_{i,r} ( g_i |J_ir| + (1 + g_i) T_ir |x_i| s_i )^2 ,    g_i = e^{2 R |x_i|} - 1
 
     with |J_ir| the Frobenius norm of the derivative of F(x_i) by token r, and s_i a bound on how far the centered value
-    of any token moves: g_i sqrt(outputs) for the fixed model, 2 R + g_i sum_r S_ir |w_r| for the tied one.
+    of any token moves: 2 tanh(R |x_i| / 2) max_r |a_r| for the fixed model, 2 R + g_i sum_r S_ir |w_r| for the tied one.
 
     Args:
         model: at W(0).
@@ -216,7 +216,7 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
         mean_length = jnp.matmul(mass, jnp.linalg.norm(weights, axis=1)) / model.m
         shift = 2 * radius + growth * mean_length
     else:
-        shift = growth * math.sqrt(model.signs.shape[1])
+        shift = 2 * jnp.tanh(radius * lengths / 2) * jnp.linalg.norm(model.signs[...], axis=1).max()
     steps = growth[:, None] * model.token_gradient_norms(inputs) + ((1 + growth) * lengths * shift)[:, None] * mass
     delta = jnp.linalg.norm(steps) / math.sqrt(model.m)
     kernel = prefix_ntk(model, inputs)

@@ -212,6 +212,20 @@ class TestWrongUseIsTold:
             call("loss_envelope", step_size=1.0)
 
 
+def test_two_thirds_of_the_movement_are_exceeded_by_a_run_that_is_as_slow_as_its_envelope() -> None:
+    """One weight w of output J w, with the J whose squared error falls exactly as the envelope does."""
+    smallest, tokens, step_size = 0.1, 10, 0.02
+    steepest = math.sqrt((1 - math.sqrt(1 - tokens * step_size * smallest / 2)) / step_size)
+    weight = 0.0
+    for t in range(1500):
+        error = steepest * weight - 1
+        envelope = bounds.loss_envelope(steps=t, smallest=smallest, tokens=tokens, step_size=step_size, initial=1.0)
+        assert error**2 == pytest.approx(envelope, rel=1e-6)
+        weight -= step_size * steepest * error
+    bound = bounds.token_movement(smallest=smallest, tokens=tokens, initial_error=1.0, steepest=steepest)
+    assert bound / 1.5 < weight <= bound
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A short gradient descent of a small model: what the bounds speak about."""
@@ -307,6 +321,27 @@ class TestARunIsDominated:
         assert drift(radius=0.0) == 0
         assert drift(radius=2e-9) == pytest.approx(2 * drift(radius=1e-9), rel=1e-6)
         assert drift(radius=0.2) > 2 * drift(radius=0.1)
+
+    def test_two_thirds_of_what_is_measured_at_the_start_are_exceeded_by_a_heavy_token(self, kind: str) -> None:
+        """One token weighs much more than the rest, and yet little of all: it moves along the input, all others against it."""
+        tied, tokens, radius = kind == "tied", 4096, 1e-3
+        weights, signs = np.zeros(tokens), np.ones(tokens)
+        weights[0] = math.log(128)
+        if not tied:  # a center at the other end: then it hardly moves, as is allowed for, and the sum loses a fifth
+            signs[1:] = -1
+        model = (TiedPrefixModel if tied else FixedValuePrefixModel)(1, tokens, rngs=nnx.Rngs(0))
+        model.weights[...], model.signs[...] = jnp.asarray(weights)[:, None], jnp.asarray(signs)[:, None]
+        bound = bounds.measured_kernel_drift(model, jnp.ones((1, 1)), radius=radius)
+
+        def kernel(moved: float) -> float:
+            there = weights - moved
+            there[0] += 2 * moved
+            mass = np.exp(there)
+            mass *= tokens / mass.sum()
+            values = signs * there if tied else signs
+            return float(np.square(mass * (signs * tied + values - (mass * values).mean())).mean())
+
+        assert bound / 1.5 < kernel(radius) - kernel(0.0) <= bound
 
     def test_the_largest_stable_step(self, kind: str) -> None:
         kernel = descend(kind).kernel

@@ -203,6 +203,60 @@ class TestTokens:
             assert worst > ball.drift / 30, "a bound so far off tests nothing"
 
     @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_two_thirds_of_each_bound_are_exceeded(self, name: str) -> None:
+        """Where one token weighs much more than the rest, and yet little of all, and the ball is of one kind.
+
+        Of the fixed model's center two fifths: (17) bounds g_ir, which a normalizer that moves by h_i doubles, and not what
+        is left of it in the sum with v_r, h_i |c_i|, which is next to nothing where values cancel.
+        """
+        x, m, size = np.array([[1.0, 0.0], [0.0, 0.01], [0.01, 0.01]]), 8192, 1e-3
+        tied = name == "tied"
+        model = drawn(name, m, symmetric=False)
+        signs = np.where(np.arange(m) % 2, -1.0, 1.0)[:, None]
+        weights = np.zeros((m, D))
+        weights[0, 0] = np.log(128)
+        model.weights[...], model.signs[...] = jnp.asarray(weights), jnp.broadcast_to(signs, model.signs.shape)
+        tokens = Tokens(model, jnp.asarray(x))
+        spread = tokens.second_moments()[0]
+
+        def at(moved: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            """J, c and log sum_r e^{x_i . w_r}."""
+            mass = np.exp(x @ moved.T)
+            total = mass.sum(1, keepdims=True)
+            mass *= m / total
+            values = signs * (moved if tied else np.ones((1, D)))
+            center = mass @ values / m
+            block = np.einsum("ir,irk,ic->ikrc", mass, values[None] - center[:, None], x)
+            if tied:
+                block += np.einsum("ir,r,kc->ikrc", mass, signs[:, 0], np.eye(D))
+            return block.reshape(N * D, -1), center, np.log(total)
+
+        start = at(weights)
+        share = np.exp(weights[:, :1]) / np.linalg.norm(np.exp(weights[:, 0]))
+        alone = (np.arange(m) == 0)[:, None].astype(float)
+        for total, moves in ((size, [alone, share, share * signs]), (0.0, [alone, np.ones((m, 1)), signs])):
+            found: dict[str, float] = {}
+            for move in moves:
+                movement = np.zeros((1, m)) if total else size * np.abs(move.T)
+                claimed = Claimed(total, np.zeros(N), np.zeros(N))
+                for _ in range(8):
+                    ball = tokens.ball(claimed, movement, spread)
+                    if (ball.normalizer <= claimed.normalizer).all() and (ball.center <= claimed.center).all():
+                        break
+                    claimed = Claimed(total, 1.02 * ball.normalizer, 1.02 * ball.center)
+                moved = at(weights + size * move * [[1.0, 0.0]])
+                change = moved[0] - start[0]
+                ratios = {
+                    "drift": np.sqrt(np.linalg.eigvalsh(change @ change.T)[-1] / m) / ball.drift,
+                    "center": float(np.linalg.norm(moved[1] - start[1], axis=1)[0] / ball.center[0]),
+                    "normalizer": float(np.abs(moved[2] - start[2])[0, 0] / ball.normalizer[0]),
+                }
+                found = {what: max(ratio, found.get(what, 0.0)) for what, ratio in ratios.items()}
+            assert all(ratio <= 1 for ratio in found.values())
+            least = {"center": 1 / 1.5 if tied else 0.4}
+            assert all(ratio > least.get(what, 1 / 1.5) for what, ratio in found.items()), found
+
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
     def test_the_linearized_movement(self, name: str) -> None:
         x, _ = data()
         m = 64
