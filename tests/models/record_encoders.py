@@ -1,9 +1,9 @@
-"""Write the tiny encoders of ``tests/fixtures/encoders`` anew, and what transformers makes of them.
+"""Write the tiny encoders of ``tests/fixtures/encoders`` and ``ranker`` anew, and what transformers makes of them.
 
     PYTHON -m tests.models.record_encoders      # a Python with torch and transformers
 
 Every parameter is drawn at random. Outputs are computed in float64, for two rows padded on the right, one on the left and one
-not at all, longer than every window.
+not at all, longer than every window. "ranker" is a T5 encoder in the layout of RankGen's authors, with their map behind it.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from tests.models.recording import draw_model
 
@@ -54,6 +55,33 @@ def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+class Ranker(torch.nn.Module):
+    """An encoder as RankGen's authors publish theirs: the first token's state through a map without a bias."""
+
+    def __init__(self, encoder: Any):
+        super().__init__()
+        self.t5_encoder = encoder
+        self.projection = torch.nn.Linear(encoder.config.d_model, encoder.config.d_model, bias=False)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.projection(self.t5_encoder(**inputs).last_hidden_state[:, 0])
+
+
+def record_ranker(seed: int) -> None:
+    """Write a ranker's folder: every tensor by the authors' name, the embedding by both that it has."""
+    folder = TARGET.parent / "ranker"
+    encoder, rng = draw_model(folder, "T5EncoderModel", "T5Config", T5, seed)
+    model = Ranker(encoder)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    # of a row that is padded on the left, the first token's state is that of padding: whoever asks for it does not rank
+    inputs = {name: x[:3] for name, x in batch(rng).items()}
+    with torch.no_grad():
+        vectors = model.double()(**{name: torch.tensor(x) for name, x in inputs.items()})
+    np.savez(folder / "recorded.npz", **inputs, vectors=vectors.numpy())
+    print("ranker", sorted(tensors)[-3:], vectors.shape)
+
+
 def main() -> None:
     for seed, (name, (model_class, config_class, sizes)) in enumerate(MODELS.items()):
         folder = TARGET / name
@@ -68,6 +96,7 @@ def main() -> None:
             recorded["logits"] = output.logits.numpy()
         np.savez(folder / "recorded.npz", **recorded)
         print(name, {key: value.shape for key, value in recorded.items()})
+    record_ranker(len(MODELS))
     (TARGET / "README.md").write_text(
         "Tiny random encoders, saved by transformers "
         f"{transformers.__version__}, and what torch {torch.__version__.split('+')[0]} makes of them in float64: "

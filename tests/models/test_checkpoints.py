@@ -335,7 +335,7 @@ def test_quantized_folders(tmp_path: Path, config: dict[str, Any], tensor: str |
 
 def test_what_is_no_folder_of_ours_is_told_the_way_on(tmp_path: Path) -> None:
     for name, said in (
-        ("pytorch_model.bin", "read from safetensors only.*save_pretrained"),
+        ("pytorch_model.bin", "read from safetensors only.*save_file"),
         ("adapter_config.json", "holds an adapter: .*load_adapter"),
     ):
         folder = tmp_path / name.partition(".")[0]

@@ -1,6 +1,5 @@
 """A ranker: two roles of one encoder, the authors' layout, and scores that do not depend on what else is read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from tokenizers import processors
 
 from ntk_prefix import models, peft
 from ntk_prefix.checks import UsageError
+from tests.models.recording import recorded
 from tests.train.tiny_model import write_model
 
-T5 = Path(__file__).parents[1] / "fixtures" / "encoders" / "t5"
+THEIRS = Path(__file__).parents[1] / "fixtures" / "ranker"
 WORDS = ("[UNK]", "[CLS]", "[SEP]", "pre", "suffi", "the", "film", "was", "good", "bad", "very", "and", "long", ".")
 
 
@@ -72,22 +72,21 @@ def test_of_a_long_beginning_the_end_is_read_and_of_a_continuation_the_beginning
     np.testing.assert_array_equal(ranker._ids("the   film\n", "prefix"), ids_of("pre", "the", "film")[0])
 
 
-def test_the_authors_layout(tmp_path: Path) -> None:
-    """``t5_encoder.*`` and ``projection.weight``, [out, in], on the first token's state."""
-    tensors = load_file(T5 / "model.safetensors")
-    config = json.loads((T5 / "config.json").read_text())
-    size = config["d_model"]
-    projection = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
-    theirs = {f"t5_encoder.{name}": tensor for name, tensor in tensors.items()} | {"projection.weight": projection}
-    save_file(theirs, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((T5 / "config.json").read_text())
-    loaded = models.load_ranker(tmp_path)
-    ids, mask = jnp.asarray([[3, 1, 4, 1], [5, 9, 0, 0]]), jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 0]])
-    hidden = models.from_pretrained(T5)(ids, mask).last_hidden_state
-    np.testing.assert_allclose(loaded(ids, mask).logits, np.asarray(hidden[:, 0]) @ projection.T, rtol=1e-5, atol=1e-6)
+def test_the_authors_layout_has_the_vectors_that_torch_has(tmp_path: Path) -> None:
+    """``t5_encoder.*`` and ``projection.weight``, [out, in], on the first token's state, in float64."""
+    loaded, asked = models.load_ranker(THEIRS), recorded(THEIRS)
+    ids, mask = jnp.asarray(asked["input_ids"], jnp.int32), jnp.asarray(asked["attention_mask"])
+    wanted = asked["vectors"]
     assert loaded.pooling == "cls"
-    np.testing.assert_array_equal(models.from_pretrained(tmp_path)(ids, mask).last_hidden_state, hidden)
-    save_file(theirs | {"projection.weight": projection[:-1]}, tmp_path / "model.safetensors")
+    assert np.abs(loaded(ids, mask).logits - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+    tensors = load_file(THEIRS / "model.safetensors")
+    hidden = models.from_pretrained(THEIRS)(ids, mask).last_hidden_state
+    transposed = np.asarray(hidden[:, 0]) @ tensors["projection.weight"]
+    assert np.abs(transposed - wanted).max() > 0.1 * np.abs(wanted).max()
+
+    (tmp_path / "config.json").write_text((THEIRS / "config.json").read_text())
+    save_file(tensors | {"projection.weight": tensors["projection.weight"][:-1]}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match=r"projection.weight: expected shape"):
         models.load_ranker(tmp_path)
 

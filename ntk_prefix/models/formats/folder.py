@@ -76,8 +76,9 @@ def _missing(folder: Path) -> str:
         return f"{text}. It holds an adapter: load its base model, then ntk_prefix.peft.load_adapter"
     if any(name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")) for name in names):
         return (
-            f"{text}. Weights are read from safetensors only; with transformers, "
-            "AutoModel.from_pretrained(folder).save_pretrained(folder) converts them"
+            f"{text}. Weights are read from safetensors only. Where torch is, in that folder: python -c 'import torch, "
+            'safetensors.torch as s; s.save_file({name: x.clone() for name, x in torch.load("pytorch_model.bin").items()}, '
+            """"model.safetensors")'"""
         )
     return text
 
