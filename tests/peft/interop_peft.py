@@ -101,7 +101,13 @@ CASES = {
     "bert classifier lora": ("AutoModelForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
     "bert's own classifier lora": ("BertForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
     "roberta classifier lora": ("RobertaForSequenceClassification", LoraConfig(task_type="SEQ_CLS", r=4)),
-    "roberta prefix": ("RobertaModel", PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=5)),
+    **{
+        f"{family.lower()} prefix": (
+            f"{family}Model",
+            PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=5),
+        )
+        for family in ("Roberta", "DistilBert", "ViT")
+    },
     "distilbert classifier lora": (
         "DistilBertForSequenceClassification",
         LoraConfig(
@@ -183,7 +189,11 @@ def evaluate(case: str, folder: Path) -> None:
     kind = "AutoModel" if case == "bert classifier lora" else CASES[case][0]
     model = PeftModel.from_pretrained(base(kind, folder), folder / case / "ours").eval()
     with torch.no_grad():
-        np.savez(folder / case / "ours.npz", trained=outputs(model, inputs))
+        found = {"trained": outputs(model, inputs)}
+        if (folder / case / "merged").exists():
+            model = getattr(transformers, kind).from_pretrained(folder / case / "merged", attn_implementation="eager")
+            found["merged"] = outputs(model.eval(), inputs)
+    np.savez(folder / case / "ours.npz", **found)
 
 
 if __name__ == "__main__":
