@@ -36,12 +36,13 @@ import msgspec
 import tyro
 from rich.console import Console
 
+from ntk_prefix import models
 from ntk_prefix.artifacts import json_text, read_bytes, read_json
-from ntk_prefix.checks import UsageError, explain
+from ntk_prefix.checks import UsageError, expected, explain
 from train.asset_table import ASSETS, Asset, AssetError
 from train.downloads import download
 
-__all__ = ["ASSETS", "Asset", "AssetError", "asset", "cache_directory", "verified_files"]
+__all__ = ["ASSETS", "Asset", "AssetError", "asset", "cache_directory", "model_path", "verified_files"]
 
 NOTE = "asset.json"
 """In each asset's folder: the archive's sha256 and those of the files taken out."""
@@ -85,6 +86,26 @@ def asset(name: str, *, cache: Path | str | None = None, fetch: bool = True) -> 
     if name not in ASSETS:
         raise AssetError(f"asset: expected one of {', '.join(ASSETS)}, got {name!r}.")
     return _asset(name, _resolved(cache) if cache else cache_directory(), fetch)
+
+
+def model_path(name: str) -> Path | None:
+    """Return where a model's files are: an asset's name, or a path; None for the random tiny model.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name == "tiny-vit":
+        return None
+    if name in ASSETS:
+        return asset(name)
+    try:
+        path = models.local_files(name)
+    except FileNotFoundError as error:
+        raise UsageError(f"--model: {error}") from None
+    if not path.exists():
+        known = f"an asset ({', '.join(ASSETS)}), tiny-vit, an existing path, or owner/name of the hub"
+        raise expected("--model", known, repr(name))
+    return path
 
 
 def verified_files(name: str) -> dict[str, bytes]:

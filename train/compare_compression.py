@@ -44,12 +44,12 @@ from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefixed_model import Prefix, answers, attending, distances, in_parts, read_prompt
 from ntk_prefix.typing import Array, Float
 from train import unrelated
+from train.assets import model_path
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.compression_case import Case, seen_by_layers
 from train.compression_table import Results, Row, draw, lines_of, markdown
 from train.compressors import METHODS
 from train.prompts import padded, some_texts, whole_text
-from train.setup import load_tokenizer, model_path
 
 __all__ = ["Options", "main"]
 
@@ -290,7 +290,7 @@ def _clustered(texts: list[np.ndarray]) -> tuple[float, float]:
 def _kind(name: str) -> tuple[Path, bool]:
     """Return where a model's files are, and whether it is one of language."""
     path = model_path(name)
-    if path is None or load_tokenizer(path) is None:
+    if path is None or models.load_tokenizer(path) is None:
         raise expected("--model", "a model of text with a tokenizer", name)
     known = MODELS.get(str(read_checkpoint(path).config.get("model_type")))
     return path, known is not None and issubclass(known[1], models.Llama)
@@ -307,7 +307,7 @@ def _inputs(options: Options, path: Path, language: bool) -> tuple[list[Inputs],
     Raises:
         UsageError: no text, a budget above a prompt or above the queries, too few texts.
     """
-    tokenizer = load_tokenizer(path)
+    tokenizer = models.load_tokenizer(path)
     assert tokenizer is not None
     tokenizer.no_padding()
     tokenizer.no_truncation()

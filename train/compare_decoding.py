@@ -37,12 +37,12 @@ from ntk_prefix import models
 from ntk_prefix.artifacts import held, json_text, provenance, read_bytes, write_whole
 from ntk_prefix.checks import expected
 from train import tasks
+from train.assets import model_path
 from train.command import Checked, Terminal, at_least, ended, parsed, resumable
 from train.config import DataConfig
 from train.kept_lines import KeptLines
 from train.rank import Scored, Writer, beam_search, load_decoder, load_scorer, reranked
 from train.ranking_measures import distinct, divergence, repetition
-from train.setup import model_path
 
 __all__ = ["Options", "compare_decoding"]
 

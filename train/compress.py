@@ -27,13 +27,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 import rich.progress
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from ntk_prefix import models, peft
@@ -45,9 +44,12 @@ from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.prefixed_model import ROWS_AT_ONCE, Divergence, continuations, divergence, read_prompt
 from ntk_prefix.statistics import expected_error_bound
 from ntk_prefix.typing import Array, Float
+from train.assets import model_path
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
 from train.prompts import padded, some_texts, whole_text
-from train.setup import load_tokenizer, model_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Options", "main"]
 
@@ -114,7 +116,7 @@ def main(options: Options, console: Console) -> None:
     text = whole_text(options.prompt, "--prompt")
     own = None if options.queries is None else some_texts(options.queries, "--queries")
     path = model_path(options.model)
-    tokenizer = None if path is None else load_tokenizer(path)
+    tokenizer = None if path is None else models.load_tokenizer(path)
     if path is None or tokenizer is None:
         raise expected("--model", "a decoder with a tokenizer", options.model)
     tokenizer.no_padding()
@@ -209,6 +211,8 @@ class _Unfinished:
 
 def draw(found: Compression, held_error: Float[np.ndarray, "layers K"]) -> Figure:
     """Return the figure: how many anchors each head has, and the error that is left on held-out texts, layer by layer."""
+    from matplotlib.figure import Figure  # takes 30 MiB, which until now are the prompt's
+
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     panels: Any = figure.subplots(1, 2)
     for panel, values, title, log in (

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import msgspec
 import tokenizers
 
-from ntk_prefix import peft
+from ntk_prefix import models, peft
 from ntk_prefix.artifacts import read_json
 from ntk_prefix.checks import UsageError, expected
+from train.assets import model_path
 from train.config import TrainConfig
 from train.data import ImageFormat
-from train.setup import load_model, load_tokenizer, model_path, normalization, set_context_length
+from train.setup import load_model, normalization, set_context_length
 from train.sources import Kind, spec_of
 
 __all__ = ["Finished", "finished"]
@@ -35,7 +36,7 @@ class Finished(NamedTuple):
 
     def tokenizer(self) -> tokenizers.Tokenizer | None:
         """Return the model's tokenizer, which does not pad; None for one of images."""
-        found = None if self.path is None else load_tokenizer(self.path)
+        found = None if self.path is None else models.load_tokenizer(self.path)
         if found is not None:
             found.no_padding()
         return found

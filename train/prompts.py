@@ -10,7 +10,6 @@ import numpy as np
 
 from ntk_prefix.artifacts import read_bytes
 from ntk_prefix.checks import expected
-from train.readers import ENDINGS, open_table
 
 __all__ = ["padded", "some_texts", "whole_text"]
 
@@ -43,6 +42,8 @@ def some_texts(file: Path, flag: str) -> list[str]:
     Raises:
         UsageError: no such column, or fewer than two texts.
     """
+    from train.readers import ENDINGS, open_table  # and 25 MiB of pyarrow, which not every run needs
+
     if file.suffix in ENDINGS:
         texts = [str(each) for each in open_table(file).column("text") if each is not None]
     else:

@@ -37,10 +37,10 @@ from rich.console import Console
 from ntk_prefix import models
 from ntk_prefix.artifacts import json_text, provenance, read_json, write_whole
 from ntk_prefix.checks import expected
+from train.assets import model_path
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.prompts import whole_text
 from train.readers import ENDINGS, open_table
-from train.setup import load_tokenizer, model_path
 from train.tasks import ending_token
 
 __all__ = [
@@ -346,7 +346,7 @@ def load_decoder(name: str, flag: str = "--model") -> tuple[models.Llama, Any]:
         UsageError: it is none, or has none; ``flag`` is what named it.
     """
     path = model_path(name)
-    tokenizer = None if path is None else load_tokenizer(path)
+    tokenizer = None if path is None else models.load_tokenizer(path)
     if path is None or tokenizer is None:
         raise expected(flag, "a decoder with a tokenizer", name)
     tokenizer.no_padding()

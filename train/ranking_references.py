@@ -36,12 +36,12 @@ from ntk_prefix.models.cross_entropy import cross_entropy, in_parts
 from ntk_prefix.models.ranker import LENGTHS
 from ntk_prefix.typing import Array, Float, Int
 from train import ranking, tasks
+from train.assets import model_path
 from train.command import Checked, Terminal, at_least, ended, parsed, resumable
 from train.config import TrainConfig
 from train.kept_lines import KeptLines
 from train.rank import load_decoder
 from train.ranking_measures import Choice, agreement, read_choices
-from train.setup import load_tokenizer, model_path
 from train.sources import spec_of
 
 __all__ = ["Likelihood", "Options", "references"]
@@ -144,7 +144,7 @@ def _references(options: Options, config: TrainConfig, console: Console) -> dict
     said |= {"decoder": options.decoder, "rows": options.likelihood_rows}
     done = KeptLines(options.out / "references.jsonl", said)
     path = model_path(config.model)
-    tokenizer = None if path is None else load_tokenizer(path)
+    tokenizer = None if path is None else models.load_tokenizer(path)
     if path is None or tokenizer is None:
         raise expected("--model", "an encoder of text with its tokenizer", config.model)
     task = tasks.load(config.task, config.data, tokenizer=tokenizer, seed=config.seed)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ntk_prefix import models, peft
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import expected
 from ntk_prefix.models.backbone import BackboneConfig
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
@@ -36,9 +36,7 @@ __all__ = [
     "adapt",
     "build",
     "load_model",
-    "load_tokenizer",
     "model_inputs",
-    "model_path",
     "normalization",
     "optimizer",
     "placement_of",
@@ -90,9 +88,9 @@ def build(config: TrainConfig) -> Setup:
     if config.window is not None and kind != "sequence-classification":
         raise expected("--window", f"none for {config.task}: only encoders of text see through windows", config.window)
     check_source(config.task, config.data.data_dir)  # before a model is fetched for it
-    path = model_path(config.model)
+    path = assets.model_path(config.model)
     _check_model(path, config)
-    tokenizer = None if path is None else load_tokenizer(path)
+    tokenizer = None if path is None else models.load_tokenizer(path)
     mean, std = normalization(path)
     task = tasks.load(config.task, config.data, tokenizer=tokenizer, image_mean=mean, image_std=std, seed=config.seed)
     if kind != "image-classification" and tokenizer is None:
@@ -163,31 +161,6 @@ def _check_image_size(model: Any, task: tasks.Task, size: int) -> None:
     """Refuse images that do not divide into the model's patches, before the run takes its folder."""
     if task.kind == "image-classification" and size % (patch := model.backbone.config.patch_size):
         raise expected("--image-size", f"a multiple of the model's patches of {patch}", size)
-
-
-def model_path(name: str) -> Path | None:
-    """Return where a model's files are: an asset's name, or a path; None for the random tiny model.
-
-    Raises:
-        ValueError: neither.
-    """
-    if name == "tiny-vit":
-        return None
-    if name in assets.ASSETS:
-        return assets.asset(name)
-    try:
-        path = models.local_files(name)
-    except FileNotFoundError as error:
-        raise UsageError(f"--model: {error}") from None
-    if not path.exists():
-        known = f"an asset ({', '.join(assets.ASSETS)}), tiny-vit, an existing path, or owner/name of the hub"
-        raise expected("--model", known, repr(name))
-    return path
-
-
-def load_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
-    """Return the model's own tokenizer; None for a model that has none, such as one of images."""
-    return models.load_tokenizer(path)
 
 
 def normalization(path: Path | None) -> models.ImageNormalization:

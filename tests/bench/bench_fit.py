@@ -20,7 +20,6 @@ from ntk_prefix import PrefixState, models, peft
 from ntk_prefix.artifacts import json_text, provenance, write_whole
 from train import assets, tasks
 from train.config import DataConfig
-from train.setup import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ def measure(options: Options) -> dict[int, dict[str, np.ndarray]]:
     folder = assets.asset("minilm")
     model = models.from_pretrained(folder)
     settings = DataConfig(max_length=options.tokens, test_size=40)
-    task = tasks.load("newsgroups", settings, tokenizer=load_tokenizer(folder))
+    task = tasks.load("newsgroups", settings, tokenizer=models.load_tokenizer(folder))
     rows = list(task.train["input_ids"])
     prefix = next(ids for ids in rows if len(ids) == options.tokens)
     long = [ids[: options.length] for ids in rows if len(ids) >= options.length and ids is not prefix]

@@ -18,7 +18,7 @@ from ntk_prefix.artifacts import read_json
 from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
-from train import setup
+from train import assets, setup
 from train.config import TrainConfig
 from train.data import BUCKETS
 from train.sources import Kind, spec_of
@@ -108,7 +108,7 @@ def abstract_model(config: TrainConfig, shape: str | None, num_labels: int) -> A
     kind = spec_of(config.task).kind
     if kind == "ranking":
         raise expected("--config", "a task of classes or of language: the plan of a ranking is not made", config.task)
-    path = None if shape is not None else setup.model_path(config.model)
+    path = None if shape is not None else assets.model_path(config.model)
     if shape is None and path is None:
         make: Callable[[], Any] = functools.partial(setup.load_model, config, None, kind, num_labels)
     else:
