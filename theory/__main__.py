@@ -11,13 +11,13 @@ import jax
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ntk_prefix.artifacts import cores
-from ntk_prefix.checks import UsageError, expected, explain
+from ntk_prefix.checks import UsageError, expected
 from theory.claim import Claim
 from theory.claims import claims, table
+from theory.command import counted, ended
 from theory.jobs import estimate, measure
 from theory.page import controls_in_words, number, verdict
 from theory.problem import Problem, Profile, Scaling, load
@@ -45,13 +45,7 @@ def verify(problem: Problem, chosen: list[Claim], out: Path, console: Console, j
     if reasons and all(reasons):
         raise UsageError("; ".join(f"{claim.name}: {why}" for claim, why in zip(chosen, reasons, strict=True)))
     folder = Folder(out, configuration(problem, chosen))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with folder.held(), Progress(*columns, console=console) as progress:
+    with folder.held(), counted(console) as progress:
         task = progress.add_task("claims", total=len(chosen))
 
         def begun(running: list[Claim]) -> None:
@@ -121,7 +115,7 @@ def main(
 
     Writes index.html (self-contained), report.md, claims.json, claims.tex, configuration.json and figures/ to OUT. An
     interrupted run goes on where it stopped. Exits with 1 if a claim does not hold or a control does not fail, with 2 on bad
-    input or if float64 cannot decide a claim on it.
+    input or if float64 or so few rows cannot decide a claim, with 130 on Ctrl-C.
 
     Args:
         claim: claims to test; none means all.
@@ -143,7 +137,8 @@ def main(
         markdown: with --list, print the table of theory/README.md.
     """
     console = Console()
-    try:
+
+    def run() -> int:
         chosen = claims(claim)
         if markdown and not list_claims:
             raise expected("--markdown", "it beside --list", "it alone")
@@ -172,19 +167,15 @@ def main(
                 targets=targets,
                 scaling=scaling,
             )
-        jobs = cores() if jobs is None else jobs
-        console.print(estimate(problem, chosen, jobs), highlight=False, soft_wrap=True)
-        outcome = verify(problem, chosen, out, console, jobs)
-    except Exception as error:
-        line = explain(error)
-        if line is None:
-            raise
-        console.print(f"[red]{escape(line)}[/]", highlight=False, soft_wrap=True)
-        return 2
-    console.print(summary(outcome))
-    page = str(outcome.page).encode("utf-8", "replace").decode()  # bytes that are no text cannot be printed
-    console.print(f"report: {escape(page)}", highlight=False, soft_wrap=True)
-    return outcome.status
+        at_once = cores() if jobs is None else jobs
+        console.print(estimate(problem, chosen, at_once), highlight=False, soft_wrap=True)
+        outcome = verify(problem, chosen, out, console, at_once)
+        console.print(summary(outcome))
+        page = str(outcome.page).encode("utf-8", "replace").decode()  # bytes that are no text cannot be printed
+        console.print(f"report: {escape(page)}", highlight=False, soft_wrap=True)
+        return outcome.status
+
+    return ended(run, console)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ import tyro
 from matplotlib.ticker import NullLocator
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ntk_prefix.artifacts import decode_json, finite_or_none, held, json_text, provenance, read_bytes, write_whole
 from ntk_prefix.certificate import Certificate, find_m
-from ntk_prefix.checks import UsageError, check_count, expected, explain
+from ntk_prefix.checks import UsageError, check_count, expected
 from ntk_prefix.random_prefix import ModelName
 from theory import figures
+from theory.command import counted, ended
 from theory.page import number
 from theory.problem import Problem, load
 
@@ -197,8 +197,7 @@ def sweep(problems: dict[Cell, Problem], longest: int, out: Path, of: str, conso
     """Certify every cell that is not in the file yet, and write table and figure."""
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with held(out / ".lock", "--out"), Progress(*columns, console=console) as progress:
+    with held(out / ".lock", "--out"), counted(console) as progress:
         file = Rows(out, of)
         rows = {cell: row for cell, row in file.finished().items() if cell in problems}
         task = progress.add_task("cells", total=len(problems), completed=len(rows))
@@ -245,7 +244,8 @@ def main(
         seed: of the images and the prefixes.
     """
     console = Console()
-    try:
+
+    def run() -> int:
         for flag, given in (("--sigma", sigma), ("--d", d), ("--n", n), ("--model", model)):
             if not given:
                 raise expected(flag, "at least one", "none")
@@ -261,18 +261,11 @@ def main(
             }
         sources = provenance(sources=("ntk_prefix/**/*.py", "theory/problem.py", "theory/sweep.py"))["sources_sha256"]
         rows = sweep(problems, longest, out, f"seed {seed}, longest {longest}, sources {sources[:16]}", console)
-    except KeyboardInterrupt:
-        console.print("stopped; what is finished is kept, and the same command goes on", style="yellow")
-        return 130
-    except Exception as error:
-        line = explain(error)
-        if line is None:
-            raise
-        console.print(f"[red]{escape(line)}[/]", highlight=False, soft_wrap=True)
-        return 2
-    console.print(table(rows))
-    console.print(f"figure: {escape(str(out.absolute() / 'figure.png'))}", highlight=False, soft_wrap=True)
-    return 0
+        console.print(table(rows))
+        console.print(f"figure: {escape(str(out.absolute() / 'figure.png'))}", highlight=False, soft_wrap=True)
+        return 0
+
+    return ended(run, console)
 
 
 if __name__ == "__main__":

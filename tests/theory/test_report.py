@@ -364,6 +364,16 @@ class TestInterruption:
         assert [record | {"seconds": 0} for record in records] == [record | {"seconds": 0} for record in beside]
         assert not (tmp_path / ".unfinished").exists()
 
+    def test_ctrl_c_is_told_how_to_go_on(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stopped(*given: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(command, "verify", stopped)
+        assert command.main(CHEAP, inputs=4, width=3, out=tmp_path) == 130
+        assert "the same command goes on" in capsys.readouterr().out
+
     def test_another_configuration_starts_afresh(self, problem: Problem, tmp_path: Path) -> None:
         calls = []
 
