@@ -14,6 +14,7 @@ from flax import nnx
 
 from ntk_prefix import models, peft, sharding
 from ntk_prefix.checks import UsageError
+from ntk_prefix.models.families.modernbert import ModernBert, ModernBertConfig
 from ntk_prefix.models.scan import check_alike
 from ntk_prefix.training import Trainer, TrainState
 
@@ -33,6 +34,8 @@ METHODS: dict[str, tuple[str, Any]] = {
     "prefix_tuning": ("llama", peft.PrefixTuningConfig(num_tokens=3)),
     "full": ("llama", peft.FullConfig()),
     "bitfit": ("bert", peft.BitFitConfig()),
+    # a first layer of another build, and of the others every third without a window
+    "modernbert": ("modernbert", (peft.LoraConfig(r=2), peft.NTKAttentionConfig())),
     "prefix_propagation": ("bert", peft.PrefixPropagationConfig(num_prefix_tokens=2, dropout=0.5)),
 }
 QUICK = ("lora_ntk", "full")
@@ -46,6 +49,8 @@ def shapes_of(kind: str, config: Any = None, layers: int = 2, **run: Any) -> Any
         if kind == "llama":
             sizes = models.LlamaConfig(**SIZES, num_hidden_layers=layers, num_key_value_heads=2)
             model: Any = models.Llama(sizes, rngs=rngs)
+        elif kind == "modernbert":
+            model = ModernBert(ModernBertConfig(**SIZES, num_hidden_layers=2 * layers, local_attention=4), rngs=rngs)
         else:
             bert = models.Bert(models.BertConfig(**SIZES, num_hidden_layers=layers, type_vocab_size=2), rngs=rngs)
             model = models.Classifier(bert, 3, rngs=rngs)
