@@ -337,7 +337,8 @@ def _fill(model: Backbone, checkpoint: Checkpoint, path: str, into: Target) -> N
     over = []
     for name, tensor in checkpoint.tensors.items():
         if name not in known:
-            over.append(name.removeprefix(prefix))
+            if 0 not in tensor.shape:  # such as no registers, which are kept as a tensor [1, 0, features]
+                over.append(name.removeprefix(prefix))
         elif known[name] in found:
             raise expected(f"{path}: {name}", "each tensor once", f"{found[known[name]].name} as well")
         else:

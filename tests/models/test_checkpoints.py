@@ -114,6 +114,14 @@ def test_only_what_the_function_does_not_depend_on_is_left_out(tmp_path: Path, k
             loaded(tmp_path / str(number), CONFIGS[kind], {**tensors, name: numbers})
 
 
+def test_a_tensor_of_no_numbers_is_nothing_beyond_a_model(tmp_path: Path) -> None:
+    """Such as the registers of a DINOv2 that has none: [1, 0, features]."""
+    tensors = draw(CONFIGS["vit"])
+    loaded(tmp_path / "empty", CONFIGS["vit"], {**tensors, "embeddings.register_tokens": np.zeros((1, 0, 24), "f4")})
+    with pytest.raises(UsageError, match=r"left over: embeddings\.register_tokens"):
+        loaded(tmp_path / "one", CONFIGS["vit"], {**tensors, "embeddings.register_tokens": np.zeros((1, 1, 24), "f4")})
+
+
 # ------------------------------------------------------------------------------------ what config.json means
 
 
