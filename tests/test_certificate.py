@@ -450,7 +450,10 @@ class TestCertificate:
 
     def test_find_m_brackets_the_smallest(self) -> None:
         x, y = data()
-        found = find_m(x, y, start=64, resolution=0.3)
+        tried: list[tuple[int, bool]] = []
+        found = find_m(x, y, start=64, resolution=0.3, progress=lambda *told: tried.append(told))
+        assert tried[:2] == [(64, False), (128, False)]
+        assert found.m == min(m for m, holds in tried if holds)
         assert found.holds
         assert not certify(x, y, m=found.m // 4 * 2).holds
         assert found.steps_to(0.01) > 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ntk_prefix.certificate import MarginCertificate, certify
+from ntk_prefix.certificate import MarginCertificate, certify, find_m
 from ntk_prefix.certificate.margin import Ball, largest_margins, separates, signs_of
 from ntk_prefix.checks import UsageError
 from ntk_prefix.one_layer import TiedPrefixModel
@@ -133,8 +133,12 @@ def test_the_margin_is_lowered_by_what_the_kernel_may_be_off_by() -> None:
 def test_a_length_is_found_and_a_shorter_one_is_refused() -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(N, D)) * 0.5)
     labels = np.asarray(x[:, 0] > 0).astype(int)
-    found = certify(x, labels=labels, sigma=0.5, loss=0.5)
+    tried: dict[int, bool] = {}
+    found = find_m(x, labels=labels, sigma=0.5, loss=0.5, progress=tried.__setitem__)
     assert found.holds
+    assert min(tried) == 64
+    assert found.m == min(m for m, holds in tried.items() if holds)
+    assert max(m for m, holds in tried.items() if not holds) > 0.98 * found.m
     assert not certify(x, labels=labels, sigma=0.5, loss=0.5, m=2 * round(0.45 * found.m)).holds
     assert "A longer prefix would do" in certify(x, labels=labels, sigma=0.5, loss=0.5, m=8).explain()
 
@@ -156,6 +160,7 @@ def test_equal_inputs_of_other_labels_are_refused_whatever_the_length() -> None:
     refused = certify(x, labels=labels)
     assert not refused.holds
     assert "No length mends it" in refused.explain()
+    assert "nan" not in refused.explain()
     with pytest.raises(UsageError, match="does not hold"):
         refused.curve(1)
 
@@ -187,6 +192,23 @@ def test_what_cannot_be_meant_is_refused(given: dict[str, Any], message: str) ->
     x = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)))
     with pytest.raises(UsageError, match=message):
         certify(x, **given)
+
+
+@pytest.mark.usefixtures("without_annotations")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": [0, 1] * 3, "y": np.ones((N, 1))}, "one of the two, got both"),
+        ({}, "got neither"),
+        ({"labels": [0, 1] * 3, "remove_offset": True}, "remove_offset: expected None beside labels"),
+        ({"y": np.ones((N, 1)), "loss": 0.1}, "loss: expected None without labels"),
+        ({"labels": [0, 1] * 3, "model": None}, r"certify\(x, labels=labels, model=model\)"),
+    ],
+)
+def test_what_no_search_can_mean_is_refused(given: dict[str, Any], message: str) -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)))
+    with pytest.raises(UsageError, match=message):
+        find_m(x, **given)
 
 
 def test_a_tied_model_is_refused() -> None:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ntk_prefix.artifacts import decode_json, finite_or_none, held, json_text, provenance, read_bytes, write_whole
 from ntk_prefix.certificate import Certificate, find_m
+from ntk_prefix.certificate.length import Progress
 from ntk_prefix.checks import UsageError, check_count, expected
 from ntk_prefix.random_prefix import ModelName
 from theory import figures
@@ -96,8 +97,8 @@ class Rows:
         write_whole(self.path, "".join(json_text(row, indent=None) for row in rows.values()).encode())
 
 
-def certified(problem: Problem, model: ModelName, longest: int, of: str) -> Row:
-    """Search for the shortest certified prefix of a problem; in float64."""
+def certified(problem: Problem, model: ModelName, longest: int, of: str, tried: Progress = lambda *_: None) -> Row:
+    """Search for the shortest certified prefix of a problem, in float64; ``tried`` is told of each length."""
     found = find_m(
         problem.inputs,
         problem.targets,
@@ -107,6 +108,7 @@ def certified(problem: Problem, model: ModelName, longest: int, of: str) -> Row:
         start=min(START, longest),
         largest=longest,
         resolution=RESOLUTION,
+        progress=tried,
     )
     row: Row = {
         "of": of, "model": model, "sigma": problem.sigma, "d": problem.d, "n": problem.n, "refused": None, "m": None,
@@ -205,9 +207,14 @@ def sweep(problems: dict[Cell, Problem], longest: int, out: Path, of: str, conso
             if cell in rows:
                 continue
             model, sigma, d, n = cell
-            progress.update(task, description=f"{model}, sigma = {sigma:g}, d = {d}, n = {n}")
+            name = f"{model}, sigma = {sigma:g}, d = {d}, n = {n}"
+            progress.update(task, description=name)
+
+            def tried(m: int, holds: bool, name: str = name) -> None:
+                progress.update(task, description=f"{name}: m = {m:,} {'certified' if holds else 'refused'}")
+
             with jax.enable_x64(True):
-                rows[cell] = certified(problem, "tied" if model == "tied" else "fixed", longest, of)
+                rows[cell] = certified(problem, "tied" if model == "tied" else "fixed", longest, of, tried)
             file.keep(rows)
             progress.advance(task)
         in_order = [rows[cell] for cell in sorted(problems)]

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import jax.numpy as jnp
 
+from ntk_prefix.certificate.length import Progress
 from ntk_prefix.certificate.tokens import Prefix
 from ntk_prefix.checks import check_finite, check_inputs, expected
 from ntk_prefix.one_layer import check_signs
 from ntk_prefix.random_prefix import ModelName, RandomPrefix, variant_named
-from ntk_prefix.typing import Array
+from ntk_prefix.typing import Array, KeyArray
 
-__all__ = ["check_data", "outputs_wanted"]
+__all__ = ["Drawn", "Search", "Start", "check_data", "outputs_wanted"]
 
 LARGEST_INPUT = 1e100
 """Entries up to which products of two of them, and sums of those, are float64."""
+
+
+class Drawn(TypedDict, total=False):
+    """Of a prefix and its descent, of whatever length."""
+
+    sigma: float
+    model: ModelName | Prefix
+    key: KeyArray | None
+    symmetric: bool
+    step_size: float | None
+
+
+class Start(Drawn, total=False):
+    """What both kinds of certificate take."""
+
+    m: int | None
+
+
+class Search(Drawn, total=False):
+    """What the search for a length takes."""
+
+    start: int
+    largest: int
+    resolution: float
+    progress: Progress
 
 
 def outputs_wanted(y: Array, model: ModelName) -> int | None:

@@ -46,7 +46,7 @@ class MarginCertificate:
         holds: whether the proof goes through for the loss that was asked for. If not, ``explain()`` says why.
         m: prefix length, of the fixed model with one output and a symmetric start.
         examples: n.
-        step_size: eta.
+        step_size: eta; NaN if none was given and the proof failed before it takes one.
         margin: a lower bound on max over |U|_F = 1 of min_i y_i J_i(0) . U / sqrt(m).
         wanted: the loss that was asked for.
         loss: the bound on the loss after ``steps_needed`` steps; infinite if there is none.
@@ -106,7 +106,8 @@ class MarginCertificate:
 
     def explain(self) -> str:
         """Return the proof in numbers, or the inequality at which it fails and what would mend it."""
-        head = f"logistic loss, {self.examples} examples, m = {self.m:,}, eta = {self.step_size:.4g}, margin {self.margin:.4g}"
+        step = "" if math.isnan(self.step_size) else f"eta = {self.step_size:.4g}, "
+        head = f"logistic loss, {self.examples} examples, m = {self.m:,}, {step}margin {self.margin:.4g}"
         if self.holds:
             wrong = "none of the labels is" if not self.errors else f"at most {self.errors} of the labels are"
             lines = [
@@ -121,7 +122,7 @@ class MarginCertificate:
                 if "positive" in failed.what
                 else "Take a smaller step_size, or None."
                 if "stable" in failed.what
-                else "A longer prefix would do, or a larger loss."
+                else "A longer prefix would do, which certificate.find_m(x, labels=labels) finds, or a larger loss."
             )
             lines = [
                 f"not certified: {head}.",
@@ -179,7 +180,7 @@ def certify_margin(
     first = Step(
         "the margin is positive: its rounding over what was computed",
         doubt,
-        OUTWARD * max(float(margins.min()) + doubt, 0),
+        OUTWARD * max(float(margins.min()) + doubt, 0) if math.isfinite(doubt) else 0.0,
     )
     found = None
     if first.holds and margins.min() > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ import numpy as np
 
 from ntk_prefix.certificate.closure import PASSES, close
 from ntk_prefix.certificate.curve import Forecast
-from ntk_prefix.certificate.data import check_data, outputs_wanted
+from ntk_prefix.certificate.data import Drawn, Search, Start, check_data, outputs_wanted
 from ntk_prefix.certificate.elsewhere import elsewhere
-from ntk_prefix.certificate.length import search
+from ntk_prefix.certificate.length import Progress, search
 from ntk_prefix.certificate.margin import MarginCertificate, certify_margin, separates, signs_of
 from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference, Step
@@ -42,17 +42,6 @@ SMALLEST_ERROR = 1e-140
 LONGEST_A_PRIORI = 1e300
 
 
-class _Start(TypedDict, total=False):
-    """What both kinds of certificate take."""
-
-    sigma: float
-    model: ModelName | Prefix
-    m: int | None
-    key: KeyArray | None
-    symmetric: bool
-    step_size: float | None
-
-
 @overload
 def certify(
     x: Inputs,
@@ -61,13 +50,13 @@ def certify(
     delta: float | None = ...,
     x_test: OtherInputs | None = ...,
     remove_offset: bool = ...,
-    **start: Unpack[_Start],
+    **start: Unpack[Start],
 ) -> Certificate: ...
 
 
 @overload
 def certify(
-    x: Inputs, *, labels: Sequence[Any] | Array | np.ndarray, loss: float | None = ..., **start: Unpack[_Start]
+    x: Inputs, *, labels: Sequence[Any] | Array | np.ndarray, loss: float | None = ..., **start: Unpack[Start]
 ) -> MarginCertificate: ...
 
 
@@ -157,23 +146,11 @@ def certify(
         check_positive("sigma", sigma)
         if delta is not None:
             return _before_drawing(x, y, sigma, model, m, delta, symmetric, step_size)
-        if m is None and labels is not None:
-            start: _Start = {"sigma": sigma, "model": model, "key": key, "symmetric": symmetric, "step_size": step_size}
-            return search(
-                lambda m: certify(x, labels=labels, loss=loss, **(start | _Start(m=m))),
-                hopeless=lambda _: not separates(x, np.asarray(y)[:, 0], sigma),
-            )
         if m is None:
-            found = find_m(
-                x,
-                y,
-                sigma=sigma,
-                model=model,
-                key=key,
-                symmetric=symmetric,
-                step_size=step_size,
-                remove_offset=remove_offset,
-            )
+            drawn: Drawn = {"sigma": sigma, "model": model, "key": key, "symmetric": symmetric, "step_size": step_size}
+            if labels is not None:
+                return find_m(x, labels=labels, loss=loss, **drawn)
+            found = find_m(x, y, remove_offset=remove_offset, **drawn)
             if x_test is None or not found.holds:
                 return found
             m = found.m
@@ -301,12 +278,26 @@ def _prior_certificate(prior: Prior, m: int, step_size: float | None) -> Certifi
     )
 
 
+@overload
+def find_m(
+    x: Inputs, y: Float[Array, "n o"], *, remove_offset: bool = ..., **wanted: Unpack[Search]
+) -> Certificate: ...
+
+
+@overload
+def find_m(
+    x: Inputs, *, labels: Sequence[Any] | Array | np.ndarray, loss: float | None = ..., **wanted: Unpack[Search]
+) -> MarginCertificate: ...
+
+
 def find_m(
     x: Inputs,
-    y: Float[Array, "n o"],
+    y: Float[Array, "n o"] | None = None,
     *,
+    labels: Sequence[Any] | Array | np.ndarray | None = None,
+    loss: float | None = None,
     sigma: float = 1.0,
-    model: ModelName = "fixed",
+    model: ModelName | Prefix = "fixed",
     key: KeyArray | None = None,
     symmetric: bool = True,
     step_size: float | None = None,
@@ -314,30 +305,38 @@ def find_m(
     start: int = 64,
     largest: int = 2**24,
     resolution: float = 0.02,
-) -> Certificate:
+    progress: Progress = lambda *_: None,
+) -> Certificate | MarginCertificate:
     """Return the smallest certified prefix length: powers of two until one is certified, then bisection.
 
     A longer prefix is the shorter one continued (same ``key``), but whether it is certified need not be monotone: the
     result is certified, and a length ``resolution`` shorter was refused (or is 2).
 
     Args:
-        x, y, sigma, model, key, symmetric, step_size, remove_offset: as in ``certify``. (A given step is too large for
+        x, y, labels, loss, sigma, key, symmetric, step_size, remove_offset: as in ``certify``. (A given step is too large for
             some length on, since m eta lambda_max grows with m: then none may be found.)
+        model: "fixed" or "tied"; with labels "fixed".
         start: the first length tried, even; if it is certified, shorter ones are tried too.
         largest: the last one; the certificate returned for it does not hold if none did.
         resolution: relative width at which the bisection stops.
+        progress: told of each length that was tried and whether it is certified: a search may take minutes.
 
     Returns:
-        The certificate. If the limit kernel itself is singular, one that does not hold, at ``start``, as no length mends it.
+        The certificate. If the limit kernel itself is singular, or does not separate the labels, one that does not hold, at
+        ``start``, as no length mends it.
 
     Raises:
         ValueError: as ``certify``; lengths that are odd or not in order, a resolution that is not positive.
     """
     if not isinstance(model, str):
+        given = "y" if labels is None else "labels=labels"
         raise expected(
-            "model", '"tied" or "fixed"', type(model).__name__, "certify(x, y, model=model) certifies a model"
+            "model", '"tied" or "fixed"', type(model).__name__, f"certify(x, {given}, model=model) certifies a model"
         )
-    check_data(x, y, model, None)
+    if (y is None) == (labels is None):
+        raise expected("y and labels", "one of the two", "neither" if y is None else "both")
+    if y is not None:
+        check_data(x, y, model, None)
     check_positive("sigma", sigma)
     check_positive("resolution", resolution)
     for name, length in (("start", start), ("largest", largest)):
@@ -346,24 +345,32 @@ def find_m(
             raise expected(name, "an even number of prefix tokens", length)
     if largest < start:
         raise expected("largest", f"at least start = {start}", largest)
-
-    def attempt(m: int) -> Certificate:
-        return certify(
-            x,
-            y,
-            sigma=sigma,
-            model=model,
-            m=m,
-            key=key,
-            symmetric=symmetric,
-            step_size=step_size,
-            remove_offset=remove_offset,
+    drawn: Drawn = {"sigma": sigma, "model": model, "key": key, "symmetric": symmetric, "step_size": step_size}
+    if labels is not None:
+        if remove_offset:
+            raise expected("remove_offset", "None beside labels", remove_offset)
+        check_inputs("x", x)
+        signs = signs_of(labels, len(x))
+        return search(
+            lambda m: certify(x, labels=labels, loss=loss, m=m, **drawn),
+            start,
+            largest,
+            resolution,
+            lambda _: not separates(x, signs, sigma),
+            progress,
         )
-
-    def hopeless(found: Certificate) -> bool:
-        return _singular(x, y, sigma, model)
-
-    return search(attempt, start, largest, resolution, hopeless)
+    if loss is not None:
+        raise expected("loss", "None without labels", loss)
+    targets = y
+    assert targets is not None
+    return search(
+        lambda m: certify(x, targets, remove_offset=remove_offset, m=m, **drawn),
+        start,
+        largest,
+        resolution,
+        lambda _: _singular(x, targets, sigma, model),
+        progress,
+    )
 
 
 def _singular(x: Array, y: Array, sigma: float, model: ModelName) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from ntk_prefix.certificate.length import Progress
 from theory import sweep
 from theory.problem import Problem, load
 
@@ -16,7 +17,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[sweep.Cell]:
     """The cells that are measured, in their order; what is certified of them is invented."""
     cells: list[sweep.Cell] = []
 
-    def certified(problem: Problem, model: str, longest: int, of: str) -> sweep.Row:
+    def certified(problem: Problem, model: str, longest: int, of: str, tried: Progress) -> sweep.Row:
         cells.append((model, problem.sigma, problem.d, problem.n))
         row: sweep.Row = {
             "of": of, "model": model, "sigma": problem.sigma, "d": problem.d, "n": problem.n, "refused": None,
