@@ -32,6 +32,18 @@ def test_all_that_a_figure_draws_is_in_its_curves():
     assert [row[2:] for row in rows if row[1] == "row 1"] == [(0, 3), (1, 4)]
 
 
+def test_names_at_the_ends_of_lines_do_not_lie_on_each_other():
+    _, (axis,) = figures.panels()
+    for place in range(3):
+        axis.plot([1, 2], [1, 10 * (1 + place / 1e6)], label=f"line {place}")
+    axis.plot([1, 2], [2, 2], label="_unnamed")
+    figures.label(axis, title="", x="", y="", log="y", direct=True)
+    heights = {text.get_text(): text.xy[1] for text in axis.texts}
+    assert sorted(heights) == sorted(heights, key=heights.__getitem__) == ["line 0", "line 1", "line 2"]
+    assert np.diff(sorted(heights.values())).min() > 0.99 * figures.SPACE
+    assert axis.get_legend() is None
+
+
 def test_the_table_for_a_paper_is_latex():
     (claim,) = claims(("lazy",))
     check = {"what": "a", "measured": 1.5e-16, "bound": 2.0, "at_least": False, "margin": 3.0, "holds": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -148,25 +149,33 @@ def _steps_too_long(problem: Problem) -> Evidence:
 
 def _faster(problem: Problem) -> Evidence:
     found = _train(problem, STABILITY, training_lengths(problem), _steps(problem), faster=FASTER)
-    return dataclasses.replace(found, series={})
+    return dataclasses.replace(found, series={"too good": found.series["envelopes"]})
 
 
 def _draw(evidence: Evidence, control: Evidence) -> Figure:
-    figure, axes = figures.panels(2)
-    used = evidence.series["lengths"]
-    for axis, name in zip(axes, MODELS, strict=True):
+    figure, axes = figures.panels(2, rows=2, height=3.5)
+    used, last = evidence.series["lengths"], evidence.series["lengths"][-1]
+    green, gray = figures.COLORS["bound"], figures.COLORS["control"]
+    for loss, falls, name in zip(axes[:2], axes[2:], MODELS, strict=True):
+        curves, envelopes = evidence.series["curves"], evidence.series["envelopes"]
         for index, m in enumerate(used):
-            fade = 0.25 + 0.75 * index / (len(used) - 1)
-            for kind, style in (("data", "-"), ("slowest", "--")):
-                text = f"m = {m}" if kind == "data" else "slowest targets" if m == used[-1] else None
-                axis.plot(
-                    evidence.series["curves"][name, kind, m], style, color=figures.COLORS[name], alpha=fade, label=text
-                )
-        axis.plot(evidence.series["envelopes"][name, used[-1]], color=figures.COLORS["bound"], label="envelope")
-        broken = control.series["broken"][name, "data", used[-1]]
-        broken = np.where(np.isfinite(broken) & (broken < 10), broken, np.nan)
-        axis.plot(broken, ":", color=figures.COLORS["control"], label="control: step too large")
-        figures.label(axis, title=f"Gradient descent, {name}", x="step t", y="|F(t) - Y|^2 / |F(0) - Y|^2", log="y")
+            style: dict[str, Any] = {"color": figures.COLORS[name], "alpha": 0.25 + 0.75 * index / (len(used) - 1)}
+            loss.plot(curves[name, "data", m], label=f"m = {m}", **style)
+            if m < (evidence.parameters[f"shortest_in_regime_{name}"] or last):
+                continue  # nothing is promised there
+            kept = 1 / promised(curves[name, "slowest", m], envelopes[name, m])
+            falls.plot(np.arange(1, len(kept) + 1), kept, label=f"m = {m}", **style)
+        loss.plot(envelopes[name, last], color=green, label="envelope")
+        steps_too_long = control.series["broken"][name, "data", last]
+        loss.plot(steps_too_long, ":", color=gray, label="_control: steps too long")
+        loss.set_ylim(0.7 * min(float(curves[name, "data", m].min()) for m in used), 10)
+        too_good = 1 / promised(curves[name, "slowest", last], control.series["too good"][name, last])
+        falls.plot(np.arange(1, len(too_good) + 1), too_good, ":", color=gray, label="control: rate too good")
+        falls.plot([1, len(too_good)], [1, 1], color=green, label="as promised")
+        title = f"Gradient descent, {name}"
+        figures.label(loss, title=title, x="step t", y="|F(t) - Y|^2 / |F(0) - Y|^2", log="y", direct=True)
+        title, fall = f"Slowest targets, {name}", "fall of log loss / promised fall"
+        figures.label(falls, title=title, x="step t", y=fall, log="xy", direct=True)
     return figure
 
 
@@ -200,6 +209,8 @@ CLAIM = Claim(
         ),
     ),
     draw=_draw,
-    caption="Squared error of full-batch gradient descent for each prefix length (darker: longer), on the data's targets "
-    "and, dashed, on targets along the slowest direction of the kernel; green: the theory's envelope at the longest.",
+    caption="Above: squared error of full-batch gradient descent on the data's targets for each prefix length (darker: "
+    "longer), the theory's envelope at the longest (green), and with steps too long (dotted). Below: on targets along the "
+    "slowest direction of the kernel, by how many times the logarithm of the loss falls further than the envelope "
+    "promises, for every length of which something is promised; dotted: of a rate that is too good, at the longest.",
 )

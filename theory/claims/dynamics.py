@@ -276,7 +276,10 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
             label = f"{name}, {start}: slope {slope.value:.2f} [{slope.low:.2f}, {slope.high:.2f}]"
             rates.plot(list(medians), list(medians.values()), style, color=figures.COLORS[name], label=label)
         wrong = control.series["errors"][name]
-        rates.plot(list(wrong), [np.median(v) for v in wrong.values()], ":", color=figures.COLORS["control"])
+        rates.plot(
+            list(wrong), [np.median(v) for v in wrong.values()], ":", color=figures.COLORS["control"],
+            label=f"{'_' if name == 'tied' else ''}{name}, control",
+        )  # fmt: skip
     figures.label(curves, title="Training curves (darker: longer prefix)", x="step t", y="|F(t) - Y|^2", log="y")
     figures.label(
         rates, title="Distance from the prediction", x="prefix length m", y="max_t |F(t) - predicted| / |Y|", log="xy"

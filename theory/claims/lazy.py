@@ -139,7 +139,8 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
             figures.power_law(axis, values, name, figures.COLORS[name], evidence.series["slopes"][name, what])
             if what == "movement":
                 ends = [evidence.series["lengths"][place] for place in (0, -1)]
-                axis.plot(ends, evidence.series["found"][name, "allowed"], "--", color=figures.COLORS["bound"])
+                allowed = evidence.series["found"][name, "allowed"]
+                axis.plot(ends, allowed, "--", color=figures.COLORS[name], linewidth=1, label=f"{name}, bound")
             axis.plot(
                 list(values),
                 control.series["found"][name, what],

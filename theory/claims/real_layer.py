@@ -122,14 +122,23 @@ def _stylized(problem: Problem) -> Evidence:
 
 
 def _draw(evidence: Evidence, control: Evidence) -> Figure:
-    figure, (axis,) = figures.panels(width=5.0)
-    errors = evidence.series["errors"]
-    figures.power_law(axis, errors, "its own limit", figures.COLORS["real"], evidence.series["slope"])
-    figures.power_law(axis, control.series["errors"], "the stylized limit (control)", figures.COLORS["control"])
-    axis.axvline(evidence.series["sequence"], color="black", linewidth=0.8, linestyle=":", label="m = L")
-    last = max(errors)
-    figures.guide(axis, list(errors), 0.6 * np.median(errors[last]) * (last / min(errors)) ** 0.5, -0.5, "slope -1/2")
-    figures.label(axis, title="Real prefix attention", x="prefix length m", y="|m Theta - limit| / |limit|", log="xy")
+    figure, (distance, rate) = figures.panels(2, width=4.6)
+    errors, others = evidence.series["errors"], control.series["errors"]
+    real, gray = figures.COLORS["real"], figures.COLORS["control"]
+    figures.power_law(distance, errors, "its own limit", real, evidence.series["slope"])
+    figures.power_law(distance, others, "the stylized limit (control)", gray)
+    distance.axvline(evidence.series["sequence"], color="black", linewidth=0.8, linestyle=":", label="m = L")
+    figures.label(
+        distance, title="Real prefix attention", x="prefix length m", y="|m Theta - limit| / |limit|", log="xy"
+    )
+    for found, name, color in ((errors, "its own limit", real), (others, "the stylized limit", gray)):
+        figures.power_law(rate, {m: m**0.5 * error for m, error in found.items()}, name, color)
+    fitted = [m for m in errors if m >= OUTGROWN * evidence.series["sequence"]]
+    start = float(np.median(errors[fitted[0]]))
+    rate.plot(fitted, [fitted[0] ** 0.5 * start] * len(fitted), "--", color="black", linewidth=0.9, label="slope -1/2")
+    figures.label(
+        rate, title="Over m^(-1/2)", x="prefix length m", y="sqrt(m) |m Theta - limit| / |limit|", log="xy", direct=True
+    )
     return figure
 
 
@@ -153,5 +162,6 @@ CLAIM = Claim(
     draw=_draw,
     undecidable=_undecidable,
     caption="Relative distance of the real layer's kernel, inputs present, from its own infinite-prefix limit and from the "
-    "stylized one. While m is below L the inputs hold most of the attention.",
+    "stylized one; right: times sqrt(m), where what falls like m^(-1/2) is flat (dashed, from the first length of the "
+    "fit). While m is below L the inputs hold most of the attention.",
 )
