@@ -35,7 +35,7 @@ PUBLIC = [
     "ntk_prefix.kernels.equivalence", "ntk_prefix.kernels.neural_tangents", "ntk_prefix.models", "ntk_prefix.peft",
     "ntk_prefix.prompting", "ntk_prefix.training",
 ]  # fmt: skip
-"""Modules whose ``__all__`` is public: each name has to stand on a page, with a docstring."""
+"""Modules whose names are public: each of them has to stand on a page, with a docstring."""
 
 
 _entries: dict[str, str] = {}
@@ -155,9 +155,15 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 
 def public(module: str) -> dict[str, Any]:
-    """Return what a module's ``__all__`` names."""
+    """Return what is public in a module: what ``__all__`` names and, of a package, the classes that it imports."""
     members = importlib.import_module(module)
-    return {name: getattr(members, name) for name in members.__all__}
+    classes = [
+        name
+        for name, member in vars(members).items()
+        if inspect.isclass(member) and member.__module__.startswith("ntk_prefix.") and not name.startswith("_")
+    ]
+    names = [*members.__all__, *(classes if hasattr(members, "__path__") else [])]
+    return {name: getattr(members, name) for name in sorted(set(names))}
 
 
 def documented(member: Any) -> bool:

@@ -26,33 +26,28 @@ that ``phi(q) . phi(k)`` stands for ``exp(scale * q . k)``; with the usual ``sca
 Every map is a pytree. Those of the first five rows have no leaves: they are frozen dataclasses, equal settings are equal
 maps, and one may be a static argument of ``jax.jit``. The others own arrays, which are their leaves, and may be traced,
 trained, stacked and mapped over like those of any other tree; they are arguments and never static.
+
+Classes have a help of their own: :class:`FeatureMap`, and for each row of the table ``Elu1``, ``Taylor``, ``Minimax``,
+``PositiveRandom``, ``Elu``, ``Gelu``, ``Anchors``, ``NormalizedAnchors``, ``Nearest``, ``Projected``, ``Concatenated``.
 """
 
-from ntk_prefix.feature_maps.base import (
-    LARGEST_DIM,
-    FeatureMap,
-    attention_error_bound,
-    feature_map,
-    feature_maps,
-)
-from ntk_prefix.feature_maps.fixed import Elu, Elu1, Gelu, PositiveRandom, Taylor
-from ntk_prefix.feature_maps.minimax import Minimax
-from ntk_prefix.feature_maps.with_arrays import Anchors, Concatenated, Nearest, NormalizedAnchors, Projected
+from ntk_prefix.feature_maps.base import LARGEST_DIM, attention_error_bound, feature_map, feature_maps
+from ntk_prefix.feature_maps.base import FeatureMap as FeatureMap
+from ntk_prefix.feature_maps.fixed import Elu as Elu
+from ntk_prefix.feature_maps.fixed import Elu1 as Elu1
+from ntk_prefix.feature_maps.fixed import Gelu as Gelu
+from ntk_prefix.feature_maps.fixed import PositiveRandom as PositiveRandom
+from ntk_prefix.feature_maps.fixed import Taylor as Taylor
+from ntk_prefix.feature_maps.minimax import Minimax as Minimax
+from ntk_prefix.feature_maps.with_arrays import Anchors as Anchors
+from ntk_prefix.feature_maps.with_arrays import Concatenated as Concatenated
+from ntk_prefix.feature_maps.with_arrays import Nearest as Nearest
+from ntk_prefix.feature_maps.with_arrays import NormalizedAnchors as NormalizedAnchors
+from ntk_prefix.feature_maps.with_arrays import Projected as Projected
 
+# without classes, as in ntk_prefix/__init__.py
 __all__ = [
     "LARGEST_DIM",
-    "Anchors",
-    "Concatenated",
-    "Elu",
-    "Elu1",
-    "FeatureMap",
-    "Gelu",
-    "Minimax",
-    "Nearest",
-    "NormalizedAnchors",
-    "PositiveRandom",
-    "Projected",
-    "Taylor",
     "attention_error_bound",
     "feature_map",
     "feature_maps",
