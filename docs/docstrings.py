@@ -1,4 +1,4 @@
-"""Docstrings as the site's Markdown: this house writes reStructuredText's roles, formulas and tables."""
+"""Docstrings as the site's Markdown: the docstrings have reStructuredText's roles, formulas and tables."""
 
 import re
 import textwrap

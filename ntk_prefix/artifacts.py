@@ -271,7 +271,7 @@ def _git() -> str:
 
 
 def cores() -> int:
-    """Return how many independent things to do at once: one a core; one on an accelerator, whose memory is not shared."""
+    """Return how many independent things to do at once: one per core; one on an accelerator, whose memory is not shared."""
     import jax
 
     if jax.default_backend() != "cpu":

@@ -39,7 +39,7 @@ FEATURES_PER_BLOCK = 2**21
 """Features held at a time, 16 MiB of float64: what bounds the memory beside inputs and outputs."""
 
 BLOCK = 256
-"""Most tokens of one block. A causal block costs BLOCK scores a token, so it must not grow with n."""
+"""Most tokens of one block. A causal block costs BLOCK scores per token, so it must not grow with n."""
 
 
 def polynomial_degree(score: float, error: float, polynomial: Literal["taylor", "minimax"] = "taylor") -> int:
@@ -166,7 +166,7 @@ def polynomial_attention(
     Numerics: sums accumulate in float32 at least. The polynomial of a negative score cancels: a weight has the
     relative error of ``e^{2 S}`` roundings at worst, so scores beyond 5 want float64.
 
-    Memory: ``FEATURES_PER_BLOCK`` features at a time and one state of R (H + 1) numbers a head, whatever n is. The
+    Memory: ``FEATURES_PER_BLOCK`` features at a time and one state of R (H + 1) numbers per head, whatever n is. The
     gradient of the causal form keeps one state a block.
 
     Source: Alman & Song 2023 (the algorithm); merged monomials and the causal form derived here.

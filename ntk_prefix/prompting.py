@@ -3,7 +3,7 @@
 A prompt token is one line of a table: *row i, asked at x_i = c in context number a, answers y*. The weights know a grid
 and a bound on the functions, never the function. With cells of side h = 1/G, beta = tau G^2, and X in [0, 1]^(L x d):
 
-    feed-forward 1   m(x) = sum_k max_g (2 x_k c_g - c_g^2), exactly (its slope is the quantiser); x_j moved to place j;
+    feed-forward 1   m(x) = sum_k max_g (2 x_k c_g - c_g^2), exactly (its slope is the quantizer); x_j moved to place j;
                      the answer of a prompt token moved to slot a
     attention        score(row i, prompt) = beta (2 x_i.c - |c|^2 - m(x_i)) - row_penalty * [of another row]
                      score(row i, inputs) = log(input_share K / L)

@@ -49,7 +49,7 @@ def expected_error_bound(losses: ArrayLike, delta: float, upper: float) -> float
     it is the expectation of the loss so cut that is bounded.
 
     Args:
-        losses: [n], one a text, each in [0, upper].
+        losses: [n], one per text, each in [0, upper].
         delta: the probability with which the bound may fail, in (0, 1).
         upper: L > 0, the largest loss there can be.
 

@@ -87,7 +87,7 @@ class Trainer:
         optimizer: any optax transformation.
         wrt: nnx filter of what is trained, e.g. ``nnx.Param`` or a subclass of it.
         reduction: "sum" descends the sum over rows, "mean" the mean.
-        parallel: "jit" (a mesh, shardings) or "pmap" (a replica a device).
+        parallel: "jit" (a mesh, shardings) or "pmap" (a replica per device).
         mesh: devices of "jit", of all processes; rows are divided over all its axes but "tensor", weights and what an
             optimizer keeps of them over "fsdp" and "tensor". None is one device.
         devices: devices of "pmap"; None is all there are, those of other processes included.

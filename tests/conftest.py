@@ -27,10 +27,10 @@ compiling.keep_programs()
 # twentieth of them. Fifty times do.
 gc.set_threshold(20_000, 20, 20)
 
-# the gate must give the same answer twice; at a desk new examples are tried every time
-hypothesis.settings.register_profile("desk", deadline=None)
-hypothesis.settings.register_profile("gate", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("gate" if os.environ.get("CI") else "desk")
+# CI must give the same answer twice; a developer gets new examples every time
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -32,7 +32,7 @@ fuzzed = settings(
     max_examples=INPUTS,
     deadline=None,
     database=None,
-    derandomize=True,  # the gate says the same thing every time
+    derandomize=True,  # CI says the same thing every time
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 """Decorator of a fuzz test."""

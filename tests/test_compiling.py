@@ -10,7 +10,7 @@ from tests import compiling
 
 @pytest.mark.skipif(not compiling.KNOWN, reason="another JAX, whose tables are not looked into")
 def test_a_full_table_of_programs_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate failed in one order of its tests: the worker had 8,192 programs, and later ones were not remembered."""
+    """CI failed in one order of its tests: the worker had 8,192 programs, and later ones were not remembered."""
     for name in ("_cpp_pjit_cache_fun_only", "_cpp_pjit_cache_explicit_attributes"):
         monkeypatch.setattr(pjit, name, type(getattr(pjit, name))(capacity=4))
 

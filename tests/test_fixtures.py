@@ -1,4 +1,4 @@
-"""What commit a340712 wrote is still read: adapters, runs broken off and finished, tables, reports, looks.
+"""What commit a340712 wrote is still read: adapters, runs broken off and finished, tables, reports, kernel views.
 
 The files are made by ``tests/fixtures/make.py``, which is not part of this; nothing here may be made anew to let a test
 pass. Every test works on a copy, through what users type or call, from the checkout's root: the paths in the files are
@@ -150,7 +150,7 @@ def test_a_finished_run_is_finished(copied: Any, typed: Any) -> None:
     assert not (folder / "checkpoints").exists()
 
 
-# --------------------------------------------------------------------------------------- tables, reports and looks
+# ------------------------------------------------------------------------------- tables, reports and kernel views
 
 
 def test_a_table_is_read_and_no_cell_run_again(copied: Any, typed: Any, monkeypatch: pytest.MonkeyPatch) -> None:

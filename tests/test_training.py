@@ -43,7 +43,7 @@ def mesh(*shape: int) -> jax.sharding.Mesh:
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_every_way_and_device_count_trains_alike(reduction: str, x64: bool) -> None:
     alone_losses, alone_weights = run(trainer(reduction=reduction))
-    # sums over rows in another order: a few roundings a step, and Adam divides by a root of them
+    # sums over rows in another order: a few roundings per step, and Adam divides by a root of them
     tolerance = 1e-12 if x64 else 2e-5
     ways: list[dict] = [{"mesh": mesh(8)}, {"parallel": "pmap"}]
     if reduction == "mean":

@@ -215,12 +215,12 @@ def _file(data: str, n: int | None, seed: int, targets: str | None, scaling: Sca
     check_inputs(label, jnp.asarray(x))
     x = _scaled(label, x, scaling)
     if targets is None:
-        y, learnt = np.random.default_rng(seed).uniform(-1, 1, x.shape) / np.sqrt(x.shape[1]), "targets drawn"
+        y, learned = np.random.default_rng(seed).uniform(-1, 1, x.shape) / np.sqrt(x.shape[1]), "targets drawn"
     else:
         told = _read("--targets", targets, "an existing .npy file with numbers or labels, one for each row of --data")
-        y, learnt = _targets(f"--targets {targets}", told, x, len(loaded)), f"targets of {_shown(targets)}"
+        y, learned = _targets(f"--targets {targets}", told, x, len(loaded)), f"targets of {_shown(targets)}"
     how = "" if scaling == "none" else f", scaled ({scaling})"
-    return jnp.asarray(x), jnp.asarray(y), f"{_shown(data)}{how}, {learnt}"
+    return jnp.asarray(x), jnp.asarray(y), f"{_shown(data)}{how}, {learned}"
 
 
 def _shown(name: str) -> str:

@@ -165,17 +165,17 @@ def picture(rows: list[Row], longest: int) -> bytes:
     for model, (lengths, rates, curves) in zip(models, panels, strict=True):
         for (place, sigma), (style, d) in itertools.product(enumerate(sigmas), enumerate(widths)):
             some = [row for row in rows if (row["model"], row["sigma"], row["d"]) == (model, sigma, d)]
-            look = {"color": shades[place % len(shades)], "linestyle": STYLES[style % len(STYLES)]}
+            line = {"color": shades[place % len(shades)], "linestyle": STYLES[style % len(STYLES)]}
             held = sorted((row for row in some if row["m"]), key=lambda row: row["n"])
             name = f"sigma = {sigma:g}, d = {d}"
-            lengths.plot([row["n"] for row in held], [row["m"] for row in held], marker="o", label=name, **look)
+            lengths.plot([row["n"] for row in held], [row["m"] for row in held], marker="o", label=name, **line)
             none = [row["n"] for row in some if not row["m"]]
-            lengths.plot(none, [longest * 1.15 ** (1 + place)] * len(none), "x", color=look["color"])
-            rates.plot([row["n"] for row in held], [row["rate"] for row in held], marker="o", **look)
+            lengths.plot(none, [longest * 1.15 ** (1 + place)] * len(none), "x", color=line["color"])
+            rates.plot([row["n"] for row in held], [row["rate"] for row in held], marker="o", **line)
             if held:
                 last = held[-1]
-                curves.fill_between(last["times"], last["lower"], last["upper"], color=look["color"], alpha=0.15)
-                curves.plot(last["times"], last["upper"], label=f"{name}, n = {last['n']}", **look)
+                curves.fill_between(last["times"], last["lower"], last["upper"], color=line["color"], alpha=0.15)
+                curves.plot(last["times"], last["upper"], label=f"{name}, n = {last['n']}", **line)
         lengths.axhline(longest, color="black", linewidth=0.7)
         figures.label(
             lengths, title=f"{model}: certified length (crosses: none to the line)", x="inputs n", y="m", log="xy"

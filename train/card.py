@@ -21,7 +21,7 @@ MEASURED = (
     ("trainable_parameters", "parameters trained"),
     ("parameters", "parameters of the model"),
     ("steps", "steps"),
-    ("seconds_a_step", "seconds a step"),
+    ("seconds_a_step", "seconds per step"),
 )
 """What of a summary the card shows, in this order."""
 

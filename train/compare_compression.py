@@ -388,7 +388,7 @@ def _write(options: Options, rows: list[Row], language: bool) -> list[dict[str, 
     lines = lines_of(rows, {name: method.label for name, method in METHODS.items()})
     over = f"{options.seeds} draws of texts" if options.seeds > 1 else "one draw of texts"
     distance = (
-        "KL: to the model with the prompt, nats a token, and median; same first: of the likeliest next tokens; unrelated: "
+        "KL: to the model with the prompt, nats per token, and median; same first: of the likeliest next tokens; unrelated: "
         "rise of the next token's loss on unrelated text over the model without anything"
         if language
         else "error: relative square error of a token's hidden state against the model with the prompt, and median; "
@@ -396,7 +396,7 @@ def _write(options: Options, rows: list[Row], language: bool) -> list[dict[str, 
     )
     about = (
         f"{options.model}; {over}, each {options.fitted} fitted and {options.held_out} held out, of at most "
-        f"{options.tokens} tokens; a budget is anchors a key head. {distance}. ±: standard error over "
+        f"{options.tokens} tokens; a budget is anchors per key head. {distance}. ±: standard error over "
         f"{'draws' if options.seeds > 1 else 'texts'}. KiB: in float32, of the whole model; half of it in bfloat16. Bold: "
         "nothing as small, to 2 %, is better."
     )

@@ -3,7 +3,7 @@
     python -m train.compress --model smollm2 --prompt notes.txt --budget 32 --out runs/notes
 
 The prompt is read once. Texts that could follow it, your own (``--queries``) or the model's (``--self-study``), say what it is
-asked, and ``--budget`` anchors a key head, on average, are placed and fitted for them. A part of the texts is held out, and
+asked, and ``--budget`` anchors per key head, on average, are placed and fitted for them. A part of the texts is held out, and
 the report compares the model with the adapter to the model with the prompt on those. ``--out`` gets the adapter's folder, for
 :func:`ntk_prefix.peft.load_adapter`, and the report as index.html, report.json and errors.png.
 

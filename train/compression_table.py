@@ -164,7 +164,7 @@ def markdown(lines: list[dict[str, Any]], about: str, *, language: bool) -> str:
         "prompt": lambda line: line["prompt"],
         "budget": lambda line: f"{line['budget'] or '-'}",
         "method": lambda line: f"**{line['label']}**" if line["on_front"] else line["label"],
-        "numbers a head": lambda line: as_number(line["numbers_a_head"], 1, 0),
+        "numbers per head": lambda line: as_number(line["numbers_a_head"], 1, 0),
         "KiB": lambda line: as_whole(None if line["numbers"] is None else line["numbers"] / 256),
         distance: lambda line: plus_minus(line, "kl", 4) if line["kl"] is not None else "failed",
         "median": lambda line: as_number(line["kl_median"], 1, 4),
@@ -215,7 +215,7 @@ def draw(lines: list[dict[str, Any]], *, language: bool) -> Figure:
             yscale="log",
             title=prompt,
             xlabel="bytes for each layer's key head (float32)",
-            ylabel="KL to the prompt, nats a token" if language else "relative square error of hidden states",
+            ylabel="KL to the prompt, nats per token" if language else "relative square error of hidden states",
         )
         _name_ends(panel, ends)
     return figure

@@ -42,7 +42,7 @@ from train.compression_case import Case, Compressed, Layer
 __all__ = ["METHODS", "Method"]
 
 DESCENT, DESCENDED = 30, 128
-"""Iterations of the fit of a map's masses, each of R^2 Q operations a head, and the most features that get them."""
+"""Iterations of the fit of a map's masses, each of R^2 Q operations per head, and the most features that get them."""
 
 ABOVE = 1.01
 """How far above the budget a size may be: an elu1 state of 64 entries is 0.8 % more than 32 anchors."""

@@ -187,7 +187,7 @@ def _drawn(rows: int, seed: int, places: Iterable[int]) -> np.ndarray:
 def _epoch(rows: int, seed: int, epoch: int) -> np.ndarray:
     """Return one epoch's order [rows].
 
-    Grain looks for each of few rows among 65,536 places, milliseconds a row; runs of one seed have this in common.
+    Grain looks for each of few rows among 65,536 places, milliseconds per row; runs of one seed have this in common.
     """
     return _shuffled(rows, seed, range(epoch * rows, (epoch + 1) * rows))
 

@@ -12,7 +12,7 @@ bfloat16 on the way: with 8 rows that is 3 times the time of reading the matrix.
 Either is memory for one more copy of the linear maps' weights, in float32.
 
 On a GPU it is the single row that is slow: XLA's product of a vector and a matrix is not that of its libraries. So a
-prompt of its own is decoded as two (an H200, 1.2 B weights in bfloat16: 1.02 ms a token and not 1.46).
+prompt of its own is decoded as two (an H200, 1.2 B weights in bfloat16: 1.02 ms per token and not 1.46).
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Case:
     verb: Callable[..., Any] = npx.ntk_attention
     is_causal: bool = False
     biased: bool = False
-    """Two query heads a key head, a bias that lifts and lowers whole rows, and a mask that leaves two rows empty."""
+    """Two query heads per key head, a bias that lifts and lowers whole rows, and a mask that leaves two rows empty."""
     transform: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """A window, a soft cap."""
 

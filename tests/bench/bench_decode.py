@@ -210,7 +210,7 @@ def compare(
     if peer is not None:
         title += f"; torch {peer.versions[0]}, transformers {peer.versions[1]}, float32, {options.threads} threads"
     table = Table(
-        "", "ms a token: median (min..max)", "tokens/s", f"time / {first}", "same first 8 tokens", title=title
+        "", "ms per token: median (min..max)", "tokens/s", f"time / {first}", "same first 8 tokens", title=title
     )
     for name, each in seconds.items():
         middle = statistics.median(each)

@@ -113,7 +113,7 @@ def main(options: Options) -> int:
         )
         said = ended.stdout.strip().splitlines()
         found["transformers"] = json.loads(said[-1]) if said else {"missing": ended.stderr.strip().splitlines()[-1]}
-    table = Table("", "seconds", "processor seconds", "pairs a second")
+    table = Table("", "seconds", "processor seconds", "pairs per second")
     for name, row in found.items():
         if "missing" in row:
             table.add_row(name, "not measured", row["missing"], "-")

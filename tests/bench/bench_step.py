@@ -181,7 +181,7 @@ def interleaved(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str,
 
 
 def parts() -> dict[str, float]:
-    """Seconds a step, forward and backward, of what a model has of each part; median of 9, each part compiled alone."""
+    """Seconds per step, forward and backward, of what a model has of each part; median of 9, each part compiled alone."""
     tokens, layers = BATCH * LENGTH, 6
     norm = LayerNorm(384, rngs=nnx.Rngs(0))
     flax_norm = nnx.LayerNorm(384, use_fast_variance=False, rngs=nnx.Rngs(0))
@@ -301,14 +301,14 @@ def run(options: Options, console: Console) -> int:
             f"{peers.versions}; a product of {SIDE}^3: ours {2e-9 * SIDE**3 / ours:.0f}, theirs "
             f"{2e-9 * SIDE**3 / theirs:.0f} Gflop/s: JAX multiplies at {theirs / ours:.2f}x of torch's rate here."
         )
-    shares = Table("part alone, forward and backward", "s a step")
+    shares = Table("part alone, forward and backward", "s per step")
     for name, seconds in parts().items():
         shares.add_row(name, f"{seconds:.3f}")
     console.print(shares)
     each = faults / len(made) / -(-options.repeats // 2)
     console.print(
         f"floor: forward {forward:.3f} s, forward and frozen backward {both:.3f} s; {processor()}, {jax.devices()[0]}; "
-        f"{each:,.0f} page faults a step"
+        f"{each:,.0f} page faults per step"
     )
     return 0
 

@@ -2,7 +2,7 @@
 
     python -m tests.bench.plans [--topologies ...] [--models ...] [--methods ...] [--out FILE]
 
-16 rows of 2,048 tokens a step (BERT: 64 of 512, all that it has positions for), or 256 images; bfloat16, weights in their
+16 rows of 2,048 tokens per step (BERT: 64 of 512, all that it has positions for), or 256 images; bfloat16, weights in their
 files' dtype, layers in a loop, fsdp over all chips. Where a step does not fit, it is planned again with ``--remat``. Each
 plan is a process of its own and is written when it ends: the same command goes on. Wants libtpu
 (``pip install "ntk-prefix[tpu]"``); a plan takes a minute or two of one core.
@@ -94,7 +94,7 @@ def line(plan: dict[str, Any], remat: bool) -> dict[str, Any]:
 
 def table(lines: dict[str, dict[str, Any]]) -> str:
     """Return the lines as Markdown."""
-    head = "| machine | model | method | GiB a chip | temporaries | weights sent | activations sent | step, ms |"
+    head = "| machine | model | method | GiB per chip | temporaries | weights sent | activations sent | step, ms |"
     rows = [head, "|" + " --- |" * (head.count("|") - 1)]
     for name, each in lines.items():
         needed = "?" if each["needed"] is None else f"{each['needed'] / 2**30:.2f}"

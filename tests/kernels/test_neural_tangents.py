@@ -311,7 +311,7 @@ def test_predict_gradient_descent_is_its_closed_form_for_mse() -> None:
     by_ode = nt.predict.gradient_descent(loss, kernel, targets, learning_rate=0.2)(*arguments)
     exact = nt.predict.gradient_descent_mse(kernel, targets, learning_rate=0.2)(*arguments)
     for value, truth in zip(by_ode, exact, strict=True):
-        assert relative_error(value, truth) < 1e-6  # the ODE solver's own tolerance is 1.4e-8 a step
+        assert relative_error(value, truth) < 1e-6  # the ODE solver's own tolerance is 1.4e-8 per step
 
 
 def test_gp_inference_and_the_ensemble_are_kernel_regression() -> None:

@@ -439,7 +439,7 @@ def test_tokens_that_a_model_has_not(folders: dict[str, Path], kind: str, ids: A
     with pytest.raises(ValueError, match=problem):
         check_tokens(*given, model.config.vocab_size)
     if given[0].dtype == jnp.int32 and given[0].ndim == 2 and (mask is None or given[1].dtype == jnp.int32):
-        # the others the annotations catch in a test, before the model looks
+        # the others the annotations catch in a test, before the model does
         with pytest.raises(ValueError, match=problem):
             model(*given)
 

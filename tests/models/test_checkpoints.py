@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself is believed in the right order: the file before its config, the numbers after a look."""
+"""What a checkpoint says of itself is believed in order: the file before its config, the numbers once they are checked."""
 
 import json
 import sys
@@ -214,7 +214,7 @@ def test_where_a_ggufs_text_begins_and_ends(
     assert encoded.encode("ab").ids == [TOKENS.index(token) for token in wanted]
 
 
-# ------------------------------------------------------------------------------- numbers, after a look at each
+# ------------------------------------------------------------------------------------ numbers, checked at each
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -1,4 +1,4 @@
-"""A small transformer with the house's attention layer: enough for everything that adapters touch."""
+"""A small transformer with the library's attention layer: enough for everything that adapters touch."""
 
 import functools
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""A reader's own rows and what to learn from them: scaled, labelled, or refused in a line before any claim runs."""
+"""A reader's own rows and what to learn from them: scaled, labeled, or refused in a line before any claim runs."""
 
 from pathlib import Path
 

@@ -208,8 +208,8 @@ class TestABrokenRun:
         assert ours.keys() == theirs.keys()
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-        looks = [[line for line in metrics(w) if "validation_score" in line] for w in (tmp_path, unbroken)]
-        assert looks[0] == looks[1]
+        evaluations = [[line for line in metrics(w) if "validation_score" in line] for w in (tmp_path, unbroken)]
+        assert evaluations[0] == evaluations[1]
 
     @pytest.mark.parametrize(
         ("at", "said"), [("last step", "step 8 of 8"), ("test split", "between the last step and")]
@@ -390,25 +390,25 @@ class TestEarlyStop:
     def test_what_is_kept_is_what_the_configuration_chooses_by(
         self, choose_by: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Two looks: the first is right more often, the second has the lower loss."""
+        """Two evaluations: the first is right more often, the second has the lower loss."""
         seen = [(True, 2.0), (False, 1.0), (False, 1.0)]
-        looks = iter(loop.Predictions(np.array([right]), loss, None) for right, loss in seen)
-        monkeypatch.setattr(loop.Evaluator, "__call__", lambda *_, **__: next(looks))
+        evaluations = iter(loop.Predictions(np.array([right]), loss, None) for right, loss in seen)
+        monkeypatch.setattr(loop.Evaluator, "__call__", lambda *_, **__: next(evaluations))
         config = dataclasses.replace(TINY, steps=2, evaluate_every=1, checkpoint_every=2, choose_by=choose_by)
         assert run(config, tmp_path)["best_step"] == kept
 
     def test_the_test_split_is_looked_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        looks = []
+        evaluations = []
         whole = loop.Evaluator.__call__
 
         def counted(self: loop.Evaluator, state: object, split: object, **options: object) -> object:
-            looks.append(split is self.setup.task.test)
+            evaluations.append(split is self.setup.task.test)
             return whole(self, state, split, **options)  # type: ignore[arg-type]
 
         monkeypatch.setattr(loop.Evaluator, "__call__", counted)
         run(TINY, tmp_path)
-        assert looks.count(True) == 1
-        assert looks[-1]
+        assert evaluations.count(True) == 1
+        assert evaluations[-1]
 
 
 def losses_of_twenty_steps(**way: object) -> np.ndarray:

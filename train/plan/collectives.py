@@ -112,7 +112,7 @@ def collectives(program: str | Program) -> list[Collective]:
     times: dict[tuple[str, str], int] = {}
     gathered = 1 << len(arguments)
 
-    def look(each: Instruction, computation: Computation, operands: Sequence[Any], runs: int) -> None:
+    def visit(each: Instruction, computation: Computation, operands: Sequence[Any], runs: int) -> None:
         if _kind(each) is None:
             return
         channel, line = each.attribute("channel_id"), (computation.name, each.name)
@@ -121,7 +121,7 @@ def collectives(program: str | Program) -> list[Collective]:
         lines[line] = lines.get(line, 0) | union(tuple(operands))
         times[line] = max(times.get(line, 0), runs)
 
-    trace(program, look, mark=lambda each: gathered if _kind(each) == "all-gather" else 0)
+    trace(program, visit, mark=lambda each: gathered if _kind(each) == "all-gather" else 0)
     roles = [role(name) for name in arguments]
     trained = {_sides(each.arrays[0]) for each in program.parameters() if role(each.op_name) == "trained"}
     found = []

@@ -127,11 +127,11 @@ def activations(program: Program) -> int:
     batch = sum(1 << i for i, each in enumerate(arguments) if role(each.op_name) == "batch")
     reached: set[str] = set()
 
-    def look(each: Instruction, computation: Computation, operands: Iterable[Any], times: int) -> None:
+    def visit(each: Instruction, computation: Computation, operands: Iterable[Any], times: int) -> None:
         if computation is program.entry and any(union(made) & batch for made in operands):
             reached.add(each.name)
 
-    trace(program, look)
+    trace(program, visit)
     kept: dict[tuple[str, int | None], int] = {}
     for each in program.entry.instructions.values():
         if _backward(each) and each.opcode not in _RENAMES:

@@ -28,7 +28,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     say(
         f"{result['model_shape'] or config['model']}, {config['method']}, {config['device']['precision']}: "
         f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters trained; {result['rows']} rows of "
-        f"{result['tokens_a_row']} tokens a step; {result['topology']} ({mesh})"
+        f"{result['tokens_a_row']} tokens per step; {result['topology']} ({mesh})"
     )
     if step is None:
         least = f"at least {size(result['needed'])}" if result["needed"] else "more"
@@ -45,7 +45,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"links {seconds['links']:.3g} s; at the vendor's figures ({result['chip']['source']})"
         )
         say(
-            f"weights gathered at most {step['weights_gathered_at_most']:.3g} times a step, "
+            f"weights gathered at most {step['weights_gathered_at_most']:.3g} times per step, "
             f"{step['kernels']} calls of Mosaic kernels, largest T x T buffer {size(step['largest_square_bytes'])}; "
             f"compiled in {result['compile_seconds']['compile']:.0f} s"
         )
@@ -71,7 +71,7 @@ def _sayer(console: Console) -> Any:
 
 
 def _tables(step: dict[str, Any], result: dict[str, Any]) -> tuple[Table, Table]:
-    memory = Table("bytes a chip", "", "share", title_justify="left")
+    memory = Table("bytes per chip", "", "share", title_justify="left")
     for kind, count in step["memory"].items():
         memory.add_row(kind, size(count), f"{count / result['chip']['memory']:.1%}", end_section=kind == "program")
     sent = Table("sent between chips", "collective", "count", "size", "leaves a chip")

@@ -34,9 +34,9 @@ class Chip:
 
     Args:
         memory: bytes of its main memory (HBM).
-        flops: bfloat16 operations a second, at most.
-        memory_bandwidth: bytes a second from main memory.
-        link_bandwidth: bytes a second that it sends to its neighbors, over all links together; half of what is called
+        flops: bfloat16 operations per second, at most.
+        memory_bandwidth: bytes per second from main memory.
+        link_bandwidth: bytes per second that it sends to its neighbors, over all links together; half of what is called
             bidirectional.
         slices: topologies that are offered.
         source: where the figures stand.
@@ -88,7 +88,7 @@ CHIPS: dict[str, Chip] = {
         source="https://cloud.google.com/tpu/docs/v6e",
     ),
 }
-"""By the name before a topology's colon. Links: v4 2,400, v5e 1,600, v5p 4,800 and v6e 3,200 Gbit/s a chip."""
+"""By the name before a topology's colon. Links: v4 2,400, v5e 1,600, v5p 4,800 and v6e 3,200 Gbit/s per chip."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-r"""NTK-Attention as an adapter: an infinitely long trained prefix, in ``R H + R`` numbers a head.
+r"""NTK-Attention as an adapter: an infinitely long trained prefix, in ``R H + R`` numbers per head.
 
 The state that a layer attends with is ``z = basis @ z'`` and ``k = unit k'``, where z' and k' are trained, from zero,
 and basis and unit are measured once and then fixed. They cost nothing and vanish in the saved file, which holds z and
@@ -59,7 +59,7 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NTKAttentionConfig(AdapterConfig):
-    """``T = (A V + phi(q) Z) / (A 1 + phi(q) k)`` with Z and k trained: ``N (R H + R)`` weights a layer.
+    """``T = (A V + phi(q) Z) / (A 1 + phi(q) k)`` with Z and k trained: ``N (R H + R)`` weights per layer.
 
     Args:
         target: which attention layers.
@@ -68,8 +68,8 @@ class NTKAttentionConfig(AdapterConfig):
             batch, for each layer its own: anchors are some of its keys.
         feature_map_options: its options, as pairs, such as ``(("degree", 2),)`` or ``(("features", 32),)``.
         train_map: train the map's arrays too.
-        grouped: one state for all query heads of a group, ``K (R H + R)`` weights a layer.
-        rank: of Z, ``rank (R + H) + R`` weights a head; None is full.
+        grouped: one state for all query heads of a group, ``K (R H + R)`` weights per layer.
+        rank: of Z, ``rank (R + H) + R`` weights per head; None is full.
         mass: "absolute", the published form, or "relative", see :func:`ntk_prefix.ntk_attention`.
         whiten: train in coordinates in which features are white and the output's unit is the head's own; needs a
             calibration batch.
@@ -191,7 +191,7 @@ class NTKAttentionConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixTuningPlusConfig(NTKAttentionConfig):
-    """``o + phi(q) M``: Prefix-Tuning+, ``N R H`` weights a layer; NTK-Attention of relative mass without k.
+    """``o + phi(q) M``: Prefix-Tuning+, ``N R H`` weights per layer; NTK-Attention of relative mass without k.
 
     Source: arXiv 2506.13674 (code).
     """

@@ -53,7 +53,7 @@ class PrefixPropagationConfig(AdapterConfig):
             classifier reads anyway, such as the mean of the tokens.
         combine: let half of the tokens propagate and make the other half ordinary prefix tuning: ``3/2 j n D`` weights.
         kernel: None for one softmax over all rows, or the kernel form with "exp", "rbf" or "poly".
-        alpha: the kernel form's start of the trained weight, one a head.
+        alpha: the kernel form's start of the trained weight, one per head.
         lengthscale: of "rbf"; ``H^{1/4}`` if None, where its scores are those of "exp" with long keys damped.
         init_scale: standard deviation of the start.
     """
