@@ -107,10 +107,15 @@ def anchor(name: str) -> str:
 
 def linked(html: str, page: Page) -> str:
     """Return a page whose public names, ``npx.kernels.limit_ntk`` between backticks, lead to their entries."""
+    here = {name.rpartition(".")[2]: name for name, of in _entries.items() if of == page.file.src_uri}
+    methods = importlib.import_module("ntk_prefix.peft").PRESETS
 
     def link(found: re.Match[str]) -> str:
         name = f"ntk_prefix.{found[2]}"
-        if name not in _entries or page.file.src_uri == _entries[name]:
+        if found[2] in here:  # on its own page a name stands alone
+            return f'<a href="#{anchor(here[found[2]])}">{found[1]}</a>'
+        of_command_line = found[1] == f"<code>{found[2]}</code>" and found[2] in methods  # `ntk_attention`, no function
+        if of_command_line or name not in _entries or page.file.src_uri == _entries[name]:
             return found[0]
         up = "../" * page.file.dest_uri.count("/")
         return f'<a href="{up}{_entries[name].removesuffix(".md")}.html#{anchor(name)}">{found[1]}</a>'
