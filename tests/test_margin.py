@@ -1,5 +1,6 @@
 """The certificate for labels: what it promises of descent is kept, and what it cannot promise is refused in a line."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ import pytest
 from flax import nnx
 
 from ntk_prefix.certificate import MarginCertificate, certify, find_m
-from ntk_prefix.certificate.margin import Ball, largest_margins, separates, signs_of
+from ntk_prefix.certificate.margin import Ball, compared, largest_margins, separates
 from ntk_prefix.checks import UsageError
 from ntk_prefix.one_layer import TiedPrefixModel
 from ntk_prefix.random_prefix import RandomPrefix
+from theory.problem import centered_digits
 
 N, D = 6, 3
 
@@ -90,6 +92,61 @@ def test_descent_keeps_what_was_certified() -> None:
     promises_of(range(12))
 
 
+def classified(seed: int) -> Problem:
+    """Three classes, which three directions tell apart."""
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(N, D))
+    labels = draw.permutation(np.arange(N) % 3)
+    x += 1.5 * np.linalg.qr(draw.normal(size=(D, D)))[0][labels]
+    prefix = RandomPrefix(key=jax.random.key(seed), d=D, m=2**14, sigma=0.1, model="fixed", outputs=3)
+    certificate = certify(jnp.asarray(x), labels=labels, model=prefix, loss=0.9)
+    return Problem(x, labels, prefix, certificate)
+
+
+def check_classes(found: Problem) -> None:
+    """The same as ``check_promises``, of the cross-entropy, where J is that of two outputs' difference."""
+    certificate = found.certificate
+    start, signs = (np.asarray(x) for x in found.prefix.materialise())
+    own = np.eye(3)[found.labels]
+
+    def at(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        parts = [gradient(weights, signs[:, k], found.inputs) for k in range(3)]
+        return np.stack([f for f, _ in parts], axis=1), np.stack([jacobian for _, jacobian in parts], axis=1)
+
+    def largest(jacobian: np.ndarray) -> float:
+        return float(np.linalg.norm(jacobian[:, :, None] - jacobian[:, None], axis=(3, 4)).max()) / math.sqrt(
+            len(start)
+        )
+
+    weights, first = start, at(start)[1]
+    steps = min(certificate.steps_needed, 8)
+    losses = []
+    for _ in range(steps + 1):
+        outputs, jacobian = at(weights)
+        likelihood = np.exp(outputs - outputs.max(1, keepdims=True))
+        likelihood /= likelihood.sum(1, keepdims=True)
+        losses.append(-np.log((likelihood * own).sum(1)).mean())
+        assert np.linalg.norm(weights - start) <= certificate.radius
+        assert largest(jacobian - first) <= certificate.drift
+        assert largest(jacobian) <= certificate.gradient
+        weights = weights - certificate.step_size * np.tensordot((likelihood - own) / N, jacobian, 2)
+    assert np.all(np.array(losses) <= certificate.curve(certificate.steps_needed)[: steps + 1] * (1 + 1e-12))
+    assert np.all(np.diff(losses) < 0)
+
+
+def test_descent_on_three_classes_keeps_what_was_certified() -> None:
+    found = [classified(seed) for seed in range(5)]
+    certified = [each for each in found if each.certificate.holds]
+    assert 0.4 * len(found) <= len(certified) < len(found)
+    for each in certified:
+        check_classes(each)
+    one = certified[0].certificate
+    assert "cross-entropy of 3 classes" in one.explain()
+    # two thirds of the bound on J would be false
+    with pytest.raises(AssertionError):
+        check_classes(certified[0]._replace(certificate=dataclasses.replace(one, gradient=one.gradient / 1.5)))
+
+
 @pytest.mark.slow
 def test_descent_keeps_what_was_certified_of_many() -> None:
     promises_of(range(200))
@@ -153,10 +210,34 @@ def test_without_a_loss_no_label_may_be_wrong() -> None:
     assert "none of the labels is wrong" in found.explain()
 
 
+def test_the_margin_of_three_orthonormal_classes() -> None:
+    # U weighs six differences of outputs alike; each has the square 2, and 1 with the other of its example
+    signed, rounding = compared(np.eye(9), np.arange(3), 0.01)
+    margins, _, _ = largest_margins(signed, np.ones(6), 0.0)
+    np.testing.assert_allclose(margins, 3 / math.sqrt(6 * 3), rtol=1e-9)
+    assert np.linalg.eigvalsh(signed)[-1] == pytest.approx(3)
+    assert rounding == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("width", [D, pytest.param(8, marks=pytest.mark.slow)])
+def test_threes_and_eights_have_a_length_and_are_refused_at_a_tenth_of_it(width: int) -> None:
+    n, loss = (N, 0.5) if width == D else (32, 0.45)
+    centered, directions, kinds = centered_digits()
+    rows = np.random.default_rng(0).permutation(np.flatnonzero((kinds == 3) | (kinds == 8)))[:n]
+    x = centered[rows] @ directions[:width].T
+    x = jnp.asarray(x / np.linalg.norm(x, axis=1).max())
+    found = find_m(x, labels=kinds[rows], sigma=0.5, loss=loss, resolution=0.1)
+    assert found.holds
+    refused = certify(x, labels=kinds[rows], sigma=0.5, loss=loss, m=found.m // 20 * 2)
+    assert not refused.holds
+    assert "The step that fails: the comparison point's loss is small" in refused.explain()
+
+
 def test_equal_inputs_of_other_labels_are_refused_whatever_the_length() -> None:
     x = jnp.asarray(np.repeat(np.random.default_rng(0).normal(size=(N // 2, D)), 2, axis=0))
     labels = np.tile([0, 1], N // 2)
-    assert not separates(x, signs_of(labels, N), 1.0)
+    assert not separates(x, labels, 1.0)
+    assert not separates(x, np.tile([0, 1, 2], N // 3), 1.0)
     refused = certify(x, labels=labels)
     assert not refused.holds
     assert "No length mends it" in refused.explain()
@@ -176,7 +257,7 @@ def test_a_step_that_is_too_large_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"labels": [0] * N}, "two kinds"),
+        ({"labels": [0] * N}, "1 kinds"),
         ({"labels": np.arange(N)}, f"got {N} kinds"),
         ({"labels": [0, 1]}, "vector of 6"),
         ({"labels": [0, 1] * 3, "model": "tied"}, "expected the fixed one"),
@@ -217,8 +298,8 @@ def test_a_tied_model_is_refused() -> None:
         certify(x, labels=[0, 1] * 3, model=TiedPrefixModel(D, 8, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("radius", [1e-3, 0.05])
-def test_the_bounds_of_the_ball_are_met_by_one_heavy_token(radius: float) -> None:
+@pytest.mark.parametrize(("radius", "kinds"), [(1e-3, 2), (0.05, 2), (0.05, 3)])
+def test_the_bounds_of_the_ball_are_met_by_one_heavy_token(radius: float, kinds: int) -> None:
     """Where one token weighs much more than the rest, and yet little of all, two thirds of either bound would be false."""
     m, heavy = 2**16, 80.0
     weights = np.zeros((m, 1))
@@ -229,12 +310,13 @@ def test_the_bounds_of_the_ball_are_met_by_one_heavy_token(radius: float) -> Non
     def jacobian(moved: float) -> np.ndarray:
         there = weights.copy()
         there[0] += moved
-        return gradient(there, signs, x)[1]
+        # of two outputs' difference a token's value is 2 or -2
+        return gradient(there, signs, x)[1] * (1 if kinds == 2 else 2)
 
     start, near, edge = (jacobian(part * radius) for part in (0.0, 0.99, 1.0))
-    mass = np.abs(start)[0, :, 0]
+    mass = np.abs(gradient(weights, signs, x)[1])[0, :, 0]
     size = np.sqrt(np.square(mass).mean(keepdims=True))
-    ball = Ball(norms=np.ones(1), spread=size, largest=mass.max(keepdims=True), sizes=size, m=m, slack=0.0)
+    ball = Ball(norms=np.ones(1), spread=size, largest=mass.max(keepdims=True), sizes=size, m=m, slack=0.0, kinds=kinds)
     drift, lipschitz, _ = ball.at(radius)
     changed, slope = np.linalg.norm(edge - start) / m**0.5, np.linalg.norm(edge - near) / (0.01 * radius)
     assert drift[0] / 1.5 < changed <= drift[0]

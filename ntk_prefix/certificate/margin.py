@@ -23,7 +23,7 @@ from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.limit import limit_ntk
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["MarginCertificate", "certify_margin", "separates", "signs_of"]
+__all__ = ["MarginCertificate", "certify_margin", "classes_of", "outputs_for", "separates", "signs_of"]
 
 REACHES = np.geomspace(0.1, 1e4, 160)
 """S = sqrt(m) s of the comparison points W(0) + s U that are tried: any of them proves something, the best is taken."""
@@ -39,21 +39,24 @@ RIDGE = 1e-12
 class MarginCertificate:
     """What is certain of gradient descent W <- W - eta grad R on R = mean_i log(1 + exp(-y_i F(x_i))), y_i = -1 or +1.
 
+    With more than two classes R is the cross-entropy mean_i log sum_k exp(F_k(x_i) - F_y(x_i)).
+
     If ``holds``: R falls at every step up to ``steps_needed``, it is then at most ``loss``, so that at most ``errors`` of the
     labels are wrong, and |W(t) - W(0)|_F has stayed below ``radius``.
 
     Args:
         holds: whether the proof goes through for the loss that was asked for. If not, ``explain()`` says why.
-        m: prefix length, of the fixed model with one output and a symmetric start.
-        examples: n.
+        m: prefix length, of the fixed model with one output, or one for each of more classes, and a symmetric start.
+        examples: n; kinds: classes.
         step_size: eta; NaN if none was given and the proof failed before it takes one.
-        margin: a lower bound on max over |U|_F = 1 of min_i y_i J_i(0) . U / sqrt(m).
+        margin: a lower bound on max over |U|_F = 1 of min_i y_i J_i(0) . U / sqrt(m), of more classes of the least
+            (J_iy(0) - J_ik(0)) . U / sqrt(m).
         wanted: the loss that was asked for.
         loss: the bound on the loss after ``steps_needed`` steps; infinite if there is none.
         steps_needed: the steps T.
         radius: the bound on |W(t) - W(0)|_F up to T.
-        drift: the bound on max_i |J_i(W) - J_i(W(0))|_F / sqrt(m) there.
-        gradient: the bound on max_i |J_i(W)|_F / sqrt(m) there.
+        drift: the bound on max_i |J_i(W) - J_i(W(0))|_F / sqrt(m) there, of more classes on that of J_ik - J_il.
+        gradient: the bound on max_i |J_i(W)|_F / sqrt(m) there, of more classes on that of J_ik - J_il.
         support: examples that the margin of the kernel rests on, as the solver found them. No certificate, but a fact about
             the classifier of largest margin: over draws of n examples its expected error on another one, when it is
             trained on n - 1, is at most E[support] / n.
@@ -64,6 +67,7 @@ class MarginCertificate:
     holds: bool
     m: int
     examples: int
+    kinds: int
     step_size: float
     margin: float
     wanted: float
@@ -82,7 +86,7 @@ class MarginCertificate:
         return min(math.floor(OUTWARD * self.examples * self.loss / math.log(2)), self.examples) if self.holds else -1
 
     def curve(self, steps: int) -> Float[np.ndarray, "steps"]:
-        """Return the largest loss at t = 0..steps, known before the first one: ``min(log 2, s^2 / (eta t) + 2 l(kappa))``.
+        """Return the largest loss at t = 0..steps, known before the first one: ``min(log kinds, s^2 / (eta t) + 2 l(kappa))``.
 
         Args:
             steps: at most ``steps_needed``.
@@ -96,7 +100,7 @@ class MarginCertificate:
         if steps > self.steps_needed:
             raise expected("steps", f"at most the {self.steps_needed} that the certificate is about", steps)
         times = np.arange(1, steps + 1)
-        best = np.full(steps + 1, OUTWARD * math.log(2))
+        best = np.full(steps + 1, OUTWARD * math.log(self.kinds))
         for square, tail, last in self.bounds:
             valid = times <= last
             best[1:][valid] = np.minimum(
@@ -107,7 +111,8 @@ class MarginCertificate:
     def explain(self) -> str:
         """Return the proof in numbers, or the inequality at which it fails and what would mend it."""
         step = "" if math.isnan(self.step_size) else f"eta = {self.step_size:.4g}, "
-        head = f"logistic loss, {self.examples} examples, m = {self.m:,}, {step}margin {self.margin:.4g}"
+        loss = "logistic loss" if self.kinds == 2 else f"cross-entropy of {self.kinds} classes"
+        head = f"{loss}, {self.examples} examples, m = {self.m:,}, {step}margin {self.margin:.4g}"
         if self.holds:
             wrong = "none of the labels is" if not self.errors else f"at most {self.errors} of the labels are"
             lines = [
@@ -134,48 +139,87 @@ class MarginCertificate:
         return "\n".join(lines)
 
 
+def classes_of(labels: Sequence[Any] | Array | np.ndarray, rows: int) -> np.ndarray:
+    """Return labels as the place of their kind among all of them in order, 0 to kinds - 1, [n].
+
+    Raises:
+        UsageError: not a vector of ``rows`` labels of two kinds at least, fewer than there are rows if more than two.
+    """
+    found = np.asarray(labels)
+    kinds, place = np.unique(found, return_inverse=True) if found.ndim == 1 else (found, found)
+    if found.shape != (rows,) or not 2 <= len(kinds) < max(rows, 3):
+        got = f"shape {found.shape}" if found.shape != (rows,) else f"{len(kinds)} kinds"
+        raise expected("labels", f"a vector of {rows} labels of two kinds or more, fewer than rows", got)
+    return place
+
+
 def signs_of(labels: Sequence[Any] | Array | np.ndarray, rows: int) -> np.ndarray:
     """Return two kinds of labels as -1 and +1, the larger being +1, [n].
 
     Raises:
         UsageError: not a vector of ``rows`` labels of two kinds.
     """
-    found = np.asarray(labels)
-    kinds = np.unique(found) if found.ndim == 1 else found
-    if found.shape != (rows,) or len(kinds) != 2:
-        got = f"shape {found.shape}" if found.shape != (rows,) else f"{len(kinds)} kinds"
-        raise expected("labels", f"a vector of {rows} labels of two kinds, such as 0 and 1", got)
-    return np.where(found == kinds[1], 1.0, -1.0)
+    classes = classes_of(labels, rows)
+    if classes.max() > 1:
+        raise expected("labels", "two kinds", f"{classes.max() + 1} kinds")
+    return 2.0 * classes - 1
+
+
+def outputs_for(classes: np.ndarray) -> int:
+    """Return the outputs that tell classes apart: one for two of them, else one for each."""
+    return 1 if classes.max() == 1 else int(classes.max()) + 1
+
+
+def compared(kernel: Float[np.ndarray, "N N"], classes: np.ndarray, rounding: float) -> tuple[np.ndarray, float]:
+    """Return the kernel of what must be positive, and its rounding in Frobenius norm.
+
+    Of two classes it is y_i F(x_i), [n, n]. Of more it is F_y(x_i) - F_k(x_i) for every k but y, an example's beside one
+    another, [n (kinds - 1), n (kinds - 1)]: rows of one example have a Gram matrix I + 1 1^T of norm ``kinds``.
+    """
+    n, outputs = len(classes), outputs_for(classes)
+    if outputs == 1:
+        signs = 2.0 * classes - 1
+        return kernel * np.outer(signs, signs), rounding
+    own = np.eye(outputs)[classes]
+    rows = np.zeros((n, outputs - 1, n, outputs))
+    for i, label in enumerate(classes):
+        rows[i, :, i] = own[i] - np.delete(np.eye(outputs), label, axis=0)
+    flat = rows.reshape(n * (outputs - 1), -1)
+    # an entry has four terms
+    off = gamma(4) * float(np.linalg.norm(np.abs(flat) @ np.abs(kernel) @ np.abs(flat).T))
+    return flat @ kernel @ flat.T, OUTWARD * (outputs * rounding + off)
 
 
 def certify_margin(
-    tokens: Tokens, labels: np.ndarray, *, wanted: float | None = None, step_size: float | None = None
+    tokens: Tokens, classes: np.ndarray, *, wanted: float | None = None, step_size: float | None = None
 ) -> MarginCertificate:
     """Return the certificate of a prefix: theory/margin.md, in its order.
 
     Args:
-        tokens: of a fixed model with one output and a symmetric start, at the inputs.
-        labels: [n], -1 or +1.
+        tokens: of a fixed model with the outputs ``outputs_for(classes)`` and a symmetric start, at the inputs.
+        classes: [n], whole numbers from 0.
         wanted: the loss to be certified; None is what makes every label right, log 2 / n.
         step_size: eta; None takes the largest that the proof allows.
 
     Raises:
         UsageError: another model, or a plain start.
     """
-    if tokens.variant.has_value_part or tokens.outputs != 1 or not tokens.paired:
+    n, outputs = len(classes), outputs_for(classes)
+    if tokens.variant.has_value_part or tokens.outputs != outputs or not tokens.paired:
         raise expected(
             "labels",
-            "the fixed model with one output and a symmetric start",
+            f"the fixed model with {outputs} outputs and a symmetric start",
             f"the {tokens.variant.name} model, {tokens.outputs} outputs, {'symmetric' if tokens.paired else 'plain'} start",
         )
-    n = len(labels)
     wanted = math.log(2) / n / OUTWARD**2 if wanted is None else wanted
     check_positive("loss", wanted)
     if step_size is not None:
         check_positive("step_size", step_size)
     _, rounding = tokens.second_moments()
-    kernel = np.asarray(prefix_ntk(tokens.prefix, jnp.asarray(tokens.inputs))).reshape(n, n)
-    margins, weights, doubt = largest_margins(kernel, labels, rounding)
+    kernel = np.asarray(prefix_ntk(tokens.prefix, jnp.asarray(tokens.inputs))).reshape(n * outputs, -1)
+    signed, off = compared(kernel, classes, rounding)
+    each, weights, doubt = largest_margins(signed, np.ones(len(signed)), off)
+    margins, weights = each.reshape(n, -1).min(1), weights.reshape(n, -1).max(1)
     ball = Ball.of(tokens, kernel, rounding)
     first = Step(
         "the margin is positive: its rounding over what was computed",
@@ -189,6 +233,7 @@ def certify_margin(
         holds=False,
         m=tokens.m,
         examples=n,
+        kinds=ball.kinds,
         step_size=math.nan if step_size is None else step_size,
         margin=max(float(margins.min()), 0.0),
         wanted=wanted,
@@ -251,11 +296,12 @@ def largest_margins(
     return np.where(lower > 0, lower / (OUTWARD * longest), OUTWARD * lower / shortest), alpha, off / shortest
 
 
-def separates(x: Array, labels: np.ndarray, sigma: float) -> bool:
-    """Whether the kernel of an infinite prefix separates the labels, beyond what float64 can be off by."""
-    kernel = np.asarray(limit_ntk(x, sigma=sigma, model="fixed", outputs=1)).reshape(len(labels), -1)
-    rounding = 1e-12 * float(np.linalg.norm(kernel))
-    return bool(largest_margins(kernel, labels, rounding)[0].min() > 0)
+def separates(x: Array, classes: np.ndarray, sigma: float) -> bool:
+    """Whether the kernel of an infinite prefix separates the classes, beyond what float64 can be off by."""
+    outputs = outputs_for(classes)
+    kernel = np.asarray(limit_ntk(x, sigma=sigma, model="fixed", outputs=outputs)).reshape(len(classes) * outputs, -1)
+    signed, rounding = compared(kernel, classes, 1e-12 * float(np.linalg.norm(kernel)))
+    return bool(largest_margins(signed, np.ones(len(signed)), rounding)[0].min() > 0)
 
 
 # ------------------------------------------------------------------------------------- the ball
@@ -263,7 +309,7 @@ def separates(x: Array, labels: np.ndarray, sigma: float) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Ball:
-    """What bounds J_i in |W - W(0)|_F <= rho: theory/margin.md, section 3."""
+    """What bounds J_i in |W - W(0)|_F <= rho: theory/margin.md, section 3; of more than two classes every J_ik - J_il."""
 
     norms: np.ndarray
     """|x_i|, [n]."""
@@ -275,15 +321,27 @@ class Ball:
     """|J_i(0)| / sqrt(m), from above."""
     m: int
     slack: float
+    kinds: int = 2
+
+    @property
+    def reach(self) -> float:
+        """max_r of a token's value: of more than two classes 2, as values are differences of -1 and 1."""
+        return 1.0 if self.kinds == 2 else 2.0
 
     @classmethod
     def of(cls, tokens: Tokens, kernel: np.ndarray, rounding: float) -> Ball:
-        norms = tokens.norms
-        # for pairs c = 0 and |J_i|^2 = |x_i|^2 sum_r T_ir^2
-        sizes = np.sqrt(np.diag(kernel) + rounding) * OUTWARD
+        norms, n, outputs = tokens.norms, len(tokens.inputs), tokens.outputs
+        blocks = kernel.reshape(n, outputs, n, outputs)[np.arange(n), :, np.arange(n)]
+        own = np.diagonal(blocks, axis1=1, axis2=2)
+        # for pairs c = 0 and |J_ik|^2 = |x_i|^2 sum_r T_ir^2
+        sizes = np.sqrt(own.max(1) + rounding) * OUTWARD
         exact = np.linalg.norm(tokens.inputs, axis=1)
         spread = np.where(exact > 0, sizes / np.where(exact > 0, exact, 1), 0) * (1 + gamma(tokens.inputs.shape[1] + 9))
-        return cls(norms, spread, tokens.largest_mass * (1 + tokens.slack), sizes, tokens.m, tokens.slack)
+        if outputs > 1:  # |J_ik - J_il|^2, a difference of four entries
+            apart = own[:, :, None] + own[:, None] - 2 * blocks
+            sizes = np.sqrt(apart.max((1, 2)) + 2 * rounding + 4 * gamma(4) * own.max(1)) * OUTWARD
+        largest = tokens.largest_mass * (1 + tokens.slack)
+        return cls(norms, spread, largest, sizes, tokens.m, tokens.slack, max(outputs, 2))
 
     def at(self, radius: float) -> tuple[np.ndarray, np.ndarray, float]:
         """Return Delta_i and Lambda_i = sqrt(m) L_i, [n], and the largest exponent, for |W - W(0)|_F <= radius."""
@@ -298,6 +356,7 @@ class Ball:
             growth * (self.largest * x / root + normalizer * self.spread) + center * self.spread * size
         )
         up = OUTWARD * (1 + self.slack)
+        direct, lipschitz = self.reach * direct, self.reach * lipschitz
         return up * np.minimum(direct, lipschitz * radius), up * lipschitz * root, float(exponent.max()) * up
 
 
@@ -362,7 +421,7 @@ def _at(
     step = largest if step_size is None else step_size
     loses = reach * drift + lipschitz * radius**2 / 2
     kappa = float((reach * margins / OUTWARD - OUTWARD * loses).min())
-    tail = OUTWARD * (math.log1p(math.exp(-kappa)) if kappa > -700 else math.inf)
+    tail = OUTWARD * (math.log1p((ball.kinds - 1) * math.exp(-kappa)) if kappa > -700 else math.inf)
     left = wanted / OUTWARD - 2 * tail
     needed = math.ceil(OUTWARD * square / (step * left)) if left > 0 else 0
     last = excess * square / (2 * tail) / OUTWARD  # eta T, at most

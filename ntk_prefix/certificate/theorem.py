@@ -16,7 +16,7 @@ from ntk_prefix.certificate.curve import Forecast
 from ntk_prefix.certificate.data import Drawn, Search, Start, check_data, outputs_wanted
 from ntk_prefix.certificate.elsewhere import elsewhere
 from ntk_prefix.certificate.length import Progress, search
-from ntk_prefix.certificate.margin import MarginCertificate, certify_margin, separates, signs_of
+from ntk_prefix.certificate.margin import MarginCertificate, certify_margin, classes_of, outputs_for, separates
 from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.result import Certificate
@@ -78,13 +78,14 @@ def certify(
 ) -> Certificate | MarginCertificate:
     """Certify that gradient descent on L = 1/2 sum_i |F(x_i) - y_i|^2 converges, before it starts.
 
-    With ``labels`` it is on the logistic loss R = mean_i log(1 + exp(-y_i F(x_i))), and certified is that it gets small.
+    With ``labels`` it is on the logistic loss R = mean_i log(1 + exp(-y_i F(x_i))), of more than two classes on the
+    cross-entropy of an output for each, and certified is that it gets small.
 
     Args:
         x: [n, d] inputs, distinct, float64. Nothing is assumed of their norms.
         y: [n, outputs] targets, float64; d of them for the tied model. None with labels.
         labels: [n] of two kinds, of which the larger is y_i = 1, the other -1: for the fixed model with one output and a
-            symmetric start, without delta, x_test and remove_offset.
+            symmetric start, without delta, x_test and remove_offset. Of more kinds the model has an output for each.
         loss: with labels, what R is certified to fall to; None is log 2 / n, below which every label is right.
         sigma: standard deviation of the prefix at initialization.
         model: "fixed" or "tied"; or a model, or a ``RandomPrefix``: then its own weights are the starting point (a
@@ -105,7 +106,8 @@ def certify(
 
     Raises:
         ValueError: inputs that are not float64 or of the wrong shape, JAX without 64-bit numbers, m, key or delta beside
-            a model that brings its own prefix, a tied model whose signs are not -1 or +1; labels of one kind or of many.
+            a model that brings its own prefix, a tied model whose signs are not -1 or +1; labels of one kind,
+            or of as many as rows.
 
     Numerics: every bound is rounded outward (``certificate.rounding`` lists what is assumed of the machine). What is
     certified is gradient descent in exact arithmetic from the drawn floats.
@@ -121,10 +123,13 @@ def certify(
             if given is not None:
                 raise expected(name, "None beside labels", given)
         tied = model.variant.has_value_part if isinstance(model, Prefix) else model == "tied"
-        if tied or (isinstance(model, Prefix) and model.output_width != 1):
-            raise expected("model", "the fixed one, with one output, beside labels", "tied" if tied else "more outputs")
         check_inputs("x", x)
-        y = jnp.asarray(signs_of(labels, len(x)))[:, None]
+        classes = classes_of(labels, len(x))
+        outputs = outputs_for(classes)
+        if tied or (isinstance(model, Prefix) and model.output_width != outputs):
+            got = "tied" if tied or not isinstance(model, Prefix) else f"{model.output_width} outputs"
+            raise expected("model", f"the fixed one, with outputs={outputs}, beside these labels", got)
+        y = jnp.zeros((len(x), outputs))
     elif loss is not None:
         raise expected("loss", "None without labels", loss)
     assert y is not None
@@ -165,7 +170,7 @@ def certify(
         )
     check_data(x, y, prefix.variant.name if isinstance(prefix, Prefix) else "fixed", prefix)
     if labels is not None:
-        return certify_margin(Tokens(prefix, x), np.asarray(y)[:, 0], wanted=loss, step_size=step_size)
+        return certify_margin(Tokens(prefix, x), classes, wanted=loss, step_size=step_size)
     others = None if x_test is None else np.asarray(x_test)
     return _certify(Tokens(prefix, x), np.asarray(y), step_size, others, remove_offset)
 
@@ -350,13 +355,13 @@ def find_m(
         if remove_offset:
             raise expected("remove_offset", "None beside labels", remove_offset)
         check_inputs("x", x)
-        signs = signs_of(labels, len(x))
+        classes = classes_of(labels, len(x))
         return search(
             lambda m: certify(x, labels=labels, loss=loss, m=m, **drawn),
             start,
             largest,
             resolution,
-            lambda _: not separates(x, signs, sigma),
+            lambda _: not separates(x, classes, sigma),
             progress,
         )
     if loss is not None:
