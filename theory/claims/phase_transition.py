@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy.optimize import brentq
 from scipy.special import gammaln, lambertw
 
@@ -417,16 +418,20 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
     for name, color in shades.items():
         for kind, style in (("full", "-"), ("causal", "--"), ("proved", ":")):
             found = list(evidence.series["degrees"][kind, name].values())
-            degrees.plot(lengths, found, style, color=color, label=name if kind == "full" else None)
+            degrees.plot(lengths, found, style, color=color, label=name if kind == "full" else f"_{name}, {kind}")
         found = [operations(power, degree) for power, degree in evidence.series["degrees"]["full", name].items()]
         work.plot(lengths, found, color=color, label=name)
     work.plot(lengths, [exact_operations(power) for power in POWERS], "--", color="black", label="exact attention")
-    for style, kind in (("--", "the same, causal"), (":", "proved to suffice")):
-        degrees.plot([], [], style, color="black", label=kind)
-    figures.label(degrees, title="Degree for an error of 1 %", x="tokens n", y="degree g", log="xy")
+    figures.label(degrees, title="Degree for an error of 1 %", x="tokens n", y="degree g", log="xy", direct=True)
+    below = [
+        Line2D([], [], linestyle="-", color="black", label="full attention"),
+        Line2D([], [], linestyle="--", color="black", label="the same, causal"),
+        Line2D([], [], linestyle=":", color="black", label="proved to suffice"),
+    ]
+    degrees.legend(handles=below, loc="upper left", bbox_to_anchor=(0, -0.17))
     degrees.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     degrees.minorticks_off()
-    figures.label(work, title="Operations, full attention", x="tokens n", y="multiplications", log="xy")
+    figures.label(work, title="Operations, full attention", x="tokens n", y="multiplications", log="xy", direct=True)
     crossing = evidence.series["crossing"]
     for kind, color in (("full", "tied"), ("causal", "fixed"), ("proved", "bound")):
         name = "proved to suffice" if kind == "proved" else f"needed, {kind}"
