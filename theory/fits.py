@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from theory.claim import Undecidable
+
 
 @dataclasses.dataclass(frozen=True)
 class Exponent:
@@ -25,9 +27,31 @@ class Exponent:
         """Return how far the interval is from the expected exponent, 0 if it holds it."""
         return max(self.low - expected, expected - self.high, 0.0)
 
+    @property
+    def half_width(self) -> float:
+        """Half the length of the interval."""
+        return (self.high - self.low) / 2
+
     def distance(self, expected: float) -> float:
         """Return how far the farther end of the interval is from the expected exponent."""
         return max(abs(self.low - expected), abs(self.high - expected))
+
+
+def check_narrow(slope: Exponent, widest: float, what: str) -> None:
+    """Refuse to judge an exponent that is too uncertain to be told from others.
+
+    Args:
+        slope: the exponent.
+        widest: the largest half width of its interval.
+        what: whose exponent it is.
+
+    Raises:
+        Undecidable: the interval is wider, or not finite. Few and short rows have few entries, whose errors scatter.
+    """
+    if not slope.half_width <= widest:
+        raise Undecidable(
+            f"undecidable by these draws: the exponent of {what}, {slope}, is uncertain by more than {widest:g}: take more rows"
+        )
 
 
 def exponent(sizes: ArrayLike, errors: ArrayLike) -> Exponent:

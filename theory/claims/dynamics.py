@@ -47,8 +47,8 @@ EVEN = 1e-9
 """What rounding may leave of a difference that is zero, over the drift; the other way it is of order 1."""
 
 LEAST_EXPONENT = -0.35
-"""What the distance must fall with from the shortest to the longest prefix: near the -1/2 expected, and farther than
-draws scatter (0.05) from the -0.2 that is left at a wrong sigma."""
+"""What the distance must fall with: near the -1/2 expected, and farther than draws scatter (0.05) from the -0.2 that is left
+at a wrong sigma."""
 
 WRONG = 1.3
 """The control's sigma, over the right one."""
@@ -140,7 +140,7 @@ def _certified(problem: Problem, name: ModelName, m: int) -> Curve | None:
     return found.curve(STEPS) if found.holds else None
 
 
-def _follow(problem: Problem, repeats: int = REPEATS, wrong_sigma: float = 1.0) -> Evidence:
+def _follow(problem: Problem, wrong_sigma: float = 1.0) -> Evidence:
     problem = dataclasses.replace(problem, sigma=min(problem.sigma, ASYMPTOTIC_SIGMA))
     checks: list[Check] = []
     errors: dict[str, dict[int, np.ndarray]] = {}
@@ -152,7 +152,7 @@ def _follow(problem: Problem, repeats: int = REPEATS, wrong_sigma: float = 1.0) 
         limit = limit_ntk(problem.inputs, sigma=problem.sigma * wrong_sigma, model=name)
         errors[name] = {}
         for m in used:
-            runs = [_trained(problem, name, m, repeat) for repeat in range(repeats)]
+            runs = [_trained(problem, name, m, repeat) for repeat in range(REPEATS)]
             errors[name][m] = np.array([run.distance(limit) for run in runs])
             example[f"{name}, m = {m}"] = np.asarray(jnp.square(runs[0].outputs - problem.targets).sum((1, 2)))
         # nothing shorter is certified for 16 inputs at a sigma where the rate of H* shows
@@ -166,14 +166,13 @@ def _follow(problem: Problem, repeats: int = REPEATS, wrong_sigma: float = 1.0) 
             predict(m * limit, problem.targets, learning_rate=runs[0].step_size, steps=jnp.arange(STEPS + 1)).loss
         )
         slope = slopes[name] = fits.exponent(*_points(errors[name]))
+        if wrong_sigma == 1:
+            fits.check_narrow(slope, NARROW, f"the distance from the prediction by H* ({name})")
         checks += [
             Check(f"{name}: exponent {slope}, distance of its interval from -1/2", slope.gap(-0.5), 0.05),
-            *([] if wrong_sigma != 1 else [Check(f"{name}: half width of that interval", _half_width(slope), NARROW)]),
+            Check(f"{name}: that exponent", slope.value, LEAST_EXPONENT, part=name),
         ]
-        first, last = (float(np.median(errors[name][m])) for m in (used[0], used[-1]))
-        what = f"{name}: median distance at m = {used[-1]} over that at m = {used[0]}"
-        checks.append(Check(what, last / first, (used[-1] / used[0]) ** LEAST_EXPONENT, part=name))
-    parameters = {"tokens": used[-1], "shortest": used[0], "steps": STEPS, "repeats": repeats, "sigma": problem.sigma}
+    parameters = {"tokens": used[-1], "shortest": used[0], "steps": STEPS, "repeats": REPEATS, "sigma": problem.sigma}
     series = {"errors": errors, "slopes": slopes, "example": example, "curves": curves}
     return Evidence(tuple(checks), parameters, series)
 
@@ -196,13 +195,9 @@ def _own(problem: Problem, name: ModelName, start: str) -> dict[int, np.ndarray]
             runs = [_trained(problem, name, m, repeat, start == "in pairs") for repeat in range(len(found[m]), draws)]
             found[m] += [run.distance(prefix_ntk(run.model, problem.inputs)) for run in runs]
         errors = {m: np.array(values) for m, values in found.items()}
-        if _half_width(fits.exponent(*_points(errors))) <= NARROW:
+        if fits.exponent(*_points(errors)).half_width <= NARROW:
             break
     return errors
-
-
-def _half_width(slope: fits.Exponent) -> float:
-    return (slope.high - slope.low) / 2
 
 
 def _orders(problem: Problem, exchanged: bool = False) -> Evidence:
@@ -215,11 +210,9 @@ def _orders(problem: Problem, exchanged: bool = False) -> Evidence:
             label = f"{name}, {start}"
             own[label] = _own(problem, name, start)
             slope = slopes[label] = fits.exponent(*_points(own[label]))
+            fits.check_narrow(slope, NARROW, f"the distance from the prediction by H(W(0)) ({label})")
             what = f"{label}, by H(W(0)): exponent {slope}, its farther end from {order:g}"
             checks.append(Check(what, slope.distance(order), NEAR, part=f"{name}, exchanged"))
-            if not exchanged:
-                what = f"{label}, by H(W(0)): half width of the exponent's interval"
-                checks.append(Check(what, _half_width(slope), NARROW))
         checks.append(_even(problem, name, alike=exchanged))
     return Evidence(tuple(checks), {}, {"own": own, "own slopes": slopes})
 
@@ -244,7 +237,7 @@ def _measure(problem: Problem) -> Evidence:
 
 
 def _other_sigma(problem: Problem) -> Evidence:
-    return _follow(problem, repeats=1, wrong_sigma=WRONG)
+    return _follow(problem, wrong_sigma=WRONG)
 
 
 def _exchanged(problem: Problem) -> Evidence:

@@ -94,12 +94,10 @@ def _approach(problem: Problem, repeats: tuple[int, int] = REPEATS, wrong_sigma:
             points = [(m, error) for m, found in errors[name].items() if m >= start for error in found]
             slopes[name] = fits.exponent(*zip(*points, strict=True))
             slope = slopes[name]
-            gap = slope.gap(-0.5)
-            width = (slope.high - slope.low) / 2
-            checks += [
-                Check(f"{name}: distance of the slope's interval {slope} from -1/2", gap, 0.02, part=model),
-                Check(f"{name}: half width of the slope's interval", width, NARROW),
-            ]
+            if wrong_sigma == 1:
+                fits.check_narrow(slope, NARROW, f"the kernel's error ({name})")
+            what = f"{name}: distance of the slope's interval {slope} from -1/2"
+            checks.append(Check(what, slope.gap(-0.5), 0.02, part=model))
             if problem.full:  # enough draws for the estimate itself to be held to a tolerance
                 checks.append(Check(f"{name}: |slope + 1/2|", abs(slope.value + 0.5), 0.05, part=model))
             if sigma in AIMED:

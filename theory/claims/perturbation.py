@@ -36,23 +36,23 @@ def _kernel(weights: Array, signs: Array, inputs: Array, model: ModelName) -> Ar
 def _largest_drift(
     weights: Array, signs: Array, inputs: Array, radius: Array, direction: Array, model: ModelName
 ) -> Array:
-    """Return the drift of the kernel after every token moved by ``radius`` along the steepest ascent of that drift."""
+    """Return the drift of the kernel after every token moved by ``radius``, from ``direction`` along its steepest ascent.
+
+    Of all moves within the radius the one that a gradient grows most along is that gradient, brought to length, token by token.
+    """
     start = _kernel(weights, signs, inputs, model)
 
-    def drift(direction: Array) -> Array:
-        moved = weights + radius * direction / jnp.linalg.norm(direction, axis=1, keepdims=True)
-        return jnp.linalg.norm(_kernel(moved, signs, inputs, model) - start)
+    def drift(moved: Array) -> Array:
+        return jnp.linalg.norm(_kernel(weights + moved, signs, inputs, model) - start)
 
-    def climb(direction: Array, _: None) -> tuple[Array, None]:
-        slope = jax.grad(drift)(direction)
-        unit = direction / jnp.linalg.norm(direction, axis=1, keepdims=True)
-        # the gradient is tangential; a step as long as the direction turns it by 45 degrees
-        size = jnp.linalg.norm(slope, axis=1, keepdims=True)
-        turned = unit + slope / jnp.where(size == 0, 1, size)
-        # with d = 1 there is nothing tangential but rounding, which may point back
-        return jnp.where(jnp.linalg.norm(turned, axis=1, keepdims=True) < 0.5, unit, turned), None
+    def to_length(moved: Array) -> Array:
+        size = jnp.linalg.norm(moved, axis=1, keepdims=True)
+        return radius * moved / jnp.where(size == 0, 1, size)
 
-    return drift(jax.lax.scan(climb, direction, length=ASCENT)[0])
+    def climb(moved: Array, _: None) -> tuple[Array, None]:
+        return to_length(jax.grad(drift)(moved)), None
+
+    return drift(jax.lax.scan(climb, to_length(direction), length=ASCENT)[0])
 
 
 def _stated(radius: float, inputs: int, outputs: int, scale: float) -> float:
