@@ -1,4 +1,4 @@
-"""What a wrong input is told, in one form: the name, what was expected, what came, what to do.
+"""The message for a wrong input, in one form: the name, what was expected, what came, what to do.
 
 :class:`UsageError` is for what a user can mend; the programs print it as one line and exit with 2.  Any other exception is
 a mistake of ours and keeps its traceback.  :func:`explain` is the one place that tells them apart.

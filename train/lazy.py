@@ -113,7 +113,7 @@ class Options(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What one method's kernel says on one sample, and what training made of the adapter."""
+    """One method on one sample: kernel regression with its kernel, and fine-tuning of the adapter."""
 
     method: str
     seed: int

@@ -1,4 +1,4 @@
-"""A finished run, ready to be asked.
+"""A finished run, ready to predict.
 
 >>> from train.predict import load
 >>> classify = load("runs/rotten_tomatoes-ntk_attention-0")

@@ -55,8 +55,8 @@ TINY_VIT = models.VitConfig(
 """The random model called tiny-vit; its images are as large as the run's."""
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 32, 4096
-"""Training examples that an adapter is calibrated on: at most so many, of at most so many tokens together, for their
-scores are held at once, T x T of each."""
+"""Most training examples that an adapter is calibrated on, and most tokens of them together: the T x T scores of all are
+held at once."""
 
 
 @dataclasses.dataclass(frozen=True)
