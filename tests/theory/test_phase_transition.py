@@ -5,10 +5,12 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import comb
+from scipy.special import comb, ive
 
 from ntk_prefix import softmax_attention
+from ntk_prefix.feature_maps import Minimax
 from ntk_prefix.polynomial import polynomial_attention, polynomial_degree
+from theory import nearest
 from theory.claims import phase_transition as claim
 from theory.problem import Problem, load
 
@@ -22,6 +24,7 @@ def problem() -> Problem:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter sequences than the claim's."""
     monkeypatch.setattr(claim, "POWERS", range(6, 9))
+    monkeypatch.setattr(nearest, "POWERS", (6, 8))
 
 
 def scores_of(problem: Problem, power: int) -> np.ndarray:
@@ -124,3 +127,31 @@ def test_operations_on_the_wrong_side_are_noticed() -> None:
 
 def test_far_exponents() -> None:
     assert all(check.holds for check in claim._far())
+
+
+class TestNearestPolynomial:
+    def test_its_error_is_the_largest_that_any_values_see(self) -> None:
+        scores, keys = np.array([[1.0, -0.5, 0.0], [-1.0, 0.5, 0.5]]), np.array([[1, 2, 1], [3, 1, 0]])
+        weights = np.array(Minimax(1, 1.0).coefficients)
+        errors = []
+        for row, count in zip(scores, keys, strict=True):
+            seen = np.repeat(row, count)
+            near, exact = weights[0] + weights[1] * seen, np.exp(seen)
+            errors.append(np.abs(near / near.sum() - exact / exact.sum()).sum())
+        assert nearest.distance(scores, keys, 1, 1.0) == pytest.approx(max(errors))
+        assert min(errors) < max(errors)
+
+    def test_its_growth_is_that_of_chebyshev_s_series(self) -> None:
+        score = 300.0
+
+        def log_error(growth: float) -> float:
+            # 2 e^S I_t(S) of the first term that is left out; ive is I e^-S
+            return math.log(2) + 2 * score + math.log(ive(growth * score, score))
+
+        assert log_error(1.02 * nearest.PROVED_GROWTH) < 0 < log_error(nearest.PROVED_GROWTH / 1.02)
+
+    def test_it_is_used_up_to_the_scores_it_is_found_for(self) -> None:
+        found = nearest.degrees(claim.REGIMES["beta = 1"], claim.ERROR)
+        assert [degree is None for degree in found.values()] == [power > 11 for power in found]
+        assert 0 < nearest.share_of_taylor(claim.REGIMES["beta = 1"], found, claim.ERROR) < claim.FEWER / 1.5
+        assert nearest.share_of_taylor(claim.REGIMES["B = 1/2"], found, claim.ERROR) == 0
