@@ -142,6 +142,7 @@ def main(options: Options, console: Console) -> None:
             told("writing texts", 0, 1)
             texts = kept("texts", lambda: continuations(model, prefix, prompt, options.self_study, options.tokens))
             told("writing texts", 1, 1)
+            give_back()
         else:
             texts = padded([tokenizer.encode(each, add_special_tokens=False).ids for each in own], options.tokens)
         fit, held = _split(texts, options)

@@ -18,7 +18,7 @@ from theory.problem import Problem
 
 BATCH, LENGTH, HEADS, HEAD_DIM = 1, 256, 4, 32
 LENGTHS = [2**power for power in range(10, 16)]
-RUNS = 5
+RUNS = 20
 
 BACKBONES = {
     # layers, heads, head dimension, and the count of the authors' public code (theory/README.md, section 13)
