@@ -70,15 +70,20 @@ class _Ranking(Checked):
     """Of the ranker: mean, cls; None is its own."""
     cosine: bool | None = None
     """Score by the cosine of the two vectors instead of their inner product; None is what the adapter was trained with."""
-    out: Path = Path("runs/ranked.jsonl")
-    """File of the results."""
+    out: Path | None = None
+    """File of the results, which one that asked otherwise begins anew; None is runs/score.jsonl, runs/rerank.jsonl, ..."""
+
+    @property
+    def results(self) -> Path:
+        """Where the results go."""
+        return self.out or Path("runs", f"{type(self).__name__.lower()}.jsonl")
 
     def check(self) -> None:
         """Refuse what cannot be meant, before anything is loaded."""
         if self.pooling not in (None, "mean", "cls"):
             raise expected("--pooling", "mean or cls", self.pooling)
-        if self.out.is_dir():
-            raise expected("--out", "a file", f"{self.out}, which is a folder")
+        if self.results.is_dir():
+            raise expected("--out", "a file", f"{self.results}, which is a folder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,7 +271,7 @@ def main(options: Score | Search | Rerank | Beam, console: Console) -> list[dict
                 results.add(row, line)
                 bars.advance(task)
     lines = results.lines()
-    console.print(f"{len(lines)} lines in {options.out}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{len(lines)} lines in {options.results}", markup=False, highlight=False, soft_wrap=True)
     return lines
 
 
@@ -385,7 +390,8 @@ class _Results:
     """Lines that are written as they are found, behind what they depend on; of a run that asked otherwise, none."""
 
     def __init__(self, options: _Ranking, asked: list[dict[str, str]]):
-        self.file, self.beside = options.out, options.out.with_name(options.out.name + ".settings.json")
+        self.file = options.results
+        self.beside = self.file.with_name(f"{self.file.name}.settings.json")
         said = json_text({"options": dataclasses.asdict(options) | {"out": None}, "asked": asked})
         digest = hashlib.sha256(said.encode()).hexdigest()
         self.found: dict[int, dict[str, Any]] = {}

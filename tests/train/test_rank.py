@@ -173,3 +173,10 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(tmp_path: Pat
         with pytest.raises(UsageError, match=message):
             make()
     assert mine.read_text() == "mine\n"
+
+
+def test_one_command_leaves_the_results_of_another_alone() -> None:
+    file = Path("file")
+    asked = (Score(pairs=file), Search(prompts=file, among=file), Rerank(prompts=file), Beam(prompts=file))
+    assert [each.results.name for each in asked] == ["score.jsonl", "search.jsonl", "rerank.jsonl", "beam.jsonl"]
+    assert Score(pairs=file, out=file).results == file
