@@ -13,7 +13,7 @@ from ntk_prefix import PrefixAttentionLayer
 from ntk_prefix.kernels import empirical_ntk, limit_ntk, real_layer_limit_ntk
 from ntk_prefix.typing import Kernel
 from theory import figures, fits
-from theory.claim import Check, Claim, Control, Evidence, relative_error
+from theory.claim import Check, Claim, Control, Evidence, Undecidable, relative_error
 from theory.problem import Problem
 from theory.scales import asymptotic_length, beyond, expected_error, indistinct
 
@@ -27,6 +27,9 @@ SEQUENCE = 16
 
 WIDEST = 0.2
 """Half-width of the exponent's interval, at most: wider ones tell -1/2 from nothing."""
+
+FALLS = -0.45
+"""Upper end of the exponent's interval, at most: one that may be -1/2 and ends above it is undecided."""
 
 FITTED = 3
 """Lengths that the rate is fitted to, at least."""
@@ -105,10 +108,12 @@ def _approach(problem: Problem, limit: str) -> Evidence:
     slope = fits.exponent(*zip(*points, strict=True))
     if limit == "own":
         fits.check_narrow(slope, WIDEST, "the real layer's error")
+        if slope.low <= -0.5 and slope.high > FALLS:
+            raise Undecidable(f"undecidable by these draws: the exponent {slope} may be -1/2 and may be above {FALLS}")
     # nearer to its own limit than to the other one, and about as near as the draw lets it be
     close = min(_apart(problem, layer) / 2, 2 * expected_error(_spread(problem, layer), lengths[-1]))
     checks = (
-        Check(f"lower end of the exponent {slope}", slope.low, -0.48),
+        Check(f"upper end of the exponent {slope}", slope.high, FALLS),
         Check(f"median relative error at m = {lengths[-1]}", float(np.median(errors[lengths[-1]])), close),
     )
     parameters = {"tokens": lengths[-1], "shortest": lengths[0], "sequence": problem.n, "repeats": repeats}
