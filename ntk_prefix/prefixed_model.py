@@ -205,6 +205,7 @@ def continuations(
     others = {path: Prefix(each.key[:-1], each.value[:-1]) for path, each in prefix.items()}
     with attending(model, others):
         logits = model(jnp.asarray(prompt[-1:])[None], position_offset=-1).logits[0, -1]
+    del others  # a copy, as large as the prompt's keys and values
     first = jax.lax.top_k(logits, count)[1].astype(jnp.int32)[:, None]
     with attending(model, prefix):
         follow = generate(model, first, max_new_tokens=tokens - 1)
