@@ -207,8 +207,8 @@ class TestEveryMethod:
 def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_loaded(
     flags: dict[str, Any], message: str, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for what in ("load_model", "load_tokenizer"):
-        monkeypatch.setattr(setup, what, lambda *_: pytest.fail("something was loaded"))
+    for where, what in ((setup, "load_model"), (models, "load_tokenizer")):
+        monkeypatch.setattr(where, what, lambda *_: pytest.fail("something was loaded"))
     config = TrainConfig(model=str(encoder), task="sst2", data_dir=str(KEPT / "data" / "sst2"), **flags)
     with pytest.raises(UsageError, match=message):
         run(config, tmp_path)
