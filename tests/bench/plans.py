@@ -3,8 +3,8 @@
     python -m tests.bench.plans [--topologies ...] [--models ...] [--methods ...] [--out FILE]
 
 16 rows of 2,048 tokens per step (BERT: 64 of 512, all that it has positions for), or 256 images; bfloat16, weights in their
-files' dtype, layers in a loop, fsdp over all chips. Where a step does not fit, it is planned again with ``--remat``. Each
-plan is a process of its own and is written when it ends: the same command goes on. Wants libtpu
+files' dtype, layers in a loop, fsdp over all chips. Where a step does not fit, or the compiler ends, it is planned again
+with ``--remat``. Each plan is a process of its own and is written when it ends: the same command goes on. Wants libtpu
 (``pip install "ntk-prefix[tpu]"``); a plan takes a minute or two of one core.
 """
 
@@ -65,13 +65,23 @@ def planned(topology: str, model: str, method: str, *more: str) -> dict[str, Any
             capture_output=True,
             text=True,
         )
-        if not file.exists():
-            raise RuntimeError(done.stdout + done.stderr)
-        return json.loads(file.read_text())
+        if file.exists():
+            return json.loads(file.read_text())
+        if done.returncode > 128:  # a signal: the compiler itself has ended
+            return {"ended": _reason(done.stderr)}
+        raise RuntimeError(done.stdout + done.stderr)
+
+
+def _reason(said: str) -> str:
+    """Return what a compiler that ended by a signal gave as its reason."""
+    checks = [line for line in said.splitlines() if "Check failed" in line or "F0000" in line]
+    return (checks or said.splitlines() or ["nothing said"])[0].strip()[:200]
 
 
 def line(plan: dict[str, Any], remat: bool) -> dict[str, Any]:
     """Return what a table says of a plan."""
+    if "ended" in plan:
+        return {"remat": remat, "ended": plan["ended"]}
     step: dict[str, Any] = plan["step"] or {}
     sent = {
         contents: sum(row["bytes"] for row in kinds.values()) for contents, kinds in step.get("collectives", {}).items()
@@ -97,8 +107,11 @@ def table(lines: dict[str, dict[str, Any]]) -> str:
     head = "| machine | model | method | GiB per chip | temporaries | weights sent | activations sent | step, ms |"
     rows = [head, "|" + " --- |" * (head.count("|") - 1)]
     for name, each in lines.items():
-        needed = "?" if each["needed"] is None else f"{each['needed'] / 2**30:.2f}"
         first = f"| {' | '.join(name.split())}{', remat' if each['remat'] else ''} | "
+        if "ended" in each:
+            rows.append(f"{first}the compiler itself ended | | | | |")
+            continue
+        needed = "?" if each["needed"] is None else f"{each['needed'] / 2**30:.2f}"
         if not each["fits"]:
             rows.append(f"{first}{needed}: does not fit | | | | |")
             continue
@@ -124,9 +137,10 @@ def main() -> None:
                     continue
                 with console.status(name):
                     found, remat = planned(topology, model, method), False
-                    if not found["fits"]:
+                    ended = found.get("ended")
+                    if ended or not found["fits"]:
                         found, remat = planned(topology, model, method, "--remat"), True
-                lines[name] = line(found, remat)
+                lines[name] = line(found, remat) | {"ended_without_remat": ended}
                 document = {"plans": lines, **provenance("libtpu", sources=("ntk_prefix/**/*.py", "train/**/*.py"))}
                 write_whole(wanted.out, json_text(document).encode())
                 console.print(table({name: lines[name]}).splitlines()[-1], markup=False, soft_wrap=True)

@@ -6,14 +6,16 @@ CONFIG and all flags of a run are those of ``python -m train``. No weights and n
 model is a name of a table or a config.json. The compiler is libtpu's (``pip install "ntk-prefix[tpu]"``), on this machine's
 processor; nothing runs.
 
-Exit status: 0 if it fits, 1 if it does not, 2 for what a user can mend.
+Exit status: 0 if it fits, 1 if it does not, 2 for what a user can mend; above 128 where the compiler ended by a signal.
 """
 
 from __future__ import annotations
 
 from train.plan.topology import Topology, set_environment
+from train.plan.watch import watched
 
 if __name__ == "__main__":
+    watched("train.plan")
     set_environment()
 
 import dataclasses
