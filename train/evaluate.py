@@ -40,8 +40,8 @@ class Predictions(NamedTuple):
     """[rows], the true classes; None for language."""
     texts: tuple[str, ...] = ()
     """Generated answers; language only."""
-    kinds: dict[str, float] | None = None
-    """Rankings only: kind of candidates -> how often the true one is told from nine of these."""
+    identified: dict[str, Any] | None = None
+    """Rankings only: :meth:`train.ranking.Identification.summary`."""
     last_number: float | None = None
     """Share of them whose last number is right, marked as the answer or not; language only."""
 
@@ -107,8 +107,7 @@ class Evaluator:
             temperature = self.setup.config.optim.temperature
             found = by_encoder(self.encoder(state), split, self.batch_size, temperature)
             right = np.mean([*found.right.values()], axis=0)
-            kinds = {kind: float(each.mean()) for kind, each in found.right.items()}
-            return Predictions(right, float(np.mean([*found.loss.values()])), None, kinds=kinds)
+            return Predictions(right, float(np.mean([*found.loss.values()])), None, identified=found.summary())
         trained, frozen = self._local(state)
         rows, weights, labels = [], [], []
         split, places = data.by_length(split)

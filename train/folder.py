@@ -56,6 +56,7 @@ class Summary(TypedDict):
     temperature: NotRequired[Loss | None]
     reliability: NotRequired[list[Reliability]]
     identification: NotRequired[dict[str, Share]]
+    right: NotRequired[dict[str, str]]
     agreement: NotRequired[Agreement | None]
 
 

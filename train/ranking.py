@@ -14,7 +14,7 @@ Source: RankGen (arXiv 2205.09726), with cosines; InfoNCE (arXiv 1807.03748).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from train import data
 from train.data import Batch, Dataset
 from train.ranking_data import KINDS, OTHERS
 
-__all__ = ["by_encoder", "contrastive_loss", "identification", "ten", "vectors"]
+__all__ = ["by_encoder", "contrastive_loss", "identification", "lead", "ten", "vectors"]
 
 DRAW = 20_26
 """Draws the suffixes of other rows that a true one is to be told from: the same for every run."""
@@ -114,6 +114,37 @@ class Identification:
     """Kind -> [rows], whether the true one has the highest score of all, alone."""
     loss: dict[str, float]
     """Kind -> mean cross entropy of the true one, by scores over the temperature."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return for each kind how often it is right, ``identification``, and in which rows, ``right``, a 0 or 1 for each."""
+        return {
+            "identification": {kind: float(right.mean()) for kind, right in self.right.items()},
+            "right": {kind: "".join("01"[each] for each in right.astype(int)) for kind, right in self.right.items()},
+        }
+
+
+def lead(runs: Sequence[Mapping[str, str] | None], other: Mapping[str, str] | None) -> tuple[float, float] | None:
+    """Return by how much runs are right more often than another scorer, the mean over kinds, and its standard error.
+
+    The test rows are the sample: all are asked the same of the same rows, so differences are taken row by row, of the mean
+    over the runs.
+
+    Args:
+        runs, other: ``right`` of :meth:`Identification.summary`; None of one that is not known.
+
+    Returns:
+        None where one is not known, or they are not of the same kinds and rows.
+    """
+
+    def shares(right: Mapping[str, str]) -> Float[np.ndarray, "rows"]:
+        return np.mean([[int(each) for each in right[kind]] for kind in sorted(right)], axis=0)
+
+    known = [run for run in runs if run]
+    sizes = [{kind: len(rows) for kind, rows in each.items()} for each in (*known, other or {})]
+    if not known or len(known) < len(runs) or not other or any(size != sizes[0] for size in sizes):
+        return None
+    difference = np.mean([shares(run) for run in known], axis=0) - shares(other)
+    return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
 
 
 def identification(

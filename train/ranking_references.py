@@ -168,8 +168,7 @@ def _references(options: Options, config: TrainConfig, console: Console) -> dict
 
 
 def _result(found: ranking.Identification, rows: int, agreed: dict[str, Any] | None) -> dict[str, Any]:
-    kinds = {kind: float(right.mean()) for kind, right in found.right.items()}
-    return {"identification": kinds, "rows": rows, "agreement": agreed}
+    return {**found.summary(), "rows": rows, "agreement": agreed}
 
 
 def _random(task: tasks.Task, choices: list[Choice]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def summary(
         "source": task.source,
         "model_source": setup.model_source,
         "config": config.as_dict(),
-        **({} if test is None or test.kinds is None else {"identification": test.kinds, "agreement": human}),
+        **({} if test is None or test.identified is None else {**test.identified, "agreement": human}),
         **_confidence(validation, test),
         **provenance("orbax-checkpoint", sources=("ntk_prefix/**/*.py", "train/**/*.py")),
     }

@@ -293,6 +293,26 @@ class TestIdentification:
         even = ranking.identification(split, lambda _, row, some: np.zeros(len(some)), 0.1)
         assert even.loss["random"] == pytest.approx(np.log(10))
 
+    def test_is_compared_row_by_row(self) -> None:
+        rows, draw = 4000, np.random.default_rng(0)
+        hard = draw.uniform(size=(2, rows))
+
+        def run(skill: float) -> dict[str, str]:
+            right = {kind: row < skill for kind, row in zip(("random", "generated"), hard, strict=True)}
+            return ranking.Identification(right, {}).summary()["right"]
+
+        ahead, error = ranking.lead([run(0.58), run(0.62)], run(0.5)) or (0, 0)
+        shares = np.mean([np.mean(hard < skill, axis=0) for skill in (0.58, 0.62)], axis=0) - np.mean(
+            hard < 0.5, axis=0
+        )
+        assert (ahead, error) == pytest.approx((shares.mean(), shares.std(ddof=1) / rows**0.5))
+        assert abs(ahead - 0.1) < 3 * error
+        # alone each has an error of its own, and what they share is in neither difference
+        assert error < 0.7 * (2 * 0.25 / (2 * rows)) ** 0.5
+        assert ranking.lead([run(0.5)], run(0.5)) == (0, 0)
+        for runs, other in (([None], run(0.5)), ([run(0.5)], None), ([], run(0.5)), ([{"random": "01"}], run(0.5))):
+            assert ranking.lead(runs, other) is None
+
 
 # ----------------------------------------------------------------------------------------------- runs
 
@@ -310,6 +330,9 @@ class TestARun:
         summary = json.loads((unbroken / "summary.json").read_text())
         assert summary["metric"] == "identification"
         assert set(summary["identification"]) == {"random", "same document"}
+        for kind, right in summary["right"].items():
+            assert len(right) == summary["test_rows"]
+            assert right.count("1") / len(right) == pytest.approx(summary["identification"][kind])
         assert summary["test_score"] == pytest.approx(np.mean([*summary["identification"].values()]))
         assert summary["agreement"] is None
 

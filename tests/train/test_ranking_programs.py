@@ -133,10 +133,12 @@ def test_a_table_of_rankers_has_them_beside_what_was_trained(tmp_path: Path, mon
         "test_rows": 150,
         "trainable_parameters": 73728,
         "identification": kinds,
+        "right": {kind: "1101" if kind == "random" else "0101" for kind in kinds},
         "agreement": {"agree": 60, "of": 100},
     }
     monkeypatch.setattr(run, "run_cell", lambda *_, test: dict(summary))
     untrained = {"random": {"test_score": 0.1, "test_rows": 150, "validation_score": None, "identification": kinds}}
+    untrained["frozen cosine"] = untrained["random"] | {"right": {kind: "0101" for kind in kinds}}
     monkeypatch.setattr(run, "run_references", lambda *_: untrained)
     files = [tmp_path / "generated.jsonl", tmp_path / "none.jsonl"]
     files[0].write_text("")
@@ -149,11 +151,13 @@ def test_a_table_of_rankers_has_them_beside_what_was_trained(tmp_path: Path, mon
     comparison = Comparison(**settings, set=(f"generated={files[0]}",))
     comparison.check_sources()
     lines = compare(comparison, QUIET)
-    assert [line["row"] for line in lines] == ["ntk", "random"]
+    assert [line["row"] for line in lines] == ["ntk", "random", "frozen cosine"]
     table = (tmp_path / "table" / "table.md").read_text().splitlines()
     header, _, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|"))
-    ours, chance = (dict(zip(header, row, strict=True)) for row in cells)
+    ours, chance, _ = (dict(zip(header, row, strict=True)) for row in cells)
     assert (ours["among random"], ours["among same document"], ours["people"]) == ("75.0", "50.0", "60.0")
+    # one row of four is right in one kind of two more: 1/8, and the standard error of (1/2, 0, 0, 0) is 1/8 too
+    assert (ours["ahead of frozen cosine by"], chance["ahead of frozen cosine by"]) == ("+12.5 ± 12.5", "-")
     assert (chance["score"], chance["people"], chance["learning rate"]) == ("10.0", "-", "-")
     with pytest.raises(UsageError, match="--set generated: expected a file"):
         Comparison(**settings, set=(f"generated={files[1]}",)).check_sources()

@@ -10,6 +10,7 @@ from ntk_prefix.artifacts import provenance
 from train.comparison.plan import Cell, Comparison
 from train.confidence import BINS
 from train.profiles import Row
+from train.ranking import lead
 from train.ranking_data import KINDS
 
 __all__ = ["UNTRAINED", "as_number", "as_whole", "document", "markdown", "table_line"]
@@ -17,6 +18,9 @@ __all__ = ["UNTRAINED", "as_number", "as_whole", "document", "markdown", "table_
 
 UNTRAINED = "none"
 """The method of a row for which nothing is trained."""
+
+FROZEN = "frozen cosine"
+"""The row of :mod:`train.ranking_references` that rankers start from."""
 
 
 def table_line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: float) -> dict[str, Any]:
@@ -75,6 +79,7 @@ def table_line(task: str, row: Row, finished: dict[Cell, dict[str, Any]], rate: 
             kind: statistics.fmean(run["identification"][kind] for run in whole)
             for kind in whole[0].get("identification", ())
         },
+        "right": [run.get("right") for run in whole],
         "agreement": _mean_agreement(whole),
         # of all seeds together: the bins add up
         "reliability": [[*b.values()] for run in whole for b in run.get("reliability", ())],
@@ -118,10 +123,13 @@ def markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         about += (
             "Of rankers: how often the true continuation is told from nine others, the score the mean over the kinds of these "
             "(other documents' at random, other spans of its own, what a decoder wrote; too few of its own are filled up with "
-            "random); a share p of n test rows has an error of sqrt(p (1 - p) / n). People: how often it prefers what most "
-            "of them did, in percent.\n"
+            "random); a share p of n test rows has an error of sqrt(p (1 - p) / n). Ahead of frozen cosine by: row "
+            "by row, the test rows the sample, of the mean over seeds. People: how often it prefers what most of them did, in "
+            "percent.\n"
         )
     ours = {line["task"]: line for line in lines if line["row"] == "ntk"}
+    # a task of the same test rows, with other training rows, may have no references of its own
+    frozen = next((line for line in lines if line["row"] == FROZEN), None)
     columns = {
         "task": [line["task"] for line in lines],
         "method": [line["row"] for line in lines],
@@ -133,6 +141,7 @@ def markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
         "last number before": [as_number(line["last_number_before"], 0.01, 1) for line in lines],
         "last number": [as_number(line["last_number"], 0.01, 1) for line in lines],
         **{f"among {kind}": [_kind(line, kind) for line in lines] for kind in ("random", *KINDS[2:])},
+        f"ahead of {FROZEN} by": [_ahead_of(frozen, line) for line in lines],
         "people": [as_number(line["agreement"], 0.01, 1) for line in lines],
         "loss before": [as_number(line["loss_before"], 1, 3) for line in lines],
         "loss": [as_number(line["loss"], 1, 3) for line in lines],
@@ -153,6 +162,13 @@ def markdown(comparison: Comparison, lines: list[dict[str, Any]]) -> str:
 
 def _kind(line: dict[str, Any], kind: str) -> str:
     return as_number(line["identification"].get(kind), 0.01, 1)
+
+
+def _ahead_of(frozen: dict[str, Any] | None, line: dict[str, Any]) -> str:
+    """Return by how much a ranker is ahead of the frozen one, in percentage points."""
+    if frozen is None or frozen is line or (found := lead(line["right"], frozen["right"][0])) is None:
+        return "-"
+    return f"{100 * found[0]:+.1f} ± {100 * found[1]:.1f}"
 
 
 def _about_rates(comparison: Comparison) -> str:
