@@ -42,6 +42,10 @@ MARKS: dict[Role, str] = {"prefix": "pre ", "suffix": "suffi "}
 LENGTHS: dict[Role, int] = {"prefix": 512, "suffix": 128}
 """Tokens of each, mark included, at most."""
 
+CPU_TOKENS = 1024
+"""Read at once on a CPU, at most: what they leave between two maps stays in the cache. Of MiniLM's tokens, in ms of an AMD
+EPYC's processor at 256 a row: 0.28 each for 256 to 1,024 at once, 0.35 for 2,048, 0.40 for 5,120."""
+
 SETTINGS = "ranker.json"
 """In the folder of an adapter: how the ranker that it was trained on makes scores."""
 
@@ -130,7 +134,7 @@ class Ranker(Classifier):
         Args:
             texts: without marks.
             role: what they are.
-            batch_size: read at once.
+            batch_size: read at once, at most; a CPU reads ``CPU_TOKENS``.
             progress: told how many are done, and of how many.
 
         Raises:
@@ -143,17 +147,23 @@ class Ranker(Classifier):
         order = np.argsort([-len(each) for each in ids], kind="stable")
         found = np.zeros((len(ids), self.config.hidden_size), np.float32)
         graph, state = nnx.split(self)
-        for start in range(0, len(ids), batch_size):
-            rows = order[start : start + batch_size]
-            width = _round_up(max(len(ids[row]) for row in rows), self.lengths[role == "suffix"])
-            tokens = np.zeros((min(batch_size, len(ids)), width), np.int32)
+        start = 0
+        while start < len(ids):
+            # the longest is the first
+            width = _round_up(len(ids[order[start]]), self.lengths[role == "suffix"])
+            count = min(batch_size, len(ids))
+            if jax.default_backend() == "cpu":
+                count = min(count, max(CPU_TOKENS // width, 1))
+            rows = order[start : start + count]
+            tokens = np.zeros((count, width), np.int32)
             mask = np.zeros_like(tokens)
             mask[:, 0] = 1  # rows that fill the batch up see something too
             for place, row in enumerate(rows):
                 tokens[place, : len(ids[row])] = ids[row]
                 mask[place, : len(ids[row])] = 1
             found[rows] = np.asarray(_vectors(graph, state, jnp.asarray(tokens), jnp.asarray(mask)))[: len(rows)]
-            progress(min(start + batch_size, len(ids)), len(ids))
+            start += len(rows)
+            progress(start, len(ids))
         return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-30) if self.cosine else found
 
     def _ids(self, text: str, role: Role) -> list[int]:

@@ -3,8 +3,9 @@
 ``python -m tests.bench.bench_ranker [--torch-python PATH]``: PATH is a Python with torch and transformers; without one the row
 of the peer says that it is not measured.
 
-Both read the same marked texts, all of full length, in the same batches, with the mean over tokens, and their vectors must
-agree. A first batch of either role, which compiles, is not counted. Seconds are of the wall and of the processor: on a machine
+Both read the same marked texts, all of full length, with the mean over tokens, and their vectors must agree. Ours reads as
+many at once as it does for a user; the peer ``--batch-size``, and again four, and its faster run counts. A first batch of
+either role, which compiles, is not counted. Seconds are of the wall and of the processor: on a machine
 that does other work at the same time only the second can be compared.
 """
 
@@ -41,17 +42,21 @@ folder, file, batch_size, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), 
 torch.set_num_threads(threads)
 model = transformers.AutoModel.from_pretrained(folder).eval()
 arrays = np.load(file)
-def vectors(ids):
+def vectors(ids, batch_size):
     with torch.inference_mode():
-        parts = [model(torch.from_numpy(part)).last_hidden_state.mean(1) for part in np.split(ids, len(ids) // batch_size)]
+        parts = [model(part).last_hidden_state.mean(1) for part in torch.from_numpy(ids).split(batch_size)]
     return torch.cat(parts).numpy()
 ids = [arrays[name].astype(np.int64) for name in ("prefix", "suffix")]
-for each in ids:
-    vectors(each[:batch_size])
 spent = lambda: sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-begun, before = time.perf_counter(), spent()
-scores = (vectors(ids[0]) * vectors(ids[1])).sum(1)
-print(json.dumps({"seconds": time.perf_counter() - begun, "processor": spent() - before, "scores": scores.tolist()}))
+found = []
+for size in (batch_size, 4):
+    for each in ids:
+        vectors(each[:size], size)
+    begun, before = time.perf_counter(), spent()
+    scores = (vectors(ids[0], size) * vectors(ids[1], size)).sum(1)
+    found.append((time.perf_counter() - begun, spent() - before, size))
+seconds, processor, size = min(found)
+print(json.dumps({"seconds": seconds, "processor": processor, "at once": size, "scores": scores.tolist()}))
 """
 
 
@@ -67,7 +72,7 @@ class Options:
     lengths: tuple[int, int] = (256, 128)
     """Tokens of a prefix and of a suffix, with their marks."""
     batch_size: int = 20
-    """A divisor of the pairs."""
+    """Read at once, at most."""
 
 
 def texts_of(ranker: models.Ranker, role: Any, count: int, length: int) -> tuple[list[str], np.ndarray]:
@@ -95,8 +100,6 @@ def ours(ranker: models.Ranker, texts: list[list[str]], batch_size: int) -> dict
 def main(options: Options) -> int:
     """Measure, print; the status is 1 where 60 seconds for 1,000 pairs are missed on an otherwise idle machine's processor."""
     console = Console()
-    if options.pairs % options.batch_size:
-        sys.exit(f"--batch-size: expected a divisor of {options.pairs} pairs, got {options.batch_size}.")
     path = asset("minilm") if options.model == "minilm" else Path(options.model)
     ranker = models.load_ranker(path, pooling="mean", lengths=options.lengths)
     made = [
