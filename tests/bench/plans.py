@@ -24,6 +24,7 @@ from rich.console import Console
 from ntk_prefix.artifacts import CHECKOUT, json_text, provenance, read_json, write_whole
 from train.plan.topology import Topology
 
+MACHINES = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4")
 NARROW = ("--precision", "bfloat16", "--param-dtype", "file", "--scan-layers", "--search", "0")
 TEXT = ("instruct", "--max-length", "2048", "--batch-size", "16", *NARROW)
 MODELS = {
@@ -46,11 +47,11 @@ METHODS = {
 class Plans:
     """Which plans to make."""
 
-    topologies: tuple[str, ...] = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4")
+    topologies: tuple[str, ...] = MACHINES
     models: tuple[str, ...] = tuple(MODELS)
     methods: tuple[str, ...] = tuple(METHODS)
     out: Path = Path("tests/bench/results/plans.json")
-    """What is in it already is not made again."""
+    """What is in it already is not made again. The table is written beside it, as .md."""
 
 
 def planned(topology: str, model: str, method: str, *more: str) -> dict[str, Any]:
@@ -103,7 +104,9 @@ def line(plan: dict[str, Any], remat: bool) -> dict[str, Any]:
 
 
 def table(lines: dict[str, dict[str, Any]]) -> str:
-    """Return the lines as Markdown."""
+    """Return the lines as Markdown, in the order of machines, models and methods."""
+    order = [f"{machine} {model} {method}" for machine in MACHINES for model in MODELS for method in METHODS]
+    lines = {name: lines[name] for name in sorted(lines, key=lambda name: order.index(name) if name in order else -1)}
     head = "| machine | model | method | GiB per chip | temporaries | weights sent | activations sent | step, ms |"
     rows = [head, "|" + " --- |" * (head.count("|") - 1)]
     for name, each in lines.items():
@@ -119,9 +122,13 @@ def table(lines: dict[str, dict[str, Any]]) -> str:
         temporaries = (memory["activations"] + memory["other temporaries"]) / 2**30
         rows.append(
             f"{first}{needed} | {temporaries:.2f} GiB | {sent.get('weights', 0) / 2**30:.2f} GiB | "
-            f"{sent.get('activations', 0) / 2**20:.1f} MiB | {1e3 * seconds['least']:.3g} to {1e3 * seconds['most']:.3g} |"
+            f"{sent.get('activations', 0) / 2**20:.1f} MiB | {_ms(seconds['least'])} to {_ms(seconds['most'])} |"
         )
     return "\n".join(rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.{1 if seconds < 0.1 else 0}f}"
 
 
 def main() -> None:
@@ -143,6 +150,7 @@ def main() -> None:
                 lines[name] = line(found, remat) | {"ended_without_remat": ended}
                 document = {"plans": lines, **provenance("libtpu", sources=("ntk_prefix/**/*.py", "train/**/*.py"))}
                 write_whole(wanted.out, json_text(document).encode())
+                write_whole(wanted.out.with_suffix(".md"), f"{table(lines)}\n".encode())
                 console.print(table({name: lines[name]}).splitlines()[-1], markup=False, soft_wrap=True)
     console.print(table(lines), markup=False, soft_wrap=True)
 
