@@ -16,7 +16,7 @@ from ntk_prefix.certificate.curve import Forecast
 from ntk_prefix.certificate.prior import Prior
 from ntk_prefix.certificate.reference import Reference
 from ntk_prefix.certificate.rounding import Enclosure, eigen_enclosure, gamma
-from ntk_prefix.certificate.tokens import Claimed, Tokens
+from ntk_prefix.certificate.tokens import Ball, Claimed, Tokens
 from ntk_prefix.kernels import prefix_ntk
 from ntk_prefix.one_layer import fixed_jacobian, tied_jacobian
 from theory.claims.certificate import _advance
@@ -151,6 +151,18 @@ class TestReference:
                 assert deviation <= paths.deviation
 
 
+def closed(tokens: Tokens, total: float, movement: np.ndarray, factor: float) -> tuple[Claimed, Ball]:
+    """Claim ``factor`` times what the last pass computed of h and s, until a pass computes no more than was claimed."""
+    spread = tokens.second_moments()[0]
+    claimed = Claimed(total, np.zeros(N), np.zeros(N))
+    for _ in range(8):
+        ball = tokens.ball(claimed, movement, spread)
+        if (ball.normalizer <= claimed.normalizer).all() and (ball.center <= claimed.center).all():
+            return claimed, ball
+        claimed = Claimed(total, factor * ball.normalizer, factor * ball.center)
+    raise AssertionError("no claim implies itself")
+
+
 class TestTokens:
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("name", ["fixed", "tied"])
@@ -160,7 +172,6 @@ class TestTokens:
         m = 64
         model = drawn(name, m, symmetric=symmetric)
         tokens = Tokens(model, x)
-        spread, _ = tokens.second_moments()
         rng = np.random.default_rng(0)
         start = jacobian(model, x)
         center = np.asarray(model(x)) / m
@@ -169,12 +180,7 @@ class TestTokens:
             movement = np.zeros((1, 8192))
             movement[0, :m] = rho
             total = 2 * scale
-            claimed = Claimed(total, np.zeros(N), np.zeros(N))
-            for _ in range(8):
-                ball = tokens.ball(claimed, movement, spread)
-                if (ball.normalizer <= claimed.normalizer).all() and (ball.center <= claimed.center).all():
-                    break
-                claimed = Claimed(total, 1.1 * ball.normalizer, 1.1 * ball.center)
+            claimed, ball = closed(tokens, total, movement, 1.1)
             worst = 0.0
             weights = np.asarray(model.weights[...])
             # along one input the attention of every token grows or shrinks together
@@ -204,11 +210,7 @@ class TestTokens:
 
     @pytest.mark.parametrize("name", ["fixed", "tied"])
     def test_two_thirds_of_each_bound_are_exceeded(self, name: str) -> None:
-        """Where one token weighs much more than the rest, and yet little of all, and the ball is of one kind.
-
-        Of the fixed model's center two fifths: (17) bounds g_ir, which a normalizer that moves by h_i doubles, and not what
-        is left of it in the sum with v_r, h_i |c_i|, which is next to nothing where values cancel.
-        """
+        """Where one token weighs much more than the rest, and yet little of all, and the ball is of one kind."""
         x, m, size = np.array([[1.0, 0.0], [0.0, 0.01], [0.01, 0.01]]), 8192, 1e-3
         tied = name == "tied"
         model = drawn(name, m, symmetric=False)
@@ -217,7 +219,6 @@ class TestTokens:
         weights[0, 0] = np.log(128)
         model.weights[...], model.signs[...] = jnp.asarray(weights), jnp.broadcast_to(signs, model.signs.shape)
         tokens = Tokens(model, jnp.asarray(x))
-        spread = tokens.second_moments()[0]
 
         def at(moved: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             """J, c and log sum_r e^{x_i . w_r}."""
@@ -238,12 +239,7 @@ class TestTokens:
             found: dict[str, float] = {}
             for move in moves:
                 movement = np.zeros((1, m)) if total else size * np.abs(move.T)
-                claimed = Claimed(total, np.zeros(N), np.zeros(N))
-                for _ in range(8):
-                    ball = tokens.ball(claimed, movement, spread)
-                    if (ball.normalizer <= claimed.normalizer).all() and (ball.center <= claimed.center).all():
-                        break
-                    claimed = Claimed(total, 1.02 * ball.normalizer, 1.02 * ball.center)
+                ball = closed(tokens, total, movement, 1.02)[1]
                 moved = at(weights + size * move * [[1.0, 0.0]])
                 change = moved[0] - start[0]
                 ratios = {
@@ -253,8 +249,7 @@ class TestTokens:
                 }
                 found = {what: max(ratio, found.get(what, 0.0)) for what, ratio in ratios.items()}
             assert all(ratio <= 1 for ratio in found.values())
-            least = {"center": 1 / 1.5 if tied else 0.4}
-            assert all(ratio > least.get(what, 1 / 1.5) for what, ratio in found.items()), found
+            assert all(ratio > 1 / 1.5 for ratio in found.values()), found
 
     @pytest.mark.parametrize("name", ["fixed", "tied"])
     def test_the_linearized_movement(self, name: str) -> None:
@@ -530,9 +525,9 @@ class TestCertificate:
         assert all_of_them.certified == 4
         assert all_of_them.probability == pytest.approx(0.1 ** (1 / 4))
         assert all_of_them.rate > 0
-        some = certify_draws(x, y, m=1536, draws=8, key=jax.random.key(2))
+        some = certify_draws(x, y, m=1024, draws=8, key=jax.random.key(2))
         keys = [jax.random.fold_in(jax.random.key(2), draw) for draw in range(8)]
-        assert 0 < some.certified == sum(certify(x, y, m=1536, key=key).holds for key in keys) < 8
+        assert 0 < some.certified == sum(certify(x, y, m=1024, key=key).holds for key in keys) < 8
         assert 0 < some.probability < some.certified / 8
         assert certify_draws(x, y, m=16, draws=2).probability == 0
         with pytest.raises(ValueError, match="delta: expected a probability"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,13 +16,14 @@ from ntk_prefix.certificate.reference import Reference, Step
 from ntk_prefix.certificate.rounding import OUTWARD
 from ntk_prefix.certificate.tokens import LARGEST_EXPONENT, Claimed, Tokens
 
-__all__ = ["PASSES", "Closure", "close"]
+__all__ = ["PASSES", "SEARCHES", "Closure", "close"]
 
 PASSES = 16
 """Attempts at closing the bounds, each a pass over the tokens."""
 
-GROWTH = (2.0, 2.0, 1.3, 1.3, 1.3, 1.05)
-"""By how much more than the last pass computed each attempt claims."""
+SEARCHES = ((2.0, 2.0, 1.3, 1.3, 1.3, 1.05), (1.5, 1.5, 1.3, 1.2, 1.1, 1.05))
+"""By how much more than the last pass computed each attempt claims: the first search takes fewer passes, and where its claims
+outgrow themselves the second one may not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Closure:
     parts: dict[str, float]
 
 
-def close(tokens: Tokens, reference: Reference, movement: np.ndarray, spread: np.ndarray) -> Closure:
+def close(
+    tokens: Tokens, reference: Reference, movement: np.ndarray, spread: np.ndarray, growth: Sequence[float]
+) -> Closure:
     """Look for a drift that implies itself: claim one, and h and s with it, until a pass computes no more than claimed."""
     n = len(tokens.inputs)
     claimed = Claimed(0.0, np.zeros(n), np.zeros(n))
@@ -56,13 +60,15 @@ def close(tokens: Tokens, reference: Reference, movement: np.ndarray, spread: np
             ]
             if all(step.holds for step in steps):
                 break
-        wanted = GROWTH[min(attempt, len(GROWTH) - 1)] * ball.drift
+        factor = growth[min(attempt, len(growth) - 1)]
+        wanted = factor * ball.drift
         needed = reference.steps(wanted)
         if not all(step.holds for step in needed):
             return Closure((steps[0], *needed), claimed, wanted, parts)
         drift = wanted
         total = OUTWARD * reference.paths(drift).deviation / math.sqrt(tokens.m)
-        claimed = Claimed(total, 1.5 * ball.normalizer, 1.5 * ball.center)
+        factor = min(factor, 1.5)  # they grow less than the drift does
+        claimed = Claimed(total, factor * ball.normalizer, factor * ball.center)
     return Closure(tuple(steps), claimed, drift, parts)
 
 

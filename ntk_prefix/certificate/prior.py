@@ -249,7 +249,7 @@ class Prior:
         step = Step("exponents are small", OUTWARD * float((x * total + normalizer).max()), 1.0)
         grow = math.exp(min(float((x * total + normalizer).max()), 1.0)) * OUTWARD
         step_size = grow * normalizer
-        center = step_size * length + x * total * grow * length * mean + tied * total * grow * mean
+        center = total * grow * mean * (x * length + tied)
         root = np.sqrt(squares)
         block = float(np.linalg.norm(highest * grow * x * (tied + x * length)))
         block += tied * float(np.linalg.norm(highest * grow * x))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.certificate.closure import PASSES, close
+from ntk_prefix.certificate.closure import PASSES, SEARCHES, close
 from ntk_prefix.certificate.curve import Forecast
 from ntk_prefix.certificate.data import Drawn, Search, Start, check_data, outputs_wanted
 from ntk_prefix.certificate.elsewhere import elsewhere
@@ -432,10 +432,13 @@ def _certify(
     reference = Reference(enclosure, kernel_error, error, rounding, rate)
     path, between = reference.polygon()
     movement = tokens.movement(path.reshape(-1, *targets.shape), between)
-    closure = close(tokens, reference, movement, spread)
-    last, decrease = descent(reference, closure.drift)
-    steps = (*first, *closure.steps, last)
-    holds, total = all(step.holds for step in steps), closure.claimed.total
+    for growth in SEARCHES:
+        closure = close(tokens, reference, movement, spread, growth)
+        last, decrease = descent(reference, closure.drift)
+        steps = (*first, *closure.steps, last)
+        holds, total = all(step.holds for step in steps), closure.claimed.total
+        if holds:
+            break
     radii = (movement.ravel()[: tokens.rows] + total) * OUTWARD
     forecast = Forecast(reference, closure.drift, decrease) if holds else None
     return dataclasses.replace(

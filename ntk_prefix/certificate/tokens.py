@@ -232,7 +232,8 @@ class Tokens:
         mean = lambda name: sums[name] / self.m  # noqa: E731
         root = lambda name: np.sqrt(sums[name]) / self.m  # noqa: E731
         normalizer = norms * (mean("grow") + total * root("grow_squared"))
-        center = np.sqrt(mean("step_squared") * spread) + norms * total * root("value_squared")
+        center = np.sqrt(mean("path_squared") * spread) + total * root("value_squared")
+        center = np.exp(claimed.normalizer) * norms * center
         if self.variant.has_value_part:
             center = center + mean("carried") + total * root("carried_squared")
 
@@ -388,8 +389,8 @@ def _ball(
     sums = {
         "grow": (mass * growth_alone * rho).sum(1),
         "grow_squared": jnp.square(mass * growth_alone).sum(1),
-        "step_squared": (mass * jnp.square(step)).sum(1),
-        "value_squared": jnp.square(mass * growth * lengths).sum(1),
+        "path_squared": (mass * jnp.square(growth_alone * rho)).sum(1),
+        "value_squared": jnp.square(mass * growth_alone * lengths).sum(1),
         "quadratic": jnp.matmul(share[left] * share[right], values[:, row] * values[:, column]),
         "step": jnp.matmul(share, share.T),
         "mass": jnp.matmul(full, full.T),
