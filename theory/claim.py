@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -132,7 +132,8 @@ class Claim:
         controls: at least one, each of which must fail.
         draw: a figure from the evidence and the controls' (series of all of them together), ready for a paper.
         caption: of the figure.
-        drawn: whether it draws its own inputs from the seed, so that the problem's rows and sigma do not enter.
+        drawn: whether it draws its own inputs from the seed, so that the problem's rows and sigma do not enter;
+            "unless labeled": as long as the problem has no labels.
         undecidable: why a problem cannot be decided, None if it can; asked before any work.
         timed: whether it measures seconds, so that no other claim may be measured beside it.
     """
@@ -147,9 +148,13 @@ class Claim:
     controls: tuple[Control, ...]
     draw: Callable[[Evidence, Evidence], Figure]
     caption: str
-    drawn: bool = False
+    drawn: bool | Literal["unless labeled"] = False
     undecidable: Callable[[Problem], str | None] = _decidable
     timed: bool = False
+
+    def draws(self, problem: Problem) -> bool:
+        """Return whether it draws its own inputs beside a problem."""
+        return problem.labels is None if self.drawn == "unless labeled" else self.drawn
 
     def refused(self, problem: Problem) -> str | None:
         """Return why the claim cannot be decided on a problem, None if it may be; in float64."""
@@ -182,6 +187,7 @@ class Result:
         controls: of each control, in the claim's order.
         drawn_from: the controls' evidence, for the figure.
         undecided: why nothing can be said; None if something can.
+        drawn: whether it drew its own inputs.
         seconds: what it took.
     """
 
@@ -190,6 +196,7 @@ class Result:
     controls: tuple[ControlResult, ...]
     drawn_from: Evidence
     undecided: str | None = None
+    drawn: bool
     seconds: float
 
     @property
@@ -222,7 +229,13 @@ def examine(claim: Claim, problem: Problem) -> Result:
     except Undecidable as error:
         seconds = time.perf_counter() - start
         return Result(
-            claim=claim, evidence=nothing, controls=(), drawn_from=nothing, undecided=str(error), seconds=seconds
+            claim=claim,
+            evidence=nothing,
+            controls=(),
+            drawn_from=nothing,
+            undecided=str(error),
+            drawn=claim.draws(problem),
+            seconds=seconds,
         )
     jax.clear_caches()  # no claim runs another's programs, and together they take more memory than any one of them
     series = {name: value for evidence_of in found.values() for name, value in evidence_of.series.items()}
@@ -232,6 +245,7 @@ def examine(claim: Claim, problem: Problem) -> Result:
         evidence=evidence,
         controls=tuple(ControlResult(control, control.chosen(found[control.measure])) for control in claim.controls),
         drawn_from=together,
+        drawn=claim.draws(problem),
         seconds=time.perf_counter() - start,
     )
 

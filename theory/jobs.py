@@ -63,7 +63,7 @@ def estimate(problem: Problem, chosen: list[Claim], jobs: int) -> str:
     """
     size = (problem.n * problem.d / 128) ** 2
     each = [
-        fixed + growing * (1 if claim.drawn else size)
+        fixed + growing * (1 if claim.draws(problem) else size)
         for claim in chosen
         for fixed, growing in [SECONDS.get(claim.name, (FIXED, GROWING))]
     ]
@@ -71,7 +71,7 @@ def estimate(problem: Problem, chosen: list[Claim], jobs: int) -> str:
     long = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     count = f"{len(chosen)} claims, {jobs} at once" if len(chosen) > 1 else "one claim"
     line = f"n = {problem.n}, d = {problem.d}: about {long} for {count}"
-    apart = [claim.name for claim in chosen if claim.drawn] if problem.source == "file" else []
+    apart = [claim.name for claim in chosen if claim.draws(problem)] if problem.source == "file" else []
     if seconds >= LONG and len(apart) < len(chosen) and problem.source == "file":
         line += "; --inputs takes fewer rows"
     return line + (f"\nnot on the rows of --data, but on inputs of their own: {', '.join(apart)}" if apart else "")

@@ -48,6 +48,7 @@ class Problem:
         sigma: standard deviation of a prefix token's coordinates.
         seed: of every prefix drawn.
         profile: "quick" for minutes, "full" for the sizes a paper would show.
+        labels: of a file's rows, if its targets were labels: the place of each among their kinds in order.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Problem:
     sigma: float = 1.0
     seed: int = 0
     profile: Profile = "quick"
+    labels: tuple[int, ...] | None = None
 
     def __eq__(self, other: object) -> bool:
         """Whether every number is the same."""
@@ -96,7 +98,10 @@ class Problem:
     @property
     def digest(self) -> str:
         """A hash of the numbers, so that a resumed run knows its data."""
-        return hashlib.sha256(np.asarray(self.inputs).tobytes() + np.asarray(self.targets).tobytes()).hexdigest()
+        kinds = b"" if self.labels is None else np.array(self.labels, np.int64).tobytes()
+        return hashlib.sha256(
+            np.asarray(self.inputs).tobytes() + np.asarray(self.targets).tobytes() + kinds
+        ).hexdigest()
 
 
 def load(
@@ -119,7 +124,7 @@ def load(
         sigma, seed, profile: as in ``Problem``.
         targets: the path of a .npy file with what to learn from a file's rows, instead of targets that are drawn: floats
             [n] or [n, o], o <= d, divided by their largest norm if that is above 1, further outputs zero; or labels [n],
-            whole numbers or texts, for each the mean of its rows.
+            whole numbers or texts, for each the mean of its rows, and the labels themselves.
         scaling: of a file's rows.
 
     Raises:
@@ -132,13 +137,14 @@ def load(
     if isinstance(inputs, int) and inputs < 1:
         raise expected("--inputs", "at least 1 row", inputs)
     source: Source = "digits" if data == "digits" else "file"
+    kinds: tuple[int, ...] | None = None
     if source == "digits":
         for flag, given in (("--targets", targets), ("--scaling", None if scaling == "none" else scaling)):
             if given is not None:
                 raise expected(flag, "it beside a file of --data; digits have theirs", given)
         x, y, name = _digits(16 if inputs is None else DIGITS if inputs == "all" else inputs, width, seed)
     else:
-        x, y, name = _file(data, None if inputs == "all" else inputs, seed, targets, scaling)
+        x, y, kinds, name = _file(data, None if inputs == "all" else inputs, seed, targets, scaling)
     label = "--data" if source == "digits" else f"--data {data}"
     check_inputs(label, x)
     try:
@@ -156,7 +162,7 @@ def load(
             sigma,
             "Kernels are of order e^(sigma^2 |x|^2), which float64 must hold",
         )
-    return Problem(name=name, source=source, inputs=x, targets=y, sigma=sigma, seed=seed, profile=profile)
+    return Problem(name=name, source=source, inputs=x, targets=y, sigma=sigma, seed=seed, profile=profile, labels=kinds)
 
 
 @functools.cache
@@ -197,8 +203,10 @@ def _read(flag: str, name: str, wanted: str) -> np.ndarray:
     return read_array(path)
 
 
-def _file(data: str, n: int | None, seed: int, targets: str | None, scaling: Scaling) -> tuple[Array, Array, str]:
-    """Return a user's own rows, and targets: their own, or drawn uniformly in a cube inside the unit ball."""
+def _file(
+    data: str, n: int | None, seed: int, targets: str | None, scaling: Scaling
+) -> tuple[Array, Array, tuple[int, ...] | None, str]:
+    """Return a user's own rows, their targets, drawn uniformly in a cube inside the unit ball if not given, and labels."""
     label = f"--data {data}"
     loaded = _read("--data", data, '"digits" or an existing .npy file with a float array [n, d]')
     if not np.issubdtype(loaded.dtype, np.floating):
@@ -214,13 +222,15 @@ def _file(data: str, n: int | None, seed: int, targets: str | None, scaling: Sca
         x = rows.astype(np.float64)
     check_inputs(label, jnp.asarray(x))
     x = _scaled(label, x, scaling)
+    kinds = None
     if targets is None:
         y, learned = np.random.default_rng(seed).uniform(-1, 1, x.shape) / np.sqrt(x.shape[1]), "targets drawn"
     else:
         told = _read("--targets", targets, "an existing .npy file with numbers or labels, one for each row of --data")
-        y, learned = _targets(f"--targets {targets}", told, x, len(loaded)), f"targets of {_shown(targets)}"
+        y, kinds = _targets(f"--targets {targets}", told, x, len(loaded))
+        learned = f"targets of {_shown(targets)}"
     how = "" if scaling == "none" else f", scaled ({scaling})"
-    return jnp.asarray(x), jnp.asarray(y), f"{_shown(data)}{how}, {learned}"
+    return jnp.asarray(x), jnp.asarray(y), kinds, f"{_shown(data)}{how}, {learned}"
 
 
 def _shown(name: str) -> str:
@@ -252,15 +262,15 @@ def _scaled(label: str, x: np.ndarray, scaling: Scaling) -> np.ndarray:
     return x / (norm if norm > 0 else 1)
 
 
-def _targets(label: str, told: np.ndarray, x: np.ndarray, rows: int) -> np.ndarray:
-    """Return targets [n, d] in the unit ball from numbers or labels of all the rows of the file.
+def _targets(label: str, told: np.ndarray, x: np.ndarray, rows: int) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    """Return targets [n, d] in the unit ball from numbers or labels of all the rows of the file, and labels' places.
 
     Raises:
         UsageError: another number of rows, more outputs than columns, numbers that are not finite, labels of one kind.
     """
     if told.ndim not in (1, 2) or len(told) != rows:
         raise expected(label, f"numbers [{rows}] or [{rows}, outputs], or labels [{rows}]", f"shape {told.shape}")
-    told = told[: len(x)]
+    told, places = told[: len(x)], None
     if np.issubdtype(told.dtype, np.floating):
         y = told.reshape(len(x), -1).astype(np.float64)
         if y.shape[1] > x.shape[1]:
@@ -277,12 +287,13 @@ def _targets(label: str, told: np.ndarray, x: np.ndarray, rows: int) -> np.ndarr
                 "Shuffle both files alike, or raise --inputs",
             )
         y = np.stack([x[kind == place].mean(0) for place in range(len(kinds))])[kind]
+        places = tuple(kind.tolist())
     else:
         raise expected(
             label, f"floats, or labels [{rows}] that are whole numbers or texts", f"{told.dtype} {told.shape}"
         )
     y = y / max(np.abs(y).max(), 1.0)  # the largest entry is 1 then, and squares do not overflow
-    return y / max(np.linalg.norm(y, axis=1).max(), 1.0)
+    return y / max(np.linalg.norm(y, axis=1).max(), 1.0), places
 
 
 def _check_size(label: str, n: int, d: int) -> None:

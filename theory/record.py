@@ -67,7 +67,7 @@ def record_of(result: Result) -> Record:
     return {
         "name": claim.name,
         "statement": claim.statement,
-        "source": claim.source + ("; inputs drawn from the seed, not those of --data" if claim.drawn else ""),
+        "source": claim.source + ("; inputs drawn from the seed, not those of --data" if result.drawn else ""),
         "holds": result.holds,
         "undecided": result.undecided,
         "measured": shown and shown["measured"],

@@ -23,7 +23,7 @@ from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.limit import limit_ntk
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["MarginCertificate", "certify_margin", "classes_of", "outputs_for", "separates", "signs_of"]
+__all__ = ["MarginCertificate", "certify_margin", "classes_of", "contrasts", "outputs_for", "separates"]
 
 REACHES = np.geomspace(0.1, 1e4, 160)
 """S = sqrt(m) s of the comparison points W(0) + s U that are tried: any of them proves something, the best is taken."""
@@ -153,21 +153,18 @@ def classes_of(labels: Sequence[Any] | Array | np.ndarray, rows: int) -> np.ndar
     return place
 
 
-def signs_of(labels: Sequence[Any] | Array | np.ndarray, rows: int) -> np.ndarray:
-    """Return two kinds of labels as -1 and +1, the larger being +1, [n].
-
-    Raises:
-        UsageError: not a vector of ``rows`` labels of two kinds.
-    """
-    classes = classes_of(labels, rows)
-    if classes.max() > 1:
-        raise expected("labels", "two kinds", f"{classes.max() + 1} kinds")
-    return 2.0 * classes - 1
-
-
 def outputs_for(classes: np.ndarray) -> int:
     """Return the outputs that tell classes apart: one for two of them, else one for each."""
     return 1 if classes.max() == 1 else int(classes.max()) + 1
+
+
+def contrasts(classes: np.ndarray) -> Float[np.ndarray, "n k o"]:
+    """Return what of the outputs must be positive, k rows an example: ``y_i`` of one output, else ``e_y - e_k``, k != y."""
+    outputs = outputs_for(classes)
+    if outputs == 1:
+        return (2.0 * classes - 1)[:, None, None]
+    own = np.eye(outputs)
+    return np.stack([own[label] - np.delete(own, label, axis=0) for label in classes])
 
 
 def compared(kernel: Float[np.ndarray, "N N"], classes: np.ndarray, rounding: float) -> tuple[np.ndarray, float]:
@@ -180,10 +177,8 @@ def compared(kernel: Float[np.ndarray, "N N"], classes: np.ndarray, rounding: fl
     if outputs == 1:
         signs = 2.0 * classes - 1
         return kernel * np.outer(signs, signs), rounding
-    own = np.eye(outputs)[classes]
     rows = np.zeros((n, outputs - 1, n, outputs))
-    for i, label in enumerate(classes):
-        rows[i, :, i] = own[i] - np.delete(np.eye(outputs), label, axis=0)
+    rows[np.arange(n), :, np.arange(n)] = contrasts(classes)
     flat = rows.reshape(n * (outputs - 1), -1)
     # an entry has four terms
     off = gamma(4) * float(np.linalg.norm(np.abs(flat) @ np.abs(kernel) @ np.abs(flat).T))
