@@ -54,6 +54,23 @@ def check_narrow(slope: Exponent, widest: float, what: str) -> None:
         )
 
 
+def check_apart(slope: Exponent, bound: float, what: str) -> None:
+    """Refuse to judge an exponent whose interval has the bound inside.
+
+    Args:
+        slope: the exponent.
+        bound: that it is to be below.
+        what: whose exponent it is.
+
+    Raises:
+        Undecidable: the exponent is below the bound, and the upper end of its interval is not.
+    """
+    if slope.value <= bound < slope.high:
+        raise Undecidable(
+            f"undecidable by these draws: the exponent of {what}, {slope}, may be above {bound:g}: take more rows"
+        )
+
+
 def exponent(sizes: ArrayLike, errors: ArrayLike) -> Exponent:
     """Return the least-squares slope of log error against log size.
 

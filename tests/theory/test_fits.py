@@ -16,3 +16,10 @@ def test_an_exponent_that_scatters_is_undecided_and_a_certain_one_is_not() -> No
     for slope in (uncertain, fits.Exponent(-0.5, float("nan"), float("nan"))):
         with pytest.raises(Undecidable, match=r"the exponent of an error, -0.5.*uncertain by more than 0.1"):
             fits.check_narrow(slope, 0.1, "an error")
+
+
+def test_an_exponent_that_may_be_above_its_bound_is_not_judged() -> None:
+    for slope in (fits.Exponent(-1.3, -1.6, -1.1), fits.Exponent(-0.8, -1.1, -0.5), fits.Exponent(1.2, 0.9, 1.5)):
+        fits.check_apart(slope, -1.0, "an error")  # below it, and above it: the check says which
+    with pytest.raises(Undecidable, match=r"the exponent of an error, -1.26.* may be above -1"):
+        fits.check_apart(fits.Exponent(-1.26, -1.58, -0.95), -1.0, "an error")

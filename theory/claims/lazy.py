@@ -113,6 +113,7 @@ def _train(problem: Problem, factor: Callable[[int], float], speed: Callable[[in
         moved = path.final - model.weights[...]
         apart = jnp.linalg.norm(moved - along, axis=1).max() / jnp.linalg.norm(along, axis=1).max()
         drift = slopes[name, "drift"]
+        fits.check_apart(drift, -1.0, f"the kernel's drift ({name})")
         checks += [
             Check(f"{name}: relative distance from the linearized movement at m = {m}", float(apart), NEAR, part=name),
             Check(f"{name}: exponent of the relative kernel drift, upper end of {drift}", drift.high, -1.0, part=name),
