@@ -321,3 +321,14 @@ def test_the_bounds_of_the_ball_are_met_by_one_heavy_token(radius: float, kinds:
     changed, slope = np.linalg.norm(edge - start) / m**0.5, np.linalg.norm(edge - near) / (0.01 * radius)
     assert drift[0] / 1.5 < changed <= drift[0]
     assert lipschitz[0] / 1.5 < slope <= lipschitz[0]
+
+
+@pytest.mark.parametrize("kinds", [2, 3])
+def test_the_mean_value_moves_as_far_as_its_bound_where_a_pair_parts(kinds: int) -> None:
+    """The only two tokens: two thirds of the bound would be false."""
+    radius, one = 0.05, np.ones(1)
+    weights = radius / math.sqrt(2) * np.array([[1.0], [-1.0]])
+    outputs, _ = gradient(weights, np.array([1.0, -1.0]) * (1 if kinds == 2 else 2), one[:, None])
+    ball = Ball(norms=one, spread=one, largest=one, sizes=one, m=2, slack=0.0, kinds=kinds)
+    bound = ball.center(radius)[0]
+    assert bound / 1.5 < outputs[0] / 2 <= bound

@@ -338,21 +338,28 @@ class Ball:
         largest = tokens.largest_mass * (1 + tokens.slack)
         return cls(norms, spread, largest, sizes, tokens.m, tokens.slack, max(outputs, 2))
 
+    def normalizer(self, radius: float) -> np.ndarray:
+        """Return h_i, the bound on |log sum_r S_ir(0) e^{x_i . u_r}|, [n], for |u| = |W - W(0)|_F <= radius."""
+        x = self.norms * radius
+        return x * _secant(x) * self.spread / math.sqrt(self.m)
+
+    def center(self, radius: float) -> np.ndarray:
+        """Return s_i, the bound on |c_i(W)|, [n], for |W - W(0)|_F <= radius: its numerator moves by h_i as well."""
+        normalizer = self.normalizer(radius)
+        return self.reach * OUTWARD * (1 + self.slack) * np.exp(normalizer) * normalizer
+
     def at(self, radius: float) -> tuple[np.ndarray, np.ndarray, float]:
         """Return Delta_i and Lambda_i = sqrt(m) L_i, [n], and the largest exponent, for |W - W(0)|_F <= radius."""
         root = math.sqrt(self.m)
-        x, tau = self.norms * radius, self.spread / root
-        normalizer = x * _secant(x) * tau  # |log of the normalizer's growth|
+        x, normalizer, center = self.norms * radius, self.normalizer(radius), self.center(radius)
         exponent = x + normalizer
         growth, size = _secant(exponent), np.exp(exponent)
-        center = growth * (x * tau + normalizer)  # |c_i(W)|
-        lipschitz = (1 + center) * self.norms**2 * (size * self.largest + 2 * size**2 * self.spread**2) / root
-        direct = self.norms * (
-            growth * (self.largest * x / root + normalizer * self.spread) + center * self.spread * size
+        lipschitz = (self.reach + center) * self.norms**2 * (size * self.largest + 2 * size**2 * self.spread**2)
+        drift = self.norms * (
+            self.reach * growth * (self.largest * x / root + normalizer * self.spread) + center * self.spread * size
         )
         up = OUTWARD * (1 + self.slack)
-        direct, lipschitz = self.reach * direct, self.reach * lipschitz
-        return up * np.minimum(direct, lipschitz * radius), up * lipschitz * root, float(exponent.max()) * up
+        return up * drift, up * lipschitz, float(exponent.max()) * up
 
 
 def _secant(size: np.ndarray) -> np.ndarray:
