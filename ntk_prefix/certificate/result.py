@@ -65,7 +65,10 @@ class Certificate:
 
     @property
     def margin(self) -> float:
-        """The smallest margin of any step of the proof: at least 1 when it holds."""
+        """The smallest margin of any step of the proof: at least 1 when it holds.
+
+        If so, it is mostly by how much more than it computed the search claimed: certificates compare by ``drift``, or by m.
+        """
         return float(min(step.margin for step in self.steps))
 
     def curve(self, steps: int | Array | np.ndarray) -> Curve:

@@ -98,7 +98,7 @@ def certify(
         step_size: eta; None takes a quarter of the largest stable one.
         x_test: [n2, d] inputs that are not trained on, float64, for ``Certificate.predict``; not with delta.
         remove_offset: train F - F(0), which is gradient descent on the targets y + F(0): then a start without pairs needs
-            no longer prefix than one with them.
+            about as long a prefix as one with them.
 
     Returns:
         the certificate, of labels a :class:`~ntk_prefix.certificate.margin.MarginCertificate`; look at ``holds`` first, and
