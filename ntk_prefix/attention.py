@@ -374,27 +374,38 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
     features_dim = phi.dim(head_dim)
     _check_state(z, k, heads, features_dim, head_dim, phi)
     phi.check(heads, head_dim)
-    factors = z if isinstance(z, LowRank) else (z,)
     dtype = accumulation_dtype(query.dtype)
+    factors = [factor.astype(dtype) for factor in (z if isinstance(z, LowRank) else (z,))]
     unit = _unit((*factors, k), dtype)
     states, groups = len(k), heads // len(k)
     features, row_log_unit = phi.per_head(query.transpose(0, 2, 1, 3).astype(dtype) * math.sqrt(scale))
     # the queries of heads that share a state are rows of one product
     features = features.reshape(batch, states, groups * length, features_dim) / unit[None, :, None, None]
     numerator = features
-    for factor in factors:
-        if length < factor.shape[2]:
-            # the few rows last: XLA's CPU takes 4 us where it takes 64 the other way round (9 queries, R = 234, H = 64)
-            numerator = jnp.einsum("jrh,bjtr->bjht", factor.astype(dtype), numerator).swapaxes(2, 3)
-        else:  # repeated for the rows of the batch it is no larger than they are, and they stay where they are
-            numerator = numerator @ jnp.broadcast_to(factor.astype(dtype), (batch, *factor.shape))
-    mass = jnp.sum(features * k.astype(dtype)[None, :, None], axis=-1)
+    if length < head_dim:
+        # a few rows are multiplied from the left, and their mass is one more column of the first product: XLA's CPU takes 15 us
+        # for 8 x 9 queries (R = H = 64), 48 with the mass as a sum of its own, and a GPU launches one kernel less
+        numerator = _times_few(numerator, jnp.concatenate([factors[0], k.astype(dtype)[..., None]], axis=-1), "highest")
+        numerator, mass = numerator[..., :-1], numerator[..., -1]
+        for factor in factors[1:]:
+            numerator = _times_few(numerator, factor)
+    else:
+        for (
+            factor
+        ) in factors:  # repeated for the rows of the batch it is no larger than they are, and they stay where they are
+            numerator = numerator @ jnp.broadcast_to(factor, (batch, *factor.shape))
+        mass = jnp.sum(features * k.astype(dtype)[None, :, None], axis=-1)
     return Linear(
         numerator.reshape(batch, heads, length, head_dim),
         jnp.where(mass < 0, 0, mass).reshape(batch, heads, length),  # `maximum` would halve the gradient at k = 0
         jnp.repeat(unit, groups),
         row_log_unit,
     )
+
+
+def _times_few(rows: Float[Array, "B J T R"], factor: Float[Array, "J R E"], precision: str | None = None) -> Array:
+    """Return ``rows @ factor`` [B, J, T, E], computed as ``factor' rows'``."""
+    return jnp.einsum("jre,bjtr->bjet", factor, rows, precision=precision).swapaxes(2, 3)
 
 
 def _unit(arrays: tuple[Array, ...], dtype: jnp.dtype) -> Float[Array, "J"]:

@@ -214,7 +214,7 @@ def merged_outside(arrays: dict[str, jax.Array], is_causal: bool) -> dict[str, j
     root = query.shape[-1] ** -0.25
     scores = jnp.einsum("btnh,bsnh->bnts", query.astype(wide) * root**2, key.astype(wide))
     if is_causal:
-        scores = jnp.where(np.tri(*scores.shape[2:], dtype=bool)[None, None], scores, -jnp.inf)
+        scores = jnp.where(np.tri(scores.shape[2], scores.shape[3], dtype=np.bool_)[None, None], scores, -jnp.inf)
     own = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value.astype(wide))
     lse = jax.lax.stop_gradient(jax.nn.logsumexp(scores, axis=-1)).transpose(0, 2, 1)[..., None]
     features = npx.feature_map("elu1")(query.astype(wide) * root)
@@ -391,7 +391,8 @@ def _step_of(
     state, run = trainer.init(model), trainer.stepper(model)
     del model
     ids = jax.random.randint(jax.random.key(0), (rows, length), 0, config.vocab_size)
-    begun, seconds = time.perf_counter(), []
+    seconds: list[float] = []
+    begun = time.perf_counter()
     state, metrics = jax.block_until_ready(run(state, {"input_ids": ids}))
     compiled = time.perf_counter() - begun
     begun = time.perf_counter()

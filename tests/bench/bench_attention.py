@@ -35,7 +35,7 @@ Programs = dict[str, tuple[Callable, tuple]]
 """By name, a function and its arguments; ours last."""
 
 
-def einsum_attention(query, key, value):
+def einsum_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Attention as one writes it down."""
     scores = jnp.einsum("btnh,bsnh->bnts", query * query.shape[-1] ** -0.5, key)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), value)
@@ -44,14 +44,16 @@ def einsum_attention(query, key, value):
 def with_gradient(attend: Callable) -> Callable:
     """Return the forward and backward pass of an attention: output, and gradients of all its arguments."""
 
-    def both(cotangent, *arguments):
+    def both(cotangent: jax.Array, *arguments: Any) -> tuple[Any, Any]:
         output, pull = jax.vjp(attend, *arguments)
         return output, pull(cotangent)
 
     return both
 
 
-def arrays(batch, length, heads, size, dtype=jnp.float32):
+def arrays(
+    batch: int, length: int, heads: int, size: int, dtype: Any = jnp.float32
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Return query, key, value, z, k and an output's cotangent."""
     keys = jax.random.split(jax.random.key(0), 6)
     tokens = (batch, length, heads, size)
@@ -107,7 +109,8 @@ def measure(programs: Programs, rounds: int, within: float = float("inf")) -> di
             timings[name].problem = said(error)
         else:
             compiled[name] = program
-            timings[name].temporary = int(program.memory_analysis().temp_size_in_bytes)
+            analysis = program.memory_analysis()
+            timings[name].temporary = None if analysis is None else int(analysis.temp_size_in_bytes)
     begun = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - begun > within:
@@ -136,7 +139,7 @@ def compare(title: str, programs: Programs, rounds: int, flops: float | None = N
     return timings
 
 
-def peers(arguments, **options):
+def peers(arguments: tuple[jax.Array, ...], **options: Any) -> Programs:
     """Return the peers and ours, by name; ours last."""
     tokens = arguments[:3]
     return {
@@ -149,7 +152,7 @@ def peers(arguments, **options):
     }
 
 
-def differentiated(programs, cotangent):
+def differentiated(programs: Programs, cotangent: jax.Array) -> Programs:
     """Return the same programs, forward and backward."""
     return {name: (with_gradient(f), (cotangent, *args)) for name, (f, args) in programs.items()}
 

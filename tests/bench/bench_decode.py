@@ -132,7 +132,9 @@ def transformers(options: Options, model: models.Llama) -> Iterator[Transformers
 
 def write_hugging_face(model: models.Llama, folder: Path) -> None:
     """Write a model's weights as transformers reads them: ``y = W x`` with ``W`` [out, in]."""
-    tensors, config = {}, dataclasses.asdict(model.config)
+    # what says nothing here (no types of layers) transformers would take at its word
+    config = {name: value for name, value in dataclasses.asdict(model.config).items() if value not in ((), None)}
+    tensors = {}
     for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *module, kind = (str(part) for part in path)
         layer = module[1] if module[0] == "layers" else ""
@@ -198,8 +200,9 @@ def compare(
     for call in calls.values():
         call(1), call(options.new + 1)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(options.rounds):
-        for name, call in calls.items():
+    for turn in range(options.rounds):
+        # there and back again: nobody is always the one behind the peer, whose threads may still be awake
+        for name, call in list(calls.items())[:: (1, -1)[turn % 2]]:
             seconds[name].append((call(options.new + 1) - call(1)) / options.new)
     first, *_ = made
     for call in calls.values():
@@ -210,14 +213,21 @@ def compare(
     if peer is not None:
         title += f"; torch {peer.versions[0]}, transformers {peer.versions[1]}, float32, {options.threads} threads"
     table = Table(
-        "", "ms per token: median (min..max)", "tokens/s", f"time / {first}", "same first 8 tokens", title=title
+        "",
+        "ms per token: median (min..max)",
+        "tokens/s",
+        f"time / {first} (quartiles)",
+        "same first 8 tokens",
+        title=title,
     )
     for name, each in seconds.items():
         middle = statistics.median(each)
-        ratio = statistics.median(a / b for a, b in zip(each, seconds[first], strict=True))
+        low, ratio, high = np.quantile(np.divide(each, seconds[first]), (0.25, 0.5, 0.75))
         same = sum(a == b for a, b in zip(tokens[name], tokens[first], strict=True))
         taken = f"{1e3 * middle:.1f} ({1e3 * min(each):.1f}..{1e3 * max(each):.1f})"
-        table.add_row(name, taken, f"{batch / middle:.1f}", f"{ratio:.2f}", f"{same} of {batch} rows")
+        table.add_row(
+            name, taken, f"{batch / middle:.1f}", f"{ratio:.2f} ({low:.2f}..{high:.2f})", f"{same} of {batch} rows"
+        )
     console.print(table)
 
 

@@ -39,7 +39,7 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from ntk_prefix import models
-from train.config import TrainConfig
+from train.config import DataConfig, DeviceConfig, OptimConfig, TrainConfig
 from train.setup import adapt, trainer_of
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -185,7 +185,7 @@ def make(folder: Path, shape: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def ours(what: str, folder: str, steps: int, device: dict[str, bool], watched: Any) -> dict[str, float]:
+def ours(what: str, folder: str, steps: int, device: dict[str, Any], watched: Any) -> dict[str, float]:
     """Measure a row in this process.
 
     Args:
@@ -209,11 +209,9 @@ def ours(what: str, folder: str, steps: int, device: dict[str, bool], watched: A
         model=folder,
         task="instruct",
         method=what,
-        max_length=512,
-        batch_size=4,
-        precision="bfloat16",
-        data_dir="-",
-        **device,
+        data=DataConfig(max_length=512, data_dir="-"),
+        optim=OptimConfig(batch_size=4),
+        device=DeviceConfig(precision="bfloat16", **device),
     )
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 512), dtype=np.int32)
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids, "weight": np.ones(4, np.float32)}

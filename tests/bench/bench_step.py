@@ -46,7 +46,7 @@ from ntk_prefix.training import Trainer
 from tests.bench.bench_attention import processor
 from train import assets
 from train.command import ended
-from train.config import adapter_config
+from train.config import TrainConfig, adapter_config
 from train.setup import loss_of, model_inputs
 
 BATCH, LENGTH = 32, 64
@@ -157,7 +157,9 @@ def stepper(method: str, changes: tuple[str, ...]) -> tuple[Callable[[], None], 
     )
     peft.apply(model, adapter_config(method, changes), calibration=model_inputs(model, batch()))
     optimizer = peft.non_negative(optax.adamw(1e-4))
-    trainer = Trainer(loss=loss_of("sequence-classification"), optimizer=optimizer, wrt=peft.AdapterParam)
+    config = TrainConfig(model="minilm", task="sst2", method=method)
+    loss = loss_of("sequence-classification", config)
+    trainer = Trainer(loss=loss, optimizer=optimizer, wrt=peft.AdapterParam)
     state, step = trainer.init(model), trainer.stepper(model)
     rows = trainer.place({name: jnp.asarray(value) for name, value in batch().items()})
 
@@ -251,7 +253,7 @@ def torch_and_peft(python: Path, repeats: int) -> Peers:
     """Return the peers' figures, in the setting of malloc where a method's median is lower."""
     settings = []
     for tunables in ({"GLIBC_TUNABLES": ""}, TUNABLES):
-        command = [python, "-c", PEERS, assets.asset("minilm"), str(repeats)]
+        command = [str(python), "-c", PEERS, str(assets.asset("minilm")), str(repeats)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | tunables)
         if done.returncode:
             return Peers(problems=dict.fromkeys(ROWS, (done.stderr.strip().splitlines() or ["it ended"])[-1][:120]))

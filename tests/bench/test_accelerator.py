@@ -75,8 +75,12 @@ def test_a_row_that_fails_says_so_and_is_tried_again(
                 raise RuntimeError("no such kernel\nmore")
             return {"median ms": 1.0, "quartiles ms": [1.0, 1.0]}
 
+        def second() -> dict[str, Any]:
+            calls.append("second")
+            return {"holds": True}
+
         yield "first", first
-        yield "second", lambda: calls.append("second") or {"holds": True}
+        yield "second", second
 
     monkeypatch.setitem(accelerator_parts.PARTS, "step", (rows, 1))
     command = ["--tiny", "--out", str(tmp_path), "--parts", "step"]
