@@ -390,9 +390,8 @@ def _linear(query: Array, z: Array | LowRank, k: Array, phi: FeatureMap, scale: 
         for factor in factors[1:]:
             numerator = _times_few(numerator, factor)
     else:
-        for (
-            factor
-        ) in factors:  # repeated for the rows of the batch it is no larger than they are, and they stay where they are
+        # repeated for the rows of the batch a factor is no larger than they are, and they stay where they are
+        for factor in factors:
             numerator = numerator @ jnp.broadcast_to(factor, (batch, *factor.shape))
         mass = jnp.sum(features * k.astype(dtype)[None, :, None], axis=-1)
     return Linear(
