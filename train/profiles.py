@@ -61,7 +61,7 @@ YARDSTICK_ROWS: tuple[Row, ...] = (
 rows that it has, and the methods of states that it has not. Its best prefix, 50 tokens whose keys and values start as those
 of a system prompt, is missing: ours do not start from text."""
 
-RANKING_ROWS: tuple[Row, ...] = (
+_RANKING_ROWS: tuple[Row, ...] = (
     ("full", "full", ()),
     # W alone: twice as many numbers as an adapter
     ("projection", "head", ()),
@@ -69,10 +69,10 @@ RANKING_ROWS: tuple[Row, ...] = (
     ("lora r=8", "lora", ("train_head=false",)),
     ("prefix 16", "prefix_tuning", ("num_tokens=16", "train_head=false")),
     ("ntk", "ntk_attention", ("train_head=false",)),
-    # of the task whose rows bring what a decoder wrote
-    ("lora r=8, generated", "lora", ("train_head=false",)),
 )
-"""Of a ranker made of MiniLM."""
+_BESIDE_GENERATED = tuple((f"{label}, generated", method, fields) for label, method, fields in _RANKING_ROWS)
+RANKING_ROWS = _RANKING_ROWS + _BESIDE_GENERATED
+"""Of a ranker made of MiniLM; the second half is of the task whose rows bring what a decoder wrote."""
 
 SHARED_ROWS: tuple[Row, ...] = (
     ("full", "full", ()),
@@ -272,7 +272,8 @@ PROFILES: dict[Name, Profile] = {
         grid=(5e-4, 1e-3, 5e-3, 1e-2, 5e-2),
     ),
     # which continuation fits: with what python -m train.write_negatives wrote, --set generated=FILE, and people's choices,
-    # --set human=FILE; about 40 minutes of two cores with one seed. The row beside generated negatives has LoRA's rate
+    # --set human=FILE; about 40 minutes of two cores with one seed. A row beside generated negatives has the rate that
+    # was chosen without them, with seed 0
     "ranking": Profile(
         tasks={"ranking_reviews": {}, "ranking_generated": {}},
         shared={
@@ -286,11 +287,20 @@ PROFILES: dict[Name, Profile] = {
         },
         rows=RANKING_ROWS,
         without=(
-            ("ranking_reviews", "lora r=8, generated"),
-            *(("ranking_generated", row[0]) for row in RANKING_ROWS if row[0] != "lora r=8, generated"),
+            *(("ranking_reviews", row[0]) for row in _BESIDE_GENERATED),
+            *(("ranking_generated", row[0]) for row in _RANKING_ROWS),
         ),
         grid=(1e-4, 1e-3, 5e-3),
-        own_grids=(("lora r=8, generated", (5e-3,)),),
+        own_grids=tuple(
+            (f"{label}, generated", (rate,))
+            for label, rate in (
+                ("full", 1e-4),
+                ("projection", 1e-3),
+                ("lora r=8", 5e-3),
+                ("prefix 16", 5e-3),
+                ("ntk", 5e-3),
+            )
+        ),
         references=("ranking_reviews",),
     ),
     # peft's own comparison, for a GPU: --data-dir with MetaMathQA, GSM8K, or both; --set model=FOLDER for another decoder.
