@@ -61,6 +61,20 @@ def test_a_score_is_the_product_of_a_pair_whatever_stands_beside_it(ranker: mode
     assert len(np.unique(np.round(together, 4))) == 4
 
 
+def test_batches_that_are_read_side_by_side_have_their_own_vectors_and_are_counted(ranker: models.Ranker) -> None:
+    texts = [" ".join(WORDS[5 + (i + j) % 8] for j in range(1 + i % 4)) for i in range(24)]
+    counts: list[int] = []
+    found = ranker.encode_suffixes(texts, batch_size=2, progress=lambda done, _: counts.append(done))
+    np.testing.assert_allclose(found, [ranker.encode_suffixes([text])[0] for text in texts], rtol=1e-5, atol=1e-6)
+    assert counts == list(range(2, 25, 2))
+
+    def stop(done: int, _: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ranker.encode_suffixes(texts, batch_size=2, progress=stop)
+
+
 def test_of_a_long_beginning_the_end_is_read_and_of_a_continuation_the_beginning(ranker: models.Ranker) -> None:
     """Lengths of 8 and 6, with the mark and a token at either end."""
     words = ["the", "film", "was", "very", "very", "long", "and", "good"]
