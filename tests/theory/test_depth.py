@@ -9,7 +9,7 @@ from flax import nnx
 
 from ntk_prefix import PrefixAttentionLayer
 from ntk_prefix.kernels import prefix_ntk, real_layer_limit_ntk
-from theory.claim import relative_error
+from theory.claim import Undecidable, relative_error
 from theory.claims import depth as claim
 from theory.problem import Problem, load
 from theory.scales import ASYMPTOTIC_SIGMA
@@ -53,6 +53,31 @@ class TestStack:
         np.testing.assert_allclose(stack(problem.inputs), 0, atol=1e-12)
         expected = sum(32 * prefix_ntk(layer, problem.inputs) for layer in stack.layers)
         assert relative_error(claim.kernel(stack, problem.inputs), expected) < 1e-12
+
+
+class TestRate:
+    def distances(self, off: float, scatter: float) -> claim.Distances:
+        """Kernels whose entries scatter as m^(-1/2) about a limit that is off by so much of itself."""
+        draw, limit = np.random.default_rng(0), np.ones((2, 3, 2, 3))
+        kernels = {
+            m: [jnp.asarray(limit + scatter / m**0.5 * draw.normal(size=limit.shape)) for _ in range(4)]
+            for m in (64, 512, 4096)
+        }
+        return claim.Distances.of(kernels, jnp.asarray(limit / (1 + off)))
+
+    @pytest.mark.parametrize("scatter", [0.1, 10.0])
+    def test_draws_are_nearer_to_their_limit_than_to_one_another_however_far_they_scatter(self, scatter: float) -> None:
+        _, checks = claim._rate("stack", self.distances(0.0, scatter))
+        assert all(check.holds for check in checks)
+        assert checks[1].measured == pytest.approx(0.5**0.5, rel=0.1)
+
+    def test_a_limit_that_is_off_by_four_deviations_is_seen(self) -> None:
+        _, checks = claim._rate("stack", self.distances(4 * 0.1 / 64, 0.1))
+        assert not checks[1].holds
+
+    def test_limits_that_draws_cannot_tell_apart_are_undecided(self) -> None:
+        with pytest.raises(Undecidable, match=r"differ by 1\.0e-01 of themselves, and kernels drawn at m = 4096"):
+            claim._rate("stack", self.distances(0.0, 10.0), apart=0.1)
 
 
 class TestLimit:
@@ -100,8 +125,8 @@ class TestMeasures:
         sizes = (64, 512, 4096)
         falling = {m: np.array([0.9, 1.0, 1.1]) * m**-0.5 for m in sizes}
         flat = {m: np.array([0.9, 1.0, 1.1]) * 0.4 for m in sizes}
-        assert all(check.holds for check in claim._rate("", falling)[1])
-        assert not any(check.holds for check in claim._rate("", flat)[1])
+        assert all(check.holds for check in claim._rate("", claim.Distances(falling, 1 / 64))[1])
+        assert not any(check.holds for check in claim._rate("", claim.Distances(flat, 1 / 64))[1])
 
     def test_a_negative_eigenvalue_does_not_hold(self) -> None:
         kernel = jnp.eye(4).reshape(2, 2, 2, 2)

@@ -30,9 +30,10 @@ INPUTS = 3
 
 DEPTHS = (1, 2, 3, 4)
 REPEATS = 4
-CLOSE, DISTINCT = 0.05, 0.2
-"""Relative distance of a drawn kernel from its limit at the longest prefix, at most; distance between draws where there is
-no limit, at least. Both set after a first measurement (0.01 to 0.02, and 0.6 to 0.8), far from either."""
+NEAR, DISTINCT = 2.0, 0.2
+"""Distance of a drawn kernel from its limit over that between draws at the longest prefix, at most: independent draws are
+sqrt(2) times as far from one another as from their limit. And the distance between draws where there is no limit, at least,
+set after a first measurement (0.6 to 0.8)."""
 
 LOSS = 0.5
 """What training brings the loss down to, over the loss at the start, in at most STEPS steps."""
@@ -167,17 +168,47 @@ def _small(problem: Problem, sigma: float) -> Problem:
     )
 
 
-def _rate(
-    name: str, errors: dict[int, np.ndarray], part: str = "", close: float = CLOSE
-) -> tuple[fits.Exponent, list[Check]]:
-    """Return the m^(-1/2) of independent tokens, and a distance at the longest prefix that a wrong limit does not reach."""
+class Distances(NamedTuple):
+    """How far drawn kernels are from a limit, relative to it."""
+
+    errors: dict[int, np.ndarray]
+    """By prefix length, of each draw."""
+    between: float
+    """The median distance between two draws at the longest."""
+
+    @classmethod
+    def of(cls, kernels: dict[int, list[Kernel]], limit: Kernel) -> Distances:
+        """Return those of kernels by prefix length, two draws of each at least."""
+        size = float(jnp.linalg.norm(limit.ravel()))
+        pairs = [jnp.linalg.norm((a - b).ravel()) for a, b in itertools.combinations(kernels[max(kernels)], 2)]
+        errors = {m: np.array([relative_error(k, limit) for k in found]) for m, found in kernels.items()}
+        return cls(errors, float(np.median(pairs)) / size)
+
+
+def _rate(name: str, distances: Distances, part: str = "", apart: float = np.inf) -> tuple[fits.Exponent, list[Check]]:
+    """Return the m^(-1/2) of independent tokens, and a distance at the longest prefix that a wrong limit does not reach.
+
+    Args:
+        name: of the stack.
+        distances: of its draws from the limit.
+        part: as in ``Check``.
+        apart: relative distance of the limit from a wrong one.
+
+    Raises:
+        Undecidable: draws are too far from one another to tell the two.
+    """
+    errors = distances.errors
+    last, farthest = max(errors), NEAR * distances.between
+    if farthest > apart / 2:
+        raise Undecidable(
+            f"undecidable at lengths one can run: the limit of {name} and the one of the control differ by {apart:.1e} of "
+            f"themselves, and kernels drawn at m = {last} from one another by {distances.between:.1e}: take another sigma"
+        )
     slope = fits.exponent(*zip(*[(m, error) for m, found in errors.items() for error in found], strict=True))
-    last = max(errors)
+    nearness = float(np.median(errors[last])) / distances.between
     return slope, [
         Check(f"{name}: distance of the exponent's interval {slope} from -1/2", slope.gap(-0.5), 0.05, part=part),
-        Check(
-            f"{name}: median distance from the limit at m = {last}", float(np.median(errors[last])), close, part=part
-        ),
+        Check(f"{name}: distance from the limit at m = {last} / between draws, medians", nearness, NEAR, part=part),
     ]
 
 
@@ -226,12 +257,9 @@ def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> 
             m: [m * kernel(_real(frozen, problem, depth, m, repeat), problem.inputs) for repeat in range(repeats)]
             for m in lengths(problem)
         }
-        errors[depth] = {
-            m: np.array([relative_error(k, limits[depth].kernel) for k in ks]) for m, ks in kernels.items()
-        }
-        slopes[depth], rate = _rate(
-            f"{depth} real layers", errors[depth], f"{depth} layers", min(CLOSE, apart[depth] / 2)
-        )
+        distances = Distances.of(kernels, limits[depth].kernel)
+        errors[depth] = distances.errors
+        slopes[depth], rate = _rate(f"{depth} real layers", distances, f"{depth} layers", apart[depth])
         longest = kernels[max(kernels)]
         checks += [*rate, _eigenvalue(f"{depth} real layers", longest, smallest[depth])]
         drawn[depth] = float(np.median([spectrum(k)[0] for k in longest]))
@@ -264,9 +292,8 @@ def _stylized(problem: Problem) -> Evidence:
                 kernels[m] = [m ** (1 - 2 * scaling.power) * kernel(stack, problem.inputs) for stack in stacks]
             longest = kernels[max(kernels)]
             if scaling.limit:
-                errors = {m: np.array([relative_error(k, depth * one) for k in ks]) for m, ks in kernels.items()}
                 what = f"{depth} tied layers, {name}"
-                checks += _rate(what, errors)[1]
+                checks += _rate(what, Distances.of(kernels, depth * one))[1]
                 checks.append(_eigenvalue(what, longest, smallest[depth]))
             if depth == 2:
                 apart[name] = {
