@@ -8,7 +8,7 @@ import numpy as np
 
 from ntk_prefix.certificate.prior import Limits, Prior
 from ntk_prefix.random_prefix import ModelName
-from theory.claim import Check
+from theory.claim import Check, Undecidable
 from theory.problem import Problem
 from theory.scales import FAILURE
 
@@ -46,9 +46,18 @@ def _found(prior: Prior, random: np.random.Generator) -> Limits:
 
 @functools.lru_cache
 def _drawn(problem: Problem, model: ModelName, stream: int = 8) -> tuple[Prior, list[Limits]]:
-    """Return the a-priori certificate's view of the data, and prefixes; the measurement and its control share them."""
+    """Return the a-priori certificate's view of the data, and prefixes; the measurement and its control share them.
+
+    Raises:
+        Undecidable: the limit kernel is not positive beyond its rounding, as the certificate bounds it.
+    """
     inputs, targets = np.asarray(problem.inputs), np.asarray(problem.targets)
     prior = Prior(inputs=inputs, targets=targets, sigma=problem.sigma, model=model, failure=FAILURE)
+    if not (positive := prior.positive).holds:
+        raise Undecidable(
+            f"undecidable in float64: half of the smallest eigenvalue of H* ({model}), {positive.allowed:.1e}, is below the "
+            f"bound of its rounding, {positive.used:.1e}: take a smaller sigma, or rows that are less alike"
+        )
     random = np.random.default_rng([problem.seed, stream])
     return prior, [_found(prior, random) for _ in range(DRAWS)]
 
@@ -57,10 +66,13 @@ def failures(problem: Problem, model: ModelName, nearer: float = 1.0) -> list[Ch
     """Return for each limit the share of draws that do not keep it, which a sixth of delta allows.
 
     Args:
-        problem: data whose limit kernel is positive beyond rounding.
+        problem: the data.
         model: of the prefix.
         nearer: divides the distances of the limits from what they are about: means and medians. Above 1 they are also no
             farther than where ``BEYOND`` of other draws are beyond them.
+
+    Raises:
+        Undecidable: their limit kernel is not positive beyond its rounding.
     """
     prior, drawn = _drawn(problem, model)
     others = _drawn(problem, model, 9)[1] if nearer > 1 else []

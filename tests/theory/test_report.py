@@ -22,11 +22,13 @@ from rich.console import Console
 
 import theory.__main__ as command
 from ntk_prefix.artifacts import CHECKOUT
+from ntk_prefix.random_prefix import ModelName
 from tests.compiling import quickly
 from tests.fuzz import damaged_bytes, damaged_json, fuzzed, read_whole, survives
 from theory import figures, fits, jobs
 from theory.claim import Check, Claim, Control, Evidence, Undecidable, examine
 from theory.claims import NAMES, certificate, claims, convergence
+from theory.events import failures
 from theory.page import markdown
 from theory.problem import Problem, load
 from theory.record import FORMATS, finish
@@ -319,6 +321,12 @@ class TestUndecided:
         np.save(tmp_path / "near.npy", rows)
         assert command.main(("positivity",), data=str(tmp_path / "near.npy"), out=tmp_path / "out") == 2
         assert "undecided" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("name", ["fixed", "tied"])
+    def test_a_kernel_that_is_rounding_has_no_limits_to_keep(self, name: ModelName, problem: Problem) -> None:
+        near = problem.inputs.at[1].set(problem.inputs[0] * (1 + 1e-9))
+        with pytest.raises(Undecidable, match="is below the bound of its rounding"):
+            failures(dataclasses.replace(problem, inputs=near), name)
 
 
 class TestErrors:

@@ -275,11 +275,12 @@ def _measure(problem: Problem) -> Evidence:
             found = _shortest(part, name)
             prior = certify(part.inputs, part.targets, sigma=part.sigma, model=name, delta=FAILURE)
             asked = _paper(part, name)
-            for kind, value in zip(KINDS, (found.m, prior.m, 10**asked), strict=True):
+            before = prior.m if prior.holds else math.nan
+            for kind, value in zip(KINDS, (found.m, before, 10**asked), strict=True):
                 lengths[name][kind][part.n] = value
             parameters |= {
                 f"tokens_{name}_{part.n}": found.m,
-                f"tokens_before_drawing_{name}_{part.n}": prior.m,
+                f"tokens_before_drawing_{name}_{part.n}": before,
                 f"theory_log10_{name}_{part.n}": asked,
             }
             if n == plan(problem)[name][0]:
