@@ -122,7 +122,8 @@ def main(options: Options) -> int:
             table.add_row(name, "not measured", row["missing"], "-")
             continue
         rate = options.pairs / row["seconds"]
-        table.add_row(name, f"{row['seconds']:.1f}", f"{row['processor']:.1f}", f"{rate:.1f}")
+        at_once = f", {row['at once']} texts at once" if "at once" in row else ""
+        table.add_row(name + at_once, f"{row['seconds']:.1f}", f"{row['processor']:.1f}", f"{rate:.1f}")
     console.print(
         f"{options.pairs} pairs of {options.lengths}, {platform.processor() or platform.machine()}, {cores()} cores"
     )

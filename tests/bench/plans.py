@@ -106,7 +106,9 @@ def line(plan: dict[str, Any], remat: bool) -> dict[str, Any]:
 def table(lines: dict[str, dict[str, Any]]) -> str:
     """Return the lines as Markdown, in the order of machines, models and methods."""
     order = [f"{machine} {model} {method}" for machine in MACHINES for model in MODELS for method in METHODS]
-    lines = {name: lines[name] for name in sorted(lines, key=lambda name: order.index(name) if name in order else -1)}
+    lines = {
+        name: lines[name] for name in sorted(lines, key=lambda name: order.index(name) if name in order else len(order))
+    }
     head = "| machine | model | method | GiB per chip | temporaries | weights sent | activations sent | step, ms |"
     rows = [head, "|" + " --- |" * (head.count("|") - 1)]
     for name, each in lines.items():
