@@ -219,10 +219,10 @@ def _eigenvalue(name: str, kernels: list[Kernel], limit: float) -> Check:
     return Check(f"{name}: smallest eigenvalue, factor between drawn and limit", factor, 1.1)
 
 
-def _limits_apart(frozen: list[PrefixAttentionLayer], problem: Problem) -> dict[int, float]:
-    """Return the relative distance of the limit from the one that is not carried, by depth."""
-    right, wrong = (stack_limits(frozen, problem, carried) for carried in (True, False))
-    return {depth: relative_error(wrong[depth].kernel, right[depth].kernel) for depth in DEPTHS[1:]}
+def _limits_apart(frozen: list[PrefixAttentionLayer], problem: Problem, carried: bool = True) -> dict[int, float]:
+    """Return the distance of the limit from the one that is not carried, relative to the first, or to the second, by depth."""
+    own, other = (stack_limits(frozen, problem, each) for each in (carried, not carried))
+    return {depth: relative_error(other[depth].kernel, own[depth].kernel) for depth in DEPTHS[1:]}
 
 
 def _undecidable(problem: Problem) -> str | None:
@@ -251,7 +251,7 @@ def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> 
         depth: smallest_eigenvalue(spectrum(limit.kernel), f"the limit of {depth} layers")
         for depth, limit in limits.items()
     }
-    apart, drawn = _limits_apart(frozen, problem), {}
+    apart, drawn = _limits_apart(frozen, problem, carried), {}
     for depth in DEPTHS[1:]:
         kernels = {
             m: [m * kernel(_real(frozen, problem, depth, m, repeat), problem.inputs) for repeat in range(repeats)]
