@@ -271,7 +271,8 @@ PROFILES: dict[Name, Profile] = {
         rows=LONG_ROWS,
         grid=(5e-4, 1e-3, 5e-3, 1e-2, 5e-2),
     ),
-    # which continuation fits: with what python -m train.write_negatives wrote, --set generated=FILE, and people's choices,
+    # which continuation fits: with what python -m train.write_negatives ranking_generated wrote for the sizes below and each
+    # seed, --set generated=FILE, and people's choices,
     # --set human=FILE; about 40 minutes of two cores with one seed. A row beside generated negatives has the rate that
     # was chosen without them, with seed 0
     "ranking": Profile(
