@@ -166,8 +166,8 @@ def load(
             written = read_generated(settings.generated, () if columns is validation else columns["prefix"])
             if columns is not validation and (lacking := sum(prefix not in written for prefix in columns["prefix"])):
                 logger.warning(
-                    "%s: of %d rows %d have no generated text. Write them for the rows of this run: python -m train.write_negatives "
-                    "with its task, seed, --train-size, --validation-size and --test-size",
+                    "%s: of %d rows %d have no generated text. Write them for the rows of this run: "
+                    "python -m train.write_negatives with its task, seed, --train-size, --validation-size and --test-size",
                     name,
                     len(columns["prefix"]),
                     lacking,
