@@ -10,6 +10,9 @@ from scipy import stats
 
 from theory.claim import Undecidable
 
+SURE = 0.999
+"""The confidence with which an exponent is called wrong. Of a report's many 95 % intervals some miss what is true."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Exponent:
@@ -18,6 +21,8 @@ class Exponent:
     value: float
     low: float
     high: float
+    reach: float = 0.0
+    """Half the length of the interval of confidence ``SURE``."""
 
     def __str__(self) -> str:
         """Return e.g. ``-0.498 [-0.512, -0.484]``."""
@@ -71,6 +76,25 @@ def check_apart(slope: Exponent, bound: float, what: str) -> None:
         )
 
 
+def check_settled(slope: Exponent, expected: float, allowed: float, what: str) -> None:
+    """Refuse to judge an exponent whose 95 % interval misses what is expected, and whose interval of ``SURE`` does not.
+
+    Args:
+        slope: the exponent.
+        expected: what it tends to.
+        allowed: how far the interval may be from it.
+        what: whose exponent it is.
+
+    Raises:
+        Undecidable: the draws say neither.
+    """
+    if slope.gap(expected) > allowed and abs(slope.value - expected) - slope.reach <= allowed:
+        raise Undecidable(
+            f"undecidable by these draws: the exponent of {what}, {slope}, is not {expected:g} with 95 % confidence, and may "
+            f"be with {100 * SURE:g} %: take another seed, or more rows"
+        )
+
+
 def exponent(sizes: ArrayLike, errors: ArrayLike) -> Exponent:
     """Return the least-squares slope of log error against log size.
 
@@ -83,5 +107,7 @@ def exponent(sizes: ArrayLike, errors: ArrayLike) -> Exponent:
     """
     fit = stats.linregress(np.log(np.asarray(sizes, float)), np.log(np.asarray(errors, float)))
     # without any scatter scipy divides zero by zero
-    spread = np.nan_to_num(fit.stderr) * stats.t.ppf(0.975, np.size(sizes) - 2)
-    return Exponent(float(fit.slope), float(fit.slope - spread), float(fit.slope + spread))
+    spread, reach = (
+        np.nan_to_num(fit.stderr) * stats.t.ppf((1 + sure) / 2, np.size(sizes) - 2) for sure in (0.95, SURE)
+    )
+    return Exponent(float(fit.slope), float(fit.slope - spread), float(fit.slope + spread), float(reach))
