@@ -24,5 +24,7 @@ def test_a_benchmark_runs(bench: str, tmp_path_factory: pytest.TempPathFactory) 
     out = ["--out", str(tmp_path_factory.mktemp(bench))] if bench == "bench_fit" else []
     command = [sys.executable, "-m", f"tests.bench.{bench}", *SMALLEST[bench], *out]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    # 1: it ran, and so little work missed its target
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
     assert done.stdout.strip()
