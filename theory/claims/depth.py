@@ -34,6 +34,8 @@ NEAR, DISTINCT = 2.0, 0.2
 """Distance of a drawn kernel from its limit over that between draws at the longest prefix, at most: independent draws are
 sqrt(2) times as far from one another as from their limit. And the distance between draws where there is no limit, at least,
 set after a first measurement (0.6 to 0.8)."""
+ALLOWED = 0.05
+"""How far an exponent's interval may be from -1/2: what short prefixes leave of terms beyond the first."""
 
 LOSS = 0.5
 """What training brings the loss down to, over the loss at the start, in at most STEPS steps."""
@@ -207,7 +209,7 @@ def _rate(name: str, distances: Distances, part: str = "", apart: float = np.inf
     slope = fits.exponent(*zip(*[(m, error) for m, found in errors.items() for error in found], strict=True))
     nearness = float(np.median(errors[last])) / distances.between
     return slope, [
-        Check(f"{name}: distance of the exponent's interval {slope} from -1/2", slope.gap(-0.5), 0.05, part=part),
+        Check(f"{name}: distance of the exponent's interval {slope} from -1/2", slope.gap(-0.5), ALLOWED, part=part),
         Check(f"{name}: distance from the limit at m = {last} / between draws, medians", nearness, NEAR, part=part),
     ]
 
@@ -260,6 +262,8 @@ def _stacked(problem: Problem, carried: bool = True, repeats: int = REPEATS) -> 
         distances = Distances.of(kernels, limits[depth].kernel)
         errors[depth] = distances.errors
         slopes[depth], rate = _rate(f"{depth} real layers", distances, f"{depth} layers", apart[depth])
+        if carried:
+            fits.check_settled(slopes[depth], -0.5, ALLOWED, f"the error of {depth} real layers")
         longest = kernels[max(kernels)]
         checks += [*rate, _eigenvalue(f"{depth} real layers", longest, smallest[depth])]
         drawn[depth] = float(np.median([spectrum(k)[0] for k in longest]))
@@ -293,7 +297,9 @@ def _stylized(problem: Problem) -> Evidence:
             longest = kernels[max(kernels)]
             if scaling.limit:
                 what = f"{depth} tied layers, {name}"
-                checks += _rate(what, Distances.of(kernels, depth * one))[1]
+                slope, rate = _rate(what, Distances.of(kernels, depth * one))
+                fits.check_settled(slope, -0.5, ALLOWED, f"the error of {what}")
+                checks += rate
                 checks.append(_eigenvalue(what, longest, smallest[depth]))
             if depth == 2:
                 apart[name] = {

@@ -18,6 +18,8 @@ from theory.problem import Problem
 HEAD_DIM, QUERIES = 8, 64
 LENGTHS = [2**power for power in range(8, 19, 2)]
 REPEATS = 8
+ALLOWED = 0.05
+"""How far the exponent's interval may be from -1/2, and half of its length, at most."""
 
 
 def _law(problem: Problem) -> tuple[Array, Array, Array, Array]:
@@ -65,9 +67,11 @@ def _approach(problem: Problem, covariance: float = 1.0) -> Evidence:
         for m in LENGTHS
     }
     slope = fits.exponent(*zip(*[(m, error) for m, found in errors.items() for error in found], strict=True))
+    if covariance == 1:
+        fits.check_settled(slope, -0.5, ALLOWED, "the error")
     checks = (
-        Check(f"distance of the slope's interval {slope} from -1/2", slope.gap(-0.5), 0.05, part="limit"),
-        Check("half width of that interval", (slope.high - slope.low) / 2, 0.05),
+        Check(f"distance of the slope's interval {slope} from -1/2", slope.gap(-0.5), ALLOWED, part="limit"),
+        Check("half width of that interval", slope.half_width, ALLOWED),
         Check(f"median relative error at m = {LENGTHS[-1]}", float(np.median(errors[LENGTHS[-1]])), 0.01, part="limit"),
     )
     parameters = {"tokens": LENGTHS[-1], "shortest": LENGTHS[0], "head_dim": HEAD_DIM, "repeats": REPEATS}
