@@ -200,7 +200,7 @@ def fit_chosen(
     tokens: Int[np.ndarray, "K most"],
     anchors: Int[np.ndarray, "K"],
     *,
-    steps: int = 100,
+    steps: int = 300,
     seed: int = 0,
 ) -> Fitted:
     """Return anchors for each head that start at its first chosen tokens, each head with as many as it is given.
@@ -252,7 +252,7 @@ def descend(
     points: Float[Array, "K R H"],
     valid: Bool[Array, "K R"],
     *,
-    steps: int = 100,
+    steps: int = 300,
     batch: int = 1024,
     learning_rate: float = 0.1,
     seed: int = 0,
@@ -263,7 +263,8 @@ def descend(
         rows: the queries.
         points: where the anchors start, scaled.
         valid: which of them there are; the others stay at zero.
-        steps: each on ``batch`` queries; 0 leaves the points where they are, and fits masses and values alone.
+        steps: each on ``batch`` queries; 0 leaves the points where they are, and fits masses and values alone. Of SmolLM2
+            with 32 anchors, on other texts, 100 lose 1.3 times as much as 300 (four prompts), 1,000 as much (one).
         batch: queries of a step, drawn without replacement; all if there are fewer.
         learning_rate: of log masses; points move so that scores change by about as much a step.
         seed: of the draw.

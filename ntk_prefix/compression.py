@@ -75,7 +75,7 @@ def compress(
     queries: Inputs,
     budget: int = 32,
     *,
-    steps: int = 100,
+    steps: int = 300,
     even: bool = False,
     seed: int = 0,
     progress: Progress = lambda *_: None,

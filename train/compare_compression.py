@@ -83,7 +83,7 @@ class Options(Checked):
     """Texts out of the unrelated ones."""
     tokens: int = 128
     """Of each text, at most."""
-    steps: int = 100
+    steps: int = 300
     """Of the descent of ours."""
     distil: int = 100
     """Of what is trained on the answers of the model with the prompt, each on four texts."""

@@ -82,7 +82,7 @@ class Options(Checked):
     """Of each text, at most."""
     held_out: float = 0.33
     """The part of the texts that only the report is about."""
-    steps: int = 100
+    steps: int = 300
     """Of the descent on anchors and masses; 0 keeps the chosen keys."""
     even: bool = False
     """Give every head the same number of anchors."""

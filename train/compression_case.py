@@ -73,7 +73,7 @@ class Case:
     most: int
     """The largest budget there is."""
     seed: int
-    steps: int = 100
+    steps: int = 300
     """Of the descent of ours."""
     distil: int = 100
     """Steps of what is trained on the answers of the model with the prompt."""
