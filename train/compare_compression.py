@@ -177,7 +177,7 @@ def _rows(
     git = _provenance()["git"]
     made: tuple[Case, Judge] | None = None
     for method in options.methods:
-        settings = _hash(options, inputs, other, METHODS[method].trained)
+        settings = _hash(options, inputs, other, method)
         for budget in options.budgets if METHODS[method].sized else (0,):
             found = results.find(inputs.name, method, budget, seed, settings)
             if found is not None and method not in options.again:
@@ -364,11 +364,10 @@ def _case(
     return case, Judge(model, prefix, drawn["held"], {name: jnp.asarray(x) for name, x in other.items()})
 
 
-def _hash(options: Options, inputs: Inputs, other: dict[str, np.ndarray], trained: bool) -> str:
-    """Return a hash of what rows of a prompt depend on, but for method, budget, seed and the program."""
-    settings = [options.model, options.fitted, options.held_out, options.steps]
-    if trained:
-        settings += [options.distil, options.distil_rate]
+def _hash(options: Options, inputs: Inputs, other: dict[str, np.ndarray], method: str) -> str:
+    """Return a hash of what a method's rows of a prompt depend on, but for its name, budget, seed and the program."""
+    named = ("model", "fitted", "held_out", *METHODS[method].options)
+    settings = {name: getattr(options, name) for name in named}
     known = hashlib.sha256(json_text(settings).encode())
     for array in (inputs.prompt, *inputs.texts.values(), *other.values()):
         known.update(f"{array.shape}".encode() + array.tobytes())

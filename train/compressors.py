@@ -57,8 +57,8 @@ class Method:
     """Of a case and a budget; nothing where there is no such size."""
     sized: bool = True
     """Whether it has a budget."""
-    trained: bool = False
-    """Whether it is trained on the model's answers, which takes longer than all else."""
+    options: tuple[str, ...] = ()
+    """Which of the program's options it depends on, beside those that all do."""
 
 
 # ------------------------------------------------------------------------------------- the methods
@@ -211,6 +211,8 @@ def lora(case: Case, size: int) -> Compressed | None:
     return Compressed(_numbers(start), functools.partial(attached, factors=factors))
 
 
+DISTILLED = ("distil", "distil_rate")
+
 METHODS = {
     "none": Method("no prompt", no_prompt, sized=False),
     "prompt": Method("the prompt itself", whole_prompt, sized=False),
@@ -222,11 +224,11 @@ METHODS = {
     "elu1": Method("elu1", elu1),
     "taylor": Method("Taylor", taylor),
     "random": Method("random features", random_features),
-    "ours": Method("ours", ours),
-    "ours-distilled": Method("ours, distilled", ours_distilled, trained=True),
-    "cartridge": Method("Cartridge", cartridge, trained=True),
-    "cartridge-random": Method("Cartridge, random tokens", cartridge_of_random_tokens, trained=True),
-    "lora": Method("LoRA, distilled", lora, trained=True),
+    "ours": Method("ours", ours, options=("steps",)),
+    "ours-distilled": Method("ours, distilled", ours_distilled, options=("steps", *DISTILLED)),
+    "cartridge": Method("Cartridge", cartridge, options=DISTILLED),
+    "cartridge-random": Method("Cartridge, random tokens", cartridge_of_random_tokens, options=DISTILLED),
+    "lora": Method("LoRA, distilled", lora, options=DISTILLED),
 }
 """In the order in which they are run: what is cheap first."""
 

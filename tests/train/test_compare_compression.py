@@ -262,6 +262,8 @@ def test_rows_become_a_table_and_a_figure_and_are_taken_over(
         patch.setattr(compare_compression, "_case", nothing)
         assert main(options(place, tmp_path, seeds=2), Console(quiet=True)) == lines
         assert len(main(options(place, tmp_path, methods=("none",)), Console(quiet=True))) == 1
+        # steps of a descent are nothing to what does not descend
+        assert main(options(place, tmp_path, seeds=2, steps=7, distil=7), Console(quiet=True)) == lines
         # another draw of lengths is another measurement; so is a method that is asked for anew
         for changes in ({"tokens": 9}, {"again": ("heaviest",)}):
             with pytest.raises(AssertionError, match="run again"):
@@ -276,6 +278,26 @@ def test_rows_become_a_table_and_a_figure_and_are_taken_over(
     (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": 3}\n' + content)
     with pytest.raises(UsageError, match="line 1: expected a row of results"):
         main(options(place, tmp_path), Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ({"steps": 7}, {"ours", "ours-distilled"}),
+        ({"distil": 7}, {"ours-distilled", "cartridge", "cartridge-random", "lora"}),
+        ({"distil_rate": 0.1}, {"ours-distilled", "cartridge", "cartridge-random", "lora"}),
+        ({"fitted": 5}, set(METHODS)),
+    ],
+)
+def test_an_option_makes_the_rows_anew_that_depend_on_it(
+    place: Path, tmp_path: Path, changed: dict[str, Any], again: set[str]
+) -> None:
+    inputs = compare_compression.Inputs("prompt", np.arange(3), {"input_ids": np.ones((2, 2))})
+    before, after = (
+        {method: compare_compression._hash(options(place, tmp_path, **given), inputs, {}, method) for method in METHODS}
+        for given in ({}, changed)
+    )
+    assert {method for method in METHODS if before[method] != after[method]} == again
 
 
 def test_an_encoder_is_compared_by_its_hidden_states(place: Path, tmp_path: Path) -> None:
