@@ -264,7 +264,7 @@ def descend(
         points: where the anchors start, scaled.
         valid: which of them there are; the others stay at zero.
         steps: each on ``batch`` queries; 0 leaves the points where they are, and fits masses and values alone. Of SmolLM2
-            with 32 anchors, on other texts, 100 lose 1.3 times as much as 300 (four prompts), 1,000 as much (one).
+            with 32 anchors, on other texts, 100 lose 1.3 times as much as 300 (three prompts), 1,000 as much (one).
         batch: queries of a step, drawn without replacement; all if there are fewer.
         learning_rate: of log masses; points move so that scores change by about as much a step.
         seed: of the draw.

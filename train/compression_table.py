@@ -183,7 +183,7 @@ def markdown(lines: list[dict[str, Any]], about: str, *, language: bool) -> str:
 
 
 def draw(lines: list[dict[str, Any]], *, language: bool) -> Figure:
-    """Return the figure: distance against bytes, a panel for each prompt, a line for each method, named at its end."""
+    """Return the figure: distance against KiB, a panel for each prompt, a line for each method, named at its end."""
     prompts = list(dict.fromkeys(line["prompt"] for line in lines))
     figure = Figure(figsize=(7.2 * len(prompts), 5.4), layout="constrained")
     panels = figure.subplots(1, len(prompts), squeeze=False)[0]
@@ -211,12 +211,14 @@ def draw(lines: list[dict[str, Any]], *, language: bool) -> Figure:
                 panel.axhline(line["kl"], color="0.5", lw=1, ls=":")
                 ends.append((line["kl"], largest, line["label"], "0.4"))
         panel.set(
-            xscale="log",
             yscale="log",
             title=prompt,
-            xlabel="bytes for each layer's key head (float32)",
+            xlabel="KiB for each layer's key head (float32)",
             ylabel="KL to the prompt, nats per token" if language else "relative square error of hidden states",
         )
+        # powers of two: few enough to be labeled, and none has a label between
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda size, _: f"{size / 1024:g}")
         _name_ends(panel, ends)
     return figure
 
