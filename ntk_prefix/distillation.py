@@ -152,6 +152,9 @@ def distil_states(
     if below:
         raise expected("states", "masses k >= 0", f"others at {below[0]}")
 
+    if not steps:
+        return dict(states)
+
     @contextlib.contextmanager
     def attached(model: Any, moved: dict[str, _Moved]) -> Iterator[None]:
         with attending(model, {path: _moved(state, moved[path], fixed) for path, state in states.items()}):
@@ -159,7 +162,10 @@ def distil_states(
 
     start = {path: _Moved.none(state) for path, state in states.items()}
     end = distil(model, prefix, start, attached, texts, steps=steps, **options)
-    return {path: _moved(state, end[path], fixed) for path, state in states.items()}
+    # one program for all layers: operation by operation it would be one for each and for each size
+    return jax.jit(lambda states, end: {path: _moved(state, end[path], fixed) for path, state in states.items()})(
+        states, end
+    )
 
 
 class _Moved(NamedTuple):
