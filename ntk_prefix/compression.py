@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ntk_prefix.anchor_fit import Choice, choose, divide, fit_chosen
+from ntk_prefix.anchor_fit import Choice, choose, divide, fit_chosen, steps_for
 from ntk_prefix.artifacts import cores
 from ntk_prefix.checks import check_array, check_count, expected
 from ntk_prefix.feature_maps import Anchors
@@ -88,7 +88,7 @@ def compress(
         prefix: of :func:`ntk_prefix.prefixed_model.read_prompt`, or keys and values from elsewhere, such as a trained prefix's.
         queries: texts that stand behind the prefix: [B, T] ids and mask.
         budget: anchors per key head, on average over all layers.
-        steps: of the descent; 0 keeps the chosen keys.
+        steps: of the descent, a third of them where little hangs on a head; 0 keeps the chosen keys.
         even: give every head the same.
         seed: of draws.
         progress: told after each part.
@@ -132,13 +132,14 @@ def compress(
     curves = np.concatenate([choice.left for choice in chosen]) * cost.reshape(-1)[:, None]
     useful = np.concatenate([choice.useful for choice in chosen])
     anchors = np.minimum(budget, useful) if even else np.minimum(divide(curves, budget * len(curves)), useful)
+    turns = steps_for(np.take_along_axis(curves, anchors[:, None], axis=1)[:, 0], steps).reshape(len(layers), -1)
     anchors = anchors.reshape(len(layers), -1)
 
     def fitted_in(path: str) -> dict[str, np.ndarray]:
         layer = paths.index(path)
 
         def made() -> dict[str, np.ndarray]:
-            fitted = fit_chosen(*seen.of(path), chosen[layer].tokens, anchors[layer], steps=steps, seed=seed)
+            fitted = fit_chosen(*seen.of(path), chosen[layer].tokens, anchors[layer], steps=turns[layer], seed=seed)
             return {name: np.asarray(x) for name, x in fitted._asdict().items()}
 
         return dict(kept(f"fit of {path}", made))

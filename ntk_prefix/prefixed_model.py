@@ -246,11 +246,9 @@ class Queries:
     def _recorded(self) -> dict[str, list[tuple[LayerRecord, dict[str, Array]]]]:
         kept: dict[str, list[tuple[LayerRecord, dict[str, Array]]]] = {path: [] for path in self.prefix}
         rows = len(self.texts["input_ids"])
-        # compiled as a whole: one by one its small operations would be a hundred programs
-        run = jit_reading(lambda model, some: record(model, some, _arrays))
         for i, some in enumerate(in_parts(self.texts)):
             with attending(self.model, self.prefix):
-                for path, seen in run(self.model, some).items():
+                for path, seen in _read(self.model, some).items():
                     kept[path].append(seen)
             self.progress("reading the queries", min((i + 1) * ROWS_AT_ONCE, rows), rows)
         return kept
@@ -274,6 +272,8 @@ def _arrays(path: str, seen: LayerRecord) -> tuple[LayerRecord, dict[str, Array]
     return seen._replace(mask=seen.mask[:, :1], output=seen.query[:0], scores={}), arrays
 
 
+# as a whole: one by one its small operations would be a hundred programs
+_read = jit_reading(lambda model, some: record(model, some, _arrays))
 _rows = jax.jit(rows_of, static_argnames=("is_causal", "scale", "logits_soft_cap", "local_window_size"))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ntk_prefix import PrefixState
-from ntk_prefix.anchor_fit import choose, descend, divide
+from ntk_prefix.anchor_fit import choose, descend, divide, fit_chosen, steps_for
 from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import Anchors
 from ntk_prefix.query_shares import Rows, rows_of
@@ -117,6 +117,29 @@ def test_a_budget_goes_to_where_it_lowers_the_sum_most() -> None:
     assert list(divide(curves, 100)) == [4, 3, 2]
     late = np.array([[4.0, 4, 4, 0], [3, 2, 1, 0.5]])
     assert list(divide(late, 3)) == [3, 0]
+
+
+def test_heads_of_little_error_take_a_third_of_the_steps() -> None:
+    errors = np.array([0.02, 5.0, 0.0, 0.5, 3.0, 0.3])  # of which the least three are 3.6 %, the least four 9 %
+    assert list(steps_for(errors, 300)) == [100, 300, 100, 300, 300, 100]
+    assert list(steps_for(np.full(4, 7.0), 10)) == [10] * 4  # the control: none has little
+    assert list(steps_for(errors, 0)) == [0] * 6
+    assert list(steps_for(np.zeros(2), 300)) == [100] * 2
+
+
+def test_heads_take_steps_of_their_own() -> None:
+    query, prefix_key, *others = drawn()
+    rows = rows_of(query, prefix_key, *others, is_causal=True)
+    keys = scaled(prefix_key)
+    tokens, anchors = choose(rows, keys, 6).tokens, np.array([6, 6])
+
+    def fit(steps: int | np.ndarray) -> jax.Array:
+        return fit_chosen(rows, keys, tokens, anchors, steps=steps).points
+
+    both = fit(np.array([5, 40]))
+    np.testing.assert_array_equal(both[0], fit(5)[0])
+    np.testing.assert_array_equal(both[1], fit(40)[1])
+    assert np.abs(both[1] - fit(5)[1]).max() > 1e-3
 
 
 def test_fewer_queries_than_anchors_are_refused() -> None:
