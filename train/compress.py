@@ -83,7 +83,7 @@ class Options(Checked):
     held_out: float = 0.33
     """The part of the texts that only the report is about."""
     steps: int = 300
-    """Of the descent on anchors and masses; 0 keeps the chosen keys."""
+    """Of the descent on anchors and masses, a third of them for heads with little error; 0 keeps the chosen keys."""
     even: bool = False
     """Give every head the same number of anchors."""
     distil: int = 0
