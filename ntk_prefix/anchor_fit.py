@@ -252,9 +252,8 @@ def fit_chosen(
             continue
         size = next((size for size in SIZES if size >= count), -(-count // SIZES[-1]) * SIZES[-1])
         size = max(min(size, tokens.shape[1], rows.query.shape[1]), count)
-        start = prefix[head][tokens[head, :size]]
-        one = Rows(*(x[head : head + 1] for x in rows))
-        fit = descend(one, start[None], jnp.arange(size)[None] < count, steps=each[head], seed=seed)
+        one, start = _of_head(rows, prefix, tokens[head, :size], head)
+        fit = descend(one, start, jnp.asarray(np.arange(size)[None] < count), steps=each[head], seed=seed)
         points[head, :count], z[head, :count], k[head, :count] = (
             np.asarray(x[0])[:count] for x in (fit.points, fit.z, fit.k)
         )
@@ -263,6 +262,13 @@ def fit_chosen(
     if not all(np.isfinite(x).all() for x in (points, z, k)):
         raise NonFiniteError("expected anchors of finite numbers, got others.")
     return Fitted(*map(jnp.asarray, (points, z, k, before, after)))
+
+
+@jax.jit  # as a whole: one by one its operations would be a program for each head and size
+def _of_head(rows: Rows, prefix: Array, tokens: Array, head: Array) -> tuple[Rows, Array]:
+    """Return the queries of one head, and the keys of some tokens, as of a layer of one head."""
+    one, keys = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, head, 1), (rows, prefix))
+    return one, keys[:, tokens]
 
 
 # ------------------------------------------------------------------------------------------- the descent

@@ -148,7 +148,7 @@ def distil_states(
     low = [path for path, state in states.items() if isinstance(state.z, LowRank)]
     if low:
         raise expected("states", "full ones", f"one of low rank at {low[0]}")
-    below = [path for path, state in states.items() if not bool((state.k >= 0).all())]
+    below = [path for path, state in states.items() if not (np.asarray(state.k) >= 0).all()]
     if below:
         raise expected("states", "masses k >= 0", f"others at {below[0]}")
 

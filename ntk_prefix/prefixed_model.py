@@ -204,13 +204,16 @@ def continuations(
     # what follows the prompt is what its last token says, at its place behind the others
     others = {path: Prefix(each.key[:-1], each.value[:-1]) for path, each in prefix.items()}
     with attending(model, others):
-        logits = model(jnp.asarray(prompt[-1:])[None], position_offset=-1).logits[0, -1]
+        logits = _last_said(model, jnp.asarray(prompt[-1:])[None])
     del others  # a copy, as large as the prompt's keys and values
     first = jax.lax.top_k(logits, count)[1].astype(jnp.int32)[:, None]
     with attending(model, prefix):
         follow = generate(model, first, max_new_tokens=tokens - 1)
     ids = np.concatenate([np.asarray(first), np.asarray(follow)], axis=1).astype(np.int32)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+_last_said = jit_reading(lambda model, ids: model(ids, position_offset=-1).logits[0, -1])
 
 
 def in_parts(inputs: Inputs, size: int = ROWS_AT_ONCE) -> Iterator[dict[str, Array]]:

@@ -120,7 +120,7 @@ def _template(name: str, options: dict[str, Any], heads: int, head_dim: int) -> 
 def _zeros(heads: int, features: int, head_dim: int) -> jax.Array:
     if heads * features > LARGEST_DIM:
         raise expected("features", f"at most {LARGEST_DIM:,} features of all heads", heads * features)
-    return jnp.zeros((heads, features, head_dim))
+    return jnp.asarray(np.zeros((heads, features, head_dim)))  # made on the host: each size would be a program
 
 
 def _known(name: str) -> set[str]:

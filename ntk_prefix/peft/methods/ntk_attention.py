@@ -234,8 +234,9 @@ class State(Adapter):
         features, head_dim = phi.affordable_dim(site.head_dim), site.head_dim
         self.basis: Any = None if basis is None else Calibration(basis)
         self.unit: Any = None if unit is None else Calibration(unit)
-        z = jnp.zeros((heads, features, head_dim)) if z is None else z
-        k = jnp.zeros((heads, features)) if k is None else k
+        # zeros are made on the host: each size would be a program
+        z = jnp.asarray(np.zeros((heads, features, head_dim))) if z is None else z
+        k = jnp.asarray(np.zeros((heads, features))) if k is None else k
         self.k = AdapterParam(k, non_negative=phi.positive) if config.train_k else None
         if config.rank is None:
             self.z = AdapterParam(z)
