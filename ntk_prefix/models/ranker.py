@@ -9,6 +9,7 @@ Source: RankGen (arXiv 2205.09726) and its public code.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from jax.typing import DTypeLike
 from ntk_prefix.artifacts import json_text, read_json, write_whole
 from ntk_prefix.checks import check_count, expected
 from ntk_prefix.models.backbone import Backbone, Pooling
+from ntk_prefix.models.bert import Bert
 from ntk_prefix.models.classifier import Classifier
 from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.llama import Llama
@@ -75,7 +77,8 @@ class Ranker(Classifier):
         backbone: an encoder of text.
         pooling: as in :class:`Classifier`; the authors' is "cls".
         tokenizer: of the backbone, for texts; token ids go without one.
-        lengths: tokens of a prefix and of a suffix, at most; of a longer prefix the last ones are read, of a suffix the first.
+        lengths: tokens of a prefix and of a suffix, mark included, at most; no more are read than the encoder has positions,
+            of a longer prefix the last ones, of a longer suffix the first.
         cosine: give texts vectors of length 1, so that a score is the cosine.
         rngs: as in :class:`Classifier`; W starts as the identity, whatever they are.
     """
@@ -120,6 +123,8 @@ class Ranker(Classifier):
         Raises:
             UsageError: as many prefixes as suffixes, or one, are not there.
         """
+        for name, texts in (("prefixes", prefixes), ("suffixes", suffixes)):
+            _check_texts(name, texts)
         if len(prefixes) not in (1, len(suffixes)):
             raise expected("prefixes", f"one, or as many as suffixes ({len(suffixes)})", len(prefixes))
         return np.sum(self.encode_prefixes(prefixes, **options) * self.encode_suffixes(suffixes, **options), axis=1)
@@ -146,6 +151,7 @@ class Ranker(Classifier):
             UsageError: no tokenizer, nothing to read, or what is no text; an empty text is one.
         """
         check_count("batch_size", batch_size)
+        _check_texts("texts", texts)
         ids = [self._ids(text, role) for text in texts]
         if not ids:
             raise expected("texts", "at least one", "none")
@@ -188,7 +194,7 @@ class Ranker(Classifier):
         start = 0
         while start < len(ids):
             # the longest is the first
-            width = _round_up(len(ids[order[start]]), self.lengths[role == "suffix"])
+            width = _round_up(len(ids[order[start]]), self._most(role))
             count = min(batch_size, len(ids))
             if tokens_at_once is not None:
                 count = min(count, max(tokens_at_once // width, 1))
@@ -206,8 +212,19 @@ class Ranker(Classifier):
         if self.tokenizer is None:
             raise expected("tokenizer", "the backbone's, for texts", "None", "load_ranker brings it")
         if not isinstance(text, str):
-            raise expected("texts", "texts", repr(text))
-        return marked_ids(self.tokenizer, text, role, self.lengths[role == "suffix"])
+            raise expected("texts", "texts", repr(text)[:60])
+        return marked_ids(self.tokenizer, text, role, self._most(role))
+
+    def _most(self, role: Role) -> int:
+        """Return how many tokens are read; an adapter may have taken some of the encoder's positions."""
+        asked, encoder = self.lengths[role == "suffix"], self.backbone
+        return min(asked, encoder.config.max_tokens - encoder.position_offset) if isinstance(encoder, Bert) else asked
+
+
+def _check_texts(name: str, texts: object) -> None:
+    # a text is a sequence of texts too, of its letters
+    if isinstance(texts, str):
+        raise expected(name, "a list of texts", f"the text {texts[:60]!r}", "Put it in a list")
 
 
 def marked_ids(tokenizer: Any, text: str, role: Role, most: int) -> list[int]:
@@ -220,7 +237,7 @@ def marked_ids(tokenizer: Any, text: str, role: Role, most: int) -> list[int]:
         most: tokens, mark included, at most.
 
     Raises:
-        UsageError: there is no room for a token of a prefix.
+        UsageError: there is no room for the last character of a prefix.
     """
     mark, text = MARKS[role], " ".join(text.split())
     encoded = tokenizer.encode(mark + text)
@@ -229,11 +246,13 @@ def marked_ids(tokenizer: Any, text: str, role: Role, most: int) -> list[int]:
         return list(encoded.ids)
     while len(encoded.ids) > most:
         # cut where the first token that stays begins, of the text; what stands at the ends is added anew
-        begins = [start for start, end in encoded.offsets if end > start and start >= len(mark)]
-        over = len(encoded.ids) - most
-        if over >= len(begins):
-            raise expected("lengths", "room for the mark and a token of text", most)
-        text = text[begins[over] - len(mark) :]
+        begins = [max(start - len(mark), 0) for start, end in encoded.offsets if end > max(start, len(mark))]
+        gone = begins[: len(encoded.ids) - most]
+        # a character of several tokens stays or goes with all of them
+        begin = next((each for each in begins[len(gone) :] if each > gone[-1]), None)
+        if begin is None:
+            raise expected("lengths", "room for the mark and a character of the text", most)
+        text = text[begin:].lstrip()
         encoded = tokenizer.encode(mark + text)
     return list(encoded.ids)
 
@@ -245,7 +264,7 @@ def _vectors(graph: Any, state: Any, tokens: Int[Array, "B T"], mask: Int[Array,
 
 def _round_up(length: int, most: int) -> int:
     """Return the next power of two or half between two of them, at most the longest there is."""
-    sizes: Iterable[int] = (s for power in range(3, 14) for s in (2**power, 3 * 2 ** (power - 1)))
+    sizes: Iterable[int] = (s for power in itertools.count(3) for s in (2**power, 3 * 2 ** (power - 1)))
     return min(next(size for size in sizes if size >= length), max(most, length))
 
 

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE, Unigram
 
 from ntk_prefix import models, peft
 from ntk_prefix.checks import UsageError
+from ntk_prefix.models.ranker import _round_up, marked_ids
 from tests.models.recording import recorded
 from tests.train.tiny_model import write_model
 
@@ -86,6 +88,39 @@ def test_of_a_long_beginning_the_end_is_read_and_of_a_continuation_the_beginning
     np.testing.assert_array_equal(ranker._ids("the   film\n", "prefix"), ids_of("pre", "the", "film")[0])
 
 
+def test_a_character_of_several_tokens_is_read_whole_or_not_at_all() -> None:
+    """Of bytes, which is what rare characters are to RoBERTa and ModernBERT; with 3 of each, any cut but one is in one."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    by_bytes = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
+    by_bytes.pre_tokenizer, by_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    for most, kept in (
+        (7, "pre b"),
+        (8, "pre b"),
+        (9, "pre \u8a9e b"),
+        (11, "pre \u8a9e b"),
+        (12, "pre \u65e5\u8a9e b"),
+    ):
+        assert by_bytes.decode(marked_ids(by_bytes, "\u65e5\u8a9e b", "prefix", most)) == kept
+    with pytest.raises(UsageError, match="lengths: expected room for the mark and a character of the text, got 6"):
+        marked_ids(by_bytes, "\u65e5", "prefix", 6)
+    # where the blank before a word is of its token, as of T5, it is no token more
+    pieces = Tokenizer(
+        Unigram([("<unk>", 0.0), *((piece, -1.0) for piece in ("\u2581pre", "\u2581a", "\u2581b", "\u2581"))], 0)
+    )
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert pieces.encode("pre b").ids == marked_ids(pieces, "a a b", "prefix", 2)
+
+
+def test_no_more_is_read_than_the_encoder_has_positions(tmp_path: Path) -> None:
+    loaded = models.load_ranker(write_model(tmp_path, WORDS, kind="bert", max_position_embeddings=7))
+    ids = loaded._ids("the film was good and very long and bad", "prefix")
+    assert [WORDS[i] for i in ids] == ["pre", "good", "and", "very", "long", "and", "bad"]
+    assert next(loaded._batches([ids], "prefix", 1, None))[1].shape == (1, 7)
+    loaded.backbone.position_offset = 2
+    assert len(loaded._ids("the film was good and very long and bad", "suffix")) == 5
+    assert [_round_up(length, 2**20) for length in (3, 9, 100, 20_000)] == [8, 12, 128, 24_576]
+
+
 def test_the_authors_layout_has_the_vectors_that_torch_has(tmp_path: Path) -> None:
     """``t5_encoder.*`` and ``projection.weight``, [out, in], on the first token's state, in float64."""
     loaded, asked = models.load_ranker(THEIRS), recorded(THEIRS)
@@ -118,6 +153,8 @@ def test_what_cannot_be_ranked_is_refused(ranker: models.Ranker, tmp_path: Path)
     for call, message in (
         (lambda: ranker.encode_prefixes([]), "texts: expected at least one"),
         (lambda: ranker.encode_prefixes(no_texts), "texts: expected texts, got 3"),
+        (lambda: ranker.encode_suffixes("the film"), "texts: expected a list of texts, got the text 'the film'"),
+        (lambda: ranker.score("the", ["a", "b", "c"]), "prefixes: expected a list of texts, got the text 'the'"),
         (
             lambda: ranker.score(["the", "film"], ["was"]),
             r"prefixes: expected one, or as many as suffixes \(1\), got 2",
