@@ -65,16 +65,19 @@ def generate(
         asked for.
 
     Raises:
-        UsageError: ids that the model has not, an empty prompt, no token to be made, a model without logits, or a key or
-            samples without a sampling.
+        UsageError: ids that the model has not or in whose dtype there is no room for all it has, no prompt or an empty one,
+            no token to be made, a model without logits, or a key or samples without a sampling.
     """
     if not model.causal_lm:
         raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
-    if max_new_tokens < 1:
-        raise expected("max_new_tokens", "at least 1", max_new_tokens)
-    if not input_ids.shape[1]:
-        raise expected("input_ids", "at least one token a row", "none")
-    check_tokens(input_ids, attention_mask, model.config.vocab_size)
+    check_count("max_new_tokens", max_new_tokens)
+    vocabulary = model.config.vocab_size
+    check_tokens(input_ids, attention_mask, vocabulary)
+    if 0 in input_ids.shape:
+        raise expected("input_ids", "at least one row, and at least one token a row", f"shape {input_ids.shape}")
+    if jnp.iinfo(input_ids.dtype).max < vocabulary - 1:
+        hint = "Use input_ids.astype(jnp.int32)"
+        raise expected("input_ids", f"a dtype that holds all {vocabulary} tokens", input_ids.dtype, hint)
     if sampling is None and (key is not None or samples is not None):
         raise expected("sampling", "a Sampling, which a key or samples are for", "None", "Use sampling=Sampling()")
     if sampling is not None:
@@ -87,7 +90,7 @@ def generate(
         attention_mask = jnp.ones(input_ids.shape, bool)
     elif not isinstance(attention_mask, jax.core.Tracer) and not np.asarray(attention_mask).any(axis=1).all():
         raise expected("attention_mask", "at least one token a row", "a row of padding")
-    ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
+    ends = (eos_token_id,) if isinstance(eos_token_id, int | np.integer) else tuple(eos_token_id or ())
     padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
     graph, state = nnx.split(model)
     special = (jnp.asarray(ends, input_ids.dtype), jnp.asarray(padding, input_ids.dtype))

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ntk_prefix.checks import expected
 from ntk_prefix.typing import Array, Bool, Float, Int, KeyArrays
@@ -58,17 +59,20 @@ class Sampling:
         """Refuse numbers that cannot be meant; arrays are not looked at."""
         for name, what, fine in (
             ("temperature", "a finite number > 0", lambda x: 0 < x < float("inf")),
-            ("top_k", "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1),
+            ("top_k", "a whole number from 1 to 2147483647", lambda x: 1 <= x < 2**31),
             ("top_p", "a number in (0, 1]", lambda x: 0 < x <= 1),
             ("typical", "a number in (0, 1]", lambda x: 0 < x <= 1),
             ("eta", "a number in (0, 1)", lambda x: 0 < x < 1),
             ("repetition_penalty", "a finite number > 0", lambda x: 0 < x < float("inf")),
         ):
             value: Any = getattr(self, name)
-            if value is None or isinstance(value, jax.Array):
+            if isinstance(value, jax.Array | np.ndarray) or (value is None and name != "temperature"):
                 continue
-            if isinstance(value, bool) or not fine(value):
-                raise expected(name, what, value, "Without it, generate is greedy" if name == "temperature" else "")
+            kinds = (int, np.integer) if name == "top_k" else (int, np.integer, float, np.floating)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not fine(value):
+                raise expected(
+                    name, what, repr(value), "Without it, generate is greedy" if name == "temperature" else ""
+                )
 
     def log_probabilities(
         self, logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"] | None = None
@@ -78,14 +82,22 @@ class Sampling:
         Args:
             logits: of the model, of any float dtype; the result is float32 (float64 for float64).
             seen: the tokens that each row has, for the repetition penalty.
+
+        Numerics: of logits that are finite, or -inf for tokens that cannot come but not for all, no number is NaN, however
+            large they and the penalty are and however small the temperature is.
         """
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if self.repetition_penalty is not None:
             if seen is None:
                 raise expected("seen", "the tokens that each row has, for a repetition penalty", "None")
             penalized = jnp.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            # what overflows is still a logit: of infinite ones there is no softmax
+            largest = jnp.finfo(logits.dtype).max
+            penalized = jnp.where(jnp.isinf(logits), logits, jnp.clip(penalized, -largest, largest))
             logits = jnp.where(seen, penalized, logits)
-        said = jax.nn.log_softmax(logits / self.temperature)
+        # from the likeliest on, so that a small temperature makes the others -inf, and nothing +inf
+        behind = logits - jnp.max(logits, axis=-1, keepdims=True)
+        said = jax.nn.log_softmax(behind / jnp.maximum(self.temperature, jnp.finfo(logits.dtype).tiny))
         if self.top_k is not None:
             said = _kept(said, said, jnp.ones_like(said), self.top_k)
         if self.top_p is not None:

@@ -218,7 +218,7 @@ def test_errors(model: models.Llama, tmp_path: Path) -> None:
     ids, mask = jnp.asarray(IDS), jnp.asarray(MASK)
     with pytest.raises(ValueError, match="attention_mask: expected at least one token a row, got a row of padding"):
         models.generate(model, ids, mask.at[1].set(False))
-    with pytest.raises(ValueError, match="max_new_tokens: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_new_tokens: expected a whole number >= 1, got 0"):
         models.generate(model, ids, mask, 0)
     with pytest.raises(ValueError, match="expected at least one token"):
         models.generate(model, ids[:, :0])

@@ -109,6 +109,23 @@ def test_a_filter_keeps_its_set_in_float32_too() -> None:
     check()
 
 
+def test_no_number_is_nan_however_large_logits_and_numbers_are() -> None:
+    call = jax.jit(lambda sampling, *inputs: jnp.exp(sampling.log_probabilities(*inputs)))
+    seen, rest = jnp.array([True, True, False, False]), {"top_p": 1.0, "typical": 1.0, "eta": 1e-9}
+    for logits, temperature, penalty, wanted in (
+        ([5.0, 1.0, -3.0, -1e4], 1e-38, 1.0, [1, 0, 0, 0]),
+        ([5.0, 5.0, -3.0, -1e4], 1e-300, 1.0, [0.5, 0.5, 0, 0]),  # no number of float32
+        ([1e4, 1e4, 1e4, 1e4], 1e-38, 1.0, [0.25] * 4),
+        ([3e38, -3e38, 0.0, 1.0], 1e-3, 1.0, [1, 0, 0, 0]),
+        ([-1e10, -2e10, -np.inf, -np.inf], 1.0, 1e30, [0.5, 0.5, 0, 0]),
+        ([1e10, 2e10, 0.0, -np.inf], 1.0, 1e-38, [0.5, 0.5, 0, 0]),
+        ([-np.inf, 1.0, -np.inf, 1.0], 1.0, 1.0, [0, 0.5, 0, 0.5]),
+    ):
+        sampling = Sampling(temperature=temperature, repetition_penalty=penalty, **rest)
+        found = call(sampling, jnp.asarray(logits, jnp.float32), seen)
+        np.testing.assert_allclose(found, wanted, atol=1e-6, err_msg=f"{logits} {temperature} {penalty}")
+
+
 def test_numbers_change_without_a_new_program() -> None:
     call = jax.jit(lambda sampling, logits: sampling.log_probabilities(logits))
     for sampling in (Sampling(top_k=2, temperature=0.5), Sampling(top_k=5, temperature=2.0)):
@@ -155,6 +172,8 @@ def test_samples_are_rows_of_their_own_and_a_penalty_keeps_tokens_from_coming_ba
         ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
         ({"top_k": 0}, "top_k: expected a whole number"),
         ({"top_k": 2.5}, "top_k: expected a whole number"),
+        ({"top_k": 2**40}, "top_k: expected a whole number from 1 to 2147483647"),
+        ({"temperature": "1"}, "temperature: expected a finite number > 0, got '1'"),
         ({"top_p": 1.5}, r"top_p: expected a number in \(0, 1\]"),
         ({"typical": 0.0}, "typical: expected"),
         ({"eta": 1.0}, "eta: expected"),
@@ -164,6 +183,21 @@ def test_samples_are_rows_of_their_own_and_a_penalty_keeps_tokens_from_coming_ba
 def test_numbers_out_of_range_are_refused(model: models.Llama, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         models.generate(model, jnp.asarray(IDS), sampling=Sampling(**options), key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.zeros((0, 3), np.int32), r"input_ids: expected at least one row, .*, got shape \(0, 3\)"),
+        (np.zeros((2, 0), np.int32), "input_ids: expected at least one row"),
+        (np.zeros(3, np.int32), r"input_ids: expected integers \[B, T\]"),
+        (jnp.zeros((1, 3), jnp.int4), "input_ids: expected a dtype that holds all"),
+    ],
+)
+@pytest.mark.usefixtures("without_annotations")
+def test_prompts_that_are_none_are_refused(model: models.Llama, ids: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        models.generate(model, ids)
 
 
 @pytest.mark.parametrize(
