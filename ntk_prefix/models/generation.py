@@ -74,7 +74,7 @@ def generate(
     vocabulary = model.config.vocab_size
     check_tokens(input_ids, attention_mask, vocabulary)
     if 0 in input_ids.shape:
-        raise expected("input_ids", "at least one row, and at least one token a row", f"shape {input_ids.shape}")
+        raise expected("input_ids", "at least one token a row, and a row", f"shape {input_ids.shape}")
     if jnp.iinfo(input_ids.dtype).max < vocabulary - 1:
         hint = "Use input_ids.astype(jnp.int32)"
         raise expected("input_ids", f"a dtype that holds all {vocabulary} tokens", input_ids.dtype, hint)

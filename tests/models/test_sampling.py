@@ -188,8 +188,8 @@ def test_numbers_out_of_range_are_refused(model: models.Llama, options: dict[str
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (np.zeros((0, 3), np.int32), r"input_ids: expected at least one row, .*, got shape \(0, 3\)"),
-        (np.zeros((2, 0), np.int32), "input_ids: expected at least one row"),
+        (np.zeros((0, 3), np.int32), r"input_ids: expected at least one token a row, and a row, got shape \(0, 3\)"),
+        (np.zeros((2, 0), np.int32), "input_ids: expected at least one token a row"),
         (np.zeros(3, np.int32), r"input_ids: expected integers \[B, T\]"),
         (jnp.zeros((1, 3), jnp.int4), "input_ids: expected a dtype that holds all"),
     ],
