@@ -21,7 +21,6 @@ if __name__ == "__main__":
     use_huge_pages()
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,15 +33,16 @@ import tyro
 from rich.console import Console
 
 from ntk_prefix import models
-from ntk_prefix.artifacts import held, json_text, provenance, read_bytes, write_whole
+from ntk_prefix.artifacts import held, json_text, provenance, write_whole
 from ntk_prefix.checks import expected
 from train import tasks
 from train.assets import model_path
 from train.command import Checked, Terminal, at_least, ended, parsed, resumable
 from train.config import DataConfig
 from train.kept_lines import KeptLines
-from train.rank import Scored, Writer, beam_search, load_decoder, load_scorer, reranked
+from train.rank import Scored, adapter_digest, beam_search, load_scorer, reranked
 from train.ranking_measures import distinct, divergence, repetition
+from train.writer import Writer, load_decoder
 
 __all__ = ["Options", "compare_decoding"]
 
@@ -51,9 +51,6 @@ TRUE = "true"
 
 DRAWS = 20
 """Of the beginnings, with repeats, for the error of a divergence."""
-
-LARGEST_ADAPTER = 2**30
-"""Bytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,16 +97,11 @@ class Options(Checked):
         models.Sampling(top_p=self.top_p, typical=self.typical).check()
         if self.out.is_file():
             raise expected("--out", "a folder", f"{self.out}, which is a file")
-        if self.judge == self.ranker and _digest(self.judge_adapter) == _digest(self.adapter):
+        if self.judge == self.ranker and (
+            adapter_digest(self.judge_adapter, "--judge-adapter") == adapter_digest(self.adapter)
+        ):
             hint = "Train one on other data: python -m train ranking_newsgroups --seed 1"
             raise expected("--judge-adapter", "another ranker than the one it judges", f"{self.judge_adapter}", hint)
-
-
-def _digest(adapter: Path) -> str:
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        raise expected("--adapter", "the folder of an adapter", f"{adapter}, which has no {file.name}")
-    return hashlib.sha256(read_bytes(file, LARGEST_ADAPTER)).hexdigest()
 
 
 def compare_decoding(options: Options, console: Console) -> list[dict[str, Any]]:
@@ -127,8 +119,8 @@ def compare_decoding(options: Options, console: Console) -> list[dict[str, Any]]
     )
     test = tasks.load("ranking", data).test
     prefixes, truths = list(test["prefix"]), [texts[0] for texts in test["texts"]]
-    said = dataclasses.asdict(options) | {"adapter": _digest(options.adapter), "out": None}
-    said |= {"judge_adapter": _digest(options.judge_adapter), "texts": [*prefixes, *truths]}
+    said = dataclasses.asdict(options) | {"adapter": adapter_digest(options.adapter), "out": None}
+    said |= {"judge_adapter": adapter_digest(options.judge_adapter), "texts": [*prefixes, *truths]}
     options.out.mkdir(parents=True, exist_ok=True)
     with held(options.out / ".lock", "--out"):
         kept = KeptLines(options.out / "texts.jsonl", said)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ntk_prefix.artifacts import read_bytes
 from ntk_prefix.checks import expected
 
-__all__ = ["padded", "some_texts", "whole_text"]
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["padded", "prompt_ids", "some_texts", "whole_text"]
 
 LARGEST_PROMPT = 2**26
 """Bytes of a file of text."""
@@ -28,7 +32,7 @@ def whole_text(file: Path, flag: str) -> str:
     if len(content) > LARGEST_PROMPT:
         raise expected(flag, f"at most {LARGEST_PROMPT:,} bytes", f"more from {name}")
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")  # some editors mark a file of text by its first character
     except UnicodeDecodeError as error:
         raise expected(flag, "text in UTF-8", f"{name}: {error.reason} at byte {error.start}") from None
     if not text.strip():
@@ -52,6 +56,20 @@ def some_texts(file: Path, flag: str) -> list[str]:
     if len(texts) < 2:
         raise expected(f"{flag} {file}", "at least two texts, one of them to be held out", len(texts))
     return texts
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, tokens: int) -> list[int]:
+    """Return the last tokens of what a decoder is to continue, behind those that its tokenizer begins every text with.
+
+    Args:
+        tokenizer: without truncation and padding. What it ends texts with is left out: nothing follows an end.
+        text: the prompt.
+        tokens: at most, those that begin it included, but one of the text in any case.
+    """
+    encoded = tokenizer.encode(text)
+    own = [place for place, added in enumerate(encoded.special_tokens_mask) if not added]
+    first, last = (own[0], own[-1] + 1) if own else (len(encoded.ids),) * 2
+    return encoded.ids[:first] + encoded.ids[max(first, last - max(tokens - first, 1)) : last]
 
 
 def padded(ids: Sequence[Sequence[int]], tokens: int, width: int = 0) -> dict[str, np.ndarray]:

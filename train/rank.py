@@ -5,9 +5,10 @@
     python -m train.rank beam   --prompts story.txt --tokens 20 --beams 2 # chosen every 20 tokens
     python -m train.rank search --prompts story.txt --among texts.jsonl   # the continuations in a file that fit best
 
-The ranker is any encoder of text (``--ranker``), with an adapter or without, or one of RankGen's own checkpoints. Results are
-JSON lines, one for each prompt, with all candidates and their scores, best first; written as they are found, and taken over
-by the same command run again.
+The ranker is any encoder of text (``--ranker``), with an adapter or without, or one of RankGen's own checkpoints. Of a
+beginning it reads the last 512 tokens, of a continuation the first 128, and no more than it has positions. Results are JSON
+lines, one for each prompt, with all candidates and their scores, best first; written as they are found, and taken over by the
+same command run again, unless a file or the adapter has changed.
 
 Source: RankGen (arXiv 2205.09726): over-generating and re-ranking, and its beam search.
 """
@@ -28,20 +29,20 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.progress
 import tyro
 from rich.console import Console
 
 from ntk_prefix import models
-from ntk_prefix.artifacts import json_text, provenance, read_json, write_whole
+from ntk_prefix.artifacts import held, json_text, provenance, read_bytes, read_json, write_whole
 from ntk_prefix.checks import expected
+from ntk_prefix.models.ranker import SETTINGS
 from train.assets import model_path
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.prompts import whole_text
 from train.readers import ENDINGS, open_table
-from train.tasks import ending_token
+from train.writer import Writer, before_stop, load_decoder
 
 __all__ = [
     "Beam",
@@ -49,9 +50,8 @@ __all__ = [
     "Rerank",
     "Score",
     "Search",
-    "Writer",
+    "adapter_digest",
     "beam_search",
-    "load_decoder",
     "load_scorer",
     "main",
     "reranked",
@@ -84,6 +84,10 @@ class _Ranking(Checked):
             raise expected("--pooling", "mean or cls", self.pooling)
         if self.results.is_dir():
             raise expected("--out", "a file", f"{self.results}, which is a folder")
+        for name in ("pairs", "prompts", "among"):
+            file = getattr(self, name, None)
+            if file is not None and file.resolve() == self.results.resolve():
+                raise expected("--out", f"another file than --{name}", f"{file} for both")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ class Search(_Ranking):
     """Find the continuations in a file that fit best: a ranker as a retriever."""
 
     prompts: Path
-    """A text file, which is one prompt, or a table with a column "prefix"."""
+    """A text file, which is one prompt up to its last line break, or a table with a column "prefix"."""
     among: Path
     """A table with a column "suffix" or "text"."""
     top: int = 10
@@ -116,7 +120,7 @@ class Rerank(_Ranking):
     """Let a decoder write several continuations, and rank them."""
 
     prompts: Path
-    """A text file, which is one prompt, or a table with a column "prefix"."""
+    """A text file, which is one prompt up to its last line break, or a table with a column "prefix"."""
     model: str = "smollm2"
     """The decoder: an asset (smollm2), a Hugging Face folder, a .gguf file, or owner/name of the hub."""
     samples: int = 10
@@ -124,7 +128,7 @@ class Rerank(_Ranking):
     tokens: int = 128
     """Of each, at most."""
     context: int = 256
-    """Tokens of a prompt, the last ones."""
+    """Tokens of a prompt, the last ones: of a longer one no more is read."""
     temperature: float = 1.0
     top_p: float = 0.9
     """The nucleus that tokens are drawn from."""
@@ -172,44 +176,6 @@ Scored = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 """``scored(prefixes, suffixes)``: a score for each pair; a single prefix is that of all suffixes."""
 
 
-class Writer:
-    """A decoder that continues texts: one compiled program for all of about a length.
-
-    Args:
-        model: made with ``causal_lm``.
-        tokenizer: the model's.
-        sampling: how tokens are drawn.
-        context: tokens of a text that are read, the last ones.
-        stop: texts that a continuation ends before.
-    """
-
-    def __init__(
-        self, model: models.Llama, tokenizer: Any, sampling: models.Sampling, context: int, stop: tuple[str, ...] = ()
-    ):
-        self.model, self.tokenizer, self.sampling, self.context, self.stop = model, tokenizer, sampling, context, stop
-        self.end = ending_token(tokenizer)
-
-    def __call__(self, texts: Sequence[str], samples: int, tokens: int, key: jax.Array) -> list[list[tuple[str, bool]]]:
-        """Return continuations of each text, and whether each has ended: by the model, or before a stop text."""
-        ids = [self.tokenizer.encode(text).ids[-self.context :] for text in texts]
-        for text, each in zip(texts, ids, strict=True):
-            if not each:
-                raise expected("prompt", "at least one token", repr(text))
-        width = min(-(-max(map(len, ids)) // 64) * 64, max(self.context, 1))
-        array, mask = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), np.int32)
-        for row, each in enumerate(ids):
-            array[row, width - len(each) :], mask[row, width - len(each) :] = each, 1
-        options: dict[str, Any] = {"sampling": self.sampling, "key": key, "samples": samples, "eos_token_id": self.end}
-        new = np.asarray(models.generate(self.model, jnp.asarray(array), jnp.asarray(mask), tokens, **options))
-        return [[self._text(each.tolist()) for each in rows] for rows in new]
-
-    def _text(self, ids: list[int]) -> tuple[str, bool]:
-        ended = self.end in ids
-        text = self.tokenizer.decode(ids[: ids.index(self.end)] if ended else ids)
-        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
-        return (text[: min(places)], True) if places else (text, ended)
-
-
 def reranked(prompt: str, writer: Writer, scored: Scored, samples: int, tokens: int, key: jax.Array) -> list[Candidate]:
     """Return as many continuations of a prompt, best first."""
     [written] = writer([prompt], samples, tokens, key)
@@ -226,11 +192,13 @@ def beam_search(
     beams: int,
     total: int,
     key: jax.Array,
+    stop: tuple[str, ...] = (),
 ) -> list[Candidate]:
     """Return the continuations of a prompt that are left of a beam search, best first.
 
     Every ``tokens`` tokens each continuation that is kept is continued ``samples`` times, and of all the ``beams`` best are
-    kept; one that has ended stays as it is. What is scored is the whole continuation.
+    kept; one that has ended stays as it is. What is scored is the whole continuation. It ends before a stop text, also
+    before one that began with an earlier step.
     """
     kept: list[tuple[str, bool]] = [("", False)]
     for step in range(-(-total // tokens)):
@@ -244,7 +212,8 @@ def beam_search(
             own = jax.random.fold_in(jax.random.fold_in(key, step), place)
             [written] = writer([prompt + text], samples, left, own)
             for new, over in written:
-                found.setdefault(text + new, over)
+                whole, stopped = before_stop(text + new, stop)
+                found.setdefault(whole, over or stopped)
         texts = list(found)
         order = np.argsort(-scored([prompt], texts), kind="stable")[:beams]
         kept = [(texts[i], found[texts[i]]) for i in order]
@@ -261,13 +230,27 @@ def _best_first(texts: Sequence[str], scores: np.ndarray) -> list[Candidate]:
 def main(options: Score | Search | Rerank | Beam, console: Console) -> list[dict[str, Any]]:
     """Do what is asked, write the lines, and return them."""
     asked = _asked(options)
-    results = _Results(options, asked)
+    among = _column(options.among, "--among", ("suffix", "text")) if isinstance(options, Search) else []
+    adapter = None if options.adapter is None else adapter_digest(options.adapter)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    with held(options.results.with_name(f"{options.results.name}.lock"), "--out"):
+        results = _Results(options, {"asked": asked, "among": among, "adapter": adapter})
+        return _written(options, asked, among, results, console)
+
+
+def _written(
+    options: Score | Search | Rerank | Beam,
+    asked: list[dict[str, str]],
+    among: list[str],
+    results: _Results,
+    console: Console,
+) -> list[dict[str, Any]]:
     missing = [row for row in range(len(asked)) if row not in results.found]
     if missing:
         scored = load_scorer(options.ranker, options.adapter, options.pooling, options.cosine)
         with rich.progress.Progress(console=console, disable=not console.is_terminal) as bars:
             task = bars.add_task(type(options).__name__.lower(), total=len(asked), completed=len(asked) - len(missing))
-            for row, line in _lines(options, asked, missing, scored):
+            for row, line in _lines(options, asked, among, missing, scored):
                 results.add(row, line)
                 bars.advance(task)
     lines = results.lines()
@@ -276,7 +259,11 @@ def main(options: Score | Search | Rerank | Beam, console: Console) -> list[dict
 
 
 def _lines(
-    options: Score | Search | Rerank | Beam, asked: list[dict[str, str]], missing: list[int], scored: Scored
+    options: Score | Search | Rerank | Beam,
+    asked: list[dict[str, str]],
+    among: list[str],
+    missing: list[int],
+    scored: Scored,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     if isinstance(options, Score):
         for start in range(0, len(missing), PAIRS_AT_ONCE):
@@ -286,9 +273,8 @@ def _lines(
                 yield row, asked[row] | {"score": float(score)}
         return
     if isinstance(options, Search):
-        texts = _column(options.among, "--among", ("suffix", "text"))
         for row in missing:
-            best = _best_first(texts, scored([asked[row]["prefix"]], texts))[: options.top]
+            best = _best_first(among, scored([asked[row]["prefix"]], among))[: options.top]
             yield row, asked[row] | _said(best)
         return
     sampling = models.Sampling(temperature=options.temperature, top_p=options.top_p)
@@ -297,7 +283,8 @@ def _lines(
         prompt, key = asked[row]["prefix"], jax.random.fold_in(jax.random.key(options.seed), row)
         some: dict[str, Any] = {"samples": options.samples, "tokens": options.tokens, "key": key}
         if isinstance(options, Beam):
-            best = beam_search(prompt, writer, scored, beams=options.beams, total=options.total, **some)
+            ends: dict[str, Any] = {"total": options.total, "stop": options.stop}
+            best = beam_search(prompt, writer, scored, beams=options.beams, **ends, **some)
         else:
             best = reranked(prompt, writer, scored, **some)
         yield row, asked[row] | _said(best)
@@ -330,8 +317,7 @@ def load_scorer(name: str, adapter: Path | None, pooling: Any = None, cosine: bo
         for name, texts, encode in zip(
             names, (prefixes, suffixes), (ranker.encode_prefixes, ranker.encode_suffixes), strict=True
         ):
-            if name not in known:
-                known[name] = encode(texts)
+            known[name] = known.pop(name) if name in known else encode(texts)
         scores = np.sum(known[names[0]] * known[names[1]], axis=1)
         while len(known) > KNOWN:
             known.pop(next(iter(known)))
@@ -341,25 +327,23 @@ def load_scorer(name: str, adapter: Path | None, pooling: Any = None, cosine: bo
 
 
 KNOWN = 8
-"""Batches of vectors that are remembered."""
+"""Batches of vectors that are remembered, those that were asked for last."""
 
 
-def load_decoder(name: str, flag: str = "--model") -> tuple[models.Llama, Any]:
-    """Return a decoder of a name with its tokenizer, which neither pads nor cuts.
+def adapter_digest(folder: Path, flag: str = "--adapter") -> str:
+    """Return a hash of an adapter and of how its ranker makes scores.
 
     Raises:
-        UsageError: it is none, or has none; ``flag`` is what named it.
+        UsageError: the folder has none; ``flag`` is what named it.
     """
-    path = model_path(name)
-    tokenizer = None if path is None else models.load_tokenizer(path)
-    if path is None or tokenizer is None:
-        raise expected(flag, "a decoder with a tokenizer", name)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    with byte_progress(f"loading {name}") as progress:
-        model = models.from_pretrained(path, task="causal-lm", progress=progress)
-    assert isinstance(model, models.Llama)
-    return model, tokenizer
+    if not (folder / WEIGHTS).is_file():
+        raise expected(flag, "the folder of an adapter", f"{folder}, which has no {WEIGHTS}")
+    files = [file for file in (folder / WEIGHTS, folder / SETTINGS) if file.is_file()]
+    return hashlib.sha256(b"".join(read_bytes(file, LARGEST_ADAPTER, flag) for file in files)).hexdigest()
+
+
+WEIGHTS, LARGEST_ADAPTER = "adapter_model.safetensors", 2**30
+"""Of an adapter: its file of weights, and how many bytes that has at most."""
 
 
 # --------------------------------------------------------------------------------------------- files
@@ -371,8 +355,13 @@ def _asked(options: Score | Search | Rerank | Beam) -> list[dict[str, str]]:
         prefixes, suffixes = (_column(options.pairs, "--pairs", (name,)) for name in ("prefix", "suffix"))
         return [{"prefix": prefix, "suffix": suffix} for prefix, suffix in zip(prefixes, suffixes, strict=True)]
     if options.prompts.suffix in ENDINGS:
-        return [{"prefix": text} for text in _column(options.prompts, "--prompts", ("prefix",))]
-    return [{"prefix": whole_text(options.prompts, "--prompts")}]
+        prompts = _column(options.prompts, "--prompts", ("prefix",))
+        for row, text in enumerate(prompts):
+            if not text.strip():
+                raise expected(f"--prompts {options.prompts}, row {row}", "some text", repr(text))
+        return [{"prefix": text} for text in prompts]
+    # a file of text ends in a line break that is no part of what is to be continued
+    return [{"prefix": whole_text(options.prompts, "--prompts").rstrip("\r\n")}]
 
 
 def _column(file: Path, flag: str, names: tuple[str, ...]) -> list[str]:
@@ -380,19 +369,22 @@ def _column(file: Path, flag: str, names: tuple[str, ...]) -> list[str]:
     name = next((name for name in names if name in table.names), None)
     if name is None:
         raise expected(f"{flag} {file}", f"a column {' or '.join(map(repr, names))}", f"{', '.join(table.names)}")
-    texts = ["" if text is None else str(text) for text in table.column(name)]
+    texts = table.column(name)
     if not texts:
         raise expected(f"{flag} {file}", "at least one row", "none")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise expected(f"{flag} {file}, row {row}", f"a text in {name!r}", repr(text)[:60])
     return texts
 
 
 class _Results:
     """Lines that are written as they are found, behind what they depend on; of a run that asked otherwise, none."""
 
-    def __init__(self, options: _Ranking, asked: list[dict[str, str]]):
+    def __init__(self, options: _Ranking, depends: dict[str, Any]):
         self.file = options.results
         self.beside = self.file.with_name(f"{self.file.name}.settings.json")
-        said = json_text({"options": dataclasses.asdict(options) | {"out": None}, "asked": asked})
+        said = json_text({"options": dataclasses.asdict(options) | {"out": None}, **depends})
         digest = hashlib.sha256(said.encode()).hexdigest()
         self.found: dict[int, dict[str, Any]] = {}
         if (
@@ -400,15 +392,14 @@ class _Results:
             and read_json(self.beside, dict[str, Any]).get("digest") == digest
             and self.file.is_file()
         ):
-            for line in self.file.read_text().splitlines():
+            for line in self.file.read_bytes().splitlines():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:  # a line that was being written when the run was stopped
+                except ValueError:  # a line that was being written when the run was stopped
                     break
                 self.found[len(self.found)] = row
         elif self.file.exists() and not self.beside.is_file():
             raise expected("--out", "a new file, or one of this program", f"{self.file}, which is another")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.file, "".join(json.dumps(row) + "\n" for row in self.found.values()).encode())
         settings = {"digest": digest, "options": dataclasses.asdict(options), **provenance("jax", "flax")}
         write_whole(self.beside, json_text(settings).encode())

@@ -40,9 +40,10 @@ from train.assets import model_path
 from train.command import Checked, Terminal, at_least, ended, parsed, resumable
 from train.config import TrainConfig
 from train.kept_lines import KeptLines
-from train.rank import load_decoder
+from train.prompts import prompt_ids
 from train.ranking_measures import Choice, agreement, read_choices
 from train.sources import spec_of
+from train.writer import load_decoder
 
 __all__ = ["Likelihood", "Options", "references"]
 
@@ -110,8 +111,9 @@ class Likelihood:
             prefix, suffixes: texts; a blank stands between them.
             lengths: tokens that are read, the prefix' last and the suffix' first; the arrays are so wide.
         """
-        before = self.tokenizer.encode(prefix).ids[-lengths[0] :]
-        after = [self.tokenizer.encode(" " + suffix).ids[: lengths[1]] for suffix in suffixes]
+        before = prompt_ids(self.tokenizer, prefix, lengths[0])
+        # what a tokenizer begins a text with is no part of one that goes on
+        after = [self.tokenizer.encode(" " + suffix, add_special_tokens=False).ids[: lengths[1]] for suffix in suffixes]
         if not before or not all(after):
             raise expected("texts", "at least one token in each", "none")
         ids, seen = np.zeros((1, lengths[0]), np.int32), np.zeros((1, lengths[0]), np.int32)

@@ -34,9 +34,9 @@ from train import tasks
 from train.__main__ import parse_command
 from train.command import Terminal, at_least, ended, resumable
 from train.config import TrainConfig
-from train.rank import Writer, load_decoder
 from train.ranking_data import OTHERS, read_generated
 from train.sources import spec_of
+from train.writer import Writer, load_decoder
 
 __all__ = ["Command", "write"]
 

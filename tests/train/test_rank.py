@@ -9,12 +9,17 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
 
 from ntk_prefix import models
+from ntk_prefix.artifacts import held
 from ntk_prefix.checks import UsageError
 from tests.train.tiny_model import write_model
 from train import rank
-from train.rank import Beam, Rerank, Score, Search, Writer, beam_search, main, reranked
+from train.prompts import prompt_ids
+from train.rank import Beam, Rerank, Score, Search, beam_search, main, reranked
+from train.writer import Writer
 
 WORDS = ("[UNK]", "<|endoftext|>", "pre", "suffi", "the", "film", "was", "good", "bad", "very", "and", "long", ".")
 KEY = jax.random.key(0)
@@ -62,6 +67,15 @@ def test_what_has_ended_stays_as_it_is_and_may_win() -> None:
     assert {len(each.text) for each in found} <= {4, 6, 8}
     alone: Any = Letters("b", ends="b")
     assert beam_search("x", alone, like("a"), samples=1, tokens=2, beams=2, total=8, key=KEY) == [("bb", 0.0)]
+
+
+def test_a_stop_text_that_began_with_an_earlier_step_is_one_too() -> None:
+    writer: Any = Letters("ab")
+    some: dict[str, Any] = {"samples": 2, "tokens": 1, "beams": 2, "total": 4, "key": KEY}
+    assert beam_search("x", writer, like("abab"), **some)[0].text == "abab"
+    stopped = beam_search("x", writer, like("abab"), **some, stop=("ba",))
+    assert not any("ba" in each.text for each in stopped)
+    assert stopped[0].text == "abbb"  # the second letter is the last that may be wanted
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +166,84 @@ def test_a_text_ends_where_the_model_or_a_stop_text_says() -> None:
     assert writer._text([ids["was"], ids["good"], 1, ids["bad"]]) == ("was good", True)
     assert writer._text([ids["good"], ids["."], ids["the"], ids["bad"]]) == ("good ", True)
     assert writer._text([ids["good"], ids["."]]) == ("good .", False)
+    # behind a prompt a text begins with what stands between the two
+    assert writer._text([ids["good"], 1], [ids["very"]]) == (" good", True)
+
+
+def test_a_text_has_no_part_of_a_character() -> None:
+    """Of bytes, of which a character here has three; the last that fit are two."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model: Any = None
+    ids = tokenizer.encode("\u65e5\u8a9e").ids
+    writer = Writer(model, tokenizer, models.Sampling(), 8)
+    assert [writer._text(ids[:count])[0] for count in range(2, 7)] == ["", *["\u65e5"] * 3, "\u65e5\u8a9e"]
+
+
+def test_of_a_long_prompt_the_end_is_read_behind_what_begins_every_text() -> None:
+    words = ("<s>", "</s>", *"abcd")
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert prompt_ids(tokenizer, "a b c d", 3) == [3, 4, 5]
+    tokenizer.post_processor = processors.BertProcessing(("</s>", 1), ("<s>", 0))
+    assert prompt_ids(tokenizer, "a b c d", 3) == [0, 4, 5]
+    assert prompt_ids(tokenizer, "a b", 8) == [0, 2, 3]
+    assert prompt_ids(tokenizer, "a b", 1) == [0, 3]
+    assert prompt_ids(tokenizer, "", 8) == [0, 1]
+
+
+def test_results_are_those_of_what_was_asked_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a file as it was, nor of an adapter that has been trained anew since; nor do two write one file."""
+    calls: list[Sequence[str]] = []
+
+    def load_scorer(*_: Any) -> Any:
+        return lambda prefixes, suffixes: calls.append(suffixes) or np.zeros(len(suffixes))
+
+    monkeypatch.setattr(rank, "load_scorer", load_scorer)
+    prompts, among = table(tmp_path / "prompts.jsonl", PAIRS), table(tmp_path / "among.jsonl", PAIRS)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"1")
+    options = Search(prompts=prompts, among=among, adapter=tmp_path, out=tmp_path / "found" / "found.jsonl")
+    assert len(main(options, Console(quiet=True))) == len(calls) == 2
+    main(options, Console(quiet=True))
+    assert len(calls) == 2
+    table(among, [{"text": "another"}])
+    assert main(options, Console(quiet=True))[0]["best"] == "another"
+    assert len(calls) == 4
+    weights.write_bytes(b"2")
+    main(options, Console(quiet=True))
+    assert len(calls) == 6
+    with (
+        held(tmp_path / "found" / "found.jsonl.lock", "other"),
+        pytest.raises(UsageError, match="another process holds"),
+    ):
+        main(options, Console(quiet=True))
+
+
+def test_a_file_that_is_searched_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    class Ranker:
+        def encode_prefixes(self, texts: Sequence[str]) -> np.ndarray:
+            return np.ones((len(texts), 2))
+
+        def encode_suffixes(self, texts: Sequence[str]) -> np.ndarray:
+            read.append(len(texts))
+            return np.ones((len(texts), 2))
+
+    monkeypatch.setattr(rank.models, "load_ranker", lambda *_, **__: Ranker())
+    scored = rank.load_scorer("minilm", None)
+    for prompt in range(3 * rank.KNOWN):
+        scored([str(prompt)], ["a", "b", "c"])
+    assert read == [3]
+
+
+def test_a_file_of_text_is_a_prompt_without_its_last_line_break(tmp_path: Path) -> None:
+    file = tmp_path / "story.txt"
+    file.write_bytes("\ufeffthe film\r\nwas\r\n".encode())
+    assert rank._asked(Rerank(prompts=file)) == [{"prefix": "the film\r\nwas"}]
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -159,6 +251,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(tmp_path: Pat
     mine = tmp_path / "mine.jsonl"
     mine.write_text("mine\n")
     known: dict[str, Any] = {"pairs": pairs}
+    gaps = table(tmp_path / "gaps.jsonl", [PAIRS[0], {"prefix": " "}])
     for make, message in (
         (lambda: Score(pooling="last", **known), "--pooling: expected mean or cls"),
         (lambda: Score(out=tmp_path, **known), "--out: expected a file"),
@@ -167,7 +260,13 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(tmp_path: Pat
         (lambda: Rerank(prompts=pairs, stop=("",)), "--stop"),
         (lambda: Beam(prompts=pairs, total=5), "--total: expected at least 20"),
         (lambda: Search(prompts=pairs, among=pairs, top=0), "--top"),
+        (lambda: Score(pairs=mine, out=mine), "--out: expected another file than --pairs"),
         (lambda: main(Score(**known), Console(quiet=True)), "expected a column 'prefix'"),
+        (
+            lambda: main(Score(pairs=gaps), Console(quiet=True)),
+            "gaps.jsonl, row 1: expected a text in 'suffix', got None",
+        ),
+        (lambda: main(Rerank(prompts=gaps), Console(quiet=True)), "gaps.jsonl, row 1: expected some text, got ' '"),
         (lambda: main(Score(pairs=table(pairs, PAIRS), out=mine), Console(quiet=True)), "--out: expected a new file"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -179,4 +278,4 @@ def test_one_command_leaves_the_results_of_another_alone() -> None:
     file = Path("file")
     asked = (Score(pairs=file), Search(prompts=file, among=file), Rerank(prompts=file), Beam(prompts=file))
     assert [each.results.name for each in asked] == ["score.jsonl", "search.jsonl", "rerank.jsonl", "beam.jsonl"]
-    assert Score(pairs=file, out=file).results == file
+    assert Score(pairs=file, out=Path("mine")).results == Path("mine")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from rich.console import Console
+from tokenizers import processors
 
 from ntk_prefix import models, peft
 from ntk_prefix.artifacts import json_text
@@ -88,6 +89,19 @@ def test_a_likelihood_is_that_of_the_whole_text(decoder: Path) -> None:
     sums = [each[0, :2].sum(), each[1].sum()]
     np.testing.assert_allclose(found[0], sums, rtol=1e-4)
     np.testing.assert_allclose(found[1], [sums[0] / 2, sums[1] / 3], rtol=1e-4)
+
+
+def test_a_likelihood_begins_no_text_in_the_middle(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tokenizer that begins texts with a token of its own."""
+    model: Any = models.from_pretrained(decoder, "causal-lm")
+    tokenizer: Any = models.load_tokenizer(decoder)
+    tokenizer.post_processor = processors.TemplateProcessing(single="[PAD] $A", special_tokens=[("[PAD]", 1)])
+    likelihood = Likelihood(model, tokenizer)
+    read: list[Any] = []
+    monkeypatch.setattr(likelihood, "_found", lambda _, *inputs: read.extend(inputs) or np.zeros((1, 4)))
+    likelihood("x a b c", ["d e"], (3, 4))
+    prefix, _, suffixes = ([[WORDS[i] for i in row] for row in each.tolist()] for each in read)
+    assert (prefix, suffixes[0][:2]) == ([["[PAD]", "b", "c"]], ["d", "e"])
 
 
 def test_rows_for_which_nothing_is_trained_are_measured_once(
