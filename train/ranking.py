@@ -4,7 +4,7 @@ Of a batch with unit vectors p_i of the prefixes and s_j of all candidates, the 
 
 .. math::  L = - \sum_i \log \frac{e^{p_i \cdot s_i / t}}{\sum_j e^{p_i \cdot s_j / t}} ,
 
-t the temperature; left out of the sum over j is what is not there, and the true suffix of a row that a batch holds twice. The
+t the temperature; left out of the sum over j is what is not there, and a true suffix that another row of the batch has too. The
 candidates are those of the whole batch, whichever device holds them: by shards of one program the compiler gathers them, in
 replicas ``all_gather`` does, so that the loss does not depend on the number of devices.
 
@@ -48,7 +48,7 @@ def contrastive_loss(
         model: a :class:`ntk_prefix.models.Ranker`, adapted or not.
         batch: of :func:`train.data.train_batches`: ``input_ids`` and ``attention_mask`` [B, T] of the prefixes,
             ``candidate_ids`` and ``candidate_mask`` [B, C, S], the true one first, ``candidates`` [B, C], 0 for none, and
-            ``pair`` [B], equal for equal rows.
+            ``pair`` [B], equal for rows of equal true suffixes.
         temperature: t.
         axis: of the replicas that share the batch; None for one program.
 
@@ -82,19 +82,24 @@ def ten(split: Dataset) -> dict[str, list[list[tuple[int, int]]]]:
     """Return for each kind of candidate the ones that each row's true suffix is to be told from, and it, first.
 
     A candidate is (row, place). Of a kind of which a row has fewer than nine, other rows' true suffixes fill them up:
-    the kind "random" has nothing else. What no row has is no kind.
+    the kind "random" has nothing else. A text that is the true suffix is none of the others. What no row has is no kind.
 
     Raises:
-        UsageError: a single row, beside which there is no other.
+        UsageError: a row beside which there is none of another suffix.
     """
-    kinds, rows = split["candidates"], split.rows
-    if rows < 2:
-        raise expected("ranking", "at least two rows in a split, one of which is not the other's", rows)
+    kinds, rows, texts = split["candidates"], split.rows, split["texts"]
     draw = np.random.default_rng(DRAW)
-    drawn = [draw.permutation(np.delete(np.arange(rows), row))[:OTHERS] for row in range(rows)]
+    suffixes = np.array([row[0] for row in texts], object)
+    drawn = [draw.permutation(np.delete(np.arange(rows), row)) for row in range(rows)]
+    drawn = [some[suffixes[some] != suffixes[row]][:OTHERS] for row, some in enumerate(drawn)]
+    if any(not len(some) for some in drawn):
+        raise expected("ranking", "at least two rows of different suffixes in a split", f"{rows} of one suffix")
     found = {}
     for number, kind in enumerate(("random", *KINDS[2:]), start=1):
-        own = [[(row, int(place)) for place in np.flatnonzero(kinds[row] == number)] for row in range(rows)]
+        own = [
+            [(row, int(place)) for place in np.flatnonzero(kinds[row] == number) if texts[row][place] != texts[row][0]]
+            for row in range(rows)
+        ]
         if number == 1:
             own = [[] for _ in range(rows)]
         elif not any(own):

@@ -130,12 +130,15 @@ def read_generated(file: str | Path, wanted: Sequence[str] = ()) -> dict[str, li
         raise expected("--generated", "a file of python -m train.write_negatives", f"no file {path}")
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             texts = row["generated"]
-            if not isinstance(row["prefix"], str) or not all(isinstance(text, str) for text in texts):
+            # a text is a sequence of texts too, of its letters
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in (row["prefix"], *texts)):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise UsageError(
@@ -166,8 +169,8 @@ def encoded(
 
     Returns:
         ``prefix`` and ``texts``, the candidates' (objects); ``candidates`` int8 [rows, C], what each is, see
-        :data:`KINDS`, the true one first; ``pair`` int32 [rows], the row; and with a tokenizer ``input_ids`` (objects) of
-        the prefix, ``candidate_ids`` and ``candidate_mask``, int32 [rows, C, T].
+        :data:`KINDS`, the true one first; ``pair`` int32 [rows], the first row that has the same suffix; and with a tokenizer
+        ``input_ids`` (objects) of the prefix, ``candidate_ids`` and ``candidate_mask``, int32 [rows, C, T].
     """
     rows = len(columns["prefix"])
     texts, kinds = np.empty(rows, object), np.zeros((rows, 1 + sum(others)), np.int8)
@@ -177,7 +180,8 @@ def encoded(
         texts[row] = [columns["suffix"][row], *same, *written]
         kinds[row, : len(texts[row])] = [1] + [2] * len(same) + [3] * len(written)
     arrays: dict[str, Any] = {"prefix": objects(columns["prefix"]), "texts": texts, "candidates": kinds}
-    arrays["pair"] = np.arange(rows, dtype=np.int32)
+    first: dict[str, int] = {}
+    arrays["pair"] = np.array([first.setdefault(text, row) for row, text in enumerate(columns["suffix"])], np.int32)
     if tokenizer is None:
         return arrays
     ids = [[marked_ids(tokenizer, text, "suffix", lengths[1]) for text in texts[row]] for row in range(rows)]

@@ -53,7 +53,7 @@ class Command:
     test_samples: int = OTHERS
     """Of each of the test split, likewise; the validation split has none."""
     rows: int = 32
-    """Continuations that are written at once."""
+    """Continuations that are written at once, but all of one beginning in any case."""
     top_p: float = 0.9
     """The nucleus that tokens are drawn from."""
     out: Path = Path("generated.jsonl")
@@ -105,7 +105,12 @@ def write(command: Command, console: Console, writer: Writer | None = None) -> i
                     together = some[start : start + size]
                     _write_some(command, together, count, writer)
                     bars.advance(bar, len(together))
-    console.print(f"{len(wanted)} beginnings in {file}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(wanted)} beginnings in {file}, {len(missing)} of them written now",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return len(missing)
 
 
@@ -113,9 +118,13 @@ def _write_some(command: Command, prefixes: list[str], count: int, writer: Any) 
     # the draws are those of these texts, whatever was written before
     key = jax.random.fold_in(jax.random.key(0), zlib.crc32("\n".join(prefixes).encode()))
     written = writer(prefixes, count, command.config.data.suffix_length, key)
-    with command.out.open("a") as stream:
-        for prefix, texts in zip(prefixes, written, strict=True):
-            stream.write(json.dumps({"prefix": prefix, "generated": [text for text, _ in texts]}) + "\n")
+    lines = [
+        json.dumps({"prefix": prefix, "generated": [text for text, _ in texts]}) + "\n"
+        for prefix, texts in zip(prefixes, written, strict=True)
+    ]
+    # at once: beginnings that are left of these would be written beside others, and be other draws
+    with command.out.open("ab", buffering=0) as stream:
+        stream.write("".join(lines).encode())
 
 
 def _main(console: Console) -> int:

@@ -99,6 +99,8 @@ class Ranker(Classifier):
             raise expected("pooling", "one that makes a single state", repr(pooling))
         self.head = Projection(size, size, use_bias=False, rngs=rngs or nnx.Rngs(0))
         self.head.kernel[...] = jnp.eye(size, dtype=jnp.float32)
+        if len(lengths) != 2:
+            raise expected("lengths", "that of a prefix and that of a suffix", lengths)
         for length in lengths:
             check_count("lengths", length, 4)
         self.tokenizer = nnx.static(tokenizer)
@@ -210,7 +212,9 @@ class Ranker(Classifier):
 
     def _ids(self, text: str, role: Role) -> list[int]:
         if self.tokenizer is None:
-            raise expected("tokenizer", "the backbone's, for texts", "None", "load_ranker brings it")
+            raise expected(
+                "tokenizer", "the backbone's, for texts", "None", "load_ranker brings that of a model's folder"
+            )
         if not isinstance(text, str):
             raise expected("texts", "texts", repr(text)[:60])
         return marked_ids(self.tokenizer, text, role, self._most(role))

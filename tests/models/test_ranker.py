@@ -150,6 +150,7 @@ def test_an_adapter_goes_on_it_as_on_a_classifier(ranker: models.Ranker) -> None
 @pytest.mark.usefixtures("without_annotations")
 def test_what_cannot_be_ranked_is_refused(ranker: models.Ranker, tmp_path: Path) -> None:
     no_texts: Any = [3]
+    one: Any = (8,)
     for call, message in (
         (lambda: ranker.encode_prefixes([]), "texts: expected at least one"),
         (lambda: ranker.encode_prefixes(no_texts), "texts: expected texts, got 3"),
@@ -161,6 +162,10 @@ def test_what_cannot_be_ranked_is_refused(ranker: models.Ranker, tmp_path: Path)
         ),
         (lambda: models.Ranker(ranker.backbone).encode_prefixes(["the"]), "tokenizer: expected the backbone's"),
         (lambda: models.Ranker(ranker.backbone, lengths=(8, 0)), "lengths"),
+        (
+            lambda: models.Ranker(ranker.backbone, lengths=one),
+            "lengths: expected that of a prefix and that of a suffix",
+        ),
         (lambda: models.load_ranker(write_model(tmp_path, WORDS)), "expected an encoder of text, got Llama"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -143,6 +143,9 @@ class TestATask:
         assert (task.test["candidates"] == 3).sum() == 2 * bare.test.rows
         with pytest.raises(UsageError, match="what was written behind prefixes of this run"):
             tasks.load("ranking", DataConfig(**common, generated=str(file), generated_negatives=1))
+        file.write_text("\n" + lines[0].replace('["x y", "z"]', '"x y"'))
+        with pytest.raises(UsageError, match="line 2: expected"):
+            read_generated(file)
         file.write_text(lines[0] + "{}\n" + lines[1])
         with pytest.raises(UsageError, match="line 2: expected"):
             read_generated(file)
@@ -279,8 +282,24 @@ class TestIdentification:
                 own = [place for other, place in candidates[1:] if other == row]
                 assert own == ([] if kind == "random" else [1, 2, 3, 4])
         assert set(ranking.ten(split_of(30, 0))) == {"random"}
-        with pytest.raises(UsageError, match="at least two rows"):
+        with pytest.raises(UsageError, match="at least two rows of different suffixes in a split, got 1 of one suffix"):
             ranking.ten(split_of(1, 4))
+
+    def test_has_no_true_suffix_among_the_others(self) -> None:
+        """Of documents that are there twice, and a decoder that says what the author did."""
+        columns = {
+            "prefix": [f"p{i}" for i in range(20)],
+            "suffix": [f"s{i // 2}" for i in range(20)],
+            "others": [[]] * 20,
+        }
+        split = Dataset(encoded(None, columns, (8, 8), (9, 9), {f"p{i}": [f"s{i // 2}", "x"] for i in range(20)}))
+        assert split["pair"].tolist() == [i // 2 * 2 for i in range(20)]
+        for kind, rows in ranking.ten(split).items():
+            for row, (_, *others) in enumerate(rows):
+                texts = [split["texts"][other][place] for other, place in others]
+                assert len(texts) == 9
+                assert split["texts"][row][0] not in texts, kind
+                assert ("x" in texts) == (kind == "generated")
 
     def test_is_right_if_the_true_one_is_above_all_others(self) -> None:
         split, draw = split_of(1000, 9), np.random.default_rng(0)
