@@ -9,7 +9,8 @@ k >= 0 and values Z
     \sum_i |T_i - T^*_i|^2, \qquad
     T_i = \frac{(1 - e_i) o_i + \sum_j F_{ij} Z_j}{1 - e_i + \sum_j F_{ij} k_j}, \qquad F_{ij} = e^{x_i \cdot c_j - L_i} .
 
-Everything is a share of the exact denominator, so that scores of any size are as safe as small ones. Three steps:
+where ``F_ij = exp(cap(x_i . c_j) - L_i)`` if the layer's scores have a soft cap. Everything is a share of the exact
+denominator, so that scores of any size are as safe as small ones. Three steps:
 
 1. *choice* (:func:`choose`): points are keys of the prefix itself, one after the other the one that lowers the least squares
    error of the prefix's part of output and denominator most (orthogonal least squares, Chen, Billings and Luo 1989). The
@@ -40,7 +41,7 @@ from ntk_prefix.checks import NonFiniteError, check_count, expected
 from ntk_prefix.query_shares import Rows
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["Choice", "Fitted", "choose", "descend", "divide", "fit_chosen", "steps_for"]
+__all__ = ["Choice", "Fitted", "check_enough", "choose", "descend", "divide", "fit_chosen", "steps_for"]
 
 CHOSEN_ON = 4096
 """Queries of a key head that the choice looks at: shares of every prefix token in each are there at once, in blocks."""
@@ -94,7 +95,13 @@ class Fitted(NamedTuple):
 
 
 def choose(
-    rows: Rows, prefix: Float[Array, "K M H"], most: int, *, candidates: int = CANDIDATES, seed: int = 0
+    rows: Rows,
+    prefix: Float[Array, "K M H"],
+    most: int,
+    *,
+    logits_soft_cap: float | None = None,
+    candidates: int = CANDIDATES,
+    seed: int = 0,
 ) -> Choice:
     """Return up to ``most`` tokens of the prefix for each head, the most useful first.
 
@@ -102,8 +109,12 @@ def choose(
         rows: the queries; ``CHOSEN_ON`` of them, drawn, are looked at.
         prefix: keys, scaled.
         most: how many; M if there are fewer tokens.
+        logits_soft_cap: of the layer's scores.
         candidates: the choice is among so many tokens, those of the largest mean square share; at least 2 ``most``.
         seed: of the draw.
+
+    Raises:
+        NonFiniteError: queries, keys or values that are not finite, or whose squares are not.
 
     Numerics: float32 (float64 for float64). Shares are at most 1.
     """
@@ -111,23 +122,29 @@ def choose(
     tokens = prefix.shape[1]
     most = min(most, tokens)
     drawn = np.random.default_rng(seed).permutation(rows.query.shape[1])[:CHOSEN_ON]
-    order, left = _choose(rows.take(np.sort(drawn)), prefix, most, min(max(candidates, 2 * most), tokens))
+    candidates = min(max(candidates, 2 * most), tokens)
+    order, left = _choose(rows.take(np.sort(drawn)), prefix, most, candidates, logits_soft_cap)
+    if not np.isfinite(left).all():
+        wanted = "numbers whose squares are finite"
+        raise NonFiniteError(f"query, prefix_key, prefix_value: expected {wanted}, got others. Scale them down.")
     return Choice(np.asarray(order), np.asarray(left, np.float64))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _choose(rows: Rows, prefix: Array, most: int, candidates: int) -> tuple[Array, Array]:
-    return jax.vmap(lambda rows, prefix: _choose_in_head(rows, prefix, most, candidates))(rows, prefix)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _choose(rows: Rows, prefix: Array, most: int, candidates: int, cap: float | None) -> tuple[Array, Array]:
+    return jax.vmap(lambda rows, prefix: _choose_in_head(rows, prefix, most, candidates, cap))(rows, prefix)
 
 
-def _choose_in_head(rows: Rows, prefix: Array, most: int, candidates: int) -> tuple[Array, Array]:
+def _choose_in_head(rows: Rows, prefix: Array, most: int, candidates: int, cap: float | None) -> tuple[Array, Array]:
     """One head: rows [Q, ...], prefix [M, H]."""
-    square = _mean_square_shares(rows, prefix)
+    square = _mean_square_shares(rows, prefix, cap)
     _, among = jax.lax.top_k(square, candidates)
-    features = jnp.exp(rows.query @ prefix[among].T - rows.log_total[:, None])
-    features = features / jnp.sqrt(jnp.maximum(square[among], jnp.finfo(features.dtype).tiny))[None]
-    # output and denominator count alike
-    weight = jnp.sqrt(jnp.sum(rows.part**2) / jnp.maximum(jnp.sum(rows.mass**2), jnp.finfo(features.dtype).tiny))
+    tiny = jnp.finfo(square.dtype).tiny
+    features = jnp.exp(_log_shares(rows, prefix[among], cap)) / jnp.sqrt(jnp.maximum(square[among], tiny))[None]
+    # output and denominator count alike; of values of zero the denominator is all there is, and moves the output by so much
+    part, mass = jnp.sum(rows.part**2), jnp.maximum(jnp.sum(rows.mass**2), tiny)
+    output = jnp.mean(jnp.sum(rows.target**2, axis=-1))
+    weight = jnp.sqrt(jnp.where(part > 0, part / mass, output))
     wanted = jnp.concatenate([rows.part, (weight * rows.mass)[:, None]], axis=1)
     count = len(features)
     moments, cross = features.T @ features / count, features.T @ wanted / count
@@ -165,11 +182,18 @@ def _choose_in_head(rows: Rows, prefix: Array, most: int, candidates: int) -> tu
     return order, jnp.concatenate([all_of_it[None], left])
 
 
-def _mean_square_shares(rows: Rows, prefix: Array, block: int = 512) -> Array:
+def _log_shares(rows: Rows, points: Float[Array, "*K R H"], cap: float | None) -> Float[Array, "*K Q R"]:
+    """Return the log of what points of mass 1 are of the queries' denominators, for a head or for several."""
+    scores = jnp.einsum("...qh,...rh->...qr", rows.query, points)
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    return scores - rows.log_total[..., None]
+
+
+def _mean_square_shares(rows: Rows, prefix: Array, cap: float | None, block: int = 512) -> Array:
     """Return for each token of a head's prefix its mean square share in the queries' denominators, in blocks of tokens."""
 
     def of(part: Array) -> Array:
-        return jnp.mean(jnp.exp(2 * (rows.query @ part.T - rows.log_total[:, None])), axis=0)
+        return jnp.mean(jnp.exp(2 * _log_shares(rows, part, cap)), axis=0)
 
     whole = len(prefix) // block * block
     parts = [jax.lax.map(of, prefix[:whole].reshape(-1, block, prefix.shape[1])).reshape(-1)] if whole else []
@@ -221,6 +245,7 @@ def fit_chosen(
     anchors: Int[np.ndarray, "K"],
     *,
     steps: int | Int[np.ndarray, "K"] = 300,
+    logits_soft_cap: float | None = None,
     seed: int = 0,
 ) -> Fitted:
     """Return anchors for each head that start at its first chosen tokens, each head with as many as it is given.
@@ -230,10 +255,10 @@ def fit_chosen(
         prefix: keys, scaled.
         tokens: of :func:`choose`.
         anchors: how many of them each head gets.
-        steps, seed: of the descent, see :func:`descend`; steps for all heads or each.
+        steps, logits_soft_cap, seed: of the descent, see :func:`descend`; steps for all heads or each.
 
     Returns:
-        :class:`Fitted` of ``R = max(anchors, 1)``; the error of a head without anchors is 1.
+        :class:`Fitted` of ``R = max(anchors, 1)``.
 
     Raises:
         UsageError: fewer queries than anchors.
@@ -245,7 +270,8 @@ def fit_chosen(
     largest = max(int(anchors.max()), 1)
     dtype = rows.query.dtype
     points, z = (np.zeros((heads, largest, head_dim), dtype) for _ in range(2))
-    k, before, after = np.zeros((heads, largest), dtype), np.ones(heads, dtype), np.ones(heads, dtype)
+    k = np.zeros((heads, largest), dtype)
+    before, after = (np.array(_without_any(rows)) for _ in range(2))
     each = np.broadcast_to(steps, heads).tolist()
     for head, count in enumerate(anchors.tolist()):
         if not count:
@@ -253,7 +279,8 @@ def fit_chosen(
         size = next((size for size in SIZES if size >= count), -(-count // SIZES[-1]) * SIZES[-1])
         size = max(min(size, tokens.shape[1], rows.query.shape[1]), count)
         one, start = _of_head(rows, prefix, tokens[head, :size], head)
-        fit = descend(one, start, jnp.asarray(np.arange(size)[None] < count), steps=each[head], seed=seed)
+        valid = jnp.asarray(np.arange(size)[None] < count)
+        fit = descend(one, start, valid, steps=each[head], logits_soft_cap=logits_soft_cap, seed=seed)
         points[head, :count], z[head, :count], k[head, :count] = (
             np.asarray(x[0])[:count] for x in (fit.points, fit.z, fit.k)
         )
@@ -262,6 +289,12 @@ def fit_chosen(
     if not all(np.isfinite(x).all() for x in (points, z, k)):
         raise NonFiniteError("expected anchors of finite numbers, got others.")
     return Fitted(*map(jnp.asarray, (points, z, k, before, after)))
+
+
+@jax.jit
+def _without_any(rows: Rows) -> Float[Array, "K"]:
+    """Return the error of each head without an anchor."""
+    return jnp.sum((rows.own - rows.target) ** 2, axis=(1, 2)) / rows.size
 
 
 @jax.jit  # as a whole: one by one its operations would be a program for each head and size
@@ -282,6 +315,7 @@ def descend(
     steps: int = 300,
     batch: int = 1024,
     learning_rate: float = 0.1,
+    logits_soft_cap: float | None = None,
     seed: int = 0,
 ) -> Fitted:
     """Return anchors that start at ``points``, with masses and values, after some steps of descent.
@@ -294,6 +328,7 @@ def descend(
             with 32 anchors, on other texts, 100 lose 1.3 times as much as 300 (three prompts), 1,000 as much (one).
         batch: queries of a step, drawn without replacement; all if there are fewer.
         learning_rate: of log masses; points move so that scores change by about as much a step.
+        logits_soft_cap: of the layer's scores.
         seed: of the draw.
 
     Raises:
@@ -301,20 +336,22 @@ def descend(
     """
     check_count("steps", steps, 0)
     check_count("batch", batch)
+    check_enough(rows, points.shape[1])
     count = rows.query.shape[1]
-    if count < points.shape[1]:
-        raise expected(
-            "query",
-            f"at least {points.shape[1]} queries for as many anchors",
-            count,
-            "Give more queries, or a smaller budget",
-        )
     # a step fits a Z of its own: from fewer queries than twice the anchors it would fit them too well
     batch = min(max(batch, 2 * points.shape[1]), count)
     # systems of R x R: threads of LAPACK would wait for one another, and take two to three times as long
     with threadpool_limits(1):
-        found = _descend(rows, points, valid, jax.random.key(seed), jnp.int32(steps), batch, learning_rate)
+        key = jax.random.key(seed)
+        found = _descend(rows, points, valid, key, jnp.int32(steps), batch, learning_rate, logits_soft_cap)
         return Fitted(*jax.block_until_ready(found))
+
+
+def check_enough(rows: Rows, anchors: int) -> None:
+    """Raise a UsageError unless there are as many queries as anchors."""
+    if (count := rows.query.shape[1]) < anchors:
+        wanted = f"at least {anchors} queries for as many anchors"
+        raise expected("query", wanted, count, "Give more queries, or a smaller budget")
 
 
 class _Unknowns(NamedTuple):
@@ -324,21 +361,28 @@ class _Unknowns(NamedTuple):
     """Of features of root mean square 1."""
 
 
-@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(jax.jit, static_argnums=(5, 7))
 def _descend(
-    rows: Rows, points: Array, valid: Array, key: Array, steps: Array, batch: int, learning_rate: Array | float
+    rows: Rows,
+    points: Array,
+    valid: Array,
+    key: Array,
+    steps: Array,
+    batch: int,
+    learning_rate: Array | float,
+    cap: float | None,
 ) -> tuple[Array, ...]:
     centered = rows.query - jnp.mean(rows.query, axis=1, keepdims=True)
     tiny = jnp.finfo(centered.dtype).tiny
     unit = jnp.sqrt(jnp.maximum(jnp.mean(centered**2, axis=(1, 2), keepdims=True), tiny))
-    log_features = jnp.einsum("kqh,krh->kqr", rows.query, points) - rows.log_total[..., None]
+    log_features = _log_shares(rows, points, cap)
     largest = jnp.max(log_features, axis=1)
     square = jnp.mean(jnp.exp(2 * (log_features - largest[:, None])), axis=1)
     log_size = largest + jnp.log(square) / 2
 
     def log_features_of(unknowns: _Unknowns, some: Rows) -> Array:
-        scores = jnp.einsum("kqh,krh->kqr", some.query, unknowns.points / unit)
-        return jnp.where(valid[:, None], scores - some.log_total[..., None] - log_size[:, None], -jnp.inf)
+        found = _log_shares(some, unknowns.points / unit, cap)
+        return jnp.where(valid[:, None], found - log_size[:, None], -jnp.inf)
 
     def parts(unknowns: _Unknowns, some: Rows, largest: float = jnp.inf) -> tuple[Array, Array]:
         """Return what Z is multiplied by, and what is to come out."""
@@ -355,7 +399,7 @@ def _descend(
         left, right = parts(unknowns, some, largest)
         z = jax.lax.stop_gradient(_least_squares(left, right))
         residual = jnp.einsum("kqr,krh->kqh", left, z) - right
-        return jnp.sum(residual**2, axis=(1, 2)) / jnp.maximum(jnp.sum(some.part**2, axis=(1, 2)), tiny)
+        return jnp.sum(residual**2, axis=(1, 2)) / some.size
 
     start = _Unknowns(points * unit, jnp.zeros(points.shape[:2], points.dtype))
     mass = _non_negative(jnp.exp(log_features_of(start, rows)), rows.mass)

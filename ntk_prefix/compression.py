@@ -122,9 +122,14 @@ def compress(
     weights = kept("sensitivity", lambda: sensitivity(model, prefix, queries, seed=seed, progress=progress))
     seen = Queries(model, prefix, queries, progress)
 
+    caps = {path: scores.get("logits_soft_cap") for path, scores in seen.scores.items()}
+
     def chosen_in(path: str) -> Choice:
-        made = kept(f"choice of {path}", lambda: choose(*seen.of(path), most, seed=seed)._asdict())
-        return Choice(made["tokens"], made["left"])
+        def made() -> dict[str, np.ndarray]:
+            return choose(*seen.of(path), most, logits_soft_cap=caps[path], seed=seed)._asdict()
+
+        found = kept(f"choice of {path}", made)
+        return Choice(found["tokens"], found["left"])
 
     paths = [path for path, _ in layers]
     chosen = _each(chosen_in, paths, "choosing anchors", progress)
@@ -137,9 +142,10 @@ def compress(
 
     def fitted_in(path: str) -> dict[str, np.ndarray]:
         layer = paths.index(path)
+        some: dict[str, Any] = {"steps": turns[layer], "logits_soft_cap": caps[path], "seed": seed}
 
         def made() -> dict[str, np.ndarray]:
-            fitted = fit_chosen(*seen.of(path), chosen[layer].tokens, anchors[layer], steps=turns[layer], seed=seed)
+            fitted = fit_chosen(*seen.of(path), chosen[layer].tokens, anchors[layer], **some)
             return {name: np.asarray(x) for name, x in fitted._asdict().items()}
 
         return dict(kept(f"fit of {path}", made))
@@ -196,4 +202,4 @@ def _state(scores: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> Prefix
 def _error(rows: Rows, state: PrefixState) -> Float[Array, "K"]:
     z: Any = state.z
     distance = outputs(rows, z, state.k, state.feature_map) - rows.target
-    return jnp.sum(distance**2, axis=(1, 2)) / jnp.sum(rows.part**2, axis=(1, 2))
+    return jnp.sum(distance**2, axis=(1, 2)) / rows.size

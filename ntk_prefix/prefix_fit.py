@@ -19,14 +19,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import scipy
 from threadpoolctl import threadpool_limits
 
-from ntk_prefix.anchor_fit import RIDGE, choose, fit_chosen
+from ntk_prefix.anchor_fit import RIDGE, check_enough, choose, fit_chosen
 from ntk_prefix.checks import check_count, check_soft_cap, check_window, expected
 from ntk_prefix.feature_maps import Anchors, FeatureMap
 from ntk_prefix.flash import Flash, Source
@@ -255,7 +255,12 @@ def fit_prefix(
 
 
 def fit_anchors(
-    rows: Rows, prefix: Array, features: int, shape: tuple[int, int, int], options: FitOptions
+    rows: Rows,
+    prefix: Array,
+    features: int,
+    shape: tuple[int, int, int],
+    options: FitOptions,
+    logits_soft_cap: float | None = None,
 ) -> tuple[Array, Array, Array, FitReport]:
     """Choose and fit anchors.
 
@@ -265,9 +270,10 @@ def fit_anchors(
         features: R.
         shape: B, T, N of the queries.
         options: how; ``iterations`` are steps of the descent.
+        logits_soft_cap: of the layer's scores.
 
     Returns:
-        points, z [K, R, H], k [K, R], and the report, per query head.
+        points, z [K, R, H], k [K, R], of as many anchors as lower the error of any head, and the report, per query head.
 
     Raises:
         UsageError: more anchors than prefix tokens or queries.
@@ -279,16 +285,18 @@ def fit_anchors(
     groups = heads // len(prefix)
     held = np.repeat(_held_out(batch, length, options.held_out, options.seed), groups)
     fit, test = rows.take(np.flatnonzero(~held)), rows.take(np.flatnonzero(held))
-    tokens = choose(fit, prefix, features, seed=options.seed).tokens
-    given = np.full(len(prefix), features)
-    found = fit_chosen(fit, prefix, tokens, given, steps=options.iterations, seed=options.seed)
-    phi = Anchors(found.points)
+    check_enough(fit, features)
+    some: dict[str, Any] = {"logits_soft_cap": logits_soft_cap, "seed": options.seed}
+    chosen = choose(fit, prefix, features, **some)
+    found = fit_chosen(fit, prefix, chosen.tokens, chosen.useful, steps=options.iterations, **some)
+    phi = Anchors(found.points, logits_soft_cap)
 
     def errors(some: Rows, k: Array, z: Array) -> np.ndarray:
         def size(x: Array) -> Array:  # [K, Q, H], of query heads
             return jnp.sqrt(jnp.sum(x.reshape(len(x), -1, groups, x.shape[-1]) ** 2, axis=(1, 3))).reshape(-1)
 
-        return np.asarray(size(outputs(some, z, k, phi) - some.target) / size(some.target), np.float64)
+        whole = jnp.maximum(size(some.target), jnp.finfo(z.dtype).tiny)
+        return np.asarray(size(outputs(some, z, k, phi) - some.target) / whole, np.float64)
 
     alone = bool(jnp.all(rows.log_own == -jnp.inf))
     none = np.full(heads, math.inf) if alone else errors(test, 0 * found.k, 0 * found.z)
@@ -325,10 +333,11 @@ class _Head(NamedTuple):
         return above / self.denominator(k)[:, None]
 
     def error(self, z: np.ndarray, k: np.ndarray) -> float:
-        """Return the relative Frobenius error of a state in natural units."""
+        """Return the relative Frobenius error of a state in natural units; 0 where all is zero."""
         unit = self.unit[0]
-        distance = self.output(z / unit, k / unit) - self.target
-        return float(np.linalg.norm(distance) / np.linalg.norm(self.target))
+        distance = np.linalg.norm(self.output(z / unit, k / unit) - self.target)
+        size = np.linalg.norm(self.target)
+        return float(distance / size) if size > 0 else math.inf if distance > 0 else 0.0
 
     def take(self, rows: np.ndarray) -> _Head:
         """Return some of the samples."""

@@ -269,8 +269,9 @@ class PrefixState:
             rows = rows_of(query, prefix_key, prefix_value, key, value, **layer)
             keys = jnp.swapaxes(prefix_key, 0, 1).astype(rows.query.dtype) * _root(scale, head_dim)
             shape = (query.shape[0], query.shape[1], heads)
-            points, own_z, own_k, report = fit_anchors(rows, keys, 32 if features is None else features, shape, options)
-            return cls(own_z, own_k, Anchors(points, check_soft_cap(logits_soft_cap)), scale), report
+            cap, wanted = check_soft_cap(logits_soft_cap), 32 if features is None else features
+            points, own_z, own_k, report = fit_anchors(rows, keys, wanted, shape, options, cap)
+            return cls(own_z, own_k, Anchors(points, cap), scale).padded(wanted), report
         (raw_z, raw_k), _ = _sums(phi, prefix_key, prefix_value, scale)
         sums = _by_head(raw_z, heads), _by_head(raw_k, heads)
         samples = Samples.of(
@@ -335,7 +336,7 @@ class PrefixState:
         value: Float[Array, "B S K H"] | None = None,
         **options: Any,
     ) -> Float[Array, "N"]:
-        """Return per head ``|T - T_exact| / |T_exact|`` over queries, against the exact prefix.
+        """Return per head ``|T - T_exact| / |T_exact|`` over queries, against the exact prefix; 0 where both are zero.
 
         Args:
             query, prefix_key, prefix_value, key, value: as in :meth:`fit_with_report`; without keys the
@@ -346,8 +347,12 @@ class PrefixState:
         if key is None or value is None:
             key = value = jnp.zeros((query.shape[0], 0, *prefix_key.shape[1:]), query.dtype)
         exact = prefix_attention(query, key, value, prefix_key, prefix_value, scale=self.scale, **options)
-        distance = self.attend(query, key, value, **options) - exact
-        return jnp.sqrt(jnp.sum(distance**2, axis=(0, 1, 3)) / jnp.sum(exact**2, axis=(0, 1, 3)))
+        dtype = accumulation_dtype(query.dtype)
+        exact, ours = (x.astype(dtype) for x in (exact, self.attend(query, key, value, **options)))
+        # in units of the largest entry: squares of any finite numbers are finite then
+        unit = jnp.max(jnp.abs(exact), axis=(0, 1, 3), keepdims=True, initial=jnp.finfo(dtype).tiny)
+        distance, size = (jnp.sum((x / unit) ** 2, axis=(0, 1, 3)) for x in (ours - exact, exact))
+        return jnp.sqrt(jnp.where(distance > 0, distance / size, 0))
 
     @classmethod
     def _of_sums(cls, sums: Any, phi: FeatureMap, num_heads: int | None, scale: float | None) -> PrefixState:

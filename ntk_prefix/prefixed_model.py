@@ -115,7 +115,8 @@ def read_prompt(model: Any, input_ids: Int[Array, " M"], progress: Progress = la
         progress: told after each part.
 
     Returns:
-        By the layer's dotted path. A layer with a sliding window has no more than the window's tokens.
+        By the layer's dotted path, the prompt's last token last. A layer with a sliding window has no more than the
+        window's tokens.
 
     Raises:
         UsageError: an empty prompt, or ids that the model has not.
@@ -142,8 +143,13 @@ def read_prompt(model: Any, input_ids: Int[Array, " M"], progress: Progress = la
     del cache
     for path, _ in attention_sites(model):
         layer = layers.pop(0)  # a slice is a copy: of one layer at a time
-        found[path] = Prefix(layer.key[0], layer.value[0])
+        found[path] = Prefix(*(_in_order(x[0], length) for x in layer))
     return found
+
+
+def _in_order(slots: Array, length: int) -> Array:
+    """Return what a cache keeps of a text, oldest token first: of a layer with a window it is a ring."""
+    return slots if len(slots) == length else jnp.roll(slots, -(length % len(slots)), axis=0)
 
 
 @contextlib.contextmanager
@@ -243,7 +249,7 @@ class Queries:
             parts.append(rows.take(np.flatnonzero(np.repeat(np.asarray(seen.seen).reshape(-1), groups))))
         rows = Rows(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
         scale = said.get("scale") or prefix.key.shape[-1] ** -0.5
-        return rows, jnp.swapaxes(prefix.key, 0, 1) * scale**0.5
+        return rows, jnp.swapaxes(prefix.key, 0, 1).astype(rows.query.dtype) * scale**0.5
 
     @functools.cached_property
     def _recorded(self) -> dict[str, list[tuple[LayerRecord, dict[str, Array]]]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ntk_prefix.attention import attention_with_lse
 from ntk_prefix.feature_maps import FeatureMap
+from ntk_prefix.flash.merging import linear_weight
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
 
@@ -35,9 +36,19 @@ class Rows(NamedTuple):
     """What the prefix adds to the exact output."""
 
     @property
-    def target(self) -> Float[Array, "K Q H"]:
-        """The exact output."""
+    def target(self) -> Float[Array, "*K Q H"]:
+        """The exact output, of several heads or of one."""
         return self.own * jnp.exp(self.log_own)[..., None] + self.part
+
+    @property
+    def size(self) -> Float[Array, "K"]:
+        """What a square error is relative to: ``|prefix's part|^2``, or the square of the output's rounding if that is more.
+
+        A prefix that adds less than rounding does, such as one of zeros, is none to be relative to.
+        """
+        part, output = (jnp.sum(x**2, axis=(1, 2)) for x in (self.part, self.target))
+        limits = jnp.finfo(part.dtype)
+        return jnp.maximum(jnp.maximum(part, limits.eps**2 * output), limits.tiny)
 
     def take(self, index: Array | np.ndarray | slice) -> Rows:
         """Return some of the queries."""
@@ -110,11 +121,18 @@ def rows_of(
 
 
 def outputs(rows: Rows, z: Float[Array, "K R H"], k: Float[Array, "K R"], phi: FeatureMap) -> Float[Array, "K Q H"]:
-    """Return the output of attention with a state that the query heads of a group share, for the queries of a fit."""
+    """Return the output of attention with a state that the query heads of a group share, for the queries of a fit.
+
+    Numerics: relative to the larger of both denominators, so that a state is far from the exact one and yet finite.
+    """
     features, log_unit = phi.per_head(rows.query)
     log_unit = -rows.log_total if log_unit is None else log_unit - rows.log_total
-    features = features * jnp.exp(log_unit)[..., None]
-    own = jnp.exp(rows.log_own)
-    numerator = own[..., None] * rows.own + jnp.einsum("kqr,krh->kqh", features, z)
-    denominator = own + jnp.einsum("kqr,kr->kq", features, k)
-    return numerator / jnp.maximum(denominator, jnp.finfo(own.dtype).tiny)[..., None]
+    mass = jnp.maximum(jnp.einsum("kqr,kr->kq", features, k), 0)
+    log_mass = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)) + log_unit, -jnp.inf)
+    largest = jnp.maximum(log_mass, rows.log_own)
+    nothing = largest == -jnp.inf
+    largest = jnp.where(nothing, jnp.inf, largest)
+    own, weight = jnp.exp(rows.log_own - largest), linear_weight(largest - log_unit)
+    total = jnp.where(nothing, 1, own + weight * mass)
+    numerator = own[..., None] * rows.own + weight[..., None] * jnp.einsum("kqr,krh->kqh", features, z)
+    return numerator / total[..., None]

@@ -1,6 +1,7 @@
 """Anchors for a prefix: what is chosen, how a budget is divided, and what the descent makes of it."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ import pytest
 
 from ntk_prefix import PrefixState
 from ntk_prefix.anchor_fit import choose, descend, divide, fit_chosen, steps_for
-from ntk_prefix.checks import UsageError
+from ntk_prefix.checks import NonFiniteError, UsageError
 from ntk_prefix.feature_maps import Anchors
-from ntk_prefix.query_shares import Rows, rows_of
+from ntk_prefix.query_shares import Rows, outputs, rows_of
 
 BATCH, LENGTH, HEADS, KEY_HEADS, DIM, TOKENS = 3, 20, 4, 2, 8, 24
 ROOT = DIM**-0.25
@@ -76,27 +77,28 @@ def test_the_state_of_these_anchors_is_the_prefix() -> None:
     assert np.all(state.error(query, prefix_key, prefix_value, key, value, is_causal=True) > 2e-2)
 
 
-@pytest.mark.parametrize("size", [1.0, 300.0])
-def test_descent_moves_points_to_where_less_is_lost(size: float) -> None:
+@pytest.mark.parametrize(("size", "cap"), [(1.0, None), (300.0, None), (5.0, 2.0)])
+def test_descent_moves_points_to_where_less_is_lost(size: float, cap: float | None) -> None:
     """Scores are up to a few thousand at the larger size; sums of their exponentials are in no float."""
+    layer: dict[str, Any] = {"is_causal": True, "logits_soft_cap": cap}
     query, prefix_key, *others = drawn(size=size)
-    if size > 1:
+    if size > 100:
         assert jnp.max(jnp.einsum("btnh,mnh->btnm", query[:, :, ::2], prefix_key)) * DIM**-0.5 > 1e3
-    rows = rows_of(query, prefix_key, *others, is_causal=True)
-    tokens = choose(rows, scaled(prefix_key), 6).tokens
+    rows = rows_of(query, prefix_key, *others, **layer)
+    tokens = choose(rows, scaled(prefix_key), 6, logits_soft_cap=cap).tokens
     start = jnp.take_along_axis(scaled(prefix_key), jnp.asarray(tokens)[..., None], axis=1)
     valid = jnp.asarray([[True] * 6, [True] * 4 + [False] * 2])
-    fit = descend(rows, start, valid, steps=40)
+    fit = descend(rows, start, valid, steps=40, logits_soft_cap=cap)
     assert all(np.isfinite(x).all() for x in fit)
     assert np.all(fit.k >= 0)
     assert np.all(fit.after <= fit.before)
-    if size == 1:
-        assert np.all(fit.after < 0.8 * fit.before)
+    if size < 100:
+        assert np.all(fit.after < (0.8 if cap is None else 0.9) * fit.before)
     for x in (fit.points, fit.z, fit.k):
         assert np.all(np.asarray(x)[1, 4:] == 0)
     # what is reported is what the state does
-    state = PrefixState(fit.z, fit.k, Anchors(fit.points))
-    output = state.attend(query, others[1], others[2], is_causal=True)
+    state = PrefixState(fit.z, fit.k, Anchors(fit.points, cap))
+    output = state.attend(query, others[1], others[2], **layer)
     exact = rows.target.reshape(KEY_HEADS, BATCH, LENGTH, 2, DIM).transpose(1, 2, 0, 3, 4).reshape(query.shape)
     lost = jnp.sum((output - exact) ** 2, axis=(0, 1, 3)).reshape(KEY_HEADS, 2).sum(axis=1)
     np.testing.assert_allclose(lost / jnp.sum(rows.part**2, axis=(1, 2)), fit.after, rtol=1e-3, atol=1e-12)
@@ -140,6 +142,54 @@ def test_heads_take_steps_of_their_own() -> None:
     np.testing.assert_array_equal(both[0], fit(5)[0])
     np.testing.assert_array_equal(both[1], fit(40)[1])
     assert np.abs(both[1] - fit(5)[1]).max() > 1e-3
+
+
+def test_values_of_zero_are_a_prefix_too() -> None:
+    """Their mass takes from what the queries' own keys give."""
+    query, prefix_key, prefix_value, *own = drawn()
+    rows = rows_of(query, prefix_key, 0 * prefix_value, *own, is_causal=True)
+    chosen = choose(rows, scaled(prefix_key), 6)
+    assert np.all(chosen.useful == 6)
+    assert np.all(chosen.left[:, 6] < 0.1 * chosen.left[:, 0])
+
+
+def test_a_prefix_that_no_query_finds_gets_no_anchor_and_errors_stay_finite() -> None:
+    """Its share is below e^-200, whose square no float32 has; the queries' own keys are all there is."""
+    query, prefix_key, prefix_value, key, value = (x.astype(jnp.float32) for x in drawn())
+    query = query.at[..., 0].set(1.0)
+    rows = rows_of(query, prefix_key.at[..., 0].add(-1e3), prefix_value, key, value, is_causal=True)
+    chosen = choose(rows, scaled(prefix_key), 6)
+    assert not chosen.useful.any()
+    fit = fit_chosen(rows, scaled(prefix_key), chosen.tokens, chosen.useful)
+    assert not np.any(fit.k)
+    for error in (fit.before, fit.after):
+        np.testing.assert_array_equal(error, 0)
+    # the control: where the prefix counts, leaving it out is an error, the one that the outputs have
+    rows = rows_of(query, prefix_key, prefix_value, key, value, is_causal=True)
+    fit = fit_chosen(rows, scaled(prefix_key), chosen.tokens, chosen.useful)
+    found = outputs(rows, fit.z, fit.k, Anchors(fit.points))
+    lost = jnp.sum((found - rows.target) ** 2, axis=(1, 2)) / jnp.sum(rows.part**2, axis=(1, 2))
+    np.testing.assert_allclose(fit.after, lost, rtol=1e-5)
+    assert np.all(fit.after > 0.1)
+
+
+def test_outputs_are_those_of_attention_however_large_or_small_a_state_is_beside_the_keys() -> None:
+    query, prefix_key, prefix_value, key, value = (x.astype(jnp.float32) for x in drawn())
+    query = query.at[..., 0].set(1.0)
+    rows = rows_of(query, prefix_key, prefix_value, key, value, is_causal=True)
+    z, k = jnp.swapaxes(prefix_value, 0, 1), jnp.ones((KEY_HEADS, TOKENS), jnp.float32)
+    for shift in (0.0, 400.0, -400.0):
+        phi = Anchors(scaled(prefix_key).at[..., 0].add(shift))
+        exact = PrefixState(z, k, phi).attend(query, key, value, is_causal=True)
+        exact = exact.reshape(BATCH, LENGTH, KEY_HEADS, -1, DIM).transpose(2, 0, 1, 3, 4).reshape(rows.own.shape)
+        np.testing.assert_allclose(outputs(rows, z, k, phi), exact, atol=2e-5)
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    query, prefix_key, *others = drawn()
+    rows = rows_of(query, prefix_key.at[0, 0, 0].set(jnp.nan), *others, is_causal=True)
+    with pytest.raises(NonFiniteError, match="numbers whose squares are finite, got others"):
+        choose(rows, scaled(prefix_key), 6)
 
 
 def test_fewer_queries_than_anchors_are_refused() -> None:

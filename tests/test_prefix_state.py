@@ -118,6 +118,17 @@ class TestFromPrefix:
 
 
 class TestError:
+    @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+    def test_values_of_any_size_have_one(self, size):
+        """Also those whose squares no float32 has; where both outputs are zero there is none."""
+        query, key, value = (x[:1].astype(jnp.float32) for x in layer())
+        prefix_key, prefix_value = prefix(9, dtype=jnp.float32)
+        given, own = (prefix_key, size * prefix_value), (key, size * value)
+        error = PrefixState.from_prefix(*given).error(query, *given, *own)
+        plain = PrefixState.from_prefix(prefix_key, prefix_value).error(query, prefix_key, prefix_value, key, value)
+        np.testing.assert_allclose(error, plain if size else 0 * plain, rtol=1e-4)
+        assert np.all(plain > 0.01)
+
     def test_falls_to_zero_as_the_features_become_exact(self):
         key, value = prefix(40, spread=0.5)
         query, own_key, own_value = layer(batch=1)

@@ -1,0 +1,47 @@
+"""A model behind a prompt: what is read of it, in order, and in which numbers it is fitted to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ntk_prefix import peft
+from ntk_prefix.models import Llama, LlamaConfig
+from ntk_prefix.prefixed_model import Queries, continuations, read_prompt
+
+WINDOW, PROMPT = 4, jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6, 5, 3], jnp.int32)
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def windowed() -> Llama:
+    """A decoder whose cache is a ring, in which the prompt's last token is in the second slot of four."""
+    config = LlamaConfig(**SIZES, intermediate_size=16, vocab_size=30, sliding_window=WINDOW)
+    return Llama(config, rngs=nnx.Rngs(0))
+
+
+def test_what_a_window_keeps_of_a_prompt_are_its_last_tokens_in_their_order(windowed: Llama) -> None:
+    seen = peft.record(windowed, {"input_ids": PROMPT[None]})
+    (prefix,), (layer,) = read_prompt(windowed, PROMPT).values(), seen.values()
+    np.testing.assert_allclose(prefix.value, layer.value[0, -WINDOW:], atol=1e-6)
+    assert np.abs(prefix.value - layer.value[0, -WINDOW - 1 : -1]).max() > 0.01
+
+
+def test_continuations_begin_as_the_model_goes_on_behind_the_prompt_also_with_a_window(windowed: Llama) -> None:
+    found = continuations(windowed, read_prompt(windowed, PROMPT), np.asarray(PROMPT), 5, 2)
+    likeliest = jax.lax.top_k(windowed(PROMPT[None]).logits[0, -1], 5)[1]
+    np.testing.assert_array_equal(found["input_ids"][:, 0], likeliest)
+
+
+def test_keys_of_a_model_in_bfloat16_are_scaled_in_float32() -> None:
+    """Rounded once more, a key of 30 is off by 0.1, and its score by as much times the query."""
+    config = LlamaConfig(**SIZES, intermediate_size=16, vocab_size=30, head_dim=6)
+    model = Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    prefix, ids = read_prompt(model, PROMPT), jnp.asarray([[1, 2, 3]], jnp.int32)
+    ((path, given),) = prefix.items()
+    texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
+    _, key = Queries(model, prefix, texts, lambda *_: None).of(path)
+    assert given.key.dtype == jnp.bfloat16
+    assert key.dtype == jnp.float32
+    np.testing.assert_allclose(np.swapaxes(key, 0, 1), np.asarray(given.key, np.float32) / 6**0.25, rtol=1e-6)
