@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,9 @@ def some_texts(file: Path, flag: str) -> list[str]:
     if file.suffix in ENDINGS:
         texts = [str(each) for each in open_table(file).column("text") if each is not None]
     else:
-        texts = whole_text(file, flag).splitlines()
+        texts = re.split(
+            "\r\n|\r|\n", whole_text(file, flag)
+        )  # str.splitlines ends lines within texts too, at a form feed
     texts = [each for each in texts if each.strip()]
     if len(texts) < 2:
         raise expected(f"{flag} {file}", "at least two texts, one of them to be held out", len(texts))
@@ -72,20 +75,31 @@ def prompt_ids(tokenizer: Tokenizer, text: str, tokens: int) -> list[int]:
     return encoded.ids[:first] + encoded.ids[max(first, last - max(tokens - first, 1)) : last]
 
 
-def padded(ids: Sequence[Sequence[int]], tokens: int, width: int = 0) -> dict[str, np.ndarray]:
+def padded(
+    ids: Sequence[Sequence[int]],
+    tokens: int,
+    width: int = 0,
+    *,
+    flag: str = "--queries",
+    fewest: int = 2,
+    shortest: int = 1,
+) -> dict[str, np.ndarray]:
     """Return texts as ``input_ids`` and ``attention_mask``, padded on the right.
 
     Args:
-        ids: of each text; one without any is left out.
+        ids: of each text.
         tokens: of a text, at most.
         width: to pad to, if the longest text is shorter.
+        flag: that the texts came with.
+        fewest: texts.
+        shortest: tokens of a text; one of fewer is left out.
 
     Raises:
-        UsageError: fewer than two texts.
+        UsageError: fewer texts.
     """
-    ids = [each[:tokens] for each in ids if each]
-    if len(ids) < 2:
-        raise expected("--queries", "at least two texts of a token or more", len(ids))
+    ids = [each[:tokens] for each in ids if len(each) >= shortest]
+    if len(ids) < fewest:
+        raise expected(flag, f"at least {fewest} texts of {shortest} tokens or more", len(ids))
     whole = np.zeros((len(ids), max(width, *map(len, ids))), np.int32)
     mask = np.zeros_like(whole)
     for row, each in enumerate(ids):

@@ -65,7 +65,7 @@ def _of_file(file: Path) -> list[str]:
             raise expected("--unrelated", f"a file that ends in .txt, {', '.join(ENDINGS)}", repr(file.name))
         return open_table(file).column("text")
     try:
-        whole = read_bytes(file, LARGEST, "--unrelated").decode()
+        whole = read_bytes(file, LARGEST, "--unrelated").decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"--unrelated: expected text in UTF-8, got other bytes in {file}.") from None
     return whole.replace("\r\n", "\n").split("\n\n")
