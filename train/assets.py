@@ -42,7 +42,7 @@ from ntk_prefix.checks import UsageError, expected, explain
 from train.asset_table import ASSETS, Asset, AssetError
 from train.downloads import download
 
-__all__ = ["ASSETS", "Asset", "AssetError", "asset", "cache_directory", "model_path", "verified_files"]
+__all__ = ["ASSETS", "Asset", "AssetError", "asset", "cache_directory", "file_states", "model_path", "verified_files"]
 
 NOTE = "asset.json"
 """In each asset's folder: the archive's sha256 and those of the files taken out."""
@@ -106,6 +106,12 @@ def model_path(name: str) -> Path | None:
         known = f"an asset ({', '.join(ASSETS)}), tiny-vit, an existing path, or owner/name of the hub"
         raise expected("--model", known, repr(name))
     return path
+
+
+def file_states(path: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of a model's files: where these are the same, so are its weights."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
 
 
 def verified_files(name: str) -> dict[str, bytes]:

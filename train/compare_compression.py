@@ -44,7 +44,7 @@ from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefixed_model import Prefix, answers, attending, distances, in_parts, read_prompt
 from ntk_prefix.typing import Array, Float
 from train import unrelated
-from train.assets import model_path
+from train.assets import ASSETS, file_states, model_path
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.compression_case import Case, seen_by_layers
 from train.compression_table import Results, Row, draw, lines_of, markdown
@@ -103,6 +103,7 @@ class Options(Checked):
             ("unrelated_texts", 1),
             ("tokens", 2),
             ("steps", 0),
+            ("distil", 0),
         ):
             at_least(name, getattr(self, name), least)
         at_least("prompt_tokens", self.prompt_tokens, 1)
@@ -114,6 +115,8 @@ class Options(Checked):
         for flag, some in (("--methods", self.methods), ("--budgets", self.budgets), ("--prompts", self.prompts)):
             if not some:
                 raise expected(flag, "at least one", "none")
+            if len(set(some)) < len(some):
+                raise expected(flag, "each once", ", ".join(map(str, some)))
         for budget in self.budgets:
             at_least("budgets", budget, 1)
         names = [file.stem for file in self.prompts]
@@ -312,10 +315,10 @@ def _inputs(options: Options, path: Path, language: bool) -> tuple[list[Inputs],
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
-    def encoded(texts: list[str]) -> dict[str, np.ndarray]:
+    def encoded(texts: list[str], **wanted: Any) -> dict[str, np.ndarray]:
         # an encoder's text begins and ends with tokens of its own, behind a prompt too
         ids = [tokenizer.encode(each, add_special_tokens=not language).ids for each in texts]
-        return padded(ids, options.tokens, options.tokens)
+        return padded(ids, options.tokens, options.tokens, **wanted)
 
     texts = [encoded(some_texts(file, "--queries")) for file in options.queries]
     found = []
@@ -330,7 +333,9 @@ def _inputs(options: Options, path: Path, language: bool) -> tuple[list[Inputs],
         if fewest < max(options.budgets):
             raise expected("--queries", f"at least {max(options.budgets)} tokens to fit to", fewest, "Give more text")
         found.append(Inputs(file.stem, prompt, some))
-    return found, encoded(unrelated.texts(options.unrelated, options.unrelated_texts))
+    other = unrelated.texts(options.unrelated, options.unrelated_texts)
+    # of a single token a model of language has nothing to say
+    return found, encoded(other, flag="--unrelated", fewest=1, shortest=2 if language else 1)
 
 
 def _case(
@@ -364,10 +369,18 @@ def _case(
     return case, Judge(model, prefix, drawn["held"], {name: jnp.asarray(x) for name, x in other.items()})
 
 
+@functools.cache
+def _weights(model: str) -> list[tuple[str, int, int]]:
+    path = model_path(model)
+    return [] if path is None else file_states(path)
+
+
 def _hash(options: Options, inputs: Inputs, other: dict[str, np.ndarray], method: str) -> str:
     """Return a hash of what a method's rows of a prompt depend on, but for its name, budget, seed and the program."""
     named = ("model", "fitted", "held_out", *METHODS[method].options)
     settings = {name: getattr(options, name) for name in named}
+    if options.model not in ASSETS:  # whose files are pinned
+        settings["weights"] = _weights(options.model)
     known = hashlib.sha256(json_text(settings).encode())
     for array in (inputs.prompt, *inputs.texts.values(), *other.values()):
         known.update(f"{array.shape}".encode() + array.tobytes())

@@ -1,6 +1,7 @@
 """``python -m train.compare_compression``: each way to compress is what it says, and a table is taken up where it stopped."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -300,6 +301,21 @@ def test_an_option_makes_the_rows_anew_that_depend_on_it(
     assert {method for method in METHODS if before[method] != after[method]} == again
 
 
+def test_other_weights_under_the_same_name_make_all_rows_anew(place: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", WORDS, num_hidden_layers=1)
+    given = options(place, tmp_path / "out", model=str(tmp_path / "model"))
+    inputs = compare_compression.Inputs("prompt", np.arange(3), {"input_ids": np.ones((2, 2))})
+
+    def known() -> str:
+        compare_compression._weights.cache_clear()  # as in another process
+        return compare_compression._hash(given, inputs, {}, "none")
+
+    before = known()
+    assert known() == before
+    os.utime(tmp_path / "model" / "model.safetensors", ns=(0, 0))
+    assert known() != before
+
+
 def test_an_encoder_is_compared_by_its_hidden_states(place: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "bert", WORDS, kind="bert", num_hidden_layers=1)
     given = {"model": str(tmp_path / "bert"), "methods": ("none", "prompt")}
@@ -325,19 +341,26 @@ def test_standard_errors_are_of_texts_and_not_of_tokens() -> None:
         ({"budgets": (TOKENS + 1,)}, f"--budgets: expected at most the {TOKENS} tokens"),
         ({"budgets": (0,)}, "--budgets: expected at least 1"),
         ({"budgets": ()}, "--budgets: expected at least one"),
+        ({"budgets": (3, 6, 3)}, "--budgets: expected each once, got 3, 6, 3"),
+        ({"methods": ("none", "none")}, "--methods: expected each once"),
+        ({"distil": -1}, "--distil: expected at least 0"),
         ({"prompts": ("empty.txt",)}, "--prompts: expected some text"),
         ({"prompts": ("none.txt",)}, "--prompts: .*expected an existing file"),
-        ({"prompts": ("prompt.txt", "prompt.txt")}, "--prompts: expected files of different names"),
+        ({"prompts": ("prompt.txt", "again/prompt.txt")}, "--prompts: expected files of different names"),
         ({"queries": ("empty.txt",)}, "--queries: expected some text"),
         ({"fitted": 40}, "--queries: expected at least 44 texts"),
         ({"fitted": 1, "tokens": 4, "budgets": (5,)}, "--queries: expected at least 5 tokens"),
         ({"unrelated": "none.txt"}, "--unrelated: expected"),
+        ({"unrelated": "words.txt"}, "--unrelated: expected at least 1 texts of 2 tokens or more, got 0"),
         ({"model": "no-such-model"}, "--model: expected"),
         ({"out": "."}, "--out: expected a new folder"),
     ],
 )
 def test_what_cannot_be_meant_is_said_in_one_line(place: Path, tmp_path: Path, changes: Any, message: str) -> None:
     (place / "empty.txt").write_text(" \n")
+    (place / "words.txt").write_text("w1\n\nw2\n\nw3")
+    if changes.get("unrelated") == "words.txt":
+        changes = {"unrelated": str(place / "words.txt")}
     for field in ("prompts", "queries"):
         if field in changes:
             changes = changes | {field: tuple(place / name for name in changes[field])}
