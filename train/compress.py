@@ -36,7 +36,7 @@ import tyro
 from rich.console import Console
 
 from ntk_prefix import models, peft
-from ntk_prefix.artifacts import json_text, provenance, write_whole
+from ntk_prefix.artifacts import held, json_text, provenance, write_whole
 from ntk_prefix.checks import expected
 from ntk_prefix.compression import Compression, Made, compress, errors
 from ntk_prefix.distillation import distil_states
@@ -44,14 +44,17 @@ from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.prefixed_model import ROWS_AT_ONCE, Divergence, continuations, divergence, read_prompt
 from ntk_prefix.statistics import expected_error_bound
 from ntk_prefix.typing import Array, Float
-from train.assets import model_path
-from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed
+from train.assets import file_states, model_path
+from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.prompts import padded, some_texts, whole_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Options", "main"]
+
+LOCK = ".lock"
+"""File that a run holds, so that no other one writes the folder."""
 
 UNFINISHED = "unfinished"
 """Folder, in that of the results, of what a run has found so far."""
@@ -102,7 +105,7 @@ class Options(Checked):
         if self.out.is_file():
             raise expected("--out", "a folder", f"{self.out}, which is a file")
         own = (self.out / "report.json").is_file() or (self.out / UNFINISHED).is_dir()
-        if self.out.is_dir() and any(self.out.iterdir()) and not own:
+        if self.out.is_dir() and any(file.name != LOCK for file in self.out.iterdir()) and not own:
             raise expected("--out", "a new folder, or one of this program", f"{self.out}, which has other files in it")
 
 
@@ -122,43 +125,76 @@ def main(options: Options, console: Console) -> None:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     prompt = np.asarray(tokenizer.encode(text).ids, np.int32)
+    if not len(prompt):
+        raise expected("--prompt", "at least one token", "none")
     if options.budget > len(prompt):
         raise expected("--budget", f"at most the prompt's {len(prompt)} tokens", options.budget)
+    texts: dict[str, np.ndarray] | None = None
+    if own is not None:
+        texts = padded([tokenizer.encode(each, add_special_tokens=False).ids for each in own], options.tokens)
+        _check_enough(int(_split(texts, options)[0]["attention_mask"].sum()), options, "--queries")
+    else:
+        fitted = options.self_study - _held_out(options.self_study, options)
+        _check_enough(fitted * options.tokens, options, "--self-study")
     with byte_progress(f"loading {options.model}") as progress:
         model: Any = models.from_pretrained(path, task="causal-lm", progress=progress)
     if not isinstance(model, models.Llama):
         raise expected("--model", "a decoder", type(model).__name__)
-    reach = len(prompt) + options.tokens
+    vocabulary, windows = model.config.vocab_size, [kind.window for kind in model.config.attention_kinds()]
+    if own is None and options.self_study > vocabulary:
+        raise expected("--self-study", f"at most the {vocabulary} tokens that the model knows", options.self_study)
+    reach, narrowest = len(prompt) + options.tokens, min((window for window in windows if window), default=None)
+    if narrowest is not None and options.budget > narrowest:
+        raise expected("--budget", f"at most the {narrowest} tokens that a layer with a window keeps", options.budget)
+    if narrowest is not None and reach > narrowest:
+        console.print(
+            f"Layers with a window of {narrowest:,} tokens keep so many of the prompt's, and every text sees them: the "
+            "adapter is compared with that, not with the model that has the prompt in its text.",
+            markup=False,
+        )
     if reach > model.config.max_position_embeddings:
         console.print(
             f"The prompt and {options.tokens} tokens behind it reach over {reach:,} positions, and the model was trained on "
             f"{model.config.max_position_embeddings:,}: its own answers get worse there, and they are what is kept.",
             markup=False,
         )
-    kept = _Unfinished(options, path, prompt, own)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with held(options.out / LOCK, "--out"):
+        _run(options, console, model, prompt, texts, _Unfinished(options, path, prompt, own), began)
+
+
+def _run(
+    options: Options,
+    console: Console,
+    model: Any,
+    prompt: np.ndarray,
+    texts: dict[str, np.ndarray] | None,
+    kept: _Unfinished,
+    began: float,
+) -> None:
+    """Compress, write the adapter, compare, write the report."""
     with _Stages(console) as told:
         prefix = read_prompt(model, jnp.asarray(prompt), told)
-        if own is None:
+        if texts is None:
             told("writing texts", 0, 1)
             texts = kept("texts", lambda: continuations(model, prefix, prompt, options.self_study, options.tokens))
             told("writing texts", 1, 1)
             give_back()
-        else:
-            texts = padded([tokenizer.encode(each, add_special_tokens=False).ids for each in own], options.tokens)
-        fit, held = _split(texts, options)
+        fit, judged = _split(texts, options)
         some = {"seed": options.seed, "progress": told, "kept": kept}
         found = compress(model, prefix, fit, options.budget, steps=options.steps, even=options.even, **some)
         give_back()
         states = distil_states(model, prefix, found.states, fit, steps=options.distil, **some)
-        measured = divergence(model, prefix, [states, None, *([found.states] if options.distil else [])], held, told)
+        measured = divergence(model, prefix, [states, None, *([found.states] if options.distil else [])], judged, told)
         give_back()
-        held_error = errors(model, prefix, states, {name: x[:ROWS_AT_ONCE] for name, x in held.items()})
+        held_error = errors(model, prefix, states, {name: x[:ROWS_AT_ONCE] for name, x in judged.items()})
     found = dataclasses.replace(found, states=states)
-    options.out.mkdir(parents=True, exist_ok=True)
     named: dict[str | int, PrefixState] = dict(states.items())
     peft.apply_states(model, named, name="compressed")
     peft.save_pretrained(model, options.out / "adapter")
-    report = _report(options, prompt, model, fit, held, found, held_error, measured, time.perf_counter() - began)
+    cache = sum(x.size for each in prefix.values() for x in each)
+    rows = {"fitted": len(fit["input_ids"]), "held_out": len(judged["input_ids"])}
+    report = _report(options, len(prompt), cache, rows, found, held_error, measured, time.perf_counter() - began)
     picture = io.BytesIO()
     draw(found, held_error).savefig(picture, dpi=150)
     write_whole(options.out / "errors.png", picture.getvalue())
@@ -174,12 +210,11 @@ class _Unfinished:
 
     def __init__(self, options: Options, model: Path, prompt: np.ndarray, own: list[str] | None):
         self.folder, self.lock = options.out / UNFINISHED, threading.Lock()
-        files = sorted(model.iterdir()) if model.is_dir() else [model]
         said = {
             **{name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "prompt")},
             "queries": own,
             "prompt": prompt.tolist(),
-            "weights": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            "weights": file_states(model),
             **provenance("jax", "flax", sources=("ntk_prefix/**/*.py", "train/compress.py")),
         }
         self.digest = hashlib.sha256(json_text(said).encode()).hexdigest()
@@ -232,12 +267,21 @@ def draw(found: Compression, held_error: Float[np.ndarray, "layers K"]) -> Figur
 # -------------------------------------------------------------------------------------------- texts
 
 
+def _held_out(rows: int, options: Options) -> int:
+    return min(max(round(options.held_out * rows), 1), rows - 1)
+
+
+def _check_enough(tokens: int, options: Options, flag: str) -> None:
+    if tokens < options.budget:
+        raise expected(flag, f"at least {options.budget} tokens to fit to", tokens, "Give more text")
+
+
 def _split(texts: dict[str, np.ndarray], options: Options) -> tuple[dict[str, Array], dict[str, Array]]:
     rows = len(texts["input_ids"])
-    held = min(max(round(options.held_out * rows), 1), rows - 1)
+    apart = _held_out(rows, options)
     order = np.random.default_rng(options.seed).permutation(rows)
-    fit = {name: jnp.asarray(x[order[held:]]) for name, x in texts.items()}
-    return fit, {name: jnp.asarray(x[order[:held]]) for name, x in texts.items()}
+    fit = {name: jnp.asarray(x[order[apart:]]) for name, x in texts.items()}
+    return fit, {name: jnp.asarray(x[order[:apart]]) for name, x in texts.items()}
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -245,25 +289,20 @@ def _split(texts: dict[str, np.ndarray], options: Options) -> tuple[dict[str, Ar
 
 def _report(
     options: Options,
-    prompt: np.ndarray,
-    model: Any,
-    fit: dict[str, Array],
-    held: dict[str, Array],
+    tokens: int,
+    cache: int,
+    texts: dict[str, int],
     found: Compression,
     held_error: Float[np.ndarray, "layers K"],
     measured: list[Divergence],
     seconds: float,
 ) -> dict[str, Any]:
     after, before, *fitted = measured
-    sites = model.config
-    cache = 2 * len(prompt) * sites.num_hidden_layers * sites.num_key_value_heads * sites.head_dim
     files = [file.stat().st_size for file in (options.out / "adapter").glob("*.safetensors")]
     return {
-        "options": dataclasses.asdict(options)
-        | {"prompt": str(options.prompt), "out": str(options.out)}
-        | {"queries": None if options.queries is None else str(options.queries)},
-        "prompt_tokens": len(prompt),
-        "texts": {"fitted": int(fit["attention_mask"].shape[0]), "held_out": int(held["attention_mask"].shape[0])},
+        "options": dataclasses.asdict(options),
+        "prompt_tokens": tokens,
+        "texts": texts,
         "held_out_tokens": len(after.kl),
         "kl": _of(after.kl),
         "kl_without_prompt": _of(before.kl),
@@ -361,8 +400,7 @@ class _Stages:
 def _compress(console: Console) -> int:
     options = parsed(lambda: tyro.cli(Options, prog="python -m train.compress", description=__doc__))
     options.check()
-    main(options, console)
-    return 0
+    return resumable(lambda: main(options, console), console)
 
 
 def command() -> int:

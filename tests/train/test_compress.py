@@ -1,5 +1,6 @@
 """``python -m train.compress``: a prompt in, an adapter and a report out."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from ntk_prefix import anchor_fit, compression, peft, prefixed_model
+from ntk_prefix.artifacts import held
 from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import Anchors
 from ntk_prefix.models import from_pretrained
@@ -18,10 +20,11 @@ from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.typing import Array
 from tests.train.tiny_model import write_model
+from train import compress
 from train.compress import Options, main
 
 WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
-TOKENS, POSITIONS = 40, 64
+TOKENS, POSITIONS, WINDOW = 40, 64, 5
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer decoder, a prompt and texts that could follow it."""
     folder = tmp_path_factory.mktemp("compress")
     write_model(folder / "model", WORDS, max_position_embeddings=POSITIONS)
+    write_model(folder / "windowed", WORDS, max_position_embeddings=POSITIONS)
+    config = json.loads((folder / "windowed" / "config.json").read_text())
+    mistral = {"model_type": "mistral", "sliding_window": WINDOW, "num_key_value_heads": 4}
+    (folder / "windowed" / "config.json").write_text(json.dumps(config | mistral))
     drawn = np.random.default_rng(0)
     (folder / "prompt.txt").write_text(" ".join(drawn.choice(WORDS[1:], TOKENS)))
     lines = [" ".join(drawn.choice(WORDS[1:], 9 + i % 4)) for i in range(24)]
@@ -192,6 +199,7 @@ def test_an_interrupted_run_goes_on_where_it_was(place: Path, tmp_path: Path, mo
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["kl"]["mean"] != report["kl_before_distillation"]["mean"]
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == [
+        ".lock",
         "adapter",
         "errors.png",
         "index.html",
@@ -228,6 +236,9 @@ def test_what_is_of_another_model_is_refused(place: Path) -> None:
         ({"prompt": "empty"}, "--prompt: expected some text"),
         ({"prompt": "latin"}, "--prompt: expected text in UTF-8"),
         ({"out": "others"}, "--out: expected a new folder"),
+        ({"queries": None, "self_study": 32}, "--self-study: expected at most the 31 tokens"),
+        ({"queries": None, "self_study": 2, "tokens": 5}, "--self-study: expected at least 6 tokens to fit to"),
+        ({"model": "windowed"}, f"--budget: expected at most the {WINDOW} tokens that a layer with a window keeps"),
     ],
 )
 def test_what_cannot_be_meant_is_said_in_one_line(place: Path, tmp_path: Path, changes: Any, message: str) -> None:
@@ -242,17 +253,43 @@ def test_what_cannot_be_meant_is_said_in_one_line(place: Path, tmp_path: Path, c
         if isinstance(given.get(field), str):
             kind = "" if field == "out" else ".jsonl" if given[field] == "no column" else ".txt"
             given[field] = tmp_path / f"{given[field]}{kind}"
+    if given.get("model") == "windowed":
+        given["model"] = str(place / "windowed")
     given = {"model": str(place / "model"), "prompt": place / "prompt.txt"} | given
     with pytest.raises(UsageError, match=message):
         main(Options(**given), Console(quiet=True))
     assert not (tmp_path / "out").exists()
 
 
-def test_without_texts_the_model_writes_them(place: Path, tmp_path: Path) -> None:
+def test_a_folder_that_another_run_writes_is_left_alone_and_one_that_stopped_at_once_is_taken(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with held(out / ".lock", "test"), pytest.raises(UsageError, match=r"--out: .* which another process holds"):
+        main(options(place, out=out), Console(quiet=True))
+    assert [file.name for file in out.iterdir()] == [".lock"]
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress, "_run", stopped)
+    said, flags = io.StringIO(), ["--model", str(place / "model"), "--prompt", str(place / "prompt.txt")]
+    monkeypatch.setattr("sys.argv", ["compress", *flags, "--self-study", "8", "--out", str(out)])
+    assert compress._compress(Console(file=said)) == 130
+    assert "the same command goes on" in said.getvalue()
+
+
+def test_without_texts_the_model_writes_them_and_of_a_window_it_is_said_what_is_kept(
+    place: Path, tmp_path: Path
+) -> None:
     said = io.StringIO()
-    given = options(place, queries=None, self_study=8, tokens=6, steps=0, out=tmp_path / "out")
-    main(given, Console(file=said))
+    windowed = {"budget": 3, "out": tmp_path / "out"}
+    given = options(place, queries=None, self_study=8, tokens=6, steps=0, **windowed)
+    main(dataclasses.replace(given, model=str(place / "windowed")), Console(file=said, width=400))
     assert "positions" not in said.getvalue()
+    assert f"Layers with a window of {WINDOW} tokens keep so many of the prompt's" in said.getvalue()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["texts"] == {"fitted": 6, "held_out": 2}
+    assert report["numbers_of_the_cache"] == 2 * WINDOW * 24 * 2  # keys and values of 4 heads of 6, two layers
     assert report["kl"]["mean"] < report["kl_without_prompt"]["mean"]
