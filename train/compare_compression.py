@@ -49,7 +49,7 @@ from train.command import Checked, Terminal, at_least, byte_progress, ended, par
 from train.compression_case import Case, seen_by_layers
 from train.compression_table import Results, Row, draw, lines_of, markdown
 from train.compressors import METHODS
-from train.prompts import padded, some_texts, whole_text
+from train.prompts import padded, prompt_ids, some_texts, whole_text
 
 __all__ = ["Options", "main"]
 
@@ -323,7 +323,9 @@ def _inputs(options: Options, path: Path, language: bool) -> tuple[list[Inputs],
     texts = [encoded(some_texts(file, "--queries")) for file in options.queries]
     found = []
     for i, file in enumerate(options.prompts):
-        prompt = np.asarray(tokenizer.encode(whole_text(file, "--prompts")).ids[: options.prompt_tokens], np.int32)
+        whole = whole_text(file, "--prompts")
+        ids = prompt_ids(tokenizer, whole, sys.maxsize) if language else tokenizer.encode(whole).ids
+        prompt = np.asarray(ids[: options.prompt_tokens], np.int32)
         if max(options.budgets) > len(prompt):
             raise expected("--budgets", f"at most the {len(prompt)} tokens of {file}", max(options.budgets))
         some, wanted = texts[i % len(texts)], options.fitted + options.held_out

@@ -46,7 +46,7 @@ from ntk_prefix.statistics import expected_error_bound
 from ntk_prefix.typing import Array, Float
 from train.assets import file_states, model_path
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
-from train.prompts import padded, some_texts, whole_text
+from train.prompts import padded, prompt_ids, some_texts, whole_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +124,7 @@ def main(options: Options, console: Console) -> None:
         raise expected("--model", "a decoder with a tokenizer", options.model)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    prompt = np.asarray(tokenizer.encode(text).ids, np.int32)
+    prompt = np.asarray(prompt_ids(tokenizer, text, sys.maxsize), np.int32)
     if not len(prompt):
         raise expected("--prompt", "at least one token", "none")
     if options.budget > len(prompt):

@@ -52,9 +52,8 @@ def some_texts(file: Path, flag: str) -> list[str]:
     if file.suffix in ENDINGS:
         texts = [str(each) for each in open_table(file).column("text") if each is not None]
     else:
-        texts = re.split(
-            "\r\n|\r|\n", whole_text(file, flag)
-        )  # str.splitlines ends lines within texts too, at a form feed
+        # str.splitlines would end a line at a form feed too
+        texts = re.split("\r\n|\r|\n", whole_text(file, flag))
     texts = [each for each in texts if each.strip()]
     if len(texts) < 2:
         raise expected(f"{flag} {file}", "at least two texts, one of them to be held out", len(texts))

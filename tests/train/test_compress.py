@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from ntk_prefix import anchor_fit, compression, peft, prefixed_model
 from ntk_prefix.artifacts import held
@@ -278,6 +281,22 @@ def test_a_folder_that_another_run_writes_is_left_alone_and_one_that_stopped_at_
     monkeypatch.setattr("sys.argv", ["compress", *flags, "--self-study", "8", "--out", str(out)])
     assert compress._compress(Console(file=said)) == 130
     assert "the same command goes on" in said.getvalue()
+
+
+def test_no_text_stands_behind_the_token_that_ends_texts(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    tokenizer.add_special_tokens(["w1", "w2"])
+    tokenizer.post_processor = TemplateProcessing(single="w1 $A w2", special_tokens=[("w1", 2), ("w2", 3)])
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "prompt.txt").write_text("w7 w8 w9")
+    found: list[np.ndarray] = []
+    monkeypatch.setattr(compress, "_run", lambda options, console, model, prompt, *_: found.append(prompt))
+    given = {"prompt": tmp_path / "prompt.txt", "queries": place / "texts.txt", "budget": 2, "out": tmp_path / "out"}
+    main(Options(model=str(tmp_path / "model"), **given), Console(quiet=True))
+    assert found[0].tolist() == [tokenizer.token_to_id(word) for word in ("w1", "w7", "w8", "w9")]
 
 
 def test_without_texts_the_model_writes_them_and_of_a_window_it_is_said_what_is_kept(
