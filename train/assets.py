@@ -88,11 +88,11 @@ def asset(name: str, *, cache: Path | str | None = None, fetch: bool = True) -> 
     return _asset(name, _resolved(cache) if cache else cache_directory(), fetch)
 
 
-def model_path(name: str) -> Path | None:
+def model_path(name: str, flag: str = "--model") -> Path | None:
     """Return where a model's files are: an asset's name, or a path; None for the random tiny model.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither; ``flag`` is what named it.
     """
     if name == "tiny-vit":
         return None
@@ -101,10 +101,10 @@ def model_path(name: str) -> Path | None:
     try:
         path = models.local_files(name)
     except FileNotFoundError as error:
-        raise UsageError(f"--model: {error}") from None
+        raise UsageError(f"{flag}: {error}") from None
     if not path.exists():
         known = f"an asset ({', '.join(ASSETS)}), tiny-vit, an existing path, or owner/name of the hub"
-        raise expected("--model", known, repr(name))
+        raise expected(flag, known, repr(name))
     return path
 
 

@@ -56,7 +56,7 @@ def read_columns(name: str, spec: TaskSpec, files: Iterable[Path]) -> tuple[Colu
                 raise expected(
                     f"{name}: {file}",
                     f"a column {' or '.join(theirs)}",
-                    ", ".join(table.names),
+                    ", ".join(table.names) or "none",
                     _hint(ours, spec, table.names),
                 )
             values = table.column(matches[ours])

@@ -91,7 +91,7 @@ class Options(Checked):
 
     def check(self) -> None:
         """Refuse what cannot be meant, before anything is loaded."""
-        for name, least in (("prompts", 2), ("context", 8), ("tokens", 1), ("samples", 1), ("beams", 1), ("step", 1)):
+        for name, least in (("prompts", 2), ("context", 8), ("tokens", 4), ("samples", 1), ("beams", 1), ("step", 1)):
             at_least(name, getattr(self, name), least)
         at_least("seed", self.seed, 0)
         models.Sampling(top_p=self.top_p, typical=self.typical).check()
@@ -140,7 +140,10 @@ def compare_decoding(options: Options, console: Console) -> list[dict[str, Any]]
         features = {way: frozen.encode_suffixes(some) for way, some in texts.items()}
         scores = {
             name: {way: scorer(prefixes, some) for way, some in texts.items()}
-            for name, scorer in (("ranker", scored), ("judge", load_scorer(options.judge, options.judge_adapter)))
+            for name, scorer in (
+                ("ranker", scored),
+                ("judge", load_scorer(options.judge, options.judge_adapter, flag="--judge")),
+            )
         }
         lines = measured(texts, features, scores)
         document = {"lines": lines, "options": dataclasses.asdict(options), **provenance("jax", "flax")}

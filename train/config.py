@@ -146,12 +146,12 @@ class OptimConfig(Checked):
         """Refuse steps that mean nothing: rates are finite and do not climb."""
         for name in ("steps", "batch_size", "accumulate"):
             at_least(name, getattr(self, name), 1)
-        for name in ("learning_rate", "head_learning_rate", "k_learning_rate", "weight_decay", "clip", "temperature"):
+        for name in ("learning_rate", "head_learning_rate", "k_learning_rate", "weight_decay", "clip"):
             at_least(name, getattr(self, name), 0)
         if self.batch_size % self.accumulate:
             raise expected("--accumulate", f"a divisor of the batch size {self.batch_size}", self.accumulate)
-        if not self.temperature > 0:
-            raise expected("--temperature", "a number above 0", self.temperature)
+        # cosines over less are no numbers of float32
+        at_least("temperature", self.temperature, 1e-30)
         if not 0 <= self.warmup < 1:
             raise expected("--warmup", "a fraction of the steps in [0, 1)", self.warmup)
 

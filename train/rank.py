@@ -298,15 +298,17 @@ def _said(best: list[Candidate]) -> dict[str, Any]:
     return {"best": best[0].text, "candidates": [each._asdict() for each in best]}
 
 
-def load_scorer(name: str, adapter: Path | None, pooling: Any = None, cosine: bool | None = None) -> Scored:
+def load_scorer(
+    name: str, adapter: Path | None, pooling: Any = None, cosine: bool | None = None, flag: str = "--ranker"
+) -> Scored:
     """Return the scores of a ranker of a name, with an adapter or without; see :func:`ntk_prefix.models.load_ranker`.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is none; ``flag`` is what named it.
     """
-    path = model_path(name)
+    path = model_path(name, flag)
     if path is None:
-        raise expected("--ranker", "an encoder of text", name)
+        raise expected(flag, "an encoder of text", name)
     with byte_progress(f"loading {name}") as progress:
         ranker = models.load_ranker(path, adapter=adapter, pooling=pooling, cosine=cosine, progress=progress)
     known: dict[str, np.ndarray] = {}
@@ -368,7 +370,7 @@ def _column(file: Path, flag: str, names: tuple[str, ...]) -> list[str]:
     table = open_table(file)
     name = next((name for name in names if name in table.names), None)
     if name is None:
-        raise expected(f"{flag} {file}", f"a column {' or '.join(map(repr, names))}", f"{', '.join(table.names)}")
+        raise expected(f"{flag} {file}", f"a column {' or '.join(map(repr, names))}", ", ".join(table.names) or "none")
     texts = table.column(name)
     if not texts:
         raise expected(f"{flag} {file}", "at least one row", "none")

@@ -85,6 +85,10 @@ def build(config: TrainConfig) -> Setup:
         raise expected(
             "--accumulate", "1 for a ranking, whose negatives are the whole batch", config.optim.accumulate, hint
         )
+    if kind == "ranking" and config.data.human is not None:
+        from train.ranking_measures import read_choices  # and scikit-learn, which no other task needs
+
+        read_choices(config.data.human)  # now, not when all steps are taken
     if config.window is not None and kind != "sequence-classification":
         raise expected("--window", f"none for {config.task}: only encoders of text see through windows", config.window)
     check_source(config.task, config.data.data_dir)  # before a model is fetched for it

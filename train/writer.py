@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix import models
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import UsageError, expected
 from train.assets import model_path
 from train.command import byte_progress
 from train.prompts import prompt_ids
@@ -75,13 +75,16 @@ def load_decoder(name: str, flag: str = "--model") -> tuple[models.Llama, Any]:
     Raises:
         UsageError: it is none, or has none; ``flag`` is what named it.
     """
-    path = model_path(name)
+    path = model_path(name, flag)
     tokenizer = None if path is None else models.load_tokenizer(path)
     if path is None or tokenizer is None:
         raise expected(flag, "a decoder with a tokenizer", name)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     with byte_progress(f"loading {name}") as progress:
-        model = models.from_pretrained(path, task="causal-lm", progress=progress)
+        try:
+            model = models.from_pretrained(path, task="causal-lm", progress=progress)
+        except UsageError as error:
+            raise UsageError(f"{flag} {name}: {error}") from None
     assert isinstance(model, models.Llama)
     return model, tokenizer

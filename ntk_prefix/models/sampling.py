@@ -71,7 +71,7 @@ class Sampling:
             kinds = (int, np.integer) if name == "top_k" else (int, np.integer, float, np.floating)
             if isinstance(value, bool) or not isinstance(value, kinds) or not fine(value):
                 raise expected(
-                    name, what, repr(value), "Without it, generate is greedy" if name == "temperature" else ""
+                    name, what, repr(value), "Without a sampling, generate is greedy" if name == "temperature" else ""
                 )
 
     def log_probabilities(

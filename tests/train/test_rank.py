@@ -19,7 +19,7 @@ from tests.train.tiny_model import write_model
 from train import rank
 from train.prompts import prompt_ids
 from train.rank import Beam, Rerank, Score, Search, beam_search, main, reranked
-from train.writer import Writer
+from train.writer import Writer, load_decoder
 
 WORDS = ("[UNK]", "<|endoftext|>", "pre", "suffi", "the", "film", "was", "good", "bad", "very", "and", "long", ".")
 KEY = jax.random.key(0)
@@ -246,11 +246,12 @@ def test_a_file_of_text_is_a_prompt_without_its_last_line_break(tmp_path: Path) 
     assert rank._asked(Rerank(prompts=file)) == [{"prefix": "the film\r\nwas"}]
 
 
-def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(encoder: str, tmp_path: Path) -> None:
     pairs = table(tmp_path / "pairs.jsonl", [{"text": "a"}])
     mine = tmp_path / "mine.jsonl"
     mine.write_text("mine\n")
     known: dict[str, Any] = {"pairs": pairs}
+    none = table(tmp_path / "none.jsonl", [])
     gaps = table(tmp_path / "gaps.jsonl", [PAIRS[0], {"prefix": " "}])
     for make, message in (
         (lambda: Score(pooling="last", **known), "--pooling: expected mean or cls"),
@@ -262,6 +263,10 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(tmp_path: Pat
         (lambda: Search(prompts=pairs, among=pairs, top=0), "--top"),
         (lambda: Score(pairs=mine, out=mine), "--out: expected another file than --pairs"),
         (lambda: main(Score(**known), Console(quiet=True)), "expected a column 'prefix'"),
+        (lambda: main(Score(pairs=none), Console(quiet=True)), "expected a column 'prefix', got none"),
+        (lambda: rank.load_scorer("nonsense", None, flag="--judge"), "--judge: expected an asset"),
+        (lambda: load_decoder("nonsense", "--writer"), "--writer: expected an asset"),
+        (lambda: load_decoder(encoder, "--writer"), "--writer .*: task: expected"),
         (
             lambda: main(Score(pairs=gaps), Console(quiet=True)),
             "gaps.jsonl, row 1: expected a text in 'suffix', got None",

@@ -160,6 +160,9 @@ class TestATask:
             config.changed(generated_negatives=1)
         with pytest.raises(UsageError, match="--temperature"):
             config.changed(temperature=0.0)
+        # a file that is read at the end is looked at before a step is taken
+        with pytest.raises(UsageError, match="expected a column prefix"):
+            setup.build(config.changed(human=config.data.data_dir))
 
 
 # ----------------------------------------------------------------------------------------------- loss
