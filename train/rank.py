@@ -254,7 +254,9 @@ def _written(
                 results.add(row, line)
                 bars.advance(task)
     lines = results.lines()
-    console.print(f"{len(lines)} lines in {options.results}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(lines)} line{'s' * (len(lines) > 1)} in {options.results}", markup=False, highlight=False, soft_wrap=True
+    )
     return lines
 
 

@@ -78,6 +78,18 @@ def test_a_stop_text_that_began_with_an_earlier_step_is_one_too() -> None:
     assert stopped[0].text == "abbb"  # the second letter is the last that may be wanted
 
 
+def test_every_draw_of_a_beam_has_a_key_of_its_own() -> None:
+    keys: list[str] = []
+
+    def writer(texts: Sequence[str], samples: int, tokens: int, key: Any) -> list[list[tuple[str, bool]]]:
+        keys.append(str(jax.random.key_data(key)))
+        return [[("a" * tokens, False), ("b" * tokens, False)] for _ in texts]
+
+    kept: Any = writer
+    beam_search("x", kept, like("abab"), samples=2, tokens=1, beams=2, total=3, key=KEY)
+    assert len(keys) == len(set(keys)) == 5  # of one beginning, and then of two twice
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_model(tmp_path_factory.mktemp("encoder"), WORDS, kind="bert"))
@@ -170,6 +182,33 @@ def test_a_text_ends_where_the_model_or_a_stop_text_says() -> None:
     assert writer._text([ids["good"], 1], [ids["very"]]) == (" good", True)
 
 
+def test_a_decoder_reads_the_ends_of_prompts_one_beside_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: dict[str, Any] = {}
+
+    def generate(model: Any, ids: Any, mask: Any, tokens: int, **options: Any) -> np.ndarray:
+        read.update(
+            ids=np.asarray(ids)[:, -3:].tolist(), mask=np.asarray(mask).sum(1).tolist(), tokens=tokens, **options
+        )
+        return np.array([[[WORDS.index("good"), 1]] * 2] * len(ids))
+
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    monkeypatch.setattr(models, "generate", generate)
+    model: Any = None
+    sampling = models.Sampling(top_p=0.5)
+    written = Writer(model, tokenizer, sampling, 3)(["the film was long", "bad"], 2, 7, KEY)
+    assert written == [[(" good", True)] * 2] * 2
+    assert read == {
+        "ids": [[WORDS.index(word) for word in ("film", "was", "long")], [0, 0, WORDS.index("bad")]],
+        "mask": [3, 1],
+        "tokens": 7,
+        "sampling": sampling,
+        "key": KEY,
+        "samples": 2,
+        "eos_token_id": 1,
+    }
+
+
 def test_a_text_has_no_part_of_a_character() -> None:
     """Of bytes, of which a character here has three; the last that fit are two."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -222,6 +261,40 @@ def test_results_are_those_of_what_was_asked_now(tmp_path: Path, monkeypatch: py
         main(options, Console(quiet=True))
 
 
+def test_what_is_asked_for_is_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[dict[str, Any]] = []
+
+    class Recorded:
+        def __init__(self, model: Any, tokenizer: Any, sampling: models.Sampling, context: int, stop: tuple[str, ...]):
+            done.append({"sampling": sampling, "context": context, "stop": stop})
+
+    def found(prompt: str, _: Any, scored: Any, key: Any, **options: Any) -> list[rank.Candidate]:
+        done.append({"prompt": prompt, "key": jax.random.key_data(key).tolist(), **options})
+        return [rank.Candidate("a", 0.0)]
+
+    monkeypatch.setattr(rank, "load_scorer", lambda *_: lambda _, suffixes: np.arange(len(suffixes)))
+    monkeypatch.setattr(rank, "load_decoder", lambda name: (name, None))
+    monkeypatch.setattr(rank, "Writer", Recorded)
+    for name in ("reranked", "beam_search"):
+        monkeypatch.setattr(rank, name, found)
+    prompts, quiet = table(tmp_path / "prompts.jsonl", PAIRS), Console(quiet=True)
+    common: dict[str, Any] = {"prompts": prompts, "temperature": 0.7, "top_p": 0.6, "context": 5, "stop": (".",)}
+    main(Beam(**common, samples=3, tokens=4, beams=5, total=6, seed=1, out=tmp_path / "beam.jsonl"), quiet)
+    main(Rerank(**common, samples=3, tokens=4, out=tmp_path / "rerank.jsonl"), quiet)
+    beam, writer = done[1], done[0]
+    assert writer == {"sampling": models.Sampling(temperature=0.7, top_p=0.6), "context": 5, "stop": (".",)} == done[3]
+    asked = {"samples": 3, "tokens": 4, "beams": 5, "total": 6, "stop": (".",), "prompt": "the film"}
+    assert {name: value for name, value in beam.items() if name != "key"} == asked
+    draws = [str(each["key"]) for each in done if "key" in each]
+    assert len(set(draws)) == 4  # of two prompts with two seeds
+    # pairs are scored some at a time, and each has its own score
+    monkeypatch.setattr(rank, "PAIRS_AT_ONCE", 2)
+    lines = main(Score(pairs=table(tmp_path / "three.jsonl", [*PAIRS, PAIRS[0]]), out=tmp_path / "score.jsonl"), quiet)
+    assert [(line["suffix"], line["score"]) for line in lines] == [("was good", 0), ("and bad .", 1), ("was good", 0)]
+    best = main(Search(prompts=prompts, among=prompts, top=1, out=tmp_path / "search.jsonl"), quiet)
+    assert [len(line["candidates"]) for line in best] == [1, 1]
+
+
 def test_a_file_that_is_searched_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
 
@@ -233,8 +306,11 @@ def test_a_file_that_is_searched_is_read_once(monkeypatch: pytest.MonkeyPatch) -
             read.append(len(texts))
             return np.ones((len(texts), 2))
 
-    monkeypatch.setattr(rank.models, "load_ranker", lambda *_, **__: Ranker())
-    scored = rank.load_scorer("minilm", None)
+    loaded: dict[str, Any] = {}
+    monkeypatch.setattr(rank, "model_path", lambda *_: Path("folder"))
+    monkeypatch.setattr(rank.models, "load_ranker", lambda *_, **options: loaded.update(options) or Ranker())
+    scored = rank.load_scorer("minilm", Path("adapter"), "cls", True)
+    assert (loaded["adapter"], loaded["pooling"], loaded["cosine"]) == (Path("adapter"), "cls", True)
     for prompt in range(3 * rank.KNOWN):
         scored([str(prompt)], ["a", "b", "c"])
     assert read == [3]
