@@ -112,7 +112,11 @@ def distil(
         leaves, tree = jax.tree.flatten(carry)
 
         def arrays(carry: Any = carry, first: int = first) -> dict[str, np.ndarray]:
-            return {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(go_on(carry, first)))}
+            leaves = [np.asarray(x) for x in jax.tree.leaves(go_on(carry, first))]
+            # a loss is that of the step before: what the last one has made of a gradient is seen nowhere else
+            if not all(np.isfinite(x).all() for x in leaves):
+                raise NonFiniteError(f"distillation: expected finite numbers, got others by step {first + KEPT_EVERY}.")
+            return {str(i): x for i, x in enumerate(leaves)}
 
         found = kept(f"distilled-{first}", arrays)
         carry = jax.tree.unflatten(tree, [jnp.asarray(found[str(i)]) for i in range(len(leaves))])

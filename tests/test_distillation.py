@@ -1,5 +1,6 @@
 """Distillation: states are trained until the model answers as behind the prefix."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,8 +11,8 @@ from flax import nnx
 
 from ntk_prefix import compression, prefixed_model
 from ntk_prefix.attention import LowRank
-from ntk_prefix.checks import UsageError
-from ntk_prefix.distillation import distil_states
+from ntk_prefix.checks import NonFiniteError, UsageError
+from ntk_prefix.distillation import distil, distil_states
 from ntk_prefix.models import Llama, LlamaConfig
 from ntk_prefix.prefix_state import PrefixState
 
@@ -91,6 +92,20 @@ def test_what_is_fixed_does_not_move(found: Any) -> None:
 def test_no_steps_are_no_training(found: Any) -> None:
     model, prefix, texts, states = found
     assert_same(distil_states(model, prefix, states, texts, steps=0), states)
+
+
+def test_a_gradient_that_is_not_finite_is_found_out_by_the_last_step_too(found: Any) -> None:
+    """The loss of that step is finite: it was computed before."""
+    model, prefix, texts, states = found
+
+    def attached(model: Any, unknown: Any) -> Any:
+        moved = {
+            path: dataclasses.replace(state, z=state.z + jnp.sqrt(jnp.abs(unknown))) for path, state in states.items()
+        }
+        return prefixed_model.attending(model, moved)
+
+    with pytest.raises(NonFiniteError, match="distillation: expected finite numbers, got others"):
+        distil(model, prefix, jnp.float32(0), attached, texts, steps=1)
 
 
 def test_bad_input(found: Any) -> None:

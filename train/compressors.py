@@ -76,11 +76,12 @@ def whole_prompt(case: Case, size: int) -> Compressed:
 
 def last_tokens(case: Case, size: int) -> Compressed:
     """Keep the first 4 tokens, where attention rests, and the last ones (StreamingLLM, arXiv 2309.17453)."""
-    first = min(4, size // 2)
 
     def kept(path: str, layer: Layer) -> np.ndarray:
         count = layer.key.shape[1]
-        return np.concatenate([np.arange(first), np.arange(count - size + first, count)])[None]
+        most = min(size, count)  # a layer with a window has no more of a prompt
+        first = min(4, most // 2)
+        return np.concatenate([np.arange(first), np.arange(count - most + first, count)])[None]
 
     return _tokens(case, kept)
 

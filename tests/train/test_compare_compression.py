@@ -140,6 +140,9 @@ def test_tokens_are_the_first_ones_and_the_last_ones(case: Case) -> None:
         value = np.asarray(case.prefix[path].value).swapaxes(0, 1)
         kept = [*range(3), *range(TOKENS - 4, TOKENS)]
         np.testing.assert_array_equal(state.z, value[:, kept])
+        # a layer with a window may have fewer than are asked for: all of them, each once
+        fewer = states_of(made(case, "last", TOKENS + 3))[path]
+        np.testing.assert_array_equal(fewer.z, value)
 
 
 def test_the_heaviest_tokens_have_the_largest_shares_of_attention(case: Case) -> None:
