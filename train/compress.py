@@ -36,7 +36,7 @@ import tyro
 from rich.console import Console
 
 from ntk_prefix import models, peft
-from ntk_prefix.artifacts import held, json_text, provenance, write_whole
+from ntk_prefix.artifacts import held, json_text, provenance, read_json, write_whole
 from ntk_prefix.checks import expected
 from ntk_prefix.compression import Compression, Made, compress, errors
 from ntk_prefix.distillation import distil_states
@@ -58,6 +58,9 @@ LOCK = ".lock"
 
 UNFINISHED = "unfinished"
 """Folder, in that of the results, of what a run has found so far."""
+
+BEGUN = "of"
+"""File in it with a hash of what the run began with."""
 
 SURE = 0.95
 """Probability with which bounds of the report hold."""
@@ -104,9 +107,17 @@ class Options(Checked):
             raise expected("--held-out", "a part of the texts, between 0 and 1", self.held_out)
         if self.out.is_file():
             raise expected("--out", "a folder", f"{self.out}, which is a file")
-        own = (self.out / "report.json").is_file() or (self.out / UNFINISHED).is_dir()
-        if self.out.is_dir() and any(file.name != LOCK for file in self.out.iterdir()) and not own:
+        if self.out.is_dir() and not _is_ours(self.out):
             raise expected("--out", "a new folder, or one of this program", f"{self.out}, which has other files in it")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether a folder is new, or one of this program: what is in it may be replaced."""
+    names, report = {file.name for file in folder.iterdir()} - {LOCK}, folder / "report.json"
+    if report.is_file():
+        return "prompt_tokens" in read_json(report, dict[str, Any])
+    unfinished = folder / UNFINISHED  # which is removed: another's folder of this name must not be
+    return not names or (unfinished / BEGUN).is_file() or (names == {UNFINISHED} and not any(unfinished.iterdir()))
 
 
 def main(options: Options, console: Console) -> None:
@@ -218,7 +229,7 @@ class _Unfinished:
             **provenance("jax", "flax", sources=("ntk_prefix/**/*.py", "train/compress.py")),
         }
         self.digest = hashlib.sha256(json_text(said).encode()).hexdigest()
-        name = self.folder / "of"
+        name = self.folder / BEGUN
         self.begun = name.is_file() and name.read_text() == self.digest
 
     def __call__(self, name: str, make: Made) -> dict[str, np.ndarray]:
@@ -232,7 +243,7 @@ class _Unfinished:
             if not self.begun:
                 self.remove()
                 self.folder.mkdir(parents=True)
-                write_whole(self.folder / "of", self.digest.encode())
+                write_whole(self.folder / BEGUN, self.digest.encode())
                 self.begun = True
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **arrays)

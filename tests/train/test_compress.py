@@ -239,6 +239,8 @@ def test_what_is_of_another_model_is_refused(place: Path) -> None:
         ({"prompt": "empty"}, "--prompt: expected some text"),
         ({"prompt": "latin"}, "--prompt: expected text in UTF-8"),
         ({"out": "others"}, "--out: expected a new folder"),
+        ({"out": "another program's"}, "--out: expected a new folder"),
+        ({"out": "unfinished work"}, "--out: expected a new folder"),
         ({"queries": None, "self_study": 32}, "--self-study: expected at most the 31 tokens"),
         ({"queries": None, "self_study": 2, "tokens": 5}, "--self-study: expected at least 6 tokens to fit to"),
         ({"model": "windowed"}, f"--budget: expected at most the {WINDOW} tokens that a layer with a window keeps"),
@@ -251,6 +253,10 @@ def test_what_cannot_be_meant_is_said_in_one_line(place: Path, tmp_path: Path, c
     (tmp_path / "no column.jsonl").write_text('{"body": "w1"}\n{"body": "w2"}\n')
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "letters.txt").touch()
+    (tmp_path / "another program's").mkdir()
+    (tmp_path / "another program's" / "report.json").write_text('{"claims": []}')
+    (tmp_path / "unfinished work" / "unfinished").mkdir(parents=True)
+    (tmp_path / "unfinished work" / "unfinished" / "novel.txt").touch()
     given: dict[str, Any] = {"queries": place / "texts.txt", "out": tmp_path / "out", "budget": 6} | changes
     for field in ("queries", "prompt", "out"):
         if isinstance(given.get(field), str):
@@ -262,6 +268,7 @@ def test_what_cannot_be_meant_is_said_in_one_line(place: Path, tmp_path: Path, c
     with pytest.raises(UsageError, match=message):
         main(Options(**given), Console(quiet=True))
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / "unfinished work" / "unfinished" / "novel.txt").is_file()
 
 
 def test_a_folder_that_another_run_writes_is_left_alone_and_one_that_stopped_at_once_is_taken(
