@@ -7,6 +7,7 @@ import shlex
 from typing import Any
 
 from ntk_prefix.artifacts import json_text
+from train.asset_table import ASSETS
 from train.config import CONFIGS, TrainConfig
 
 __all__ = ["card", "command"]
@@ -125,14 +126,17 @@ Data: {summary["source"]}. Versions: {versions}. Commit {summary["git"]}.
 
 def _code(config: TrainConfig, kind: str, summary: dict[str, Any]) -> str:
     """Return how the adapter is put on the model that it was trained on."""
-    base = json.dumps(summary["model_source"] or config.model)
+    source = summary["model_source"] or config.model
+    base, imports = json.dumps(source), ""
+    if source in ASSETS:  # a name that train knows, and models does not
+        base, imports = f"model_path({base})", "from train.assets import model_path\n"
     if kind == "ranking":
-        return f'from ntk_prefix import models\n\nranker = models.load_ranker({base}, adapter="THIS FOLDER")'
+        return f'from ntk_prefix import models\n{imports}\nranker = models.load_ranker({base}, adapter="THIS FOLDER")'
     said = [f'task="{kind}"']
     if kind != "causal-lm":
         said += [f"num_labels={len(summary['label_names'])}", f'pooling="{config.pooling}"']
     return (
-        "from ntk_prefix import models, peft\n\n"
+        f"from ntk_prefix import models, peft\n{imports}\n"
         f"model = models.from_pretrained({base}, {', '.join(said)})\n"
         'peft.load_adapter(model, "THIS FOLDER")'
     )

@@ -67,6 +67,11 @@ class TestACard:
     )
     def test_says_how_its_adapter_is_put_on(self, kind: str, call: str) -> None:
         assert call in card(summary(CONFIGS["rte"][1]), kind)
+        # an asset's name is one that the package's own loaders do not know
+        of_asset = card(summary(CONFIGS["rte"][1], model_source="minilm"), kind)
+        assert call.replace('"org/base"', 'model_path("minilm")') in of_asset
+        assert '(model_path("minilm"), ' in of_asset
+        assert "\nfrom train.assets import model_path\n" in of_asset
 
     def test_without_a_test_split_claims_no_result(self) -> None:
         text = card(summary(CONFIGS["rte"][1], test_score=None, test_rows=None), "sequence-classification")
