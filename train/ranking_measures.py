@@ -69,19 +69,24 @@ def read_choices(file: str | Path) -> list[Choice]:
         raise expected("--human", "a file of choices", f"no file {path}")
     table = open_table(path)
     texts = [table.column(name) for name in ("prefix", "ranked", "sampled")]
-    votes = [table.column(name) for name in ("votes_ranked", "votes_sampled")]
+    votes = [[_number(vote) for vote in table.column(name)] for name in ("votes_ranked", "votes_sampled")]
     groups = [table.column(name) if name in table.names else [""] * len(texts[0]) for name in ("generator", "source")]
     for row, each in enumerate(zip(*texts, *votes, strict=True)):
         if not all(isinstance(text, str) for text in each[:3]) or not all(isinstance(vote, int) for vote in each[3:]):
             raise expected(f"--human {path}, row {row}", "three texts and two numbers of votes", repr(each)[:100])
     found = [
-        Choice(prefix, ranked, sampled, ours > theirs, str(generator), str(source))
+        Choice(prefix, ranked, sampled, ours > theirs, str(generator or ""), str(source or ""))
         for prefix, ranked, sampled, ours, theirs, generator, source in zip(*texts, *votes, *groups, strict=True)
         if ours != theirs
     ]
     if not found:
         raise expected(f"--human {path}", "choices with a majority", "none")
     return found
+
+
+def _number(vote: Any) -> Any:
+    """Return a number of votes as one; in a .csv it is a text."""
+    return int(vote) if isinstance(vote, str) and vote.isdecimal() else vote
 
 
 def interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

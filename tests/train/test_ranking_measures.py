@@ -82,6 +82,20 @@ def test_agreement_is_with_the_majority_and_ties_say_nothing(tmp_path: Path) -> 
     assert lower < 0.5 < upper
 
 
+def test_choices_may_be_in_any_table(tmp_path: Path) -> None:
+    lines = choices(tmp_path, [(3, 0), (1, 2)]).read_text()
+    rows = [json.loads(line) | {"generator": None} for line in lines.splitlines()]
+    file = tmp_path / "choices.csv"
+    cells = [[*rows[0]], *([("" if cell is None else str(cell)) for cell in row.values()] for row in rows)]
+    file.write_text("\n".join(",".join(row) for row in cells))
+    found = read_choices(file)
+    assert [(each.first, each.generator, each.source) for each in found] == [(True, "", "s0"), (False, "", "s1")]
+    assert agreement(found, np.zeros((2, 2)))["by"] == {"s0": [0, 1], "s1": [0, 1]}
+    nowhere = tmp_path / "nowhere.jsonl"
+    nowhere.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_choices(nowhere) == found
+
+
 def test_an_interval_covers_as_often_as_it_says() -> None:
     """Clopper and Pearson's is never too short; for 54 of 100 the tables have 0.437 to 0.640."""
     assert interval(54, 100) == pytest.approx((0.4374, 0.6402), abs=1e-4)
