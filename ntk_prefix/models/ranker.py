@@ -186,7 +186,11 @@ class Ranker(Classifier):
                     add(read(*batch))
             for each in begun:
                 add(each.result())
-        return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-30) if self.cosine else found
+        if not self.cosine:
+            return found
+        # in float64, which no square of a float32 overflows, nor is it rounded to zero
+        length = np.sqrt(np.einsum("nd,nd->n", found, found, dtype=np.float64))[:, None]
+        return (found / np.where(length > 0, length, 1)).astype(np.float32)
 
     def _batches(
         self, ids: list[list[int]], role: Role, batch_size: int, tokens_at_once: int | None

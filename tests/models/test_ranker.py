@@ -12,6 +12,7 @@ from tokenizers.models import BPE, Unigram
 
 from ntk_prefix import models, peft
 from ntk_prefix.checks import UsageError
+from ntk_prefix.models import ranker as ranking
 from ntk_prefix.models.ranker import _round_up, marked_ids
 from tests.models.recording import recorded
 from tests.train.tiny_model import write_model
@@ -61,6 +62,17 @@ def test_a_score_is_the_product_of_a_pair_whatever_stands_beside_it(ranker: mode
     np.testing.assert_allclose(ranker.score(prefixes, suffixes, batch_size=3), together, rtol=1e-5)
     np.testing.assert_allclose(ranker.score(prefixes[:1], suffixes), vectors[1] @ vectors[0][0], rtol=1e-5)
     assert len(np.unique(np.round(together, 4))) == 4
+
+
+def test_a_cosine_is_that_of_vectors_of_any_length(ranker: models.Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = ranker.config.hidden_size
+    made = np.zeros((4, size), np.float32)
+    made[:3, :2] = np.array([[3, 4]]) * np.array([[1], [1e25], [1e-30]])
+    monkeypatch.setattr(ranking, "_vectors", lambda *_: made)
+    monkeypatch.setattr(ranker, "cosine", True)
+    found = ranker.encode_texts(["the", "film", "was", "good"], "prefix")
+    np.testing.assert_allclose(found[:, :2], [[0.6, 0.8]] * 3 + [[0, 0]], rtol=1e-6)
+    assert found.dtype == np.float32
 
 
 def test_batches_that_are_read_side_by_side_have_their_own_vectors_and_are_counted(ranker: models.Ranker) -> None:

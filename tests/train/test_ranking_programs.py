@@ -19,7 +19,7 @@ from ntk_prefix.checks import UsageError
 from ntk_prefix.models.ranker import save_settings
 from tests.train.test_ranking import document
 from tests.train.tiny_model import write_model
-from train import compare_decoding, ranking_references
+from train import compare_decoding, ranking_references, write_negatives
 from train.compare import compare
 from train.comparison import run
 from train.comparison.plan import Comparison
@@ -48,13 +48,17 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Counting:
-    """A writer that says a number, and how often it was asked."""
+    """A writer that says a number, and knows what it was asked, and with which key."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.keys: dict[str, tuple[str, ...]] = {}
+        self.tokens: set[int] = set()
 
     def __call__(self, texts: Sequence[str], samples: int, tokens: int, key: Any) -> list[list[tuple[str, bool]]]:
         self.asked += texts
+        self.keys[str(jax.random.key_data(key))] = tuple(texts)
+        self.tokens.add(tokens)
         return [[(f"{text[:3]} {sample}", False) for sample in range(samples)] for text in texts]
 
 
@@ -65,6 +69,10 @@ def test_negatives_are_written_once_and_a_stopped_program_goes_on(config: TrainC
     assert write(command, QUIET, writer) == len(writer.asked) > 8
     whole = read_generated(out)
     assert sorted(map(len, whole.values())) == [1] * (len(whole) - 4) + [2] * 4
+    # as many tokens as are ranked; every three continuations are drawn with a key of their own
+    assert writer.tokens == {8}
+    assert sum(map(len, writer.keys.values())) == len(writer.asked)
+    assert {len(texts) for texts in writer.keys.values()} <= {1, 2, 3}
     # as if it had been stopped while a line was written
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:5]) + lines[5][:-9])
@@ -75,6 +83,21 @@ def test_negatives_are_written_once_and_a_stopped_program_goes_on(config: TrainC
     assert write(command, QUIET, None) == 0
     with pytest.raises(UsageError, match="task: expected a ranking, got digits"):
         write(Command(CONFIGS["tiny"][1], out=out), QUIET)
+
+
+def test_a_decoder_writes_negatives_behind_all_of_a_beginning(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def writer(*arguments: Any) -> Counting:
+        made.extend(arguments)
+        return Counting()
+
+    monkeypatch.setattr(write_negatives, "load_decoder", lambda *names: names)
+    monkeypatch.setattr(write_negatives, "Writer", writer)
+    write(Command(config, writer="one", top_p=0.5, out=tmp_path / "generated.jsonl"), QUIET)
+    assert made == ["one", "--writer", models.Sampling(top_p=0.5), 16]
 
 
 def test_a_likelihood_is_that_of_the_whole_text(decoder: Path) -> None:
