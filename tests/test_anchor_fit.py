@@ -144,6 +144,19 @@ def test_heads_take_steps_of_their_own() -> None:
     assert np.abs(both[1] - fit(5)[1]).max() > 1e-3
 
 
+def test_the_unit_of_values_chooses_nothing() -> None:
+    """Output and denominator count alike, in whatever unit the output is."""
+    query, prefix_key, prefix_value, key, value = drawn()
+    chosen, other = (
+        choose(
+            rows_of(query, prefix_key, unit * prefix_value, key, unit * value, is_causal=True), scaled(prefix_key), 6
+        )
+        for unit in (1.0, 1e3)
+    )
+    np.testing.assert_array_equal(chosen.tokens, other.tokens)
+    np.testing.assert_allclose(1e6 * chosen.left, other.left, rtol=1e-8)
+
+
 def test_values_of_zero_are_a_prefix_too() -> None:
     """Their mass takes from what the queries' own keys give."""
     query, prefix_key, prefix_value, *own = drawn()

@@ -247,6 +247,26 @@ class TestFit:
         assert error < 1.5 * np.max(report.held_out_error)
         assert other > 2 * error
 
+    def test_anchors_are_fitted_to_the_layer_with_all_that_it_says_of_its_scores(self):
+        """The error over all queries lies between those that are reported of the fitted and of the held-out ones."""
+        draw = np.random.default_rng(0)
+        query, prefix_key, prefix_value, key, value, bias = (
+            jnp.asarray(draw.standard_normal(shape))
+            for shape in ((4, 12, 4, 4), (12, 2, 4), (12, 2, 4), (4, 12, 2, 4), (4, 12, 2, 4), (1, 4, 12, 12))
+        )
+        mask = jnp.asarray(draw.random((4, 1, 1, 12)) < 0.7)
+        own = {"bias": 2 * bias, "mask": mask, "is_causal": True, "local_window_size": 4, "logits_soft_cap": 1.0}
+        given, options = (2 * query, prefix_key, prefix_value, key, value), {"feature_map": "anchors", "features": 3}
+        state, report = PrefixState.fit_with_report(*given, **options, **own, scale=0.9, iterations=5)
+        reported = np.sort([report.training_error, report.held_out_error], axis=0)
+        error = state.error(*given, **own)
+        assert np.all((reported[0] < error) & (error < reported[1]))
+        nothing = PrefixState(0 * state.z, 0 * state.k, state.feature_map, 0.9).error(*given, **own)
+        np.testing.assert_allclose(report.no_prefix_error, nothing, rtol=0.5)
+        assert np.all(error < 0.6 * nothing)
+        other = state.error(*given, **{**own, "bias": None})  # the control: of another layer
+        assert not np.all((reported[0] < other) & (other < reported[1]))
+
     def test_anchors_are_closer_than_elu1_with_fewer_numbers_and_the_report_holds(self):
         """Two query heads share a key head, and scores are capped: 24 anchors of 9 numbers, 8 elu1 features twice."""
         prefix_key, prefix_value = related(200, heads=1)

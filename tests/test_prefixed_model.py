@@ -8,7 +8,7 @@ from flax import nnx
 
 from ntk_prefix import peft
 from ntk_prefix.models import Llama, LlamaConfig
-from ntk_prefix.prefixed_model import Queries, continuations, read_prompt
+from ntk_prefix.prefixed_model import Queries, continuations, divergence, read_prompt
 
 WINDOW, PROMPT = 4, jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6, 5, 3], jnp.int32)
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -32,6 +32,19 @@ def test_continuations_begin_as_the_model_goes_on_behind_the_prompt_also_with_a_
     found = continuations(windowed, read_prompt(windowed, PROMPT), np.asarray(PROMPT), 5, 2)
     likeliest = jax.lax.top_k(windowed(PROMPT[None]).logits[0, -1], 5)[1]
     np.testing.assert_array_equal(found["input_ids"][:, 0], likeliest)
+
+
+def test_what_is_measured_of_a_text_is_its_tokens_alone(windowed: Llama) -> None:
+    """Of texts that are compared two at a time, the last one on its own: each token knows which of them it is of."""
+    ids, lengths = jnp.arange(1, 13, dtype=jnp.int32).reshape(3, 4), np.array([4, 1, 3])
+    mask = jnp.asarray(np.arange(4)[None] < lengths[:, None], jnp.int32)
+    prefix = read_prompt(windowed, PROMPT)
+    (found,) = divergence(windowed, prefix, [None], {"input_ids": ids, "attention_mask": mask})
+    np.testing.assert_array_equal(found.text, np.repeat(np.arange(3), lengths))
+    (alone,) = divergence(windowed, prefix, [None], {"input_ids": ids[1:2], "attention_mask": mask[1:2]})
+    by_text = found.by_text(found.kl)
+    np.testing.assert_allclose(by_text, [found.kl[:4].mean(), alone.kl.mean(), found.kl[5:].mean()], rtol=1e-4)
+    assert len(set(by_text.round(6))) == 3
 
 
 def test_keys_of_a_model_in_bfloat16_are_scaled_in_float32() -> None:
