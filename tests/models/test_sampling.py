@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ntk_prefix import models
 from ntk_prefix.checks import UsageError
+from ntk_prefix.models.generation import _seen
 from ntk_prefix.models.sampling import Sampling
 from tests.models import formulas
 from tests.models.test_llama import IDS, MASK, NEW
@@ -141,6 +142,8 @@ def test_one_token_is_greedy_and_a_row_draws_alone(model: models.Llama) -> None:
     flat = Sampling(top_k=formulas.CONFIGS["llama"]["vocab_size"], temperature=50.0)
     drawn = np.asarray(models.generate(model, ids, mask, NEW, sampling=flat, key=key))
     assert (drawn != np.asarray(greedy)).any(axis=1).all()
+    # so flat that a key used twice would draw one token twice
+    assert (drawn != drawn[:, :1]).any(axis=1).all()
     np.testing.assert_array_equal(models.generate(model, ids, mask, NEW, sampling=flat, key=key), drawn)
     others = models.generate(model, ids, mask, NEW, sampling=flat, key=jax.random.key(1))
     assert (drawn != np.asarray(others)).any(axis=1).all()
@@ -163,6 +166,11 @@ def test_samples_are_rows_of_their_own_and_a_penalty_keeps_tokens_from_coming_ba
         for sample in row:
             assert len(set(sample.tolist())) == NEW
             assert not set(sample.tolist()) & set(prompt[real > 0].tolist())
+
+
+def test_padding_is_no_token_that_a_row_has() -> None:
+    seen = jax.jit(_seen, static_argnums=2)(jnp.array([[0, 3], [2, 2]]), jnp.array([[False, True], [True, True]]), 4)
+    np.testing.assert_array_equal(seen, [[False, False, False, True], [False, False, True, False]])
 
 
 @pytest.mark.usefixtures("without_annotations")
