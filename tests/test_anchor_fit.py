@@ -144,6 +144,17 @@ def test_heads_take_steps_of_their_own() -> None:
     assert np.abs(both[1] - fit(5)[1]).max() > 1e-3
 
 
+def test_a_head_with_fewer_anchors_is_filled_up_where_nothing_is_hidden() -> None:
+    """With its last point, of mass 0: at the origin a score could be the largest by far, and its unit that of the row."""
+    query, prefix_key, *others = drawn()
+    rows, keys = rows_of(query, prefix_key, *others, is_causal=True), scaled(prefix_key)
+    fit = fit_chosen(rows, keys, choose(rows, keys, 6).tokens, np.array([6, 4]), steps=5)
+    np.testing.assert_array_equal(fit.points[1, 4:], np.repeat(fit.points[1, 3:4], 2, axis=0))
+    assert not np.any(fit.k[1, 4:])
+    assert not np.any(fit.z[1, 4:])
+    assert np.all(np.asarray(fit.k)[1, :4] > 0)
+
+
 def test_the_unit_of_values_chooses_nothing() -> None:
     """Output and denominator count alike, in whatever unit the output is."""
     query, prefix_key, prefix_value, key, value = drawn()

@@ -217,7 +217,7 @@ def _run(
 
 
 class _Unfinished:
-    """What a run has found so far, in files; of a run that began otherwise, none."""
+    """What a run has found so far, in files, for one that begins in the same way; any other starts anew."""
 
     def __init__(self, options: Options, model: Path, prompt: np.ndarray, own: list[str] | None):
         self.folder, self.lock = options.out / UNFINISHED, threading.Lock()
@@ -257,7 +257,7 @@ class _Unfinished:
 
 
 def draw(found: Compression, held_error: Float[np.ndarray, "layers K"]) -> Figure:
-    """Return the figure: how many anchors each head has, and the error that is left on held-out texts, layer by layer."""
+    """Return the figure: how many anchors each head has, and its error on the first held-out texts, layer by layer."""
     from matplotlib.figure import Figure  # takes 30 MiB, which until now are the prompt's
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
