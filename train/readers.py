@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet
 
-from ntk_prefix.artifacts import decode_json, read_json
+from ntk_prefix.artifacts import decode_json, read_bytes, read_json
 from ntk_prefix.checks import UsageError, expected
 
 __all__ = ["ENDINGS", "Table", "open_table", "saved_files", "saved_splits"]
@@ -175,7 +175,7 @@ def _delimited(file: Path, names: Sequence[str] | None, *, tabs: bool) -> Table:
 def _lines(file: Path, _: Sequence[str] | None) -> Table:
     """Read one JSON object per line; or, under the name .json, one array of objects."""
     with file.open("rb") as stream:
-        if file.suffix == ".json" and stream.read(64).lstrip()[:1] == b"[":
+        if file.suffix == ".json" and stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             return _array(file)
     names: dict[str, None] = {}
     for row in _rows(file):
@@ -202,7 +202,8 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _array(file: Path) -> Table:
-    rows = read_json(file, list[dict[str, Any]], largest=LARGEST_ARRAY)
+    content = read_bytes(file, LARGEST_ARRAY).removeprefix(codecs.BOM_UTF8)
+    rows = decode_json(content, list[dict[str, Any]], str(file))
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(file, tuple(names), lambda name: [row.get(name) for row in rows])
 

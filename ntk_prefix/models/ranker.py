@@ -245,10 +245,13 @@ def marked_ids(tokenizer: Any, text: str, role: Role, most: int) -> list[int]:
         most: tokens, mark included, at most.
 
     Raises:
-        UsageError: there is no room for the last character of a prefix.
+        UsageError: there is no room for the last character of a prefix, or a text is not of Unicode's characters.
     """
     mark, text = MARKS[role], " ".join(text.split())
-    encoded = tokenizer.encode(mark + text)
+    try:
+        encoded = tokenizer.encode(mark + text)
+    except TypeError:  # what tokenizers says of half a surrogate pair, which JSON can hold
+        raise expected("texts", "characters of Unicode", ascii(text)[:60]) from None
     if role == "suffix":
         encoded.truncate(most)
         return list(encoded.ids)

@@ -13,7 +13,7 @@ from tokenizers.models import BPE, Unigram
 from ntk_prefix import models, peft
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models import ranker as ranking
-from ntk_prefix.models.ranker import _round_up, marked_ids
+from ntk_prefix.models.ranker import _round_up, marked_ids, save_settings
 from tests.models.recording import recorded
 from tests.train.tiny_model import write_model
 
@@ -159,12 +159,24 @@ def test_an_adapter_goes_on_it_as_on_a_classifier(ranker: models.Ranker) -> None
     peft.delete_adapter(ranker, "tried")
 
 
+def test_an_adapter_says_how_its_ranker_makes_scores(folder: Path, tmp_path: Path) -> None:
+    trained = models.load_ranker(folder, pooling="cls", cosine=True)
+    peft.apply(trained, peft.HeadConfig())
+    peft.save_pretrained(trained, tmp_path)
+    save_settings(trained, tmp_path)
+    loaded = models.load_ranker(folder, adapter=tmp_path)
+    assert (loaded.pooling, loaded.cosine) == ("cls", True)
+    otherwise = models.load_ranker(folder, adapter=tmp_path, pooling="last", cosine=False)
+    assert (otherwise.pooling, otherwise.cosine) == ("last", False)
+
+
 @pytest.mark.usefixtures("without_annotations")
 def test_what_cannot_be_ranked_is_refused(ranker: models.Ranker, tmp_path: Path) -> None:
     no_texts: Any = [3]
     one: Any = (8,)
     for call, message in (
         (lambda: ranker.encode_prefixes([]), "texts: expected at least one"),
+        (lambda: ranker.encode_prefixes(["a \ud83d"]), r"texts: expected characters of Unicode, got 'a \\ud83d'"),
         (lambda: ranker.encode_prefixes(no_texts), "texts: expected texts, got 3"),
         (lambda: ranker.encode_suffixes("the film"), "texts: expected a list of texts, got the text 'the film'"),
         (lambda: ranker.score("the", ["a", "b", "c"]), "prefixes: expected a list of texts, got the text 'the'"),

@@ -320,6 +320,10 @@ def test_a_file_of_text_is_a_prompt_without_its_last_line_break(tmp_path: Path) 
     file = tmp_path / "story.txt"
     file.write_bytes("\ufeffthe film\r\nwas\r\n".encode())
     assert rank._asked(Rerank(prompts=file)) == [{"prefix": "the film\r\nwas"}]
+    # and as some editors write tables
+    for name, content in (("a.json", json.dumps(PAIRS)), ("a.jsonl", "\r\n".join(map(json.dumps, PAIRS)))):
+        (tmp_path / name).write_bytes(f"\ufeff{content}".encode())
+        assert rank._asked(Score(pairs=tmp_path / name)) == PAIRS
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(encoder: str, tmp_path: Path) -> None:
