@@ -274,7 +274,7 @@ PROFILES: dict[Name, Profile] = {
     # which continuation fits: with what python -m train.write_negatives ranking_generated wrote for the sizes below and each
     # seed, --set generated=FILE, and people's choices,
     # --set human=FILE; about 40 minutes of two cores with one seed. A row beside generated negatives has the rate that
-    # was chosen without them, with seed 0
+    # was chosen without them, with seed 0; all weights, for which that was the lowest of the grid, a lower one beside it
     "ranking": Profile(
         tasks={"ranking_reviews": {}, "ranking_generated": {}},
         shared={
@@ -293,9 +293,9 @@ PROFILES: dict[Name, Profile] = {
         ),
         grid=(1e-4, 1e-3, 5e-3),
         own_grids=tuple(
-            (f"{label}, generated", (rate,))
-            for label, rate in (
-                ("full", 1e-4),
+            (f"{label}, generated", tuple(rates))
+            for label, *rates in (
+                ("full", 3e-5, 1e-4),
                 ("projection", 1e-3),
                 ("lora r=8", 5e-3),
                 ("prefix 16", 5e-3),
