@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 
 from ntk_prefix import models, peft
 from ntk_prefix.checks import UsageError
@@ -181,7 +183,7 @@ def batch_of(rows: int, each: int, tokens: int, seed: int = 0) -> dict[str, np.n
         "candidate_mask": mask.astype(np.int32),
         "candidates": kinds,
         "pair": np.array([0, 0, *range(2, rows)], np.int32),  # the first two are one row
-        "weight": np.ones(rows, np.float32),
+        "weight": (np.arange(rows) != 2).astype(np.float32),  # one only fills the batch
     }
 
 
@@ -208,7 +210,7 @@ def written_out(model: Callable[..., Any], batch: dict[str, np.ndarray], tempera
             for jc, s in suffixes.items()
             if not (same[jc[0]] and jc[0] != i and jc[1] == 0)
         }
-        total += np.logaddexp.reduce([*scores.values()]) - scores[i, 0]
+        total += batch["weight"][i] * (np.logaddexp.reduce([*scores.values()]) - scores[i, 0])
     return total
 
 
@@ -314,6 +316,29 @@ class TestIdentification:
         assert guessed.right["random"].mean() == pytest.approx(0.1, abs=0.03)
         even = ranking.identification(split, lambda _, row, some: np.zeros(len(some)), 0.1)
         assert even.loss["random"] == pytest.approx(np.log(10))
+
+    def test_by_an_encoder_is_by_the_products_of_each_prefix(self) -> None:
+        """One that counts letters, of rows of a letter each: it knows them all, whatever it is asked of first."""
+        tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        letters = [*"abcdefghijklmnopqrst"]
+        columns = {
+            "prefix": letters,
+            "suffix": [f"{letter} " * 3 for letter in letters],
+            "others": [["u v w x y z"]] * 20,
+        }
+        split = Dataset(encoded(tokenizer, columns, (8, 8), (1, 0), {}))
+
+        def counts(batch: Any) -> np.ndarray:
+            rows = zip(np.asarray(batch["input_ids"]), np.asarray(batch["attention_mask"]), strict=True)
+            return np.stack([np.bincount(ids[mask > 0], minlength=len(WORDS))[5:] for ids, mask in rows])
+
+        by = ranking.by_encoder(counts, split, 7, 1.0)
+        assert {kind: right.all() for kind, right in by.right.items()} == {"random": True, "same document": True}
+        product = ranking.by_encoder(counts, split, 7, 1.0, cosine=False)
+        # true suffixes have a product of 3, or a cosine of 1, and all others of 0
+        assert product.loss["random"] == pytest.approx(np.log(1 + 9 * np.exp(-3)))
+        assert by.loss["random"] == pytest.approx(np.log(1 + 9 * np.exp(-1)))
 
     def test_is_compared_row_by_row(self) -> None:
         rows, draw = 4000, np.random.default_rng(0)

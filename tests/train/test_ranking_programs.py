@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -243,6 +244,36 @@ class TestDecoding:
         with pytest.raises(UsageError, match="--judge-adapter: expected another ranker than the one it judges"):
             compare_decoding.Options(**some, adapter=adapters[0], judge_adapter=adapters[0])
 
+    def test_is_of_what_each_way_draws(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Said:
+            """A writer that says how it draws, and how many tokens of which sample these are."""
+
+            def __init__(self, model: None, tokenizer: None, sampling: models.Sampling, context: int):
+                drawn = {name: value for name, value in vars(sampling).items() if value is not None}
+                self.said = f"{drawn} {context}"
+
+            def __call__(
+                self, texts: Sequence[str], samples: int, tokens: int, key: Any
+            ) -> list[list[tuple[str, bool]]]:
+                return [[(f"<{self.said} {tokens} {sample}>", False) for sample in range(samples)] for _ in texts]
+
+        def scored(prefixes: Sequence[str], suffixes: Sequence[str]) -> np.ndarray:
+            return np.array([float(each.endswith("2>")) for each in suffixes])
+
+        monkeypatch.setattr(compare_decoding, "load_decoder", lambda name: (None, None))
+        monkeypatch.setattr(compare_decoding, "Writer", Said)
+        options: Any = SimpleNamespace(
+            model="", context=9, typical=0.5, top_p=0.6, samples=3, step=3, tokens=4, beams=2
+        )
+        nucleus = "<{'temperature': 1.0, 'top_p': 0.6} 9 "
+        assert compare_decoding._ways(options, scored)("x", jax.random.key(0)) == {
+            "greedy": "<{'temperature': 1.0, 'top_k': 1} 9 4 0>",
+            "nucleus": f"{nucleus}4 0>",
+            "typical": "<{'temperature': 1.0, 'typical': 0.5} 9 4 0>",
+            "re-ranked": f"{nucleus}4 2>",
+            "beam": f"{nucleus}3 2>{nucleus}1 2>",
+        }
+
     def test_of_true_texts_is_nearest_to_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The controls: texts that are the true ones, ones of another kind, ones that repeat themselves."""
         monkeypatch.setattr(compare_decoding, "DRAWS", 2)
@@ -255,3 +286,6 @@ class TestDecoding:
         assert by["same"]["divergence"] > 0.99 > 0.1 > by["nucleus"]["divergence"]
         assert (by["nucleus"]["rep_3"], by["same"]["rep_3"]) == (pytest.approx(2 / 3), 0)
         assert "divergence" not in by["true"]
+        ahead = scores["judge"]["same"] - scores["judge"]["nucleus"]
+        assert by["same"]["judge_lead"] == pytest.approx([ahead.mean(), ahead.std(ddof=1) / 40**0.5])
+        assert by["same"]["ranker"][0] == pytest.approx(scores["ranker"]["same"].mean())
