@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ntk_prefix.checks import UsageError
+from train import ranking_measures
 from train.ranking_measures import (
     agreement,
     distinct,
@@ -46,6 +47,22 @@ def test_sets_of_one_distribution_are_near_and_of_two_are_far() -> None:
     assert divergence(ours, ours) == pytest.approx(1)
     with pytest.raises(UsageError, match="clusters: expected 1 to 400"):
         divergence(ours, alike, clusters=401)
+
+
+def test_clusters_are_a_tenth_of_all_texts_begun_with_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Means:
+        def __init__(self, count: int, *, n_init: int, random_state: int):
+            asked.append((count, random_state))
+
+        def fit_predict(self, both: np.ndarray) -> np.ndarray:
+            return np.zeros(len(both), int)
+
+    monkeypatch.setattr(ranking_measures, "KMeans", Means)
+    assert divergence(np.zeros((30, 2)), np.zeros((20, 2)), seed=3) == pytest.approx(1)
+    divergence(np.zeros((3, 2)), np.zeros((2, 2)))
+    assert asked == [(5, 3), (2, 0)]
 
 
 def test_repetition_and_diversity_are_counted_by_hand() -> None:
