@@ -228,6 +228,8 @@ class TestDecoding:
         # the best of several is as good as the first of them, for whom chooses
         assert by["re-ranked"]["ranker"][0] >= by["nucleus"]["ranker"][0]
         assert by["nucleus"]["judge_lead"] == [0.0, 0.0]
+        # of the same texts the judge says something else
+        assert by["true"]["judge"] != by["true"]["ranker"]
         file = tmp_path / "out" / "texts.jsonl"
         whole = file.read_text()
         file.write_text(whole[:-5])
