@@ -345,7 +345,7 @@ def _pad_id(tokenizer: Tokenizer) -> int:
 
 def _array(values: Sequence[Any]) -> np.ndarray:
     """Return rows as a column: stacked if they are images of one size, else an object array."""
-    if values and isinstance(values[0], np.ndarray) and len({value.shape for value in values}) == 1:
+    if len(values) and isinstance(values[0], np.ndarray) and len({value.shape for value in values}) == 1:
         return np.stack(values)
     column = np.empty(len(values), object)
     column[:] = values

@@ -312,15 +312,13 @@ class TestWrongUseIsTold:
 
 
 TEN_MILLION = """
-import json, resource, sys
+import json
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 from ntk_prefix import RandomPrefix
+from ntk_prefix.artifacts import peak_resident_memory as peak
 from ntk_prefix.kernels import prefix_ntk
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 def prefix(m):
     return RandomPrefix(key=jax.random.key(0), d=4, m=m)

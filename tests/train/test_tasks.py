@@ -1,5 +1,6 @@
 """Tasks: files in the layouts people have, fixed splits, tokens, answers, and errors that name the row."""
 
+import gzip
 import io
 import json
 import re
@@ -158,6 +159,20 @@ def test_digits_need_nothing():
     _, batch = next(iter(data.train_batches(task.train, 8, seed=0)))
     assert batch["pixel_values"].shape == (8, 14, 14, 3)
     assert abs(batch["pixel_values"]).max() < 3
+
+
+def test_all_rows_of_fashion_mnist(tmp_path, monkeypatch):
+    """Its splits lie in one array each, and a run without --test-size takes the test split as it lies."""
+    draw = np.random.default_rng(0)
+    images = {name: draw.integers(0, 256, (rows, 28, 28), np.uint8) for name, rows in (("train", 40), ("t10k", 10))}
+    for name, pixels in images.items():
+        labels = np.arange(len(pixels), dtype=np.uint8) % 10
+        (tmp_path / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
+        (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
+    monkeypatch.setattr(sources, "asset", lambda name: tmp_path)
+    task = load("fashion_mnist", validation_size=10, train_size=20)
+    np.testing.assert_array_equal(task.test["image"], images["t10k"])
+    assert (task.train.rows, task.validation.rows) == (20, 10)
 
 
 def test_images_of_a_hub_folder(tmp_path):
