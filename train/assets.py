@@ -42,7 +42,17 @@ from ntk_prefix.checks import UsageError, expected, explain
 from train.asset_table import ASSETS, Asset, AssetError
 from train.downloads import download
 
-__all__ = ["ASSETS", "Asset", "AssetError", "asset", "cache_directory", "file_states", "model_path", "verified_files"]
+__all__ = [
+    "ASSETS",
+    "Asset",
+    "AssetError",
+    "asset",
+    "cache_directory",
+    "file_states",
+    "model_path",
+    "model_version",
+    "verified_files",
+]
 
 NOTE = "asset.json"
 """In each asset's folder: the archive's sha256 and those of the files taken out."""
@@ -112,6 +122,12 @@ def file_states(path: Path) -> list[tuple[str, int, int]]:
     """Return name, size and time of a model's files: where these are the same, so are its weights."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
+
+
+def model_version(name: str, flag: str = "--model") -> list[tuple[str, int, int]]:
+    """Return what changes when a model's files do: :func:`file_states`; of an asset, whose name pins its bytes, nothing."""
+    path = None if name in ASSETS else model_path(name, flag)
+    return [] if path is None else file_states(path)
 
 
 def verified_files(name: str) -> dict[str, bytes]:

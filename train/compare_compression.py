@@ -44,7 +44,7 @@ from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefixed_model import Prefix, answers, attending, distances, in_parts, read_prompt
 from ntk_prefix.typing import Array, Float
 from train import unrelated
-from train.assets import ASSETS, file_states, model_path
+from train.assets import model_path, model_version
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.compression_case import Case, seen_by_layers
 from train.compression_table import Results, Row, draw, lines_of, markdown
@@ -371,18 +371,15 @@ def _case(
     return case, Judge(model, prefix, drawn["held"], {name: jnp.asarray(x) for name, x in other.items()})
 
 
-@functools.cache
-def _weights(model: str) -> list[tuple[str, int, int]]:
-    path = model_path(model)
-    return [] if path is None else file_states(path)
+_weights = functools.cache(model_version)
 
 
 def _hash(options: Options, inputs: Inputs, other: dict[str, np.ndarray], method: str) -> str:
     """Return a hash of what a method's rows of a prompt depend on, but for its name, budget, seed and the program."""
     named = ("model", "fitted", "held_out", *METHODS[method].options)
     settings = {name: getattr(options, name) for name in named}
-    if options.model not in ASSETS:  # whose files are pinned
-        settings["weights"] = _weights(options.model)
+    if weights := _weights(options.model):
+        settings["weights"] = weights
     known = hashlib.sha256(json_text(settings).encode())
     for array in (inputs.prompt, *inputs.texts.values(), *other.values()):
         known.update(f"{array.shape}".encode() + array.tobytes())

@@ -8,7 +8,7 @@
 The ranker is any encoder of text (``--ranker``), with an adapter or without, or one of RankGen's own checkpoints. Of a
 beginning it reads the last 512 tokens, of a continuation the first 128, and no more than it has positions. Results are JSON
 lines, one for each prompt, with all candidates and their scores, best first; written as they are found, and taken over by the
-same command run again, unless a file or the adapter has changed.
+same command run again, unless a file, the adapter or a model's files have changed.
 
 Source: RankGen (arXiv 2205.09726): over-generating and re-ranking, and its beam search.
 """
@@ -38,7 +38,7 @@ from ntk_prefix import models
 from ntk_prefix.artifacts import held, json_text, provenance, read_bytes, read_json, write_whole
 from ntk_prefix.checks import expected
 from ntk_prefix.models.ranker import SETTINGS
-from train.assets import model_path
+from train.assets import model_path, model_version
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.prompts import whole_text
 from train.readers import ENDINGS, open_table
@@ -231,11 +231,14 @@ def main(options: Score | Search | Rerank | Beam, console: Console) -> list[dict
     """Do what is asked, write the lines, and return them."""
     asked = _asked(options)
     among = _column(options.among, "--among", ("suffix", "text")) if isinstance(options, Search) else []
-    adapter = None if options.adapter is None else adapter_digest(options.adapter)
+    depends: dict[str, Any] = {"asked": asked, "among": among, "ranker": model_version(options.ranker, "--ranker")}
+    if options.adapter is not None:
+        depends["adapter"] = adapter_digest(options.adapter)
+    if isinstance(options, Rerank):
+        depends["model"] = model_version(options.model)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with held(options.results.with_name(f"{options.results.name}.lock"), "--out"):
-        results = _Results(options, {"asked": asked, "among": among, "adapter": adapter})
-        return _written(options, asked, among, results, console)
+        return _written(options, asked, among, _Results(options, depends), console)
 
 
 def _written(

@@ -1,5 +1,6 @@
 """``python -m train.rank``: what it keeps is what the ranker likes best, and a run is taken up where it stopped."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_of_a_long_prompt_the_end_is_read_behind_what_begins_every_text() -> Non
 
 
 def test_results_are_those_of_what_was_asked_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of a file as it was, nor of an adapter that has been trained anew since; nor do two write one file."""
+    """Not of a file as it was, nor of a model or an adapter that has been trained anew since; nor do two write one file."""
     calls: list[Sequence[str]] = []
 
     def load_scorer(*_: Any) -> Any:
@@ -254,6 +255,12 @@ def test_results_are_those_of_what_was_asked_now(tmp_path: Path, monkeypatch: py
     weights.write_bytes(b"2")
     main(options, Console(quiet=True))
     assert len(calls) == 6
+    own = dataclasses.replace(options, ranker=str(tmp_path / "ranker"))
+    (tmp_path / "ranker").mkdir()
+    for content in (b"1", b"22"):
+        (tmp_path / "ranker" / "model.safetensors").write_bytes(content)
+        main(own, Console(quiet=True))
+    assert len(calls) == 10
     with (
         held(tmp_path / "found" / "found.jsonl.lock", "other"),
         pytest.raises(UsageError, match="another process holds"),
