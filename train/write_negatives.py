@@ -28,10 +28,11 @@ import tyro
 from rich.console import Console
 
 from ntk_prefix import models
-from ntk_prefix.artifacts import held, write_whole
+from ntk_prefix.artifacts import held, json_text, provenance, read_json, write_whole
 from ntk_prefix.checks import expected
 from train import tasks
 from train.__main__ import parse_command
+from train.assets import model_version
 from train.command import Terminal, at_least, ended, resumable
 from train.config import TrainConfig
 from train.ranking_data import OTHERS, read_generated
@@ -78,7 +79,8 @@ def write(command: Command, console: Console, writer: Writer | None = None) -> i
         writer: in the place of the one that is named.
 
     Raises:
-        UsageError: what cannot be meant; a file of another form; another process writes it.
+        UsageError: what cannot be meant; a file of another form, or of texts that were written otherwise; another process
+            writes it.
     """
     command.check()
     config, file = command.config, command.out
@@ -89,6 +91,7 @@ def write(command: Command, console: Console, writer: Writer | None = None) -> i
     file.parent.mkdir(parents=True, exist_ok=True)
     with held(file.with_name(file.name + ".lock"), "--out"):
         found = read_generated(file)
+        _check_settings(command, new=not found)
         missing = [(prefix, count) for prefix, count in wanted if len(found.get(prefix, ())) < count]
         # a line that was being written when the program was stopped is left out
         rows = [json.dumps({"prefix": prefix, "generated": texts}) + "\n" for prefix, texts in found.items()]
@@ -112,6 +115,30 @@ def write(command: Command, console: Console, writer: Writer | None = None) -> i
         soft_wrap=True,
     )
     return len(missing)
+
+
+def _check_settings(command: Command, new: bool) -> None:
+    """Refuse to add texts of one kind to those of another; a file that is new is of this kind.
+
+    What is asked of the decoder stands beside the file. Where nothing does, nothing is known and nothing refused.
+    """
+    data, beside = command.config.data, command.out.with_name(f"{command.out.name}.settings.json")
+    settings = {
+        "writer": command.writer,
+        "version": [list(file) for file in model_version(command.writer, "--writer")],
+        "top-p": command.top_p,
+        "suffix-length": data.suffix_length,
+        "max-length": data.max_length,
+    }
+    if new:
+        write_whole(beside, json_text(settings | provenance("jax", "flax")).encode())
+    elif beside.is_file():
+        before = read_json(beside, dict[str, Any])
+        for name, value in settings.items():
+            if (written := before.get(name)) != value:
+                what = f"the files of {command.writer}" if name == "version" else name
+                wanted, got = ("as they were", "others") if name == "version" else (written, value)
+                raise expected(f"--out {command.out}: {what}", wanted, got, "Give another --out for other texts")
 
 
 def _write_some(command: Command, prefixes: list[str], count: int, writer: Any) -> None:

@@ -1,5 +1,6 @@
 """What stands beside a trained ranker: what a decoder writes, what it finds likely, and rows that nothing was trained for."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,8 +98,20 @@ def test_a_decoder_writes_negatives_behind_all_of_a_beginning(
 
     monkeypatch.setattr(write_negatives, "load_decoder", lambda *names: names)
     monkeypatch.setattr(write_negatives, "Writer", writer)
-    write(Command(config, writer="one", top_p=0.5, out=tmp_path / "generated.jsonl"), QUIET)
+    monkeypatch.setattr(write_negatives, "model_version", lambda *_: version)
+    version = [("model.safetensors", 1, 2)]
+    command = Command(config, writer="one", top_p=0.5, out=tmp_path / "generated.jsonl")
+    write(command, QUIET)
     assert made == ["one", "--writer", models.Sampling(top_p=0.5), 16]
+    # its texts are not mixed with others
+    assert write(command, QUIET) == 0
+    with pytest.raises(UsageError, match=r"generated.jsonl: writer: expected one, got smollm2. Give another --out"):
+        write(dataclasses.replace(command, writer="smollm2"), QUIET)
+    with pytest.raises(UsageError, match=r"top-p: expected 0.5, got 0.9"):
+        write(dataclasses.replace(command, top_p=0.9), QUIET)
+    version = [("model.safetensors", 1, 3)]
+    with pytest.raises(UsageError, match=r"the files of one: expected as they were, got others"):
+        write(command, QUIET)
 
 
 def test_a_likelihood_is_that_of_the_whole_text(decoder: Path) -> None:
