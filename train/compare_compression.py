@@ -38,18 +38,17 @@ from rich.console import Console
 from ntk_prefix import models
 from ntk_prefix.artifacts import held, json_text, provenance, write_whole
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
-from ntk_prefix.models.formats import read_checkpoint
-from ntk_prefix.models.loading import MODELS
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefixed_model import Prefix, answers, attending, distances, in_parts, read_prompt
 from ntk_prefix.typing import Array, Float
 from train import unrelated
-from train.assets import model_path, model_version
+from train.assets import model_version
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
 from train.compression_case import Case, seen_by_layers
 from train.compression_table import Results, Row, draw, lines_of, markdown
 from train.compressors import METHODS
 from train.prompts import padded, prompt_ids, some_texts, whole_text
+from train.writer import text_model
 
 __all__ = ["Options", "main"]
 
@@ -145,8 +144,8 @@ def main(options: Options, console: Console) -> list[dict[str, Any]]:
     Raises:
         UsageError: no text, no such row, a budget above a prompt, too few texts.
     """
-    path, language = _kind(options.model)
-    inputs, other = _inputs(options, path, language)
+    path, tokenizer, language = text_model(options.model)
+    inputs, other = _inputs(options, tokenizer, language)
     options.out.mkdir(parents=True, exist_ok=True)
     with held(options.out / ".lock", "--out"):
         results = Results(options.out / "rows.jsonl")
@@ -290,30 +289,17 @@ def _clustered(texts: list[np.ndarray]) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------- inputs
 
 
-def _kind(name: str) -> tuple[Path, bool]:
-    """Return where a model's files are, and whether it is one of language."""
-    path = model_path(name)
-    if path is None or models.load_tokenizer(path) is None:
-        raise expected("--model", "a model of text with a tokenizer", name)
-    known = MODELS.get(str(read_checkpoint(path).config.get("model_type")))
-    return path, known is not None and issubclass(known[1], models.Llama)
-
-
 def _model(options: Options, path: Path, language: bool) -> Any:
     with byte_progress(f"loading {options.model}") as progress:
         return models.from_pretrained(path, task="causal-lm" if language else None, progress=progress)
 
 
-def _inputs(options: Options, path: Path, language: bool) -> tuple[list[Inputs], dict[str, np.ndarray]]:
+def _inputs(options: Options, tokenizer: Any, language: bool) -> tuple[list[Inputs], dict[str, np.ndarray]]:
     """Return the prompts with their texts, and the unrelated text.
 
     Raises:
         UsageError: no text, a budget above a prompt or above the queries, too few texts.
     """
-    tokenizer = models.load_tokenizer(path)
-    assert tokenizer is not None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
 
     def encoded(texts: list[str], **wanted: Any) -> dict[str, np.ndarray]:
         # an encoder's text begins and ends with tokens of its own, behind a prompt too

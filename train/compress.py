@@ -35,7 +35,7 @@ import rich.progress
 import tyro
 from rich.console import Console
 
-from ntk_prefix import models, peft
+from ntk_prefix import peft
 from ntk_prefix.artifacts import held, json_text, provenance, read_json, write_whole
 from ntk_prefix.checks import expected
 from ntk_prefix.compression import Compression, Made, compress, errors
@@ -44,9 +44,10 @@ from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.prefixed_model import ROWS_AT_ONCE, Divergence, continuations, divergence, read_prompt
 from ntk_prefix.statistics import expected_error_bound
 from ntk_prefix.typing import Array, Float
-from train.assets import file_states, model_path
-from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
+from train.assets import file_states
+from train.command import Checked, Terminal, at_least, ended, parsed, resumable
 from train.prompts import padded, prompt_ids, some_texts, whole_text
+from train.writer import decoder, loaded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,12 +130,7 @@ def main(options: Options, console: Console) -> None:
     began = time.perf_counter()
     text = whole_text(options.prompt, "--prompt")
     own = None if options.queries is None else some_texts(options.queries, "--queries")
-    path = model_path(options.model)
-    tokenizer = None if path is None else models.load_tokenizer(path)
-    if path is None or tokenizer is None:
-        raise expected("--model", "a decoder with a tokenizer", options.model)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    path, tokenizer = decoder(options.model)
     prompt = np.asarray(prompt_ids(tokenizer, text, sys.maxsize), np.int32)
     if not len(prompt):
         raise expected("--prompt", "at least one token", "none")
@@ -147,10 +143,7 @@ def main(options: Options, console: Console) -> None:
     else:
         fitted = options.self_study - _held_out(options.self_study, options)
         _check_enough(fitted * options.tokens, options, "--self-study")
-    with byte_progress(f"loading {options.model}") as progress:
-        model: Any = models.from_pretrained(path, task="causal-lm", progress=progress)
-    if not isinstance(model, models.Llama):
-        raise expected("--model", "a decoder", type(model).__name__)
+    model = loaded(path, options.model)
     vocabulary, windows = model.config.vocab_size, [kind.window for kind in model.config.attention_kinds()]
     if own is None and options.self_study > vocabulary:
         raise expected("--self-study", f"at most the {vocabulary} tokens that the model knows", options.self_study)

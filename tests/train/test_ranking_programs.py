@@ -21,7 +21,7 @@ from ntk_prefix.checks import UsageError
 from ntk_prefix.models.ranker import save_settings
 from tests.train.test_ranking import document
 from tests.train.tiny_model import write_model
-from train import compare_decoding, ranking_references, write_negatives
+from train import compare_decoding, compress, ranking_references, write_negatives
 from train.compare import compare
 from train.comparison import run
 from train.comparison.plan import Comparison
@@ -112,6 +112,17 @@ def test_a_decoder_writes_negatives_behind_all_of_a_beginning(
     version = [("model.safetensors", 1, 3)]
     with pytest.raises(UsageError, match=r"the files of one: expected as they were, got others"):
         write(command, QUIET)
+
+
+def test_an_encoder_is_no_writer(config: TrainConfig, tmp_path: Path) -> None:
+    """It is said in words about the flag, before its weights are read."""
+    wrong = rf"--writer: expected a decoder, such as smollm2, got {config.model}, of model_type 'bert'"
+    with pytest.raises(UsageError, match=wrong):
+        write(Command(config, writer=config.model, out=tmp_path / "generated.jsonl"), QUIET)
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h")
+    with pytest.raises(UsageError, match=r"--model: expected a decoder, such as smollm2, got .*, of model_type 'bert'"):
+        compress.main(compress.Options(model=config.model, prompt=text, budget=2), QUIET)
 
 
 def test_a_likelihood_is_that_of_the_whole_text(decoder: Path) -> None:
