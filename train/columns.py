@@ -35,6 +35,9 @@ def column_flag(column: str) -> str:
 def read_columns(name: str, spec: TaskSpec, files: Iterable[Path]) -> tuple[Columns, tuple[str, ...]]:
     """Return the columns of a split under our names, and the names of its classes if its files note them.
 
+    Numbers of classes become the names that their file notes for them, for the next file may number them otherwise; of a task
+    with classes of its own only where it has these names.
+
     Args:
         name: of the task, for errors.
         spec: of the task: what the columns are called.
@@ -44,7 +47,7 @@ def read_columns(name: str, spec: TaskSpec, files: Iterable[Path]) -> tuple[Colu
         UsageError: a file that cannot be read, a column that is not there, an image that is none.
     """
     rows: Columns = {ours: [] for ours in spec.columns}
-    class_names: tuple[str, ...] = ()
+    class_names: dict[str, None] = {}
     for file in files:
         table = open_table(file)
         headless = spec.headerless and file.suffix in (".csv", ".tsv") and not _matches(spec, table.names)
@@ -62,9 +65,21 @@ def read_columns(name: str, spec: TaskSpec, files: Iterable[Path]) -> tuple[Colu
             values = table.column(matches[ours])
             if ours == "image":
                 values = [_image(value, file, row, spec.own) for row, value in enumerate(values)]
+            if ours == "label" and (noted := table.class_names.get(matches[ours], ())):
+                class_names |= dict.fromkeys(noted)
+                values = (
+                    [_named(value, noted) for value in values]
+                    if spec.own or {*noted} <= {*spec.label_names}
+                    else values
+                )
             rows[ours] += values
-        class_names = table.class_names.get(matches.get("label", ""), ())
-    return rows, class_names
+    return rows, tuple(class_names)
+
+
+def _named(label: Any, noted: Sequence[str]) -> Any:
+    """Return the name of a class's number, anything else as it is."""
+    is_number = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(noted)
+    return noted[label] if is_number else label
 
 
 def _matches(spec: TaskSpec, names: Sequence[str]) -> dict[str, str]:
@@ -162,9 +177,11 @@ def checked(where: str, columns: Columns, spec: TaskSpec, *, numbered: bool) -> 
                 raise expected(where, f"text in {column} of row {row}", repr(text))
     if "label" not in columns:
         return columns
-    numbers = {one: number for number, name in enumerate(spec.label_names) for one in (name, str(number))}
-    if not numbered:
-        numbers = {name: number for number, name in enumerate(spec.label_names)}
+    numbers = {name: number for number, name in enumerate(spec.label_names)}
+    # a number that is a name too is the name: stars from 1 to 5 are the classes 0 to 4
+    numbered = numbered and not any(name.isdecimal() and name != str(number) for name, number in numbers.items())
+    if numbered:
+        numbers = {str(number): number for number in numbers.values()} | numbers
     labels = []
     for row, label in enumerate(columns["label"]):
         text = _label_text(label) if spec.own else str(label)

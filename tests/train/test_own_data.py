@@ -271,3 +271,42 @@ def test_numbers_are_in_their_order(tmp_path: Path) -> None:
     for name, labels in (("a.csv", map(int, numbers)), ("a.parquet", numbers)):
         file = write_rows(tmp_path / name, [{"text": f"a {i}", "label": label} for i, label in enumerate(labels)])
         assert sources.read("text", file).label_names == ("-1", "9", "10")
+
+
+class TestClassNames:
+    """What ``datasets`` notes beside a column of class numbers: each file's numbers mean its own names."""
+
+    def written(self, file: Path, names: list[str], labels: list[str]) -> None:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        table = pa.table({"text": [f"a {i}" for i in range(len(labels))], "label": [*map(names.index, labels)]})
+        noted = {"huggingface": json.dumps({"info": {"features": features}})}
+        pa.parquet.write_table(table.replace_schema_metadata(noted), file)
+
+    def test_splits_and_parts_of_one_may_number_their_classes_otherwise(self, tmp_path: Path) -> None:
+        whole, fewer = ["x", "y", "z"] * 4, ["y", "z", "z"]
+        self.written(tmp_path / "train-00000-of-00002.parquet", ["x", "y", "z"], whole)
+        self.written(tmp_path / "train-00001-of-00002.parquet", ["z", "y", "x"], whole)
+        self.written(tmp_path / "test.parquet", ["y", "z"], fewer)
+        found = sources.read("text", tmp_path)
+        for split, labels in (("train", 2 * whole), ("test", fewer)):
+            assert [found.label_names[number] for number in found.splits[split]["label"]] == labels
+
+    def test_beside_class_numbers_a_file_of_names_or_of_numbers_is_read(self, tmp_path: Path) -> None:
+        self.written(tmp_path / "train.parquet", ["x", "y"], ["x", "y"] * 4)
+        for label in ("y", "1"):
+            write_rows(tmp_path / "test.csv", [{"text": "a", "label": label}])
+            assert sources.read("text", tmp_path).splits["test"]["label"] == [1]
+
+    def test_a_number_that_is_a_name_is_the_name(self, tmp_path: Path) -> None:
+        self.written(tmp_path / "train.parquet", ["1", "2", "3"], ["1", "2", "3"] * 4)
+        write_rows(tmp_path / "test.csv", [{"text": "a", "label": label} for label in "123"])
+        assert [*sources.read("text", tmp_path).splits["test"]["label"]] == [0, 1, 2]
+        write_rows(tmp_path / "test.csv", [{"text": "a", "label": "0"}])
+        with pytest.raises(ValueError, match="expected a label out of 1, 2, 3 in row 0, got '0'"):
+            sources.read("text", tmp_path)
+
+    def test_a_class_that_training_has_not_is_refused_by_its_name(self, tmp_path: Path) -> None:
+        self.written(tmp_path / "train.parquet", ["x", "y"], ["x", "y"] * 4)
+        self.written(tmp_path / "test.parquet", ["w", "x"], ["w", "x"])
+        with pytest.raises(ValueError, match=r"expected a label out of x, y.* in row 0, got 'w'"):
+            sources.read("text", tmp_path)
