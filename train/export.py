@@ -102,18 +102,20 @@ CLASSIFIERS: tuple[Kind, ...] = ("sequence-classification", "image-classificatio
 
 def _predictor(options: Options, console: Console) -> None:
     run = finished(options.run, "a run of classification with an adapter", CLASSIFIERS)
-    graph, state = nnx.split(run.model())
+    model = run.model()
+    # keys of random streams, which no prediction draws from, are no weights
+    graph, state, streams = nnx.split(model, nnx.Not(nnx.RngState), ...)
     variables = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
     weights: dict[str, Array] = {name: variable[...] for name, (_, variable) in variables.items()}
 
     def predict(weights: dict[str, Array], inputs: dict[str, Array]) -> Array:
         filled = [(path, variable.replace(weights[name])) for name, (path, variable) in variables.items()]
-        model = nnx.merge(graph, nnx.from_flat_state(filled))
+        model = nnx.merge(graph, nnx.from_flat_state(filled), streams)
         return jax.nn.softmax(model(**inputs).logits.astype(jnp.float32))
 
     options.out.mkdir(parents=True, exist_ok=True)
     for rows in options.rows or (1, 32):
-        made = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(_shapes(weights), _inputs(run, rows))
+        made = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(_shapes(weights), _inputs(run, model, rows))
         write_whole(options.out / f"predict_{rows}.bin", bytes(made.serialize()))
         console.print(f"a program for {rows} rows on {', '.join(made.platforms)}")
     from safetensors.flax import save
@@ -123,7 +125,7 @@ def _predictor(options: Options, console: Console) -> None:
         "labels": run.labels,
         "tokens": run.config.data.max_length if "text" in run.columns else None,
         "pairs": "text_pair" in run.columns,
-        "inputs": {name: [list(x.shape), str(x.dtype)] for name, x in _inputs(run, 1).items()},
+        "inputs": {name: [list(x.shape), str(x.dtype)] for name, x in _inputs(run, model, 1).items()},
         "image": None if "text" in run.columns else dataclasses.asdict(run.image()),
         "run": json.loads((run.folder / "config.json").read_text()),
         "jax": jax.__version__,
@@ -139,12 +141,13 @@ def _shapes(weights: dict[str, Array]) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
 
 
-def _inputs(run: Finished, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return what the program takes: token ids and mask, token types of pairs; or images, normalized."""
+def _inputs(run: Finished, model: Any, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return what the program takes: token ids and mask, token types of pairs if the model has them; or images, normalized."""
     if "text" not in run.columns:
         size = run.config.data.image_size
         return {"pixel_values": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32)}
-    names = ("input_ids", "attention_mask", *(("token_type_ids",) if "text_pair" in run.columns else ()))
+    made = {"input_ids", "attention_mask", *({"token_type_ids"} if "text_pair" in run.columns else ())}
+    names = [name for name in model.input_names if name in made]
     return {name: jax.ShapeDtypeStruct((rows, run.config.data.max_length), jnp.int32) for name in names}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +21,18 @@ from train.predict import load
 from train.setup import load_model
 
 WORDS = ["[PAD]", "[UNK]", "a", "gripping", "dull", "film"]
+DISTILBERT = Path(__file__).parents[1] / "fixtures" / "encoders" / "distilbert"
 TEXTS = ["a gripping film", "dull", "a film a film a film a film a film"]
 
 
-def finished(folder: Path, method: peft.AdapterConfig, name: str) -> Path:
-    """Write what a run on texts leaves, with an adapter that does something."""
+def finished(
+    folder: Path, method: peft.AdapterConfig, name: str, task: str = "text", model_of: Path | None = None
+) -> Path:
+    """Write what a run on texts leaves, with an adapter that does something; the model is a BERT, or a copy of another."""
     base = write_model(folder / "base", WORDS, special=["[PAD]"], kind="bert")
-    config = TrainConfig(model=str(base), task="text", method=name, max_length=8)
+    if model_of is not None:
+        shutil.copytree(model_of, base, dirs_exist_ok=True)
+    config = TrainConfig(model=str(base), task=task, method=name, max_length=8)
     model = peft.apply(load_model(config, base, "sequence-classification", 2), method)
     for _, x in sorted(adapter_values(model).items()):
         x[...] = x[...] + 0.3 * np.random.default_rng(x.size).random(x.shape, np.float32)
@@ -60,6 +66,21 @@ def test_a_predictor_says_what_the_run_says(tmp_path: Path) -> None:
     assert [label for label, _ in found] == [one["label"] for one in wanted]
     np.testing.assert_allclose([p for _, p in found], [one["probability"] for one in wanted], rtol=1e-5)
     assert len({round(p, 4) for _, p in found}) == 3
+
+
+def test_a_method_that_has_a_random_stream_is_exported_too(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", peft.PrefixPropagationConfig(dropout=0.5), "prefix_propagation")
+    export(run, "stablehlo", tmp_path / "out", 3)
+    found = runpy.run_path(str(tmp_path / "out" / "predict.py"))["classify"](TEXTS)
+    np.testing.assert_allclose([p for _, p in found], [one["probability"] for one in load(run)(TEXTS)], rtol=1e-5)
+
+
+def test_pairs_have_token_types_only_where_the_model_has(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", peft.LoraConfig(r=2), "lora", "pair", DISTILBERT)
+    export(run, "stablehlo", tmp_path / "out", 3)
+    found = runpy.run_path(str(tmp_path / "out" / "predict.py"))["classify"]([*zip(TEXTS, TEXTS[::-1], strict=True)])
+    wanted = load(run)(TEXTS, TEXTS[::-1])
+    np.testing.assert_allclose([p for _, p in found], [one["probability"] for one in wanted], rtol=1e-5)
 
 
 def test_its_script_needs_nothing_of_ours(tmp_path: Path) -> None:
