@@ -73,6 +73,8 @@ class Dataset(Mapping[str, np.ndarray]):
             and columns that no batch holds: ``text``, ``question``, ``answer``, ...
         pad_id: token that pads.
         image: how images are handed out.
+        longest: tokens that a row has at most, if that is known; no batch is padded beyond it, for a model may have as many
+            positions and no more.
 
     Raises:
         ValueError: no row, or columns of different length.
@@ -81,6 +83,7 @@ class Dataset(Mapping[str, np.ndarray]):
     columns: Mapping[str, np.ndarray]
     pad_id: int = 0
     image: ImageFormat | None = None
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         """Check, and protect what is shared."""
@@ -103,6 +106,12 @@ class Dataset(Mapping[str, np.ndarray]):
     def has_images(self) -> bool:
         """Return whether batches hold images rather than tokens."""
         return "image" in self.columns and self.image is not None
+
+    def bounded(self, buckets: Sequence[int]) -> Sequence[int]:
+        """Return lengths to pad to, none beyond :attr:`longest`."""
+        if self.longest is None:
+            return buckets
+        return (*(length for length in buckets if length < self.longest), self.longest)
 
     @property
     def rows(self) -> int:
@@ -142,7 +151,7 @@ def train_batches(
     Raises:
         ValueError: at the call: a split without tokens or images, rows that fit no bucket, a share that is not whole.
     """
-    share = _share(batch_size, process_index, process_count)
+    share, buckets = _share(batch_size, process_index, process_count), split.bounded(buckets)
     lengths = _lengths(split, buckets)
     # grain shuffles epoch e with seed + e: neighboring seeds would share epochs
     (order_seed,) = np.random.SeedSequence(seed).generate_state(1)
@@ -212,7 +221,7 @@ def evaluation_batches(
     Raises:
         ValueError: as ``train_batches``.
     """
-    share = _share(batch_size, process_index, process_count)
+    share, buckets = _share(batch_size, process_index, process_count), split.bounded(buckets)
     lengths = _lengths(split, buckets)
     return (
         _collate(split, rows[share], weight[share], _bucket(lengths, rows, buckets))

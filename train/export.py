@@ -104,7 +104,8 @@ def _predictor(options: Options, console: Console) -> None:
     run = finished(options.run, "a run of classification with an adapter", CLASSIFIERS)
     model = run.model()
     # keys of random streams, which no prediction draws from, are no weights
-    graph, state, streams = nnx.split(model, nnx.Not(nnx.RngState), ...)
+    graph, *states = nnx.split(model, nnx.Not(nnx.RngState), ...)
+    state, streams = states
     variables = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
     weights: dict[str, Array] = {name: variable[...] for name, (_, variable) in variables.items()}
 

@@ -53,7 +53,7 @@ class Finished(NamedTuple):
             UsageError: a file of either is broken.
         """
         model: Any = load_model(self.config, self.path, self.kind, len(self.labels))
-        set_context_length(model, self.config.data.max_length, self.config.window)
+        set_context_length(model, self.config)
         return peft.load_adapter(model, self.folder / "adapter")
 
 

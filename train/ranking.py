@@ -171,7 +171,12 @@ def identification(
 
 
 def vectors(
-    encode: Callable[[Batch], np.ndarray], texts: list[np.ndarray], batch_size: int, *, cosine: bool = True
+    encode: Callable[[Batch], np.ndarray],
+    texts: list[np.ndarray],
+    batch_size: int,
+    *,
+    cosine: bool = True,
+    longest: int | None = None,
 ) -> Float[np.ndarray, "n D"]:
     """Return the vectors of texts that are tokens already, in their order; like lengths are read together.
 
@@ -180,9 +185,10 @@ def vectors(
         texts: [tokens] each, with their marks.
         batch_size: read at once.
         cosine: make them of length 1.
+        longest: as of :class:`~train.data.Dataset`.
     """
     columns = {"input_ids": data.objects(texts), "labels": np.zeros(len(texts), np.int32)}
-    split, places = data.by_length(Dataset(columns))
+    split, places = data.by_length(Dataset(columns, longest=longest))
     found = [np.asarray(encode(batch), np.float64) for batch in data.evaluation_batches(split, batch_size)]
     whole = np.concatenate(found)[: len(texts)][places]
     return whole / np.linalg.norm(whole, axis=1, keepdims=True).clip(1e-12) if cosine else whole
@@ -203,7 +209,7 @@ def by_encoder(
     there = [(row, place) for row, place in zip(*np.nonzero(split["candidates"]), strict=True)]
     ids, mask = split["candidate_ids"], split["candidate_mask"]
     suffixes = [ids[each][mask[each] == 1] for each in there]
-    whole = vectors(encode, [*split["input_ids"], *suffixes], batch_size, cosine=cosine)
+    whole = vectors(encode, [*split["input_ids"], *suffixes], batch_size, cosine=cosine, longest=split.longest)
     number = {(int(row), int(place)): split.rows + i for i, (row, place) in enumerate(there)}
 
     def score(_: str, row: int, candidates: list[tuple[int, int]]) -> np.ndarray:

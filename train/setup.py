@@ -102,7 +102,7 @@ def build(config: TrainConfig) -> Setup:
     model = load_model(config, path, task.kind, task.num_labels, placement.get("mesh"))
     _check_vocabulary(model, task, config.model)
     _check_image_size(model, task, config.data.image_size)
-    set_context_length(model, config.data.max_length, config.window)
+    set_context_length(model, config)
     rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.max_length))
     _, first = next(data.train_batches(task.train, rows, config.seed))
     adapt(model, config, model_inputs(model, first))
@@ -206,18 +206,23 @@ def load_model(
         )
 
 
-def set_context_length(model: nnx.Module, max_length: int, window: int | None) -> None:
-    """Let a model read texts of this length, through a window if there is one.
+def set_context_length(model: nnx.Module, config: TrainConfig) -> None:
+    """Let a model read the texts of a run, through its window if it has one, at positions that its adapter may shift.
 
     Raises:
         ValueError: a window on a decoder.
     """
     backbone: Any = getattr(model, "backbone", model)
+    window = config.window
     if window is not None and not backbone.encoder:
         raise expected("--window", f"None for a decoder such as {type(backbone).__name__}", window)
     backbone.window = window
-    if isinstance(backbone, models.Bert) and max_length > backbone.config.max_tokens:
-        backbone.extend_positions(max_length)
+    longest = config.data.max_length
+    if spec_of(config.task).kind == "ranking":
+        longest = max(longest, config.data.suffix_length)
+    positions = longest + sum(each.position_shift for each in adapter_config(config.method, config.adapter))
+    if isinstance(backbone, models.Bert) and positions > backbone.config.max_tokens:
+        backbone.extend_positions(positions)
 
 
 def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Array]:

@@ -173,7 +173,7 @@ def load(
                     lacking,
                 )
         lengths = (max_length, settings.suffix_length)
-        return Dataset(encoded(encoder, columns, lengths, others, written), pad_id=pad_id)
+        return Dataset(encoded(encoder, columns, lengths, others, written), pad_id=pad_id, longest=max(lengths))
 
     def dataset(columns: Columns, drop: bool = False) -> Dataset:
         if spec.kind == "ranking":
@@ -188,7 +188,7 @@ def load(
                 arrays |= encode_texts(encoder, columns, max_length)
         if drop:
             arrays = _without_long(name, arrays, max_length)
-        return Dataset(arrays, pad_id=pad_id, image=image)
+        return Dataset(arrays, pad_id=pad_id, image=image, longest=max_length)
 
     unrelated = None
     if encoder is not None and end_id is not None and settings.unrelated != NONE:

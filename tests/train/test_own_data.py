@@ -17,8 +17,9 @@ from tests.models.formulas import CONFIGS, draw, write
 from train import sources, tasks
 from train.__main__ import main, parse
 from train.config import TrainConfig
+from train.data import train_batches
 from train.predict import load
-from train.setup import build, normalization
+from train.setup import build, model_inputs, normalization
 
 BERT = Path(__file__).parents[1] / "fixtures" / "a340712" / "bert"
 QUICK = ["--steps", "4", "--batch-size", "8", "--evaluate-every", "4", "--checkpoint-every", "4", "--devices", "1"]
@@ -264,6 +265,17 @@ class TestWhatIsWrong:
         file = write_rows(tmp_path / "reviews.csv", [{**row, "review": "review " + row["review"]} for row in REVIEWS])
         line = refused(monkeypatch, capsys, "text", "--model", folder, "--data-dir", file, *NAMED)
         assert f"--model: expected a tokenizer whose ids are below {known}, the model's, got" in line
+
+
+@pytest.mark.parametrize("adapter", [(), ("shift_positions=true", "num_tokens=3")])
+def test_texts_of_any_length_have_positions_padded_and_shifted(adapter: tuple[str, ...], tmp_path: Path) -> None:
+    """No length that batches are padded to is 41, and the model has 32 positions."""
+    file = write_rows(tmp_path / "long.jsonl", [{"text": f"{i} " + "so " * 50, "label": i % 2} for i in range(40)])
+    config = TrainConfig(model=str(BERT), task="text", method="prefix_tuning", adapter=adapter, max_length=41)
+    found = build(config.changed(data_dir=str(file), validation_size=8))
+    _, batch = next(train_batches(found.task.train, 4, 0))
+    assert batch["input_ids"].shape == (4, 41)
+    assert found.model(**model_inputs(found.model, batch)).logits.shape == (4, 2)
 
 
 def test_numbers_are_in_their_order(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from ntk_prefix.models.formats import read_checkpoint
 from ntk_prefix.models.loading import MODELS
 from train import assets, setup
 from train.config import TrainConfig
-from train.data import BUCKETS
 from train.sources import Kind, spec_of
 
 __all__ = ["SHAPES", "abstract_batch", "abstract_model", "model_fields"]
@@ -134,7 +133,7 @@ def abstract_model(config: TrainConfig, shape: str | None, num_labels: int) -> A
 
     def build() -> Any:
         model: Any = make()
-        setup.set_context_length(model, config.data.max_length, config.window)
+        setup.set_context_length(model, config)
         rows = abstract_batch(config, kind, 2)
         setup.adapt(model, config, {name: rows[name] for name in model.input_names if name in rows})
         return model
@@ -180,7 +179,7 @@ def _keep_in(backbone: Any, dtype: jnp.dtype) -> None:
 def abstract_batch(config: TrainConfig, kind: Kind, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Return what a batch of :func:`train.data.train_batches` is: the longest that there can be.
 
-    Text is padded to a bucket; beyond the longest bucket there is none, and the length itself is taken.
+    Text is padded to a bucket, and never beyond the run's own length.
     """
     if kind == "image-classification":
         inputs: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -188,7 +187,7 @@ def abstract_batch(config: TrainConfig, kind: Kind, rows: int) -> dict[str, jax.
         }
         labels: tuple[int, ...] = (rows,)
     else:
-        length = next((each for each in BUCKETS if each >= config.data.max_length), config.data.max_length)
+        length = config.data.max_length
         inputs = {name: ((rows, length), np.int32) for name in ("input_ids", "attention_mask")}
         labels = (rows, length) if kind == "causal-lm" else (rows,)
     arrays = {**inputs, "labels": (labels, np.int32), "weight": ((rows,), np.float32)}
