@@ -27,8 +27,8 @@ from train import hub
 from train.command import Terminal, ended, parsed
 from train.config import CONFIGS, SECTION_OF, TrainConfig
 from train.loop import Interrupted, run
-from train.sources import Kind, spec_of
 from train.trackers import Log, check_installed
+from train.unread import unread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,28 +83,18 @@ def with_policy(arguments: list[str]) -> list[str]:
     return words
 
 
-RANKING_ONLY = ("suffix_length", "negatives", "generated", "generated_negatives", "human", "temperature")
-
-MEANINGLESS: dict[Kind, tuple[str, ...]] = {
-    "sequence-classification": ("image_size", "max_new_tokens", *RANKING_ONLY),
-    "image-classification": ("max_length", "window", "grouped", "max_new_tokens", *RANKING_ONLY),
-    "causal-lm": ("image_size", "window", "pooling", "head_learning_rate", *RANKING_ONLY),
-    "ranking": ("image_size", "window", "max_new_tokens", "prompt_template", "accumulate"),
-}
-"""Fields that say nothing to a kind of task."""
-
-
 def refuse_meaningless(arguments: list[str], config: TrainConfig) -> None:
-    """Refuse a flag that was given and that this task would never look at.
+    """Refuse a flag that was given and that this task or this method would never look at.
 
     Raises:
         UsageError: naming the flag.
     """
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    for field in MEANINGLESS[spec_of(config.task).kind]:
-        flag = f"--{field.replace('_', '-')}"
-        if flag in given:
-            raise expected(flag, f"it left alone, since it means nothing to the task {config.task}", "a value")
+    for field, what in unread(config).items():
+        name = field.replace("_", "-")
+        for flag in (f"--{name}", f"--no-{name}"):
+            if flag in given:
+                raise expected(flag, f"it left alone, since it means nothing to the {what}", "it")
 
 
 def parse_command(kind: type[Parsed], arguments: list[str], prog: str, about: str) -> Parsed:

@@ -9,6 +9,7 @@ from typing import Any
 from ntk_prefix.artifacts import json_text
 from train.asset_table import ASSETS
 from train.config import CONFIGS, TrainConfig
+from train.unread import unread
 
 __all__ = ["card", "command"]
 
@@ -36,8 +37,12 @@ TAGS = {
 
 
 def command(config: TrainConfig) -> str:
-    """Return a command line that asks for this configuration: the nearest named one, and what differs from it."""
-    wanted = config.flat()
+    """Return a command line that asks for this configuration: the nearest named one, and what differs from it.
+
+    What such a run would never look at is left out.
+    """
+    silent = unread(config)
+    wanted = {field: value for field, value in config.flat().items() if field not in silent}
     changes = {
         name: {field: value for field, value in wanted.items() if known.flat()[field] != value}
         for name, (_, known) in CONFIGS.items()

@@ -146,11 +146,30 @@ class TestFlags:
             (("tiny", "--window", "4"), "--window"),
             (("gsm8k", "--pooling", "cls"), "--pooling"),
             (("gsm8k", "--window", "8"), "--window"),
+            (("sst2", "--prompt-template", "Q: {}"), "--prompt-template"),
+            (("sst2", "--unrelated", "/nowhere.txt"), "--unrelated"),
+            (("tiny", "--eval.no-before"), "--no-before"),
+            (("ranking_reviews", "--unrelated-rows", "3"), "--unrelated-rows"),
         ],
     )
     def test_one_that_means_nothing_to_the_task_is_refused(self, arguments: tuple[str, ...], flag: str) -> None:
         with pytest.raises(UsageError, match=f"{flag}: expected it left alone, since it means nothing to the task"):
             parse(list(arguments))
+
+    @pytest.mark.parametrize(
+        ("method", "adapter", "rate"),
+        [
+            ("lora", "r=2", "k-learning-rate"),
+            ("ntk_attention", "train_k=false", "k-learning-rate"),
+            ("head", "", "learning-rate"),
+            ("lora", "train_head=false", "head-learning-rate"),
+        ],
+    )
+    def test_a_rate_at_which_nothing_is_trained_is_refused(self, method: str, adapter: str, rate: str) -> None:
+        changed = ("sst2", "--method", method, *(("--adapter", adapter) if adapter else ()))
+        with pytest.raises(UsageError, match=f"--{rate}: expected it left alone, .* to the method {method}"):
+            parse([*changed, f"--{rate}", "0.1"])
+        parse([*changed, *(f"--{name}=0.1" for name in {"learning-rate", "head-learning-rate"} - {rate})])
 
     def test_a_field_of_another_section_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert run(monkeypatch, "tiny", "--data.learning-rate", "1") == 2
