@@ -262,6 +262,17 @@ class Host(nnx.Module):
         self.names = tuple(other for other in self.names if other != name)
         self.active = None if self.active == name else self.active
 
+    def rows_of(self, batch: int) -> Int[Array, "B"]:
+        """Return the indices of a mixed batch.
+
+        Raises:
+            UsageError: the batch has another number of rows.
+        """
+        assert self.rows is not None
+        if self.rows.shape != (batch,):
+            raise expected("rows", f"one for each of the {batch} rows of the batch", f"{len(self.rows)}")
+        return self.rows
+
     def current(self) -> Any:
         """Return the active adapter of this module, None if it has none under the active name."""
         if self.active is None or self.active not in self.adapters:

@@ -64,13 +64,14 @@ class HeadHost(Host):
         """Return the active copy's output, or that of each row's own; a row of -1 gets the frozen head's."""
         head = self.current()
         if self.rows is not None:
+            rows = self.rows_of(len(x))
             heads = [self.adapters[name] for name in self.names]
-            kernel = gather_rows([h.kernel[...] for h in heads], self.rows)
+            kernel = gather_rows([h.kernel[...] for h in heads], rows)
             output = jnp.einsum("b...d,bde->b...e", x, kernel.astype(x.dtype))
             if biases := [h.bias[...] for h in heads if h.bias is not None]:
-                bias = gather_rows(biases, self.rows)
+                bias = gather_rows(biases, rows)
                 output = output + bias.astype(x.dtype).reshape(len(bias), *(1,) * (x.ndim - 2), -1)
-            frozen = (self.rows < 0).reshape(-1, *(1,) * (x.ndim - 1))
+            frozen = (rows < 0).reshape(-1, *(1,) * (x.ndim - 1))
             return jnp.where(frozen, self.base(x), output)
         if head is None:
             return self.base(x)

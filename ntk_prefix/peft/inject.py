@@ -171,22 +171,23 @@ def activate(model: Any, name: str | None) -> None:
         host.active = name
         for other, adapter in host.adapters.items():
             set_active(adapter, other == name)
-    _shift_positions(model, known.get(name, ()) if name is not None else ())
+    _set_positions(model)
 
 
 @contextlib.contextmanager
 def disable_adapter(model: Any) -> Iterator[None]:
-    """Within it, the model is the frozen model.
+    """Within it, the model is the frozen model; rows of a mixed batch go through no adapter either.
 
     Raises:
         ValueError: as :func:`activate`.
     """
     active = active_adapter(model)
-    activate(model, None)
-    try:
-        yield
-    finally:
-        activate(model, active)
+    with _rows_of_none(model):
+        activate(model, None)
+        try:
+            yield
+        finally:
+            activate(model, active)
 
 
 @contextlib.contextmanager
@@ -194,32 +195,45 @@ def mixed(model: Any, rows: Int[Array, "B"], names: Sequence[str]) -> Iterator[N
     """Within it, row b of a batch goes through adapter ``names[rows[b]]``, and through none where ``rows[b] = -1``.
 
     ``rows`` may be traced, so one compiled program serves every assignment. A traced row cannot be refused: one that is
-    none of ``names`` goes through no adapter.
+    none of ``names`` goes through no adapter. One such block may stand within another.
 
     Raises:
-        ValueError: an unknown name, a row that names none of them, adapters of different shapes, or methods that a mixed
-            batch has no room for, such as prefixes that shift positions.
+        ValueError: an unknown name, or none, a row that names none of them, adapters of different shapes, or methods that a
+            mixed batch has no room for, such as prefixes that shift positions; as the model is called: another number of rows
+            than the batch has.
     """
     known = configs(model)
+    if not names:
+        raise expected(
+            "names", f"at least one adapter of {sorted(known)}", "none", "disable_adapter takes all of them off"
+        )
     if unknown := set(names) - set(known):
         raise expected("names", f"adapters among {sorted(known)}", sorted(unknown))
     for each in (each for name in names for each in known[name] if each.unmixable):
         raise expected("names", f"adapters that {each.unmixable} in a mixed batch", each.method.replace("_", " "))
     rows = _checked_rows(rows, len(names))
     hosts = _hosts(model)
-    before = [host.names for host in hosts]
-    active = active_adapter(model)
     if missing := [name for host in hosts for name in names if name not in host.adapters]:
         raise expected("names", "adapters on the same modules in a mixed batch", f"{sorted(set(missing))} on some only")
-    try:
-        _shift_positions(model, ())
+    with _rows_of_none(model):
         for host in hosts:
             host.names, host.rows = tuple(names), rows
+        _set_positions(model)
+        yield
+
+
+@contextlib.contextmanager
+def _rows_of_none(model: Any) -> Iterator[None]:
+    """Within it no batch is mixed until that is said; what was is afterwards again."""
+    before = [(host, host.names, host.rows) for host in _hosts(model)]
+    try:
+        for host, _, _ in before:
+            host.rows = None
         yield
     finally:
-        for host, all_names in zip(hosts, before, strict=True):
-            host.names, host.rows = all_names, None
-        _shift_positions(model, known.get(active, ()) if active is not None else ())
+        for host, names, rows in before:
+            host.names, host.rows = names, rows
+        _set_positions(model)
 
 
 def delete_adapter(model: Any, name: str) -> None:
@@ -396,13 +410,14 @@ def _checked_rows(rows: Int[Array, "B"], adapters: int) -> Int[Array, "B"]:
     return jnp.where((rows >= 0) & (rows < adapters), rows, -1)
 
 
-def _shift_positions(model: Any, active: Sequence[AdapterConfig]) -> None:
-    """Move the tokens' positions by what the active methods ask for, on top of what a user has set.
+def _set_positions(model: Any) -> None:
+    """Move the tokens' positions by what the active methods ask for, on top of what a user has set; not in a mixed batch.
 
     What the shift made of an offset is remembered beside it: if it is still there it is taken back, else the user has set
     the offset since, and it stays.
     """
-    shift = sum(each.position_shift for each in active)
+    active = None if any(host.rows is not None for host in _hosts(model)) else active_adapter(model)
+    shift = 0 if active is None else sum(each.position_shift for each in configs(model)[active])
     modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
     for module in modules:
         # whoever passes the option on to another module has none of its own

@@ -242,3 +242,37 @@ def test_a_row_that_names_no_adapter_is_refused_and_traced_goes_through_none() -
 
     np.testing.assert_array_equal(mixed(jnp.array([0, 2])), mixed(jnp.array([0, -1])))
     np.testing.assert_array_equal(mixed(jnp.array([-2, 1])), mixed(jnp.array([-1, 1])))
+
+
+class TestWithinAMixedBatch:
+    def test_no_adapter_is_none_for_any_row_and_the_rows_are_back_afterwards(self) -> None:
+        model = put(trained("prefix"), "shifting prefix", name="second")
+        with peft.mixed(model, jnp.zeros(8, int), ["default"]):
+            mixed = model(*inputs())
+            with peft.disable_adapter(model):
+                np.testing.assert_array_equal(model(*inputs()), frozen())
+            np.testing.assert_array_equal(model(*inputs()), mixed)
+            assert model.position_offset == 0
+        assert model.position_offset == 5
+
+    def test_another_may_stand(self) -> None:
+        model, rows = trained("ntk"), jnp.arange(8) % 2 - 1
+        with peft.mixed(model, rows, ["default"]):
+            outer = model(*inputs())
+            with peft.mixed(model, jnp.full(8, -1), ["default"]):
+                np.testing.assert_allclose(model(*inputs()), frozen(), atol=1e-6)
+            np.testing.assert_array_equal(model(*inputs()), outer)
+
+    @pytest.mark.parametrize("method", ["lora", "ntk", "prefix", "head"])
+    @pytest.mark.parametrize("rows", [1, 4, 16])
+    def test_rows_are_those_of_the_batch(self, method: str, rows: int) -> None:
+        model = trained(method)
+        with (
+            pytest.raises(ValueError, match=f"rows: expected one for each of the 8 rows of the batch, got {rows}"),
+            peft.mixed(model, jnp.zeros(rows, int), ["default"]),
+        ):
+            model(*inputs())
+
+    def test_there_are_adapters(self) -> None:
+        with pytest.raises(ValueError, match=r"names: expected at least one adapter of \['default'\], got none"):
+            peft.mixed(trained("lora"), jnp.full(8, -1), []).__enter__()

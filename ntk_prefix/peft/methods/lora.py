@@ -204,9 +204,10 @@ class LoraLinear(Host):
         if isinstance(self.base, nnx.LinearGeneral):
             x = x.reshape(*x.shape[: x.ndim - len(self.base.in_features)], -1)
         if self.rows is not None:
+            rows = self.rows_of(len(x))
             hosted = [self.adapters[name] for name in self.names]
-            a = gather_rows([factors.a[...] for factors in hosted], self.rows)
-            b = gather_rows([factors.scale * factors.b[...] for factors in hosted], self.rows)
+            a = gather_rows([factors.a[...] for factors in hosted], rows)
+            b = gather_rows([factors.scale * factors.b[...] for factors in hosted], rows)
             addition = jnp.einsum("b...d,bdr->b...r", x, a.astype(x.dtype))
             addition = jnp.einsum("b...r,bre->b...e", addition, b.astype(x.dtype))
             return output + addition.astype(output.dtype).reshape(output.shape)

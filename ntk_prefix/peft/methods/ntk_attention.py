@@ -331,8 +331,7 @@ class StateCore(Host, AttentionCore):
 
     def _mixed(self, query: Array, key: Array, value: Array, options: AttentionOptions) -> Array:
         """Return a state for each row; a row of -1 has the zero state, which is no prefix."""
-        assert self.rows is not None
-        rows = self.rows
+        rows = self.rows_of(len(query))
         hosted: list[Any] = [self.adapters[name] for name in self.names]
         kinds = {(state._settings, state.mass): f"{state.phi}, {state.mass}" for state in hosted}
         if len(kinds) > 1:

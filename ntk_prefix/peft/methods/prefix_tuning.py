@@ -214,13 +214,14 @@ class PrefixCore(Host, AttentionCore):
         """Return :func:`~ntk_prefix.attention.prefix_attention`; every query sees the whole prefix."""
         tokens = self.current()
         if self.rows is not None:
+            rows = self.rows_of(len(query))
             hosted = [self.adapters[name] for name in self.names]
-            prefix_key = gather_rows([t.key[...] for t in hosted], self.rows).astype(key.dtype)
-            prefix_value = gather_rows([t.value[...] for t in hosted], self.rows).astype(value.dtype)
+            prefix_key = gather_rows([t.key[...] for t in hosted], rows).astype(key.dtype)
+            prefix_value = gather_rows([t.value[...] for t in hosted], rows).astype(value.dtype)
             output = prefix_attention(query, key, value, prefix_key, prefix_value, **options)
             # keys of zeros are still seen, so rows without an adapter need attention without a prefix
             plain = softmax_attention(query, key, value, **options)
-            return jnp.where((self.rows < 0)[:, None, None, None], plain, output)
+            return jnp.where((rows < 0)[:, None, None, None], plain, output)
         if tokens is None:
             return softmax_attention(query, key, value, **options)
         prefix_key, prefix_value = tokens.key[...].astype(key.dtype), tokens.value[...].astype(value.dtype)
