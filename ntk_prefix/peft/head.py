@@ -81,9 +81,9 @@ class HeadHost(Host):
         return output + head.bias[...].astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
 
     def merge(self) -> nnx.Linear:
-        """Return a linear map with the active copy's weights."""
-        head = self.current()
-        self.base.kernel[...] = head.kernel[...]
+        """Return a linear map with the active copy's weights, rounded to what its own are kept in."""
+        head, dtype = self.current(), self.base.kernel.dtype
+        self.base.kernel[...] = head.kernel[...].astype(dtype)
         if head.bias is not None:
-            self.base.bias = nnx.Param(head.bias[...])
+            self.base.bias = nnx.Param(head.bias[...].astype(dtype))
         return self.base

@@ -272,6 +272,14 @@ def test_merged_is_unmerged(method):
     assert peft.configs(merged) == {}
 
 
+def test_a_merged_head_is_as_narrow_as_the_model_s_was():
+    model = tiny()
+    for parameter in (model.head.kernel, model.head.bias):
+        parameter.set_value(parameter[...].astype(jnp.bfloat16))
+    head = peft.merge(train(put(model, "head"))).head
+    assert head.kernel.dtype == head.bias.dtype == jnp.bfloat16
+
+
 def test_merging_what_is_in_place_makes_it_frozen():
     model = trained("bitfit")
     before = np.asarray(model(*inputs()))
