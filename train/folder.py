@@ -3,6 +3,7 @@
 config.json      what was asked for          checkpoints/     adapter, optimizer, step; the last two
 metrics.jsonl    what was seen on the way    adapter/         the best adapter, in Hugging Face form
 summary.json     the result, with versions and commit
+data.json        what tells its rows from others under the same name: see train.fingerprint
 answers.jsonl    of a language task: what was generated, before and after
 """
 
@@ -93,6 +94,10 @@ def read_summary(path: Path) -> dict[str, Any]:
     return whole
 
 
+class _Data(TypedDict):
+    sha256: str | None
+
+
 class RunFolder:
     """The folder of one run.
 
@@ -117,6 +122,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.summary = path / "summary.json"
         self.config = path / "config.json"
+        self.data = path / "data.json"
         self.metrics = Metrics(path / "metrics.jsonl")
 
     @contextlib.contextmanager
@@ -132,13 +138,17 @@ class RunFolder:
         with held(self.path / ".lock", "--workdir"):
             yield
 
-    def finished(self, config: TrainConfig) -> dict[str, Any] | None:
+    def finished(self, config: TrainConfig, rows: str | None = None) -> dict[str, Any] | None:
         """Return the summary if this run is finished here, test split included if that is asked for.
 
         More steps than the folder's run had are no other run: it goes on from its last checkpoint.
 
+        Args:
+            config: of the run.
+            rows: :func:`~train.fingerprint.fingerprint` of its data, None where that cannot be told.
+
         Raises:
-            UsageError: the folder has another configuration's run, or a file that is damaged.
+            UsageError: the folder has another configuration's run, or one on other rows, or a file that is damaged.
         """
         ran = summary = None
         if self.summary.is_file():
@@ -157,6 +167,13 @@ class RunFolder:
                     f"{self.path}, which differs in {', '.join(changed)}",
                     "Name another folder",
                 )
+            if rows is not None and self.data.is_file() and read_json(self.data, _Data)["sha256"] not in (None, rows):
+                raise expected(
+                    "--workdir",
+                    "a new folder, or one of a run on these rows",
+                    f"{self.path}, whose run read {config.data.data_dir} before it changed",
+                    "Name another folder",
+                )
         if summary is None or ran is None or ran.optim.steps < config.optim.steps:
             return None
         return None if config.eval.test and summary["test_score"] is None else summary
@@ -165,8 +182,9 @@ class RunFolder:
         """Return the peak memory of a process that trained and left the rest, such as the test split, to this one."""
         return read_summary(self.summary)["peak_memory_bytes"] if self.summary.is_file() else 0
 
-    def write_config(self, config: TrainConfig) -> None:
-        """Take the folder for a configuration."""
+    def write_config(self, config: TrainConfig, rows: str | None = None) -> None:
+        """Take the folder for a configuration, and for its rows."""
+        write_whole(self.data, json_text({"sha256": rows}).encode())
         write_whole(self.config, json_text(config.as_dict()).encode())
 
     def write_answers(self, columns: dict[str, Any]) -> None:

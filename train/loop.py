@@ -37,6 +37,7 @@ from train.checkpoint import Checkpoints
 from train.command import DivergedError
 from train.config import TrainConfig
 from train.evaluate import Evaluator, Predictions
+from train.fingerprint import fingerprint
 from train.folder import RunFolder
 from train.interrupt import Interrupted, Signals
 from train.setup import Setup, build
@@ -66,7 +67,8 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None, log:
     """
     folder = RunFolder(workdir)
     with folder.held():
-        finished = folder.finished(config)
+        rows = fingerprint(config.task, config.data.data_dir)
+        finished = folder.finished(config, rows)
         if finished is not None:
             return finished
         setup = build(config)
@@ -74,7 +76,7 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None, log:
             if console is not None:
                 console.print(str(setup.task), markup=False, highlight=False, soft_wrap=True)
             # only now: a run whose setup fails must not take the folder
-            folder.write_config(config)
+            folder.write_config(config, rows)
         with Checkpoints(workdir / "checkpoints") as checkpoints, Signals() as signals:
             training = _Run(setup, folder, checkpoints, console or Console(quiet=True), log)
             result = None

@@ -36,7 +36,20 @@ from train.columns import Columns, checked, column_flag, label_names, read_colum
 from train.images import decoded
 from train.readers import ENDINGS, open_table, saved_files, saved_splits
 
-__all__ = ["TASKS", "Columns", "Kind", "Rows", "TaskSpec", "check_source", "find_folder", "read", "reviews", "spec_of"]
+__all__ = [
+    "TASKS",
+    "Columns",
+    "Kind",
+    "Rows",
+    "TaskSpec",
+    "check_source",
+    "find_folder",
+    "on_hub",
+    "read",
+    "reviews",
+    "spec_of",
+    "split_files",
+]
 
 Kind = Literal["sequence-classification", "image-classification", "causal-lm", "ranking"]
 
@@ -138,7 +151,7 @@ def check_source(name: str, data_dir: Path | str | None) -> None:
             hub = "hub:owner/name" if spec.own else "hub"
             fetched = f', or "{hub}" to fetch that' if spec.own or spec.hub else ""
             raise AssetError(f"{name}: expected a data_dir, for no asset has its rows: {rows}{fetched}.")
-    elif not _on_hub(str(data_dir)) and find_folder(name, data_dir) is None:
+    elif not on_hub(str(data_dir)) and find_folder(name, data_dir) is None:
         place = Path(os.path.expanduser(data_dir))
         found = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
         shown = f"{found[:20]}{' and more' if len(found) > 20 else ''}" if place.is_dir() else "no such file or folder"
@@ -149,7 +162,8 @@ def check_source(name: str, data_dir: Path | str | None) -> None:
         )
 
 
-def _on_hub(data_dir: str) -> bool:
+def on_hub(data_dir: str) -> bool:
+    """Return whether rows are to be fetched from a hub."""
     return data_dir == "hub" or data_dir.startswith("hub:")
 
 
@@ -194,13 +208,12 @@ def _splits(name: str, spec: TaskSpec, data_dir: Path | str | None) -> tuple[dic
         assert spec.assets is not None
         return spec.assets(), "assets", ()
     source = str(data_dir)
-    if _on_hub(source):
+    if on_hub(source):
         data_dir, source = _from_hub(name, spec, source.removeprefix("hub").removeprefix(":") or spec.hub)
         check_source(name, data_dir)
     folder = find_folder(name, data_dir)
     assert folder is not None
-    wanted = {"train": spec.train, "validation": spec.validation, "test": spec.test}
-    files = {split: _files(folder, names) for split, names in wanted.items() if names}
+    files = split_files(spec, folder)
     if spec.kind == "ranking" and not {*spec.columns["text"]} & {*open_table(files["train"][0]).names}:
         # pairs as they are, in the place of whole documents
         spec = dataclasses.replace(spec, columns={"prefix": ("prefix",), "suffix": ("suffix",)})
@@ -225,6 +238,16 @@ def _from_hub(name: str, spec: TaskSpec, repository: str) -> tuple[Path, str]:
             "Without network give data_dir a folder with its files."
         ) from None
     return Path(folder), f"hub:{repository}@{Path(folder).name}"
+
+
+def split_files(spec: TaskSpec, place: Path) -> dict[str, list[Path]]:
+    """Return the files of each split, of a folder or of one file; empty lists where there are none.
+
+    Raises:
+        UsageError: a split in files of several forms, or a list of splits that cannot be read.
+    """
+    wanted = {"train": spec.train, "validation": spec.validation, "test": spec.test}
+    return {split: _files(place, names) for split, names in wanted.items() if names}
 
 
 def _files(place: Path, names: Sequence[str]) -> list[Path]:

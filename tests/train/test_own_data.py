@@ -267,6 +267,24 @@ class TestWhatIsWrong:
         assert f"--model: expected a tokenizer whose ids are below {known}, the model's, got" in line
 
 
+def test_a_run_does_not_go_on_with_other_rows_under_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write_rows(tmp_path / "reviews.csv", REVIEWS)
+    command = ("text", "--model", BERT, "--data-dir", file, *NAMED)
+    before = trained(monkeypatch, tmp_path / "run", *command)
+    write_rows(file, [{**row, "stars": 1 + row["stars"] % 5} for row in REVIEWS])
+    capsys.readouterr()
+    line = refused(monkeypatch, capsys, *command, "--workdir", tmp_path / "run")
+    assert line.startswith("--workdir: expected a new folder, or one of a run on these rows")
+    assert str(file) in line
+    write_rows(file, REVIEWS)  # and with the same, whenever they were written
+    assert trained(monkeypatch, tmp_path / "run", *command) == before
+    file.unlink()  # what is finished needs no rows
+    assert trained(monkeypatch, tmp_path / "run", *command) == before
+
+
 @pytest.mark.parametrize("adapter", [(), ("shift_positions=true", "num_tokens=3")])
 def test_texts_of_any_length_have_positions_padded_and_shifted(adapter: tuple[str, ...], tmp_path: Path) -> None:
     """No length that batches are padded to is 41, and the model has 32 positions."""
