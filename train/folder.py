@@ -95,7 +95,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 class _Data(TypedDict):
-    sha256: str | None
+    sha256: str
 
 
 class RunFolder:
@@ -167,7 +167,7 @@ class RunFolder:
                     f"{self.path}, which differs in {', '.join(changed)}",
                     "Name another folder",
                 )
-            if rows is not None and self.data.is_file() and read_json(self.data, _Data)["sha256"] not in (None, rows):
+            if rows is not None and self.data.is_file() and read_json(self.data, _Data)["sha256"] != rows:
                 raise expected(
                     "--workdir",
                     "a new folder, or one of a run on these rows",
@@ -183,8 +183,9 @@ class RunFolder:
         return read_summary(self.summary)["peak_memory_bytes"] if self.summary.is_file() else 0
 
     def write_config(self, config: TrainConfig, rows: str | None = None) -> None:
-        """Take the folder for a configuration, and for its rows."""
-        write_whole(self.data, json_text({"sha256": rows}).encode())
+        """Take the folder for a configuration, and for its rows if they can be told from others."""
+        if rows is not None:
+            write_whole(self.data, json_text({"sha256": rows}).encode())
         write_whole(self.config, json_text(config.as_dict()).encode())
 
     def write_answers(self, columns: dict[str, Any]) -> None:
