@@ -69,8 +69,8 @@ def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
             return {"image": objects([_picture(one) for one in inputs[0]])}
         for values in inputs:
             for row, value in enumerate(values):
-                if not isinstance(value, str) or not value.strip():
-                    raise expected(f"classify, row {row}", "a text", repr(value)[:100])
+                if not isinstance(value, str) or not value.strip() or not _is_unicode(value):
+                    raise expected(f"classify, row {row}", "a text", ascii(value)[:100])
         rows = dict(zip(texts, inputs, strict=True))
         return tasks.encode_texts(tokenizer, rows, config.data.max_length)  # type: ignore[arg-type]
 
@@ -109,7 +109,8 @@ def load(workdir: Path | str) -> Callable[..., Prediction | list[Prediction]]:
 
 def _picture(value: Any) -> np.ndarray:
     """Return an image of a file, of its bytes, or as it is."""
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
+    is_array = isinstance(value, np.ndarray)
+    if is_array and value.dtype == np.uint8 and value.size and (value.ndim == 2 or value.shape[2:] == (3,)):
         return value
     if isinstance(value, str | Path):
         return decoded(read_bytes(Path(value), LARGEST_FILE), str(value))
@@ -118,5 +119,10 @@ def _picture(value: Any) -> np.ndarray:
     raise expected(
         "classify",
         "an image: a path, bytes, or uint8 [h, w] or [h, w, 3]",
-        type(value).__name__,
+        f"{value.dtype} {list(value.shape)}" if is_array else type(value).__name__,
     )
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text is one: half of a surrogate pair is no character, and no tokenizer takes it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -79,7 +79,7 @@ class TestTexts:
         assert several[3]["label"] == one["label"] in summary["label_names"]
         np.testing.assert_allclose(several[3]["probability"], one["probability"], rtol=1e-5)
         assert classify([]) == []
-        for wrong in ((), ("a", "b"), (["a", ""],), ([1],), (None,)):
+        for wrong in ((), ("a", "b"), (["a", ""],), ([1],), (None,), ("half of \ud83d",)):
             with pytest.raises(ValueError, match=r"^classify"):
                 classify(*wrong)
 
@@ -127,6 +127,9 @@ class TestImages:
         assert answers[0] == answers[1] == answers[2] == classify(path) | {"probability": answers[0]["probability"]}
         with pytest.raises(ValueError, match=r"nothing\.png: expected an existing file"):
             classify(tmp_path / "nothing.png")
+        for shape in ((8, 8, 4), (8, 8, 1), (0, 8)):
+            with pytest.raises(ValueError, match=r"uint8 \[h, w\] or \[h, w, 3\], got uint8 \["):
+                classify(np.zeros(shape, np.uint8))
 
     @pytest.mark.parametrize(
         ("said", "mean", "std"),
