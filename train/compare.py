@@ -29,6 +29,7 @@ from train.comparison import run
 from train.comparison.figure import draw, draw_reliability
 from train.comparison.plan import Cell, Comparison
 from train.comparison.table import UNTRAINED, as_number, as_whole, document, markdown, table_line
+from train.fingerprint import fingerprint
 from train.profiles import PROFILES, Row
 
 __all__ = ["Cell", "Comparison", "compare"]
@@ -42,8 +43,13 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
             result and did not diverge.
     """
     comparison.out.mkdir(parents=True, exist_ok=True)
+    rows: dict[tuple[str, str | None], str | None] = {}
     for cell in comparison.grid_cells(seeds=comparison.repeats):
-        run.check_folder(comparison, cell)
+        config = comparison.config(cell)
+        source = config.task, config.data.data_dir
+        if source not in rows:
+            rows[source] = fingerprint(*source)
+        run.check_folder(comparison, cell, rows[source])
     pairs = comparison.pairs()
     untrained = [task for task in comparison.chosen_tasks if task in PROFILES[comparison.profile].references]
     lines: list[dict[str, Any]] = []

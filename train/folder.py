@@ -23,7 +23,7 @@ from ntk_prefix.artifacts import decode_json, held, json_text, read_json, write_
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from train.config import TrainConfig
 
-__all__ = ["Metrics", "RunFolder", "Summary", "read_summary"]
+__all__ = ["Metrics", "RunFolder", "Summary", "other_rows", "read_summary"]
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1.001)]  # means of float32 numbers, rounded
@@ -94,8 +94,27 @@ def read_summary(path: Path) -> dict[str, Any]:
     return whole
 
 
-class _Data(TypedDict):
+ROWS = "data.json"
+
+
+class _Rows(TypedDict):
+    """What tells a run's rows from others."""
+
     sha256: str
+
+
+def other_rows(folder: Path, rows: str | None) -> bool:
+    """Return whether a folder's run is known to have read other rows.
+
+    Args:
+        folder: of a run.
+        rows: :func:`~train.fingerprint.fingerprint` of those that there are now, None where that cannot be told.
+
+    Raises:
+        UsageError: a file that is damaged.
+    """
+    file = folder / ROWS
+    return rows is not None and file.is_file() and read_json(file, _Rows)["sha256"] != rows
 
 
 class RunFolder:
@@ -122,7 +141,6 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.summary = path / "summary.json"
         self.config = path / "config.json"
-        self.data = path / "data.json"
         self.metrics = Metrics(path / "metrics.jsonl")
 
     @contextlib.contextmanager
@@ -167,7 +185,7 @@ class RunFolder:
                     f"{self.path}, which differs in {', '.join(changed)}",
                     "Name another folder",
                 )
-            if rows is not None and self.data.is_file() and read_json(self.data, _Data)["sha256"] != rows:
+            if other_rows(self.path, rows):
                 raise expected(
                     "--workdir",
                     "a new folder, or one of a run on these rows",
@@ -185,7 +203,7 @@ class RunFolder:
     def write_config(self, config: TrainConfig, rows: str | None = None) -> None:
         """Take the folder for a configuration, and for its rows if they can be told from others."""
         if rows is not None:
-            write_whole(self.data, json_text({"sha256": rows}).encode())
+            write_whole(self.path / ROWS, json_text({"sha256": rows}).encode())
         write_whole(self.config, json_text(config.as_dict()).encode())
 
     def write_answers(self, columns: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from train.compare import compare
 from train.comparison import run
 from train.comparison.plan import Cell, Comparison
 from train.config import CONFIGS, METHODS, TrainConfig, adapter_config
+from train.fingerprint import fingerprint
 from train.profiles import ABLATION_ROWS, LONG_ROWS, MODEL_ROWS, PROFILES, YARDSTICK_ROWS
 
 QUIET = Console(quiet=True)
@@ -251,6 +252,21 @@ class TestCells:
             compare(chosen, QUIET)
         assert not ran
 
+    def test_nor_is_one_on_rows_that_have_changed(self, ran: list[tuple[Cell, bool]], tmp_path: Path) -> None:
+        file = tmp_path / "data" / "sst2" / "train.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+        chosen = comparison(tmp_path, data_dir=tmp_path / "data")
+        finish(chosen, cell := Cell("sst2", MODEL_ROWS["minilm"][-1], 1e-2, 2))
+        rows = fingerprint("sst2", str(tmp_path / "data"))
+        (tmp_path / cell.folder / "data.json").write_text(json.dumps({"sha256": rows}))
+        compare(chosen, QUIET)
+        ran.clear()
+        file.write_text("[]")
+        with pytest.raises(ValueError, match=r"--out: .*ntk/0\.01-seed2 .* which read .*data before it changed"):
+            compare(chosen, QUIET)
+        assert not ran
+
     @pytest.mark.parametrize(
         ("status", "said"), [(3, "whatever"), (2, "expected a finite loss, got [nan]"), (1, "no such file")]
     )
@@ -300,6 +316,13 @@ class TestCells:
         assert {label for label, rate in rates.items() if rate == 0.3} == {"head"}
         assert {rate for label, rate in rates.items() if label != "head"} == {
             CONFIGS["sst2"][1].optim.head_learning_rate
+        }
+
+        # also where all others are given another
+        given = comparison(tmp_path, set=("head_learning_rate=0.1",))
+        assert {given.config(Cell("sst2", row, 0.3, 0)).optim.head_learning_rate for row in MODEL_ROWS["minilm"]} == {
+            0.1,
+            0.3,
         }
 
     @pytest.mark.parametrize("profile", PROFILES)

@@ -147,10 +147,10 @@ class Comparison(Checked):
             "method": cell.row[1],
             "adapter": cell.row[2],
             "learning_rate": cell.learning_rate,
-            # where the head is all there is, it is what is tuned
-            **({"head_learning_rate": cell.learning_rate} if cell.row[1] == "head" else {}),
             "seed": cell.seed,
             **({"data_dir": str(self.data_dir)} if here else {}),
             **typed_changes("--set", self.set, FIELD_TYPES),
+            # where the head is all there is, it is what is tuned
+            **({"head_learning_rate": cell.learning_rate} if cell.row[1] == "head" else {}),
         }
         return usual.changed(**fields)

@@ -17,7 +17,7 @@ from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from train.command import DIVERGED
 from train.comparison.plan import Cell, Comparison
 from train.config import TrainConfig
-from train.folder import read_summary
+from train.folder import other_rows, read_summary
 
 __all__ = ["CellError", "check_folder", "run_cell", "run_references"]
 
@@ -33,10 +33,15 @@ class CellError(UsageError):
     """A cell ended without a result, and did not diverge."""
 
 
-def check_folder(comparison: Comparison, cell: Cell) -> None:
+def check_folder(comparison: Comparison, cell: Cell, rows: str | None = None) -> None:
     """Refuse a cell, finished or diverged, that this table would have run in another way.
 
-    What differs may be a field of the table, or a default that has changed since.
+    What differs may be a field of the table, or a default that has changed since, or the files of the rows.
+
+    Args:
+        comparison: whose it is.
+        cell: of it.
+        rows: :func:`~train.fingerprint.fingerprint` of its task's.
 
     Raises:
         UsageError: naming the fields.
@@ -55,6 +60,9 @@ def check_folder(comparison: Comparison, cell: Cell) -> None:
             f"{', '.join(f'{name}={stored[name]}' for name in differs)}",
             "Name another folder",
         )
+    if other_rows(folder, rows):
+        found = f"{cell.folder} in {comparison.out}, which read {stored['data_dir']} before it changed"
+        raise expected("--out", "a new folder, or one of a table of these rows", found, "Name another folder")
 
 
 def run_cell(comparison: Comparison, cell: Cell, console: Console, *, test: bool) -> dict[str, Any]:
