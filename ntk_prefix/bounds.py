@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 
 import jax.numpy as jnp
 
@@ -47,15 +48,15 @@ def weight_scale(*, sigma: float, inputs: int, outputs: int, failure: float, con
     """How large the prefix scores may get: ``B = max( C sigma sqrt(log(n d / delta)), 1 )``.
 
     Raises:
-        ValueError: a size or sigma not positive, failure outside (0, 1).
+        ValueError: a size below 1, sigma not positive, failure outside (0, 1).
+        NonFiniteError: a B that float64 does not hold.
 
     Source: recalled; the constant C is not verified against the text.
     """
-    _check_sizes(inputs, outputs)
     check_positive("sigma", sigma)
     check_positive("constant", constant)
     _check_failure(failure)
-    return max(constant * sigma * math.sqrt(math.log(inputs * outputs / failure)), 1.0)
+    return _held("sigma", max(constant * sigma * math.sqrt(_log_size(inputs, outputs) - math.log(failure)), 1.0))
 
 
 def log10_prefix_length(
@@ -84,20 +85,20 @@ def log10_prefix_length(
         log10 m: the number itself overflows float64 already for B around 39.
 
     Raises:
-        ValueError: lambda, a size or a constant not positive, failure outside (0, 1).
+        ValueError: lambda or a constant not positive, a size below 1, failure outside (0, 1).
+        NonFiniteError: a log10 m that float64 does not hold.
 
     Source: recalled.
     """
-    _check_sizes(inputs, outputs)
+    size = _log_size(inputs, outputs)
     check_positive("smallest", smallest)
     check_non_negative("scale", scale)
     check_non_negative("exponent", exponent)
     check_positive("constant", constant)
     _check_failure(failure)
-    size = inputs * outputs
-    logarithm = math.log(size / failure)
-    natural = math.log(constant) + 2 * math.log(size / smallest) + exponent * scale + 2 * math.log(logarithm)
-    return natural / math.log(10)
+    # sums of logarithms: quotients by the smallest numbers overflow
+    shares = 2 * (size - math.log(smallest)) + 2 * math.log(size - math.log(failure))
+    return _held("scale", (math.log(constant) + shares + exponent * scale) / math.log(10))
 
 
 def theory_step_size(
@@ -112,15 +113,21 @@ def theory_step_size(
 ) -> float:
     """Return the step size of the convergence theorem, ``eta = 0.1 lambda / (m n^2 d^2 e^{16 B})``.
 
+    Raises:
+        ValueError: lambda or a constant not positive, tokens or a size below 1, a step so short that float64 has 0 for it.
+
     Source: recalled.
     """
-    _check_sizes(inputs, outputs)
+    size = _log_size(inputs, outputs)
     check_positive("smallest", smallest)
-    check_positive("tokens", tokens)
+    _check_at_least_one("tokens", tokens)
     check_non_negative("scale", scale)
     check_non_negative("exponent", exponent)
     check_positive("constant", constant)
-    return constant * smallest / (tokens * (inputs * outputs) ** 2) * math.exp(-exponent * scale)
+    logarithm = math.log(constant) + math.log(smallest) - math.log(tokens) - 2 * size - exponent * scale
+    if not logarithm > math.log(sys.float_info.min):
+        raise expected("scale", "a step size that float64 holds", f"one of e^({logarithm:.4g})")
+    return math.exp(logarithm)
 
 
 def gradient_descent_steps(
@@ -135,13 +142,18 @@ def gradient_descent_steps(
 ) -> float:
     """Return steps after which the loss is below ``accuracy``: ``T = C (m eta lambda)^{-1} log(n d / eps)``.
 
+    Raises:
+        ValueError: lambda, a step size, an accuracy or a constant not positive, tokens or a size below 1.
+        NonFiniteError: a number of steps that float64 does not hold.
+
     Source: recalled.
     """
-    _check_sizes(inputs, outputs)
+    size = _log_size(inputs, outputs)
     check_positive("accuracy", accuracy)
     check_positive("constant", constant)
     # an accuracy above n d asks for no step, rather than for a negative number of them
-    return constant / _contraction(smallest, tokens, step_size) * max(math.log(inputs * outputs / accuracy), 0.0)
+    needed = constant * max(size - math.log(accuracy), 0.0)
+    return _held("step_size", needed / _contraction(smallest, tokens, step_size))
 
 
 def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float, initial: float) -> float:
@@ -170,18 +182,22 @@ def loss_envelope(*, steps: int, smallest: float, tokens: int, step_size: float,
 def kernel_drift(*, radius: float, inputs: int, outputs: int, scale: float, exponent: float = 10.0) -> float:
     """Largest |H(W) - H(W(0))|_F while every token stays within ``radius``: ``R n d e^{10 B}``.
 
+    Raises:
+        ValueError: a radius or a scale below 0, a size below 1.
+        NonFiniteError: a bound that float64 does not hold.
+
     Source: recalled; the claim ``perturbation`` measures the drift against it, and the exponent of R.
     """
-    _check_sizes(inputs, outputs)
+    size = _log_size(inputs, outputs)
     check_non_negative("radius", radius)
     check_non_negative("scale", scale)
     check_non_negative("exponent", exponent)
-    try:
-        return radius * inputs * outputs * math.exp(exponent * scale)
-    except OverflowError:
-        raise NonFiniteError(
-            f"scale: expected a bound that float64 holds, got one of e^({exponent} * {scale})."
-        ) from None
+    if radius == 0:
+        return 0.0
+    logarithm = math.log(radius) + size + exponent * scale
+    if not logarithm < math.log(sys.float_info.max):
+        raise NonFiniteError(f"scale: expected a bound that float64 holds, got one of e^({logarithm:.4g}).")
+    return math.exp(logarithm)
 
 
 def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs: Inputs, *, radius: float) -> float:
@@ -200,6 +216,10 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
 
     Returns:
         the bound, in the normalization of H(W).
+
+    Raises:
+        ValueError: a radius below 0, inputs that are not a finite [n, d].
+        NonFiniteError: a bound that the inputs' dtype does not hold, as of R |x_i| in the hundreds.
 
     Numerics: evaluated in floating point without directed rounding: a bound up to a relative error of about m eps.
 
@@ -221,7 +241,7 @@ def measured_kernel_drift(model: TiedPrefixModel | FixedValuePrefixModel, inputs
     delta = jnp.linalg.norm(steps) / math.sqrt(model.m)
     kernel = prefix_ntk(model, inputs)
     largest = jnp.linalg.eigvalsh(kernel.reshape(kernel.shape[0] * kernel.shape[1], -1))[-1]
-    return float(2 * jnp.sqrt(largest) * delta + delta**2)
+    return _held("radius", float(2 * jnp.sqrt(largest) * delta + delta**2))
 
 
 def token_movement(*, smallest: float, tokens: int, initial_error: float, steepest: float) -> float:
@@ -235,31 +255,49 @@ def token_movement(*, smallest: float, tokens: int, initial_error: float, steepe
         initial_error: |F(0) - Y|_F.
         steepest: largest norm of J_r, the [n d, d] derivative of all outputs by one token, along the way.
 
+    Raises:
+        ValueError: lambda not positive, tokens below 1, an error or a norm below 0.
+        NonFiniteError: a distance that float64 does not hold.
+
     Source: derived (theory/README.md): a geometric series of ratio sqrt(1 - x) <= 1 - x / 2 at x = m eta lambda / 2.
     """
     check_positive("smallest", smallest)
-    check_positive("tokens", tokens)
+    _check_at_least_one("tokens", tokens)
     check_non_negative("initial_error", initial_error)
     check_non_negative("steepest", steepest)
-    return 4 * steepest * initial_error / (tokens * smallest)
+    return _held("smallest", 4 * steepest * initial_error / tokens / smallest)
 
 
 def largest_stable_step(*, largest: float, tokens: int) -> float:
     """Step size above which gradient descent on the linearized model diverges: ``2 / (m lambda_max)``.
 
+    Raises:
+        ValueError: lambda_max not positive, tokens below 1.
+        NonFiniteError: a step that float64 does not hold.
+
     Source: derived; exact for a quadratic loss, and the negative control of the claim ``convergence``.
     """
     check_positive("largest", largest)
-    check_positive("tokens", tokens)
-    return 2 / (tokens * largest)
+    _check_at_least_one("tokens", tokens)
+    return _held("largest", 2 / tokens / largest)
 
 
 def _contraction(smallest: float, tokens: int, step_size: float) -> float:
-    """m eta lambda, all three positive."""
+    """m eta lambda, all three positive; refused where float64 has 0 for it."""
     check_positive("smallest", smallest)
-    check_positive("tokens", tokens)
+    _check_at_least_one("tokens", tokens)
     check_positive("step_size", step_size)
-    return tokens * step_size * smallest
+    contraction = tokens * step_size * smallest
+    if not contraction:
+        raise expected("step_size", "m eta lambda > 0 in float64", f"{tokens} * {step_size} * {smallest}")
+    return contraction
+
+
+def _held(name: str, bound: float) -> float:
+    """Return a bound; one that is not finite bounds nothing."""
+    if not math.isfinite(bound):
+        raise NonFiniteError(f"{name}: expected a bound that float64 holds, got {bound}.")
+    return bound
 
 
 def _check_failure(failure: float) -> None:
@@ -267,6 +305,14 @@ def _check_failure(failure: float) -> None:
         raise expected("failure", "a probability in (0, 1)", failure)
 
 
-def _check_sizes(inputs: int, outputs: int) -> None:
-    check_positive("inputs", inputs)
-    check_positive("outputs", outputs)
+def _check_at_least_one(name: str, value: float) -> None:
+    check_positive(name, value)
+    if value < 1:
+        raise expected(name, "at least 1", value)
+
+
+def _log_size(inputs: int, outputs: int) -> float:
+    """log(n d), of sizes from 1 on."""
+    _check_at_least_one("inputs", inputs)
+    _check_at_least_one("outputs", outputs)
+    return math.log(inputs) + math.log(outputs)

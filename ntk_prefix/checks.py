@@ -176,13 +176,18 @@ def check_unit_ball(name: str, inputs: jax.Array) -> None:
     Raises:
         ValueError: with the largest norm found and the factor that mends it.
     """
-    norms = np.linalg.norm(np.asarray(inputs, np.float64), axis=1)
+    values = np.asarray(inputs, np.float64)
+    unit = max(float(np.abs(values).max()), 1.0)  # squares of the largest numbers overflow
+    norms = unit * np.linalg.norm(values / unit, axis=1)
     # four roundings: a row normalized in the input's own precision must pass
     tolerance = 4 * float(jnp.finfo(inputs.dtype).eps)
-    if norms.max() > 1 + tolerance:
+    if (largest := float(norms.max())) > 1 + tolerance:
+        factor = f"{largest:.6g}"
+        if float(factor) < largest:  # rounded up: what is divided by it must pass
+            factor = f"{largest * (1 + 6e-6):.6g}"
         raise UsageError(
-            f"{name}: expected rows in the unit ball, |x_i| <= 1, got |x_{norms.argmax()}| = {norms.max():.6g}. "
-            f"Scale the data once: x / {norms.max():.6g}."
+            f"{name}: expected rows in the unit ball, |x_i| <= 1, got |x_{norms.argmax()}| = {largest:.9g}. "
+            f"Scale the data once: x / {factor}."
         )
 
 
@@ -192,7 +197,7 @@ def check_positive(name: str, value: float) -> None:
     Raises:
         UsageError: naming the argument and what came.
     """
-    if not (_is_number(value) and math.isfinite(value) and value > 0):
+    if not (_is_finite(value) and value > 0):
         raise expected(name, "a finite number > 0", value)
 
 
@@ -202,7 +207,7 @@ def check_non_negative(name: str, value: float) -> None:
     Raises:
         UsageError: naming the argument and what came.
     """
-    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+    if not (_is_finite(value) and value >= 0):
         raise expected(name, "a finite number >= 0", value)
 
 
@@ -238,6 +243,14 @@ def check_array(name: str, array: jax.Array, *shape: int | str) -> None:
         wanted = ", ".join(str(axis) for axis in shape)
         raise expected(name, f"[{wanted}]", lengths if lengths is not None else type(array).__name__)
     check_floating(name, array)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that float64 holds: of whole numbers those below 2^1024."""
+    try:
+        return _is_number(value) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _is_number(value: object) -> bool:

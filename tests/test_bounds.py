@@ -118,7 +118,7 @@ LEANINGS: list[tuple[str, str, int, st.SearchStrategy]] = [
     ("theory_step_size", "smallest", 1, positive),
     ("theory_step_size", "tokens", -1, sizes),
     ("theory_step_size", "inputs", -1, sizes),
-    ("theory_step_size", "scale", -1, positive),
+    ("theory_step_size", "scale", -1, st.floats(1e-3, 40)),  # above, float64 has 0 for it
     ("gradient_descent_steps", "smallest", -1, positive),
     ("gradient_descent_steps", "tokens", -1, sizes),
     ("gradient_descent_steps", "step_size", -1, positive),
@@ -195,9 +195,55 @@ class TestWrongUseIsTold:
         with pytest.raises(ValueError, match=r"failure: expected a probability in \(0, 1\)"):
             call(name, failure=failure)
 
-    def test_a_bound_that_float64_has_no_room_for(self) -> None:
-        with pytest.raises(FloatingPointError, match="scale: expected a bound that float64 holds"):
-            call("kernel_drift", scale=1e3)
+    @pytest.mark.parametrize(
+        ("name", "changes"),
+        [
+            ("weight_scale", {"sigma": 1e308}),
+            ("log10_prefix_length", {"scale": 1e308}),
+            ("gradient_descent_steps", {"smallest": 1e-200, "step_size": 1e-112}),
+            ("kernel_drift", {"scale": 1e3}),
+            ("kernel_drift", {"radius": 1e300, "scale": 5.0}),
+            ("token_movement", {"smallest": 1e-300, "initial_error": 1e100}),
+            ("largest_stable_step", {"largest": 1e-320}),
+        ],
+    )
+    def test_a_bound_that_float64_has_no_room_for(self, name: str, changes: dict[str, float]) -> None:
+        with pytest.raises(FloatingPointError, match="expected a bound that float64 holds"):
+            call(name, **changes)
+
+    def test_a_measured_bound_that_the_inputs_have_no_room_for(self) -> None:
+        model = TiedPrefixModel(D, M, rngs=nnx.Rngs(0))
+        with pytest.raises(FloatingPointError, match="radius: expected a bound that float64 holds"):
+            bounds.measured_kernel_drift(model, jnp.ones((N, D)), radius=1e3)
+
+    @pytest.mark.parametrize("name", ["gradient_descent_steps", "loss_envelope"])
+    def test_a_contraction_that_float64_has_0_for(self, name: str) -> None:
+        with pytest.raises(ValueError, match="step_size: expected m eta lambda > 0 in float64"):
+            call(name, smallest=1e-200, step_size=1e-200)
+
+    def test_a_step_that_float64_has_0_for(self) -> None:
+        with pytest.raises(ValueError, match="scale: expected a step size that float64 holds"):
+            call("theory_step_size", scale=1e3)
+
+    @pytest.mark.parametrize("name", ["weight_scale", "log10_prefix_length", "kernel_drift", "theory_step_size"])
+    @pytest.mark.parametrize("argument", ["inputs", "outputs"])
+    def test_a_size_below_1(self, name: str, argument: str) -> None:
+        with pytest.raises(ValueError, match=f"{argument}: expected at least 1, got 0.5"):
+            call(name, **{argument: np.float64(0.5)})
+
+    def test_a_whole_number_beyond_float64(self) -> None:
+        with pytest.raises(ValueError, match="inputs: expected a finite number > 0"):
+            call("weight_scale", inputs=10**400)
+
+    def test_numbers_near_the_ends_of_float64_overflow_nothing_on_the_way(self) -> None:
+        # log10 of 5 * (1e-310)^-2 * log^2(e^2) = log10(20) + 620, the smallest number with fewer digits
+        found = call(
+            "log10_prefix_length", smallest=1e-310, inputs=1, outputs=1, scale=0, failure=math.exp(-2), constant=5
+        )
+        assert found == pytest.approx(math.log10(20) + 620, rel=1e-12)
+        assert call("weight_scale", inputs=1, outputs=1, failure=1e-320) == pytest.approx(
+            math.sqrt(320 * math.log(10)), rel=1e-3
+        )
 
     @pytest.mark.parametrize("radius", [-0.1, math.inf, math.nan])
     def test_a_radius_that_is_none(self, radius: float) -> None:
