@@ -225,12 +225,6 @@ class TestWrongUseIsTold:
         with pytest.raises(ValueError, match="scale: expected a step size that float64 holds"):
             call("theory_step_size", scale=1e3)
 
-    @pytest.mark.parametrize("name", ["weight_scale", "log10_prefix_length", "kernel_drift", "theory_step_size"])
-    @pytest.mark.parametrize("argument", ["inputs", "outputs"])
-    def test_a_size_below_1(self, name: str, argument: str) -> None:
-        with pytest.raises(ValueError, match=f"{argument}: expected at least 1, got 0.5"):
-            call(name, **{argument: np.float64(0.5)})
-
     def test_a_whole_number_beyond_float64(self) -> None:
         with pytest.raises(ValueError, match="inputs: expected a finite number > 0"):
             call("weight_scale", inputs=10**400)

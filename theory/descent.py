@@ -119,6 +119,21 @@ def smallest_eigenvalue(eigenvalues: ArrayLike, kernel: str) -> float:
     return smallest
 
 
+def above_rounding(error: np.ndarray, problem: Problem, m: int, name: str) -> int:
+    """Return how many squared errors of a run, from the first, are more than rounding leaves of sums over m tokens.
+
+    Raises:
+        Undecidable: the second is not.
+    """
+    floor = problem.n * problem.d * (m * 2.0**-52 * max(problem.sigma, 1)) ** 2
+    below = np.flatnonzero(error <= floor)
+    if below.size and below[0] < 2:
+        raise Undecidable(
+            f"undecidable in float64: a step takes the loss ({name}, m = {m}) to its rounding, {floor:.1e}"
+        )
+    return int(below[0]) if below.size else len(error)
+
+
 def limit_of(problem: Problem, model: ModelName) -> Float[Array, "n d n d"]:
     """Return H* on the problem's inputs."""
     return limit_ntk(problem.inputs, sigma=problem.sigma, model=model)

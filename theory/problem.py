@@ -32,6 +32,9 @@ are far from float64's largest number; and below the smallest their terms in sig
 DIGITS = 1797
 """Images there are."""
 
+SMALLEST_TARGET = 1e-9
+"""Of max|y_i|. The outputs start at 0 up to rounding of sums over thousands of tokens, which smaller targets drown in."""
+
 SEEDS = 2**32
 """Seeds are below this: what a random key takes with and without float64."""
 
@@ -221,7 +224,7 @@ def _file(
     with np.errstate(over="ignore"):  # a wider type's largest numbers: they are refused as infinite
         x = rows.astype(np.float64)
     check_inputs(label, jnp.asarray(x))
-    x = _scaled(label, x, scaling)
+    x = _rounded_into_the_ball(_scaled(label, x, scaling), float(np.finfo(loaded.dtype).eps))
     kinds = None
     if targets is None:
         y, learned = np.random.default_rng(seed).uniform(-1, 1, x.shape) / np.sqrt(x.shape[1]), "targets drawn"
@@ -236,6 +239,13 @@ def _file(
 def _shown(name: str) -> str:
     """Return a file's name as text, whatever its bytes."""
     return os.fsencode(Path(name).name).decode("utf-8", "replace")
+
+
+def _rounded_into_the_ball(x: np.ndarray, eps: float) -> np.ndarray:
+    """Return rows that are beyond the unit ball by four roundings of their file's type at most on its border."""
+    with np.errstate(over="ignore"):  # such rows are far beyond it
+        norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.where((norms > 1) & (norms <= 1 + 4 * eps), x / np.maximum(norms, 1), x)
 
 
 def _scaled(label: str, x: np.ndarray, scaling: Scaling) -> np.ndarray:
@@ -266,7 +276,8 @@ def _targets(label: str, told: np.ndarray, x: np.ndarray, rows: int) -> tuple[np
     """Return targets [n, d] in the unit ball from numbers or labels of all the rows of the file, and labels' places.
 
     Raises:
-        UsageError: another number of rows, more outputs than columns, numbers that are not finite, labels of one kind.
+        UsageError: another number of rows, more outputs than columns, numbers that are not finite or all next to 0, labels of
+            one kind.
     """
     if told.ndim not in (1, 2) or len(told) != rows:
         raise expected(label, f"numbers [{rows}] or [{rows}, outputs], or labels [{rows}]", f"shape {told.shape}")
@@ -292,7 +303,16 @@ def _targets(label: str, told: np.ndarray, x: np.ndarray, rows: int) -> tuple[np
         raise expected(
             label, f"floats, or labels [{rows}] that are whole numbers or texts", f"{told.dtype} {told.shape}"
         )
-    y = y / max(np.abs(y).max(), 1.0)  # the largest entry is 1 then, and squares do not overflow
+    largest = float(np.abs(y).max())
+    y = y / max(largest, 1.0)  # the largest entry is 1 then, and squares do not overflow
+    if largest < SMALLEST_TARGET:
+        what = "targets" if places is None else "labels whose rows have means"
+        hint = (
+            "Scale them up: there is nothing to learn"
+            if places is None
+            else "Center the rows elsewhere, or give floats"
+        )
+        raise expected(label, f"{what} of at least {SMALLEST_TARGET:g}", f"{largest:.3g} at most", hint)
     return y / max(np.linalg.norm(y, axis=1).max(), 1.0), places
 
 

@@ -1,5 +1,6 @@
 """A reader's own rows and what to learn from them: scaled, labeled, or refused in a line before any claim runs."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +78,44 @@ def test_targets_go_with_their_rows(tmp_path: Path) -> None:
         (np.zeros(5, int), {}, "expected labels of at least two kinds, got 1"),
         (np.zeros((5, 2), int), {}, r"expected floats, or labels \[5\]"),
         (np.zeros(5, complex), {}, r"expected floats, or labels \[5\]"),
+        (np.zeros(5), {}, "targets.npy: expected targets of at least 1e-09, got 0 at most. Scale them up"),
+        (np.full((5, 2), 1e-200), {}, "targets.npy: expected targets of at least 1e-09, got 1e-200 at most"),
+        (np.zeros((5, 0)), {}, "targets.npy: expected targets of at least 1e-09, got 0 at most"),
     ],
-    ids=["unscaled", "rows", "outputs", "infinite", "one kind", "matrix of labels", "complex"],
+    ids=["unscaled", "rows", "outputs", "infinite", "one kind", "matrix of labels", "complex", "zeros", "tiny", "none"],
 )
 def test_what_cannot_be_meant_is_refused(targets: np.ndarray | None, options: dict, told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told):
         read(tmp_path, targets, **options)
+
+
+def test_labels_whose_rows_have_no_mean_are_refused(tmp_path: Path) -> None:
+    told = saved(tmp_path, "labels.npy", np.array([0, 0, 1, 1]))
+    rows = saved(tmp_path, "opposite.npy", np.array([[0.5, 0.1], [-0.5, -0.1], [0.2, 0.3], [-0.2, -0.3]]))
+    with pytest.raises(ValueError, match=r"labels\.npy: expected labels whose rows have means of at least 1e-09"):
+        load(rows, inputs=None, width=8, sigma=1.0, seed=0, profile="quick", targets=told)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.longdouble])
+def test_rows_normalized_in_their_own_precision_are_in_the_ball(dtype: type, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(50, 3)).astype(dtype)
+    name = saved(tmp_path, "own.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True).astype(dtype))
+    found = np.asarray(load(name, inputs=None, width=8, sigma=1.0, seed=0, profile="quick").inputs)
+    norms = np.linalg.norm(found, axis=1)
+    assert norms.max() <= 1 + 2**-51
+    np.testing.assert_allclose(norms, 1, rtol=4 * np.finfo(dtype).eps + 2**-51)
+
+
+@pytest.mark.parametrize("largest", [1.00000006, 1.2345649, 5.0, 1e200])
+def test_the_factor_that_is_proposed_brings_rows_into_the_ball(largest: float, tmp_path: Path) -> None:
+    rows = np.array([[largest * 0.6, largest * 0.8], [0.1, 0.2]])
+    options = {"inputs": None, "width": 8, "sigma": 1.0, "seed": 0, "profile": "quick"}
+    with pytest.raises(ValueError, match="expected rows in the unit ball") as refused:
+        load(saved(tmp_path, "long.npy", rows), **options)
+    factor = re.search(r"x / (\S+?)\. ", str(refused.value))
+    assert factor is not None
+    shorter = saved(tmp_path, "shorter.npy", rows / float(factor[1]))
+    assert 0.9999 < float(np.linalg.norm(load(shorter, **options | {"sigma": 1.0}).inputs[0])) <= 1 + 2**-51
 
 
 def test_a_column_without_a_deviation_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.typing import Array
 from theory import figures
 from theory.claim import Check, Claim, Control, Evidence, Undecidable
-from theory.descent import MODELS, Model, build, descend, gram, limit_of, smallest_eigenvalue, spectrum
+from theory.descent import MODELS, Model, above_rounding, build, descend, gram, limit_of, smallest_eigenvalue, spectrum
 from theory.problem import Problem
 from theory.scales import FAILURE, training_lengths
 
@@ -31,6 +31,10 @@ STABILITY = 0.25
 FASTER = 5.0
 """The control's promised rate, over the right one. In the limit the slowest direction falls four times as fast as promised:
 the envelope has half of the exponent, and the loss is a square."""
+
+
+LOWEST = 1e-30
+"""Of the figure's losses, over the first: below is rounding."""
 
 
 def _steps(problem: Problem) -> int:
@@ -117,7 +121,8 @@ def _train(problem: Problem, stability: float, used: list[int], steps: int, fast
                     [
                         bounds.loss_envelope(
                             steps=t,
-                            smallest=faster * smallest,
+                            # no more can be promised than that nothing is left after a step
+                            smallest=min(faster * smallest, 2 / (m * step_size)),
                             tokens=m,
                             step_size=step_size,
                             initial=float(error[0]),
@@ -127,7 +132,8 @@ def _train(problem: Problem, stability: float, used: list[int], steps: int, fast
                 )
                 curves[name, kind, m], envelopes[name, m] = error / error[0], envelope / error[0]
                 if m in regime[name]:
-                    worst = max(worst, float(promised(error, envelope).max()))
+                    judged = above_rounding(error, problem, m, name)
+                    worst = max(worst, float(promised(error[:judged], envelope[:judged]).max()))
             what = f"{name}, {kind} targets: promised fall of the loss / its fall, all steps, those m"
             checks.append(Check(what, worst, 1.0, part=f"{name}, {kind}"))
     parameters = {
@@ -168,7 +174,8 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
         loss.plot(envelopes[name, last], color=green, label="envelope")
         steps_too_long = control.series["broken"][name, "data", last]
         loss.plot(steps_too_long, ":", color=gray, label="_control: steps too long")
-        loss.set_ylim(0.7 * min(float(curves[name, "data", m].min()) for m in used), 10)
+        lowest = min(float(curves[name, "data", m].min()) for m in used)
+        loss.set_ylim(0.7 * max(lowest, LOWEST), 10)
         too_good = 1 / promised(curves[name, "slowest", last], control.series["too good"][name, last])
         falls.plot(np.arange(1, len(too_good) + 1), too_good, ":", color=gray, label="control: rate too good")
         falls.plot([1, len(too_good)], [1, 1], color=green, label="as promised")

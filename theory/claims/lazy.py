@@ -117,6 +117,7 @@ def _train(problem: Problem, factor: Callable[[int], float], speed: Callable[[in
         checks += [
             Check(f"{name}: relative distance from the linearized movement at m = {m}", float(apart), NEAR, part=name),
             Check(f"{name}: exponent of the relative kernel drift, upper end of {drift}", drift.high, -1.0, part=name),
+            Check(f"{name}: largest movement / its bound at m = {m}", movements[-1] / allowed[-1], 1.0),
         ]
     parameters = {"tokens": lengths[-1], "shortest": lengths[0], "steps": STEPS}
     return Evidence(tuple(checks), parameters, {"lengths": lengths, "found": found, "slopes": slopes})

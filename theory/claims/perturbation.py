@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ntk_prefix import bounds
+from ntk_prefix.checks import NonFiniteError
 from ntk_prefix.one_layer import fixed_jacobian, tied_jacobian
 from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.typing import Array
@@ -59,7 +60,7 @@ def _stated(radius: float, inputs: int, outputs: int, scale: float) -> float:
     """Return the bound after the paper, infinite where e^(10 B) is beyond float64."""
     try:
         return bounds.kernel_drift(radius=radius, inputs=inputs, outputs=outputs, scale=scale)
-    except OverflowError:
+    except NonFiniteError:
         return math.inf
 
 
