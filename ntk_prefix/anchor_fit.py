@@ -326,7 +326,8 @@ def descend(
         valid: which of them there are; the others stay at zero.
         steps: each on ``batch`` queries; 0 leaves the points where they are, and fits masses and values alone. Of SmolLM2
             with 32 anchors, on other texts, 100 lose 1.3 times as much as 300 (three prompts), 1,000 as much (one).
-        batch: queries of a step, drawn without replacement; all if there are fewer.
+        batch: queries of a step, drawn without replacement, or ``PER_ANCHOR`` for each anchor if that is more; all if there
+            are fewer.
         learning_rate: of log masses; points move so that scores change by about as much a step.
         logits_soft_cap: of the layer's scores.
         seed: of the draw.
@@ -338,8 +339,7 @@ def descend(
     check_count("batch", batch)
     check_enough(rows, points.shape[1])
     count = rows.query.shape[1]
-    # a step fits a Z of its own: from fewer queries than twice the anchors it would fit them too well
-    batch = min(max(batch, 2 * points.shape[1]), count)
+    batch = min(max(batch, PER_ANCHOR * points.shape[1]), count)
     # systems of R x R: threads of LAPACK would wait for one another, and take two to three times as long
     with threadpool_limits(1):
         key = jax.random.key(seed)
@@ -446,6 +446,11 @@ def _descend(
         jnp.where(better[:, 0], after, before),
     )
 
+
+PER_ANCHOR = 8
+"""Queries of a step for each anchor, at least: a step fits a Z of its own, and to few queries too well. SmolLM2, 97 anchors per
+head and up to 256 in one, on 48 texts not fitted to: 1,024 queries for every head leave 0.0041 nats (97.0 % the same first
+choice), 8 for each anchor of a larger head 0.0035 (97.4 %); 4,096 for every head, at twice the time, 0.0032 (97.2 %)."""
 
 LARGEST = 30.0
 """Logarithm of a feature, whose root mean square was 1 at the start, in a step: one beyond has no gradient. Measured are all

@@ -105,13 +105,13 @@ def test_descent_moves_points_to_where_less_is_lost(size: float, cap: float | No
 
 
 def test_a_descent_in_batches_sees_all_queries() -> None:
-    """On five batches in turn it comes to 0.64 and 0.70 of the error at the start; on the first alone to 1 and 0.98."""
+    """On two batches in turn it comes to 0.61 and 0.59 of the error at the start; on the first alone to 0.81 and 0.71."""
     query, prefix_key, *others = drawn()
     rows = rows_of(query, prefix_key, *others, is_causal=True)
     tokens = choose(rows, scaled(prefix_key), 6).tokens
     start = jnp.take_along_axis(scaled(prefix_key), jnp.asarray(tokens)[..., None], axis=1)
     fit = descend(rows, start, jnp.ones((KEY_HEADS, 6), bool), steps=100, batch=24)
-    assert np.all(fit.after < 0.8 * fit.before)
+    assert np.all(fit.after < 0.65 * fit.before)
 
 
 def test_a_budget_goes_to_where_it_lowers_the_sum_most() -> None:
