@@ -210,9 +210,9 @@ def load(
 def extract_answer(text: str) -> Decimal | None:
     """Return the number after the first ``####``, as in GSM8K's own evaluation; None if there is none.
 
-    Commas are left out; the value counts, not its form: 18 and 18.00 are equal.
+    Commas are left out; the value counts, not its form: 18 and 18.00 are equal. Of 1/2 and 1e3 the 1 is not the number.
     """
-    found = re.search(r"####\s*\$?(-?[0-9.,]+)", text)
+    found = re.search(r"####\s*\$?(-?[0-9.,]+)(?![0-9.,]|\s*/|[eE][+-]?[0-9])", text)
     return _value(found.group(1)) if found else None
 
 
@@ -242,7 +242,7 @@ def exact_match(generated: str, reference: str, *, marked: bool = True) -> bool:
     """Return whether a generated answer ends in the same number as the reference; no number is never right.
 
     A reference that marks no number is not one of GSM8K's or MetaMathQA's: then the texts are compared, but for case and
-    white space.
+    white space; those after ``####`` if the reference has it.
 
     Args:
         generated: what the model wrote.
@@ -250,10 +250,12 @@ def exact_match(generated: str, reference: str, *, marked: bool = True) -> bool:
         marked: the model's number must stand after one of them too; else its last number counts, which a model that was
             not taught that form can be right by.
     """
-    if "####" not in reference and metamath_answer(reference) is None:
-        return generated.casefold().split() == reference.casefold().split()
-    value = marked_answer(generated) if marked else last_number(generated)
-    return value is not None and value == marked_answer(reference)
+    wanted = marked_answer(reference)
+    if wanted is not None:
+        return wanted == (marked_answer(generated) if marked else last_number(generated))
+    if "####" in reference:
+        generated, reference = (text.partition("####")[2] for text in (generated, reference))
+    return generated.casefold().split() == reference.casefold().split()
 
 
 def _value(number: str) -> Decimal | None:

@@ -259,7 +259,7 @@ def test_a_chat_model_gets_its_turns(solved):
 )
 def test_answers_as_gsm8k_reads_them(text, number):
     assert tasks.extract_answer(text) == number
-    assert tasks.exact_match(text, f"#### {number}") == (number is not None)
+    assert tasks.exact_match(text, f"#### {72 if number is None else number}") == (number is not None)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +294,23 @@ def test_answers_as_metamath_marks_them(text, number):
     """A reference of GSM8K, an answer in the form of either."""
     assert tasks.marked_answer(text) == number
     assert tasks.exact_match(text, f"#### {number}") == (number is not None)
+
+
+@pytest.mark.parametrize(
+    ("generated", "reference", "right"),
+    [
+        ("so #### B", "since ... #### B", True),
+        ("so #### c", "since ... #### B", False),
+        ("B", "since ... #### B", False),  # not where it was to stand
+        ("#### 1/2", "half, #### 1/2", True),
+        ("#### 1/3", "half, #### 1/2", False),
+        ("#### 1e4", "#### 1e3", False),
+        ("#### 12 / day", "#### 12 / day", True),
+        ("The answer is yes", "the answer  is Yes", True),
+    ],
+)
+def test_what_is_marked_and_no_number_is_compared_as_text(generated, reference, right):
+    assert tasks.exact_match(generated, reference) == right
 
 
 def test_metamath_is_tested_on_gsm8k_and_on_nothing_else(tmp_path, tokenizer):
