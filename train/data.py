@@ -34,6 +34,7 @@ __all__ = [
     "by_length",
     "evaluation_batches",
     "objects",
+    "parts",
     "prompt_batches",
     "train_batches",
 ]
@@ -179,6 +180,12 @@ def train_batches(
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     )
     return zip(itertools.count(start), ready, strict=False)
+
+
+def parts(batch: Batch, count: int) -> list[Batch]:
+    """Return a batch in so many parts of equally many rows, in their order."""
+    cut = {name: np.split(column, count) for name, column in batch.items()}
+    return [{name: columns[part] for name, columns in cut.items()} for part in range(count)]
 
 
 FEW = 4096

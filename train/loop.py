@@ -197,18 +197,17 @@ class _Run:
 
     def _batches(self) -> Iterator[data.Batch]:
         config = self.config
-        # a step's batch comes in `accumulate` parts; the optimizer collects them
-        parts = data.train_batches(
+        batches = data.train_batches(
             self.setup.task.train,
-            config.optim.batch_size // config.optim.accumulate,
+            config.optim.batch_size,
             config.seed,
-            start=self.done * config.optim.accumulate,
+            start=self.done,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            # the parts of a step's batch are alike in length too
-            grouped=config.data.grouped * config.optim.accumulate,
+            grouped=config.data.grouped,
         )
-        return (batch for _, batch in parts)
+        # a step's batch comes in `accumulate` parts; the optimizer collects them
+        return (part for _, batch in batches for part in data.parts(batch, config.optim.accumulate))
 
     def _part(self, batch: data.Batch) -> dict[str, jax.Array]:
         """Take a step, or a part of one; return what the device measures."""

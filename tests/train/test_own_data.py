@@ -270,6 +270,27 @@ class TestWhatIsWrong:
         assert f"--model: expected a tokenizer whose ids are below {known}, the model's, got" in line
 
 
+def test_parts_that_are_accumulated_are_those_of_the_batch_that_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of texts of many lengths, which batches are grouped by."""
+    monkeypatch.chdir(tmp_path)
+    texts = [{"text": f"{i} " + "so good " * (i % 7), "label": i % 2} for i in range(60)]
+    file = write_rows(tmp_path / "texts.jsonl", texts)
+    for parts in (1, 4):
+        trained(monkeypatch, tmp_path / str(parts), "text", "--model", BERT, "--data-dir", file, "--accumulate", parts)
+    one, four = (
+        [
+            line
+            for line in map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+            if "loss" in line
+        ]
+        for run in "14"
+    )
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose([x[name] for x in four], [x[name] for x in one], rtol=1e-4)
+
+
 def test_a_run_does_not_go_on_with_other_rows_under_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
