@@ -28,7 +28,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax.numpy as jnp
 import msgspec
@@ -48,6 +48,7 @@ from ntk_prefix.typing import Array, Float
 from train import data
 from train.command import Checked, DivergedError, Terminal, check_rates, ended, parsed
 from train.config import CONFIGS, METHODS, TrainConfig
+from train.fingerprint import fingerprint
 from train.loop import Interrupted, run
 from train.prefix_lengths import head_lengths, in_words
 from train.setup import build, model_inputs
@@ -203,17 +204,20 @@ class _StoredView(TypedDict):
 class _ViewFile(TypedDict):
     options: dict[str, Any]
     view: _StoredView
+    rows: NotRequired[str | None]
+    """:func:`train.fingerprint.fingerprint` of what was read."""
 
 
 def cached_view(options: Options, method: str, seed: int, console: Console) -> View:
     """Return :func:`view`, from its file if it has been made.
 
     Raises:
-        UsageError: it was made with other options, or its file is damaged.
+        UsageError: it was made with other options or of other rows, or its file is damaged.
     """
     file = options.out / "views" / f"{options.config}-{method}-{seed}.json"
     free = ("methods", "seeds", "out")
     asked = json.loads(json_text({k: v for k, v in dataclasses.asdict(options).items() if k not in free}))
+    rows = fingerprint(CONFIGS[options.config][1].task, options.data_dir)
     if file.is_file():
         stored: _ViewFile = read_json(file, _ViewFile)
         if stored["options"] != asked:
@@ -223,11 +227,14 @@ def cached_view(options: Options, method: str, seed: int, console: Console) -> V
                 f"{options.out}, where {file.name} has {stored['options']} and not {asked}",
                 "Name another folder",
             )
+        if rows is not None and stored.get("rows") not in (None, rows):
+            found = f"{options.out}, where {file.name} is of {options.data_dir} before it changed"
+            raise expected("--out", "a new folder, or one of these rows", found, "Name another folder")
         values: dict[str, Any] = {**stored["view"]}
         return View(**values | {"eigenvalues": np.asarray(values["eigenvalues"])})
     made = view(options, method, seed, console)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json_text({"options": asked, "view": _plain(made), **_provenance()}).encode())
+    write_whole(file, json_text({"options": asked, "rows": rows, "view": _plain(made), **_provenance()}).encode())
     return made
 
 

@@ -96,6 +96,20 @@ def test_views_that_were_made_are_not_made_again(tmp_path: Path, monkeypatch: py
         main(Options(**options | {"steps": 5}))
 
 
+def test_a_view_of_rows_that_have_changed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        lazy, "view", lambda *_: lazy.View("lora", 0, 7, np.array([3.0, 1.0]), 1e-3, 0.5, 0.5, 1e-2, 0.6)
+    )
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}")
+    options = Options(**TINY | {"config": "text", "data_dir": str(file), "out": tmp_path})
+    for _ in range(2):
+        lazy.cached_view(options, "lora", 0, Console(quiet=True))
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"--out: .* is of .*rows\.jsonl before it changed"):
+        lazy.cached_view(options, "lora", 0, Console(quiet=True))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
