@@ -25,6 +25,7 @@ __all__ = [
     "check_count",
     "check_finite",
     "check_floating",
+    "check_held",
     "check_inputs",
     "check_non_negative",
     "check_offset",
@@ -137,6 +138,19 @@ def check_finite(name: str, tree: Any) -> None:
                 f"{name}: expected finite numbers, got {array[place]} at {list(place)}, and {(~finite).sum()} such in "
                 "all. Drop or impute them first."
             )
+
+
+def check_held(name: str, array: jax.Array, hint: str = "Scale the inputs or the weights down") -> None:
+    """Refuse a result of finite numbers that its dtype does not hold, where there are values to look at.
+
+    Raises:
+        NonFiniteError: naming the result, its dtype and what to do.
+    """
+    if isinstance(array, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        if not bool(jnp.isfinite(array).all()):
+            raise NonFiniteError(f"{name}: expected numbers that {array.dtype} holds, got an overflow. {hint}.")
 
 
 def check_inputs(name: str, inputs: jax.Array, *, features: int | None = None) -> None:

@@ -35,7 +35,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from ntk_prefix.checks import check_array, check_inputs, expected
+from ntk_prefix.checks import check_array, check_held, check_inputs, expected
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.random_prefix import FIXED, TIED, RandomPrefix, Variant
 from ntk_prefix.typing import Array, Float, Inputs, Signs, Weights
@@ -74,14 +74,21 @@ def attention_mass(weights: Weights, inputs: Inputs) -> Float[Array, "n m"]:
     Returns:
         T, [n, m], in the accumulation dtype (float32 at least). Rows sum to m.
 
-    Numerics: the maximum is subtracted and m enters as log m, so no finite input gives NaN.
+    Raises:
+        UsageError: shapes that do not fit, no token, scores beyond the dtype.
+
+    Numerics: the maximum is subtracted and m enters as log m, so no finite scores give NaN.
     """
     check_array("weights", weights, "m", "d")
+    if not weights.shape[0]:
+        raise expected("weights", "at least one prefix token", "none")
     check_array("inputs", inputs, "n", weights.shape[1])
     dtype = accumulation_dtype(weights, inputs)
     scores = jnp.matmul(inputs.astype(dtype), weights.astype(dtype).T)
     normalizer = jax.nn.logsumexp(scores, axis=1, keepdims=True)
-    return jnp.exp(scores - normalizer + math.log(weights.shape[0]))
+    mass = jnp.exp(scores - normalizer + math.log(weights.shape[0]))
+    check_held("the scores w_r . x_i", mass)
+    return mass
 
 
 def tied_outputs(weights: Weights, signs: Float[Array, "m 1"], inputs: Inputs) -> Float[Array, "n d"]:
@@ -176,7 +183,9 @@ def attend(
     keys = jnp.matmul(sequence, key_projection.astype(dtype))
     values = jnp.matmul(sequence, value_projection.astype(dtype))
     probabilities = jax.nn.softmax(jnp.matmul(queries, keys.T) / math.sqrt(inputs.shape[-1]), axis=-1)
-    return jnp.matmul(probabilities, values).astype(inputs.dtype)
+    outputs = jnp.matmul(probabilities, values).astype(inputs.dtype)
+    check_held("attention of scores and values so large", outputs)
+    return outputs
 
 
 # ------------------------------------------------------------------------------------------ Modules
@@ -238,7 +247,9 @@ class _PrefixOnlyModel(nnx.Module):
         squares = jnp.square(inputs).sum(1, keepdims=True) * jnp.square(centered).sum(2)
         if self.variant.has_value_part:
             squares += weights.shape[1] + 2 * signs.T * jnp.einsum("irk,ik->ir", centered, inputs)
-        return mass * jnp.sqrt(squares)
+        norms = mass * jnp.sqrt(squares)
+        check_held("norms of gradients", norms)
+        return norms
 
 
 def check_signs(model: _PrefixOnlyModel) -> None:

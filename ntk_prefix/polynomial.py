@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 FEATURES_PER_BLOCK = 2**21
 """Features held at a time, 16 MiB of float64: what bounds the memory beside inputs and outputs."""
 
+LARGEST_SCORE = 1e15
+"""Whose degrees are whole numbers in float64."""
+
 BLOCK = 256
 """Most tokens of one block. A causal block costs BLOCK scores per token, so it must not grow with n."""
 
@@ -71,6 +74,8 @@ def polynomial_degree(score: float, error: float, polynomial: Literal["taylor", 
     Source: derived (theory/README.md, section 11).
     """
     check_non_negative("score", score)
+    if score > LARGEST_SCORE:
+        raise expected("score", f"at most {LARGEST_SCORE:g}", score, "A degree is at least as large")
     check_positive("error", error)
     if polynomial not in ("taylor", "minimax"):
         raise expected("polynomial", '"taylor" or "minimax"', repr(polynomial))
@@ -121,6 +126,8 @@ def polynomial_exponential(
     check_floating("scores", scores)
     check_count("degree", degree, 0)
     weights = [1.0] * (degree + 1) if coefficients is None else coefficients
+    if len(weights) != degree + 1:
+        raise expected("coefficients", f"degree + 1 = {degree + 1} numbers", len(weights))
     total = jnp.full_like(scores, weights[degree])
     for t in range(degree, 0, -1):
         total = weights[t - 1] + total * scores / t

@@ -24,6 +24,9 @@ from ntk_prefix.checks import check_count, check_non_negative, expected
 
 __all__ = ["caratheodory", "moment_rule_error", "representing_prefix"]
 
+LARGEST_SCORE = 1e9
+"""Whose bound is a sum of some million terms."""
+
 DEPENDENT = 1e-14
 """Pivots below this part of the largest are none: conditions that follow from others up to rounding."""
 
@@ -53,7 +56,7 @@ def caratheodory(features: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, n
 
     Source: Caratheodory 1907; by groups, Litterer and Lyons 2012 (recombination); the rotation is ours.
     """
-    table, masses = np.asarray(features, np.float64), np.asarray(weights, np.float64)
+    table, masses = (_real(name, x) for name, x in (("features", features), ("weights", weights)))
     if table.ndim != 2 or not table.shape[1]:
         raise expected("features", "[M, n] with n >= 1", f"shape {table.shape}", "One row for each token")
     if masses.shape != table.shape[:1]:
@@ -64,10 +67,12 @@ def caratheodory(features: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, n
         )
     if not (np.isfinite(masses) & (masses >= 0)).all():
         raise expected("weights", "finite numbers >= 0", masses[~(np.isfinite(masses) & (masses >= 0))][0])
+    # in units of their own, powers of two that round nothing, sums neither overflow nor vanish
+    of_masses, of_features = (np.frexp(np.abs(x).max(axis=0, initial=0))[1] for x in (masses, table))
+    masses, table = np.ldexp(masses, -of_masses), np.ldexp(table, -of_features)
     size = masses @ np.abs(table)
     table = table[:, size > 0] / size[size > 0]
     kept = np.flatnonzero((masses > 0) & table.any(axis=1))
-    masses = masses.copy()
     conditions = table.shape[1]
     while True:
         groups = min(len(kept), 2 * conditions + 2)
@@ -81,8 +86,16 @@ def caratheodory(features: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, n
         for part, factor in zip(parts, factors, strict=True):
             masses[part] *= factor
         if len(kept) == groups and (factors > 0).all():
-            return kept, masses[kept]
+            return kept, np.ldexp(masses[kept], of_masses)
         kept = kept[masses[kept] > 0]
+
+
+def _real(name: str, numbers: ArrayLike) -> np.ndarray:
+    """Return real numbers in float64; the imaginary part of complex ones would go."""
+    found = np.asarray(numbers)
+    if found.dtype.kind not in "biuf":
+        raise expected(name, "real numbers", found.dtype)
+    return found.astype(np.float64)
 
 
 def _vertex(columns: np.ndarray) -> np.ndarray:
@@ -132,13 +145,16 @@ def moment_rule_error(degree: int, score: float, mean: float | None = None) -> f
     """
     check_count("degree", degree, 0)
     check_non_negative("score", score)
+    if score > LARGEST_SCORE:
+        raise expected("score", f"at most {LARGEST_SCORE:g}, half of the range of the scores", score)
     mean = -score if mean is None else mean
     if not abs(mean) <= score * (1 + 1e-12):
         raise expected("mean", f"a number within {score:g} of 0", mean, "It is counted from the center of the scores")
     if score == 0:
         return 0.0
-    # I_t(s) falls faster than any power from t = s on: what is left out is below rounding
-    tail = float(scipy.special.ive(np.arange(degree + 1, degree + 60 + int(2 * score)), score).sum())
+    # I_t(s) falls as e^(-t^2 / 2 s) up to t = s, and faster from there on: what is left out is below rounding
+    terms = 60 + int(min(2 * score, 40 * math.sqrt(score)))
+    tail = float(scipy.special.ive(np.arange(degree + 1, degree + terms), score).sum())
     # where that underflows, Taylor's remainder, which is above it, in log space
     log_tail = math.log(tail) if tail else (degree + 1) * math.log(score) - math.lgamma(degree + 2) - math.log(2)
     log_bound = math.log(4) + score - mean + log_tail
@@ -166,14 +182,20 @@ def representing_prefix(z: ArrayLike, k: ArrayLike) -> tuple[np.ndarray, np.ndar
 
     Source: derived, proof in theory/equivalence.md, section 4.
     """
-    z, k = np.asarray(z, np.float64), np.asarray(k, np.float64)
+    z, k = _real("z", z), _real("k", k)
     if k.ndim != 1 or z.ndim != 2 or z.shape[0] != len(k) or not len(k):
         raise expected("z, k", "[R, H] and [R]", f"shapes {z.shape} and {k.shape}", "One head at a time")
     if not (np.isfinite(k) & (k > 0)).all() or not np.isfinite(z).all():
         hint = "Sums of positive features are positive: this is the state of no prefix"
         raise expected("z, k", "finite numbers, k > 0", f"k from {k.min():.3g}", hint)
     features = len(k)
-    left, singular, _ = np.linalg.svd(z / k[:, None], full_matrices=False)
+    with np.errstate(over="ignore"):
+        ratios = z / k[:, None]
+    if not np.isfinite(ratios).all():
+        raise expected(
+            "z, k", "quotients z / k that float64 holds", "an overflow", "Values of tokens are of their size"
+        )
+    left, singular, _ = np.linalg.svd(ratios, full_matrices=False)
     rank = int((singular > 1e-13 * max(singular[0], np.finfo(float).tiny)).sum()) if singular.size else 0
     count = min(rank + 1, features)
     if rank == features:
@@ -183,7 +205,7 @@ def representing_prefix(z: ArrayLike, k: ArrayLike) -> tuple[np.ndarray, np.ndar
         basis = left[:, :rank].T
         steps = np.concatenate([basis, -basis.sum(0, keepdims=True)])
         sums = (1 + 0.5 * steps / max(np.abs(steps).max(initial=0), np.finfo(float).tiny)) / count
-    values = np.linalg.lstsq(sums.T, z / k[:, None], rcond=None)[0]
+    values = np.linalg.lstsq(sums.T, ratios, rcond=None)[0]
     wanted = sums * k[None]
     # phi is e^x below 0 and 1 + x above
     keys = np.where(wanted < 1, np.log(np.minimum(wanted, 1)), wanted - 1)

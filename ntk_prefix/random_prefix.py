@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import DTypeLike
 
 from ntk_prefix.checks import check_count, check_positive, expected
@@ -94,7 +95,8 @@ class RandomPrefix:
         dtype: of the rows; None is JAX's default float.
 
     Raises:
-        ValueError: m odd with symmetric, m, d or sigma not positive, outputs given for the tied model.
+        ValueError: m odd with symmetric, m, d or sigma not positive, a sigma whose draws the dtype does not hold, outputs given
+            for the tied model, a number for a key.
     """
 
     key: KeyArray
@@ -111,6 +113,8 @@ class RandomPrefix:
         check_count("d", self.d)
         check_count("m", self.m)
         check_positive("sigma", self.sigma)
+        if isinstance(self.key, int | np.integer):
+            raise expected("key", "a random key", f"the number {self.key}", f"Use jax.random.key({self.key})")
         if self.symmetric and self.m % 2:
             raise expected(
                 "m",
@@ -121,6 +125,12 @@ class RandomPrefix:
         self.variant.outputs(self.d, self.outputs)
         if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
             raise expected("dtype", "a floating point dtype or None", self.dtype)
+        limits = jnp.finfo(self.tile_dtype)
+        # no draw is ten deviations away; below the smallest normal number all would be zero
+        smallest, largest = float(limits.smallest_normal), float(limits.max) / 10
+        if not smallest <= self.sigma <= largest:
+            wanted = f"a number from {smallest:.3g} to {largest:.3g}, whose draws {self.tile_dtype} holds"
+            raise expected("sigma", wanted, self.sigma)
 
     @property
     def variant(self) -> Variant:

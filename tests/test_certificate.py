@@ -642,3 +642,11 @@ def spoiled(name: str, attribute: str, value: float) -> FixedValuePrefixModel | 
     variable = getattr(model, attribute)
     variable[...] = variable[...].at[0, 0].set(value)
     return model
+
+
+def test_a_failure_whose_parts_vanish_is_refused() -> None:
+    with (
+        jax.enable_x64(True),
+        pytest.raises(ValueError, match="delta: expected a probability from 1e-300 to 1, got 5e-324"),
+    ):
+        certify(jnp.ones((1, 2)), jnp.ones((1, 2)), m=64, delta=5e-324)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ntk_prefix.certificate import MarginCertificate, certify, find_m
-from ntk_prefix.certificate.margin import Ball, compared, largest_margins, separates
+from ntk_prefix.certificate.margin import Ball, classes_of, compared, largest_margins, separates
 from ntk_prefix.checks import UsageError
 from ntk_prefix.one_layer import TiedPrefixModel
 from ntk_prefix.random_prefix import RandomPrefix
@@ -332,3 +332,18 @@ def test_the_mean_value_moves_as_far_as_its_bound_where_a_pair_parts(kinds: int)
     ball = Ball(norms=one, spread=one, largest=one, sizes=one, m=2, slack=0.0, kinds=kinds)
     bound = ball.center(radius)[0]
     assert bound / 1.5 < outputs[0] / 2 <= bound
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (np.array([0.0, np.nan, 0.0]), "numbers or texts, one for each row, got NaN among them"),
+        (["a", None, "a"], "numbers or texts, one for each row, got object"),
+        (np.array([1j, 2, 1j]), "numbers or texts, one for each row, got complex128"),
+        ([[1], [2, 3], 4], "a vector of 3 labels, got lists of different lengths"),
+    ],
+    ids=["nan", "none", "complex", "ragged"],
+)
+def test_labels_that_are_none_are_refused(labels: object, told: str) -> None:
+    with pytest.raises(ValueError, match=f"labels: expected a vector of 3 {told.removeprefix('a vector of 3 ')}"):
+        classes_of(labels, 3)

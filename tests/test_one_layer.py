@@ -475,3 +475,21 @@ class TestWrongUseIsTold:
         fixed = FixedValuePrefixModel(D, M, rngs=nnx.Rngs(0))
         fixed.signs[...] = 3 * fixed.signs[...]
         assert jnp.isfinite(fixed.token_gradient_norms(inputs())).all()
+
+
+class TestNumbersThatOverflow:
+    def test_scores_beyond_the_dtype_are_refused_rather_than_made_nan(self) -> None:
+        with pytest.raises(FloatingPointError, match=r"the scores w_r . x_i: expected numbers that float32 holds"):
+            attention_mass(jnp.full((3, 2), 1e20, jnp.float32), jnp.full((2, 2), 1e20, jnp.float32))
+        square = 1e30 * jnp.eye(2, dtype=jnp.float32)
+        with pytest.raises(FloatingPointError, match="attention of scores and values so large"):
+            attend(square, square, square, square, square)
+
+    def test_no_token_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="weights: expected at least one prefix token, got none"):
+            attention_mass(jnp.zeros((0, 2)), jnp.ones((1, 2)))
+
+    @pytest.mark.parametrize("sigma", [1e300, 1e-300])
+    def test_a_sigma_whose_draws_the_dtype_does_not_hold_is_refused(self, sigma: float) -> None:
+        with pytest.raises(ValueError, match=r"sigma: expected a number from .* whose draws float32 holds"):
+            RandomPrefix(key=jax.random.key(0), d=2, m=4, sigma=sigma, dtype=jnp.float32)

@@ -147,3 +147,11 @@ class TestPolynomialDegree:
     def test_says_what_is_wrong(self, score, error):
         with pytest.raises(ValueError, match="expected a finite number"):
             polynomial_degree(score, error)
+
+
+def test_scores_and_coefficients_that_no_polynomial_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="score: expected at most 1e"):
+        polynomial_degree(1e308, 0.1)
+    for coefficients in ([1.0, 1.0], [1.0] * 5):
+        with pytest.raises(ValueError, match=r"coefficients: expected degree \+ 1 = 4 numbers"):
+            polynomial_exponential(jnp.ones(3), 3, coefficients)

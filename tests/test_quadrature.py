@@ -155,3 +155,25 @@ class TestRepresentingPrefix:
     def test_shapes_are_told(self):
         with pytest.raises(ValueError, match=r"expected \[R, H\] and \[R\]"):
             representing_prefix(np.ones((2, 2)), np.ones(3))
+
+
+@pytest.mark.parametrize(("size", "mass"), [(1e308, 10.0), (1e-200, 1e-200), (1.0, 1e308)])
+def test_conditions_near_the_ends_of_float64_are_met(size: float, mass: float) -> None:
+    features = np.random.default_rng(0).uniform(0.5, 1, size=(12, 2))
+    kept, masses = caratheodory(features * size, np.full(12, mass) / 12)
+    assert len(kept) <= 2
+    np.testing.assert_allclose(masses / mass @ features[kept], features.mean(0), rtol=1e-12)
+
+
+def test_what_is_not_real_is_refused() -> None:
+    with pytest.raises(ValueError, match="features: expected real numbers, got complex128"):
+        caratheodory(np.ones((3, 1)) * 1j, np.ones(3))
+    with pytest.raises(ValueError, match="z, k: expected quotients z / k that float64 holds"):
+        representing_prefix(np.full((3, 2), 1e10), np.full(3, 1e-300))
+
+
+def test_the_bound_of_wide_scores_takes_no_more_memory() -> None:
+    # about a mean at the upper end, sum_{t > 0} e^-s I_t(s) is nearly a half
+    assert moment_rule_error(0, 1e8, 1e8) == pytest.approx(2, rel=1e-3)
+    with pytest.raises(ValueError, match="score: expected at most 1e"):
+        moment_rule_error(3, 1e12)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ntk_prefix.certificate.length import Progress
 from ntk_prefix.certificate.tokens import Prefix
@@ -73,6 +75,8 @@ def check_data(x: Array, y: Array, model: ModelName, prefix: Prefix | None) -> N
         check_finite("the model's weights", prefix.weights[...])
         check_finite("the model's signs", prefix.signs[...])
     check_inputs("x", x, features=width)
+    if not isinstance(y, jax.Array | np.ndarray):
+        raise expected("y", "an array", type(y).__name__, "Use jnp.asarray")
     if y.ndim != 2 or 0 in y.shape:
         raise expected(
             "y",

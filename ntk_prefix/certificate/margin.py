@@ -31,6 +31,8 @@ REACHES = np.geomspace(0.1, 1e4, 160)
 EXCESSES = (0.02, 0.05, 0.1, 0.21, 0.5, 1.0)
 """theta: by how much of s^2 the distance to the comparison point may grow."""
 
+TINY = float(np.finfo(float).tiny)
+
 RIDGE = 1e-12
 """Added to the kernel's eigenvalues while a margin is looked for, relative to its mean one."""
 
@@ -145,7 +147,13 @@ def classes_of(labels: Sequence[Any] | Array | np.ndarray, rows: int) -> np.ndar
     Raises:
         UsageError: not a vector of ``rows`` labels of two kinds at least, fewer than there are rows if more than two.
     """
-    found = np.asarray(labels)
+    try:
+        found = np.asarray(labels)
+    except ValueError:
+        raise expected("labels", f"a vector of {rows} labels", "lists of different lengths") from None
+    if found.dtype.kind not in "biufSU" or (found.dtype.kind == "f" and np.isnan(found).any()):
+        got = "NaN among them" if found.dtype.kind == "f" else found.dtype
+        raise expected("labels", f"a vector of {rows} numbers or texts, one for each row", got)
     kinds, place = np.unique(found, return_inverse=True) if found.ndim == 1 else (found, found)
     if found.shape != (rows,) or not 2 <= len(kinds) < max(rows, 3):
         got = f"shape {found.shape}" if found.shape != (rows,) else f"{len(kinds)} kinds"
@@ -230,7 +238,7 @@ def certify_margin(
         examples=n,
         kinds=ball.kinds,
         step_size=math.nan if step_size is None else step_size,
-        margin=max(float(margins.min()), 0.0),
+        margin=max(0.0, float(margins.min())),
         wanted=wanted,
         loss=math.inf,
         steps_needed=0,
@@ -418,6 +426,8 @@ def _at(
     if ball.norms.max() * radius > LARGEST_EXPONENT:
         return None
     drift, lipschitz, exponent = ball.at(radius)
+    if not math.isfinite(exponent + float(drift.max())):
+        return None
     gradient = float((ball.sizes + drift).max()) * OUTWARD
     largest = 1 / (m * gradient**2) / OUTWARD
     step = largest if step_size is None else step_size
@@ -425,7 +435,8 @@ def _at(
     kappa = float((reach * margins / OUTWARD - OUTWARD * loses).min())
     tail = OUTWARD * (math.log1p((ball.kinds - 1) * math.exp(-kappa)) if kappa > -700 else math.inf)
     left = wanted / OUTWARD - 2 * tail
-    needed = math.ceil(OUTWARD * square / (step * left)) if left > 0 else 0
+    each = step * left  # 0 where float64 has no smaller step
+    needed = math.ceil(OUTWARD * square / each) if left > 0 and math.isfinite(OUTWARD * square / max(each, TINY)) else 0
     last = excess * square / (2 * tail) / OUTWARD  # eta T, at most
     loss = OUTWARD * (square / (step * needed) + 2 * tail) if needed else math.inf
     steps = (

@@ -127,7 +127,7 @@ class Certificate:
             ValueError: the certificate does not hold, or the fraction is not in (0, 1).
         """
         forecast = self._forecast("steps_to")
-        if not 0 < fraction < 1:
+        if not isinstance(fraction, int | float) or not 0 < fraction < 1:
             raise expected("fraction", "a number in (0, 1)", fraction)
         by_rate = math.ceil(math.log(fraction) / math.log1p(-self.rate) * OUTWARD)
         return forecast.reaches(math.sqrt(2 * fraction * float(forecast.curve(np.zeros(1)).lower[0])), by_rate)

@@ -41,6 +41,9 @@ SMALLEST_ERROR = 1e-140
 
 LONGEST_A_PRIORI = 1e300
 
+SMALLEST_FAILURE = 1e-300
+"""delta from which on its parts, and what is divided by them, are normal float64."""
+
 
 @overload
 def certify(
@@ -134,6 +137,7 @@ def certify(
         raise expected("loss", "None without labels", loss)
     assert y is not None
     if x_test is not None:
+        check_inputs("x", x)
         check_inputs("x_test", x_test, features=x.shape[1])
         if x_test.dtype != jnp.float64:
             raise expected("x_test", "float64", x_test.dtype, "Use x_test.astype(float) under x64")
@@ -186,8 +190,8 @@ def _before_drawing(
     step_size: float | None,
 ) -> Certificate:
     """Return the a-priori certificate at m, or at the smallest power of 2^(1/4) that has one."""
-    if isinstance(delta, bool) or not 0 < delta < 1:
-        raise expected("delta", "a probability in (0, 1)", delta)
+    if not isinstance(delta, int | float) or not SMALLEST_FAILURE <= delta < 1:
+        raise expected("delta", f"a probability from {SMALLEST_FAILURE:g} to 1", repr(delta))
     if not symmetric:
         raise expected(
             "symmetric",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.certificate.rounding import eigen_enclosure, gamma
+from ntk_prefix.checks import expected
 from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel
 from ntk_prefix.random_prefix import TILE, RandomPrefix, Variant
 from ntk_prefix.typing import Array
@@ -126,6 +127,8 @@ class Tokens:
         fade = np.exp(top - highest[None])
         mean = (fade * total).sum(0) * self._copies / self.m
         self.shift = highest + np.log(mean)
+        if not np.isfinite(self.shift).all():
+            raise expected("x and the prefix", "scores w_r . x_i that float64 holds", "an overflow", "Scale them down")
         self.largest_mass = np.exp(highest - self.shift)
         d = self.inputs.shape[1]
         score = (gamma(d + 2) + gamma(8)) * float(self.norms.max() * longest.max()) + gamma(16) * (

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from ntk_prefix.checks import check_count, check_inputs, expected
+from ntk_prefix.checks import check_count, check_held, check_inputs, expected
 from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel, check_signs
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.random_prefix import TILE, RandomPrefix, Variant
@@ -98,7 +98,7 @@ def prefix_ntk(
 
     Raises:
         ValueError: inputs that are not a finite [n, d] of the prefix's width; a block < 1; an unknown part; a prefix of
-            another type; a tied model whose signs are not -1 or +1.
+            another type; a tied model whose signs are not -1 or +1; a kernel that overflows.
 
     Numerics: scores are shifted by their log-sum-exp, or by its expectation sigma^2 |x|^2 / 2 where they are known to
     be Gaussian and of moderate width (sigma |x| <= 5; inputs traced by a surrounding ``jax.jit`` are not known), so
@@ -159,7 +159,7 @@ def prefix_ntk(
 
         stream = (jnp.arange(tiles), (split(prefix.weights[...]), split(prefix.signs[...])))
 
-    return _streamed_kernel(
+    kernel = _streamed_kernel(
         # how long the prefix is travels as `rows` alone, so that lengths of one tile count share a compiled program
         dataclasses.replace(prefix, m=2) if isinstance(prefix, RandomPrefix) else None,
         stream,
@@ -173,6 +173,8 @@ def prefix_ntk(
         part=part,
         one_pass=isinstance(prefix, RandomPrefix) and prefix.symmetric and _moderate(prefix.sigma, x1, x2),
     )
+    check_held("the kernel", kernel)
+    return kernel
 
 
 def _moderate(sigma: float, *inputs: OtherInputs | None) -> bool:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.checks import check_array, check_finite, check_floating, check_positive, expected
+from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Prediction", "predict"]
@@ -90,9 +91,11 @@ def predict(
 
     Raises:
         ValueError: shapes that do not belong together, numbers that are not finite, a learning rate that is not
-            positive, steps that are negative or not whole, a kernel with negative eigenvalues beyond half its digits.
+            positive, steps that are negative, not whole, or beyond the dtype, a kernel with negative eigenvalues beyond half
+            its digits.
 
-    Numerics: the common dtype of kernel and targets; float64 for long times. A kernel [n, d, n, d] is read in (n, d)
+    Numerics: the common dtype of kernel and targets, float32 at least; float64 for long times. A run that diverges beyond it
+    ends in infinities and NaN. A kernel [n, d, n, d] is read in (n, d)
     order, so its matrix is symmetric. Singular kernels are fine: a kernel is positive semidefinite, and what its
     eigenvalues are below zero, or above it by up to N eps lambda_max, is rounding (Weyl: N x N entries, each rounded by
     eps of at most lambda_max; eps is that of the kernel's own dtype), which a power of 10^8 would make 10^6. Such
@@ -103,8 +106,9 @@ def predict(
     check_positive("learning_rate", learning_rate)
     if loss not in ("mse-sum", "mse-mean"):
         raise expected("loss", '"mse-sum" or "mse-mean"', repr(loss))
-    times = _check_steps(steps, flow)
     check_array("y_train", y_train, "n", "d")
+    if 0 in y_train.shape:
+        raise expected("y_train", "[n, d] with n, d >= 1", f"shape {y_train.shape}")
     kernels = _matrices("ntk_train_train", ntk_train_train, y_train.shape)
     _check_symmetric("ntk_train_train", kernels)
     f_train_0 = jnp.zeros_like(y_train) if f_train_0 is None else f_train_0
@@ -119,6 +123,8 @@ def predict(
                 f"shape {ntk_test_train.shape}",
             )
         cross = _matrices("ntk_test_train", ntk_test_train, y_train.shape)
+        if not len(ntk_test_train):
+            raise expected("ntk_test_train", "at least one test input", f"shape {ntk_test_train.shape}")
         test_shape = (ntk_test_train.shape[0], y_train.shape[1])
         f_test_0 = jnp.zeros(test_shape, y_train.dtype) if f_test_0 is None else f_test_0
         check_array("f_test_0", f_test_0, *test_shape)
@@ -128,19 +134,20 @@ def predict(
         check_finite(name, array)
 
     eps = float(jnp.finfo(kernels.dtype).eps)
-    dtype = jnp.result_type(kernels, y_train, f_train_0)
+    dtype = accumulation_dtype(kernels, y_train, f_train_0)
+    times = _check_steps(steps, flow, dtype)
     kernels, residual = kernels.astype(dtype), _columns(f_train_0 - y_train, ntk_train_train.ndim).astype(dtype)
     scale = 1.0 if loss == "mse-sum" else 1.0 / y_train.size
     spectrum = _spectrum(kernels, eps=eps)
     _check_semidefinite("ntk_train_train", spectrum, eps)
-    changes, test_changes = _evolve(spectrum, residual, cross, learning_rate * scale, times.astype(dtype), flow=flow)
+    changes, test_changes = _evolve(spectrum, residual, cross, learning_rate * scale, times, flow=flow)
 
     def outputs(start: Array, change: Array) -> Array:
         return start[None] + _rows(change, start.shape, ntk_train_train.ndim)
 
     train = outputs(f_train_0, changes)
     return Prediction(
-        steps=times.astype(dtype),
+        steps=times,
         train=train,
         loss=0.5 * scale * jnp.sum((train - y_train[None]) ** 2, axis=(1, 2)),
         test=None if f_test_0 is None or test_changes is None else outputs(f_test_0, test_changes),
@@ -203,8 +210,12 @@ def _check_symmetric(name: str, kernels: Array) -> None:
         )
 
 
-def _check_steps(steps: Array, flow: bool) -> Array:
+def _check_steps(steps: Array, flow: bool, dtype: jnp.dtype) -> Array:
     """Return the times as a vector of floats."""
+    if isinstance(steps, jax.core.Tracer):
+        if steps.ndim != 1 or jnp.issubdtype(steps.dtype, jnp.bool_):
+            raise expected("steps", "a vector of times, [T]", f"{steps.dtype} of shape {steps.shape}")
+        return steps.astype(dtype)
     times = np.asarray(steps)
     if not (np.issubdtype(times.dtype, np.integer) or np.issubdtype(times.dtype, np.floating)):
         raise expected("steps", "real numbers", times.dtype)
@@ -214,7 +225,11 @@ def _check_steps(steps: Array, flow: bool) -> Array:
         raise expected("steps", "finite times >= 0", f"a range of {times.min()} to {times.max()}")
     if not flow and (times != np.round(times)).any():
         raise expected("steps", "whole numbers", "fractions", "Use flow=True for continuous time")
-    return jnp.asarray(times, jnp.result_type(float))
+    with np.errstate(over="ignore"):
+        held = times.astype(dtype)
+    if not np.isfinite(held).all():
+        raise expected("steps", f"times that {dtype} holds", f"{times.max()}", "Use float64, under jax.enable_x64")
+    return jnp.asarray(held)
 
 
 # ----------------------------------------- The two dynamics: changes of the outputs since the start

@@ -241,7 +241,9 @@ def _output(function: _Function, parameters: Any, constants: Any, x: Array) -> j
 
 def _output_axes(name: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Axes of the output counted from 0, without the row axis."""
-    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    given = tuple(axes) if isinstance(axes, Sequence) and not isinstance(axes, str) else (axes,)
+    if any(isinstance(axis, bool) or not isinstance(axis, int) for axis in given):
+        raise expected(name, "whole numbers", repr(axes))
     canonical = tuple(axis + ndim if axis < 0 else axis for axis in given)
     if not all(1 <= axis < ndim for axis in canonical) or len(set(canonical)) < len(canonical):
         raise expected(

@@ -48,6 +48,7 @@ def leverage_scores(features: Float[np.ndarray, "n m"], resolution: float) -> Fl
         features: of all tokens at some queries, ``p_q / sqrt(m)``: their products add up to K.
         resolution: > 0, in units of K's eigenvalues.
     """
+    _check_matrix("features", features)
     check_positive("resolution", resolution)
     return np.sum(_Whitening(features @ features.T, resolution).left(features) ** 2, axis=0)
 
@@ -64,10 +65,11 @@ def greedy_anchors(features: Float[np.ndarray, "n m"], resolution: float, count:
 
     Numerics: QR with column pivoting, ``O(n^2 m)``.
     """
+    _check_matrix("features", features)
     check_positive("resolution", resolution)
     check_count("count", count)
     if count > min(features.shape):
-        raise expected("count", f"at most {min(features.shape)}, the features' rank", count)
+        raise expected("count", f"at most {min(features.shape)}, the smaller side of the features", count)
     whitened = _Whitening(features @ features.T, resolution).left(features)
     return scipy.linalg.qr(whitened, mode="r", pivoting=True)[1][:count]
 
@@ -85,6 +87,8 @@ def training_weights(features: Float[np.ndarray, "n R"], ntk: Matrix, resolution
     Returns:
         W, positive semidefinite up to rounding. A state trains with it as ``Z = L Y``, ``W = L L^T``, Y being trained.
     """
+    _check_matrix("features", features)
+    _check_kernel("ntk", ntk)
     check_positive("resolution", resolution)
     if len(features) != len(ntk):
         raise expected("features", f"[{len(ntk)}, R], the kernel's queries", f"{features.shape}")
@@ -96,15 +100,39 @@ def training_weights(features: Float[np.ndarray, "n R"], ntk: Matrix, resolution
 
 def relative_distance(ntk: Matrix, other: Matrix, resolution: float) -> float:
     """Return ``|(K + resolution)^{-1/2} (other - K) (K + resolution)^{-1/2}|``, the spectral norm."""
+    _check_kernel("ntk", ntk)
+    _check_kernel("other", other, len(ntk))
     check_positive("resolution", resolution)
     return float(np.abs(np.linalg.eigvalsh(_Whitening(ntk, resolution).both(other - ntk))).max())
+
+
+def _check_matrix(name: str, matrix: np.ndarray) -> None:
+    if np.ndim(matrix) != 2 or 0 in np.shape(matrix):
+        raise expected(name, "a matrix", f"shape {np.shape(matrix)}")
+    if not np.isfinite(matrix).all():
+        raise expected(name, "finite numbers", "some that are not")
+
+
+def _check_kernel(name: str, kernel: np.ndarray, size: int | None = None) -> None:
+    """Refuse what is no symmetric matrix, of the size of another one if that is given."""
+    _check_matrix(name, kernel)
+    rows, columns = np.shape(kernel)
+    if rows != columns or rows != (size or rows):
+        raise expected(name, f"[{size or rows}, {size or rows}]", f"shape {np.shape(kernel)}")
+    # rounding costs half the digits at most
+    if (skew := float(np.abs(kernel - np.transpose(kernel)).max())) > 1e-8 * float(np.abs(kernel).max()):
+        raise expected(name, "a symmetric kernel", f"one that differs from its transpose by {skew:.3g}")
 
 
 class _Whitening:
     """``G^{-1}`` with ``G G^T = K + resolution``: a rotation of ``(K + resolution)^{-1/2}``, which no norm sees."""
 
     def __init__(self, ntk: Matrix, resolution: float) -> None:
-        self.factor = scipy.linalg.cholesky(ntk + resolution * np.eye(len(ntk)), lower=True)
+        try:
+            self.factor = scipy.linalg.cholesky(ntk + resolution * np.eye(len(ntk)), lower=True)
+        except np.linalg.LinAlgError:
+            wanted = "a number above what the kernel's eigenvalues are below 0 by, of their rounding at least"
+            raise expected("resolution", wanted, resolution, "Take a positive semidefinite kernel, or more") from None
 
     def left(self, x: np.ndarray) -> np.ndarray:
         """Return ``G^{-1} x``."""
@@ -151,13 +179,22 @@ def training_distance(
         steps: T.
 
     Raises:
-        UsageError: a learning rate above that.
+        UsageError: a learning rate above that, kernels that are not positive semidefinite or not of one size, an error that is
+            not [n, o] or all 0, numbers that are not finite.
     """
+    _check_kernel("ntk", ntk)
+    _check_kernel("other", other, len(ntk))
+    _check_matrix("error", error)
+    if len(error) != len(ntk) or not np.any(error):
+        raise expected("error", f"[{len(ntk)}, o], not all of it 0", f"shape {np.shape(error)}")
     check_count("steps", steps)
     check_positive("learning_rate", learning_rate)
     eigenvalues, vectors = np.linalg.eigh(ntk)
     others, other_vectors = np.linalg.eigh((other + other.T) / 2)
     largest = max(eigenvalues[-1], others[-1])
+    for name, values in (("ntk", eigenvalues), ("other", others)):
+        if values[0] < -1e-8 * np.abs(values).max():
+            raise expected(name, "a positive semidefinite kernel", f"a smallest eigenvalue of {values[0]:.3g}")
     if learning_rate * largest > 1 + 1e-9:
         raise expected("learning_rate", f"at most 1 / {largest:.3g}, the kernels' largest eigenvalue", learning_rate)
     eigenvalues, others = np.maximum(eigenvalues, 0), np.maximum(others, 0)

@@ -45,7 +45,8 @@ def state_ntk(
     Raises:
         UsageError: a state of low rank, or a name that is none of the three.
 
-    Numerics: in log space, so scores of any finite size are safe.
+    Numerics: in log space, so scores of any finite size are safe; 0 for a query that sees no key while k is 0,
+    as its output is.
 
     Source: derived, theory/state.md.
     """
@@ -84,5 +85,6 @@ def shares_of_state(
     unit = jnp.zeros(()) if log_unit is None else log_unit
     log_mass = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1)) + unit, -jnp.inf)
     total = jnp.logaddexp(own.transpose(0, 2, 1), log_mass)
-    shares = features * jnp.exp(unit - total)[..., None]
+    seen = total > -jnp.inf  # a row without a key and without mass says 0, whatever Z is
+    shares = jnp.where(seen[..., None], features * jnp.exp(unit - jnp.where(seen, total, 0))[..., None], 0)
     return shares.transpose(1, 0, 2, 3).reshape(states, heads // states * batch * length, size)

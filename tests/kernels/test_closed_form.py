@@ -353,3 +353,9 @@ def test_ten_million_tokens_on_one_device_and_on_eight() -> None:
     assert measured["one"] < 64 * 2**20
     assert measured["eight"] < 160 * 2**20
     assert measured["materialized"] > 320e6
+
+
+def test_a_kernel_that_overflows_is_refused() -> None:
+    model = TiedPrefixModel(2, 4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    with pytest.raises(FloatingPointError, match="the kernel: expected numbers that float32 holds"):
+        prefix_ntk(model, jnp.full((2, 2), 3e38, jnp.float32))

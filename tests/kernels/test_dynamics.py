@@ -306,3 +306,25 @@ def test_wrong_arguments_are_explained(change: dict, message: str, model: Linear
         arguments[name] = transform(arguments[name])
     with pytest.raises(ValueError, match=message):
         predict(**arguments)
+
+
+def test_empty_targets_and_times_beyond_the_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"y_train: expected \[n, d\] with n, d >= 1"):
+        predict(jnp.zeros((2, 2)), jnp.zeros((2, 0)), learning_rate=0.1, steps=jnp.array([1]))
+    with pytest.raises(ValueError, match="ntk_test_train: expected at least one test input"):
+        predict(jnp.eye(2), jnp.ones((2, 1)), learning_rate=0.1, steps=jnp.array([1]), ntk_test_train=jnp.zeros((0, 2)))
+    small = jnp.eye(2, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="steps: expected times that float32 holds"):
+        predict(small, jnp.ones((2, 1), jnp.float32), learning_rate=0.1, steps=jnp.array([1e300]), flow=True)
+
+
+def test_half_precision_is_predicted_in_float32() -> None:
+    half = jnp.bfloat16
+    found = predict(jnp.eye(1, dtype=half), jnp.ones((1, 1), half), learning_rate=0.5, steps=jnp.array([1, 257]))
+    assert found.train.dtype == jnp.float32
+    np.testing.assert_array_equal(found.steps, [1, 257])
+
+
+def test_times_may_be_made_within_a_compiled_function() -> None:
+    found = jax.jit(lambda k: predict(k, jnp.ones((2, 1)), learning_rate=0.5, steps=jnp.arange(3)).train)(jnp.eye(2))
+    np.testing.assert_allclose(found[:, 0, 0], [0, 0.5, 0.75], rtol=1e-6)

@@ -429,3 +429,9 @@ def test_numbers_that_are_not_finite_are_refused_before_any_work(bad: float, mon
     model.weights[...] = model.weights[...].at[0, 0].set(bad)
     with pytest.raises(ValueError, match="the model's parameters: expected finite numbers"):
         empirical_ntk(model, x)
+
+
+def test_an_axis_that_is_no_whole_number_is_refused() -> None:
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="trace_axes: expected whole numbers, got True"):
+        empirical_ntk(model, jnp.ones((3, 2)), trace_axes=True)

@@ -90,3 +90,28 @@ def test_what_does_not_fit_is_refused():
         equivalence.greedy_anchors(np.ones((3, 9)), 0.1, 4)
     with pytest.raises(ValueError, match="resolution: expected a finite number > 0"):
         equivalence.leverage_scores(np.ones((3, 9)), 0.0)
+
+
+KERNEL, ERROR = np.diag([1.0, 0.5, 0.1]), np.ones((3, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"error": np.zeros((3, 1))}, "error: expected .*not all of it 0"),
+        ({"ntk": KERNEL * np.nan}, "ntk: expected finite numbers"),
+        ({"ntk": -KERNEL}, "ntk: expected a positive semidefinite kernel"),
+        ({"ntk": KERNEL + np.triu(np.ones((3, 3)), 1)}, "ntk: expected a symmetric kernel"),
+    ],
+)
+def test_what_training_distance_is_not_of_is_refused(change: dict[str, np.ndarray], told: str) -> None:
+    given = {"ntk": KERNEL, "other": KERNEL, "error": ERROR} | change
+    with pytest.raises(ValueError, match=told):
+        equivalence.training_distance(**given, learning_rate=0.5, steps=3)
+
+
+def test_a_resolution_below_the_rounding_of_the_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="resolution: expected a number above"):
+        equivalence.leverage_scores(np.ones((3, 4)), 1e-17)
+    with pytest.raises(ValueError, match="resolution: expected a number above"):
+        equivalence.relative_distance(-KERNEL, KERNEL, 1e-3)

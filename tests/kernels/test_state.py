@@ -104,3 +104,13 @@ class TestConvergenceOfBoth:
         halfway = self.OWN * 0.5 * self.QUERY
         _, _, growing = self.slopes(halfway, 1e-6 * self.QUERY, 0.0, 1.0)
         assert 0.5 / 1.5 < growing <= 0.5 * (1 + 1e-5)
+
+
+def test_a_query_that_sees_nothing_has_no_kernel() -> None:
+    rows = jnp.ones((1, 2, 1, 2))
+    state = PrefixState(jnp.ones((1, 2, 2)), jnp.zeros((1, 2)), feature_map("elu1"))
+    mask = jnp.array([[[[False, False], [True, True]]]])
+    found = np.asarray(state_ntk(rows, rows, rows, state, mask=mask))[0]
+    assert np.isfinite(found).all()
+    assert not found[0].any()
+    assert found[1, :, 1].any()
