@@ -126,6 +126,8 @@ def _measure(model: Any, chosen: Sequence[AdapterConfig], calibration: Mapping[s
         return measured
 
     def measure(path: str, seen: LayerRecord) -> None:
+        if any(path in paths for paths in wanted.values()):
+            _check_seen(path, seen)
         for i, paths in wanted.items():
             if path in paths:
                 try:
@@ -137,6 +139,17 @@ def _measure(model: Any, chosen: Sequence[AdapterConfig], calibration: Mapping[s
     with disable_adapter(model):
         record(model, calibration, measure)
     return measured
+
+
+def _check_seen(path: str, seen: LayerRecord) -> None:
+    """Refuse a calibration batch of which a layer sees nothing, or what is no number."""
+    tokens = np.asarray(seen.seen)
+    if not tokens.any():
+        raise expected("calibration", "at least one token that is not masked", f"none that {path} sees")
+    if not all(np.isfinite(np.asarray(x)[tokens]).all() for x in (seen.query, seen.key, seen.value)):
+        raise expected(
+            "calibration", f"finite queries, keys and values in {path}", "NaN or infinity", "Look at the batch"
+        )
 
 
 def configs(model: Any) -> dict[str, tuple[AdapterConfig, ...]]:

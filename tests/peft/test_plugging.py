@@ -244,6 +244,32 @@ def test_a_row_that_names_no_adapter_is_refused_and_traced_goes_through_none() -
     np.testing.assert_array_equal(mixed(jnp.array([-2, 1])), mixed(jnp.array([-1, 1])))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.NTKAttentionConfig(whiten=True),
+        peft.NTKAttentionConfig(init="from_prefix"),
+        peft.NTKAttentionConfig(feature_map="anchors", feature_map_options=(("features", 3),)),
+    ],
+    ids=["whiten", "from_prefix", "anchors"],
+)
+def test_a_calibration_batch_that_measures_nothing_is_refused(config: peft.AdapterConfig) -> None:
+    model, (x, mask) = tiny(), inputs()
+    for batch, said in (
+        (
+            {"x": x, "attention_mask": 0 * mask},
+            "at least one token that is not masked, got none that layers.0.attention",
+        ),
+        (
+            {"x": x.at[0, 0, 0].set(jnp.nan), "attention_mask": mask},
+            "finite queries, keys and values in layers.0.attention",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"calibration: expected {said}"):
+            peft.apply(model, config, calibration=batch)
+    np.testing.assert_array_equal(model(x, mask), frozen())
+
+
 class TestWithinAMixedBatch:
     def test_no_adapter_is_none_for_any_row_and_the_rows_are_back_afterwards(self) -> None:
         model = put(trained("prefix"), "shifting prefix", name="second")
