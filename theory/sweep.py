@@ -79,9 +79,11 @@ class Rows:
 
     def __init__(self, folder: Path, of: str) -> None:
         self.path, self.of = folder / "rows.jsonl", of
+        self._others: list[Row] = []
 
     def finished(self) -> dict[Cell, Row]:
-        """Return the cells of this configuration; what is cut off, broken or of another one is not there."""
+        """Return the cells of this configuration; what is cut off or broken is not there, those of others stay in the file."""
+        self._others = []
         if not self.path.is_file():
             return {}
         found = {}
@@ -90,11 +92,14 @@ class Rows:
                 row = decode_json(line, Row, str(self.path))
                 if row["of"] == self.of:
                     found[cell_of(row)] = row
+                else:
+                    self._others.append(row)
         return found
 
     def keep(self, rows: dict[Cell, Row]) -> None:
-        """Write all of them, whole or not at all."""
-        write_whole(self.path, "".join(json_text(row, indent=None) for row in rows.values()).encode())
+        """Write all of them beside those of other configurations, whole or not at all."""
+        lines = (json_text(row, indent=None) for row in (*self._others, *rows.values()))
+        write_whole(self.path, "".join(lines).encode())
 
 
 def certified(problem: Problem, model: ModelName, longest: int, of: str, tried: Progress = lambda *_: None) -> Row:
@@ -201,8 +206,8 @@ def sweep(problems: dict[Cell, Problem], longest: int, out: Path, of: str, conso
     out.mkdir(parents=True, exist_ok=True)
     with held(out / ".lock", "--out"), counted(console) as progress:
         file = Rows(out, of)
-        rows = {cell: row for cell, row in file.finished().items() if cell in problems}
-        task = progress.add_task("cells", total=len(problems), completed=len(rows))
+        rows = file.finished()  # of any grid: none is dropped
+        task = progress.add_task("cells", total=len(problems), completed=len(rows.keys() & problems.keys()))
         for cell, problem in problems.items():
             if cell in rows:
                 continue
@@ -237,8 +242,8 @@ def main(
 ) -> int:
     """Certify digits over a grid: the shortest prefix, its rate and its curve, for every sigma, d and n.
 
-    Writes rows.jsonl, table.md and figure.png to OUT. A run that was stopped goes on with the next cell, and a larger grid
-    takes over what a smaller one has found.
+    Writes rows.jsonl, table.md and figure.png to OUT. A run that was stopped goes on with the next cell, and a grid takes over
+    what other grids have found: rows.jsonl keeps the cells of all grids and settings, table and figure show those asked for.
 
     Args:
         what: what is swept.

@@ -79,6 +79,16 @@ def test_another_seed_takes_nothing_over(
     assert len(measured) == 16
 
 
+def test_cells_of_other_grids_and_settings_are_kept(
+    measured: list[sweep.Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "picture", lambda rows, longest: b"")
+    for change in ({}, {"sigma": (2.0,)}, {"longest": 2**10}, {}):
+        assert sweep.main("certificate", out=tmp_path, **GRID | change) == 0
+    assert len(measured) == 8 + 4 + 8
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + 8
+
+
 def test_a_real_cell() -> None:
     with jax.enable_x64(True):
         problem = load("digits", inputs=2, width=8, sigma=1.0, seed=0, profile="quick")
