@@ -31,6 +31,9 @@ LONGEST_ROW = 2**26
 LARGEST_ARRAY = 2**30
 """Bytes of a JSON file that is one array, which is read whole; a row per line has no such bound."""
 
+TEXT = {".jsonl", ".json", ".csv", ".tsv"}
+"""Endings of files of text, which spreadsheets may save in UTF-16."""
+
 MOST_PACKED, LEAST_UNPACKED = 256, 2**28
 """How often its own size a packed file may hold, and bytes that it may hold in any case: a few kilobytes can unpack to more
 than memory has, by one value that is said to be repeated."""
@@ -79,6 +82,10 @@ def open_table(file: Path, names: Sequence[str] | None = None) -> Table:
     if file.suffix not in _READERS:
         raise expected(str(file), f"a file that ends in {', '.join(_READERS)}", repr(file.suffix))
     with _errors_mapped(file):
+        if file.suffix in TEXT:
+            with file.open("rb") as stream:
+                if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                    raise expected(str(file), "text in UTF-8", "UTF-16", "Save it as UTF-8")
         return _READERS[file.suffix](file, names)
 
 

@@ -310,3 +310,11 @@ class TestDamaged:
         (saved / "state.json").write_bytes(state)
         with survives(saved):
             sources.read("text", saved)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json"])
+def test_another_encoding_of_text_is_named(ending: str, tmp_path: Path) -> None:
+    file = tmp_path / f"rows{ending}"
+    file.write_bytes("text,label\na,b\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"expected text in UTF-8, got UTF-16\. Save it as UTF-8"):
+        open_table(file)
