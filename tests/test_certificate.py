@@ -650,3 +650,11 @@ def test_a_failure_whose_parts_vanish_is_refused() -> None:
         pytest.raises(ValueError, match="delta: expected a probability from 1e-300 to 1, got 5e-324"),
     ):
         certify(jnp.ones((1, 2)), jnp.ones((1, 2)), m=64, delta=5e-324)
+
+
+def test_scores_that_are_lost_to_rounding_are_refused() -> None:
+    with (
+        jax.enable_x64(True),
+        pytest.raises(ValueError, match=r"x and the prefix: expected scores .* whose rounding is small"),
+    ):
+        certify(jnp.ones((1, 2)), jnp.ones((1, 2)), m=64, sigma=1e300)

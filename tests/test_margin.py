@@ -347,3 +347,8 @@ def test_the_mean_value_moves_as_far_as_its_bound_where_a_pair_parts(kinds: int)
 def test_labels_that_are_none_are_refused(labels: object, told: str) -> None:
     with pytest.raises(ValueError, match=f"labels: expected a vector of 3 {told.removeprefix('a vector of 3 ')}"):
         classes_of(labels, 3)
+
+
+def test_a_step_that_is_flushed_to_zero_is_refused() -> None:
+    with jax.enable_x64(True), pytest.raises(ValueError, match=r"step_size: expected at least 2\.23e-308"):
+        certify(jnp.array([[0.5], [-0.5]]), labels=[0, 1], m=64, step_size=5e-324)

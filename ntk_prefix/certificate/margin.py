@@ -218,6 +218,8 @@ def certify_margin(
     check_positive("loss", wanted)
     if step_size is not None:
         check_positive("step_size", step_size)
+        if step_size < TINY:
+            raise expected("step_size", f"at least {TINY:.3g}", step_size)
     _, rounding = tokens.second_moments()
     kernel = np.asarray(prefix_ntk(tokens.prefix, jnp.asarray(tokens.inputs))).reshape(n * outputs, -1)
     signed, off = compared(kernel, classes, rounding)

@@ -136,6 +136,13 @@ class Tokens:
         )
         self.slack = 16 * (2 * score + gamma(self.m + 64 * (d + len(self.inputs)) + 256))
         """Relative error of every positive sum below (twelve roundings of T or of an exponent, and the sum itself)."""
+        if not self.slack <= 1:  # of scores from about 1e13 on: nothing is known of any sum
+            raise expected(
+                "x and the prefix",
+                "scores w_r . x_i whose rounding is small beside 1",
+                f"{self.slack:.3g}",
+                "Scale them down",
+            )
         if self.paired:
             self.center = np.zeros_like(moment[0])
             self.center_error = 0.0
