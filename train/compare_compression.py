@@ -47,8 +47,8 @@ from train.command import Checked, Terminal, at_least, byte_progress, ended, par
 from train.compression_case import Case, seen_by_layers
 from train.compression_table import Results, Row, draw, lines_of, markdown
 from train.compressors import METHODS
+from train.decoders import text_model
 from train.prompts import padded, prompt_ids, some_texts, whole_text
-from train.writer import text_model
 
 __all__ = ["Options", "main"]
 

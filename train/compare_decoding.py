@@ -39,10 +39,11 @@ from train import tasks
 from train.assets import model_path
 from train.command import Checked, Terminal, at_least, ended, parsed, resumable
 from train.config import DataConfig
+from train.decoders import load_decoder
 from train.kept_lines import KeptLines
 from train.rank import Scored, adapter_digest, beam_search, load_scorer, reranked
 from train.ranking_measures import distinct, divergence, repetition
-from train.writer import Writer, load_decoder
+from train.writer import Writer
 
 __all__ = ["Options", "compare_decoding"]
 

@@ -46,8 +46,8 @@ from ntk_prefix.statistics import expected_error_bound
 from ntk_prefix.typing import Array, Float
 from train.assets import file_states
 from train.command import Checked, Terminal, at_least, ended, parsed, resumable
+from train.decoders import decoder, loaded
 from train.prompts import padded, prompt_ids, some_texts, whole_text
-from train.writer import decoder, loaded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -40,9 +40,10 @@ from ntk_prefix.checks import expected
 from ntk_prefix.models.ranker import SETTINGS
 from train.assets import model_path, model_version
 from train.command import Checked, Terminal, at_least, byte_progress, ended, parsed, resumable
+from train.decoders import load_decoder
 from train.prompts import whole_text
 from train.readers import ENDINGS, open_table
-from train.writer import Writer, before_stop, load_decoder
+from train.writer import Writer, before_stop
 
 __all__ = [
     "Beam",

@@ -39,11 +39,11 @@ from train import ranking, tasks
 from train.assets import model_path
 from train.command import Checked, Terminal, at_least, ended, parsed, resumable
 from train.config import TrainConfig
+from train.decoders import load_decoder
 from train.kept_lines import KeptLines
 from train.prompts import prompt_ids
 from train.ranking_measures import Choice, agreement, read_choices
 from train.sources import spec_of
-from train.writer import load_decoder
 
 __all__ = ["Likelihood", "Options", "references"]
 

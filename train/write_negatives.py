@@ -35,9 +35,10 @@ from train.__main__ import parse_command
 from train.assets import model_version
 from train.command import Terminal, at_least, ended, resumable
 from train.config import TrainConfig
+from train.decoders import load_decoder
 from train.ranking_data import OTHERS, read_generated
 from train.sources import spec_of
-from train.writer import Writer, load_decoder
+from train.writer import Writer
 
 __all__ = ["Command", "write"]
 

@@ -18,9 +18,10 @@ from ntk_prefix.artifacts import held
 from ntk_prefix.checks import UsageError
 from tests.train.tiny_model import write_model
 from train import rank
+from train.decoders import load_decoder
 from train.prompts import prompt_ids
 from train.rank import Beam, Rerank, Score, Search, beam_search, main, reranked
-from train.writer import Writer, load_decoder
+from train.writer import Writer
 
 WORDS = ("[UNK]", "<|endoftext|>", "pre", "suffi", "the", "film", "was", "good", "bad", "very", "and", "long", ".")
 KEY = jax.random.key(0)
@@ -353,7 +354,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(encoder: str,
         (lambda: main(Score(pairs=none), Console(quiet=True)), "expected a column 'prefix', got none"),
         (lambda: rank.load_scorer("nonsense", None, flag="--judge"), "--judge: expected an asset"),
         (lambda: load_decoder("nonsense", "--writer"), "--writer: expected an asset"),
-        (lambda: load_decoder(encoder, "--writer"), "--writer .*: task: expected"),
+        (lambda: load_decoder(encoder, "--writer"), "--writer: expected a decoder, such as smollm2, got .*'bert'"),
         (
             lambda: main(Score(pairs=gaps), Console(quiet=True)),
             "gaps.jsonl, row 1: expected a text in 'suffix', got None",
