@@ -326,8 +326,8 @@ def descend(
         valid: which of them there are; the others stay at zero.
         steps: each on ``batch`` queries; 0 leaves the points where they are, and fits masses and values alone. Of SmolLM2
             with 32 anchors, on other texts, 100 lose 1.3 times as much as 300 (three prompts), 1,000 as much (one).
-        batch: queries of a step, drawn without replacement, or ``PER_ANCHOR`` for each anchor if that is more; all if there
-            are fewer.
+        batch: queries of a step, drawn without replacement; if that is more, ``PER_ANCHOR`` for each anchor up to
+            ``LARGEST_BATCH``, and two for each; all if there are fewer.
         learning_rate: of log masses; points move so that scores change by about as much a step.
         logits_soft_cap: of the layer's scores.
         seed: of the draw.
@@ -339,7 +339,8 @@ def descend(
     check_count("batch", batch)
     check_enough(rows, points.shape[1])
     count = rows.query.shape[1]
-    batch = min(max(batch, PER_ANCHOR * points.shape[1]), count)
+    anchors = points.shape[1]
+    batch = min(max(batch, 2 * anchors, min(PER_ANCHOR * anchors, LARGEST_BATCH)), count)
     # systems of R x R: threads of LAPACK would wait for one another, and take two to three times as long
     with threadpool_limits(1):
         key = jax.random.key(seed)
@@ -447,10 +448,11 @@ def _descend(
     )
 
 
-PER_ANCHOR = 8
-"""Queries of a step for each anchor, at least: a step fits a Z of its own, and to few queries too well. SmolLM2, 97 anchors per
-head and up to 256 in one, on 48 texts not fitted to: 1,024 queries for every head leave 0.0041 nats (97.0 % the same first
-choice), 8 for each anchor of a larger head 0.0035 (97.4 %); 4,096 for every head, at twice the time, 0.0032 (97.2 %)."""
+PER_ANCHOR, LARGEST_BATCH = 8, 2048
+"""Queries of a step for each anchor, as far as they are no more than the second: a step fits a Z of its own, and to few
+queries too well. SmolLM2, 97 anchors per head and up to 256 in one, on 48 texts not fitted to: 1,024 queries for every head
+leave 0.0041 nats (97.0 % the same first choice), 8 for each anchor of a larger head 0.0035 (97.4 %), 4,096 for every head, at
+twice the time, 0.0032 (97.2 %). With 256 per head and up to 512 in one, 1,024 and 2,048 leave as much, 0.0010 and 0.0011."""
 
 LARGEST = 30.0
 """Logarithm of a feature, whose root mean square was 1 at the start, in a step: one beyond has no gradient. Measured are all
