@@ -183,7 +183,14 @@ def train_batches(
 
 
 def parts(batch: Batch, count: int) -> list[Batch]:
-    """Return a batch in so many parts of equally many rows, in their order."""
+    """Return a batch in so many parts of equally many rows, in their order.
+
+    Raises:
+        UsageError: its rows, those of one process, are no multiple of ``count``.
+    """
+    rows = len(next(iter(batch.values())))
+    if rows % count:
+        raise expected("--accumulate", f"a divisor of the {rows} rows of a step that a process holds", count)
     cut = {name: np.split(column, count) for name, column in batch.items()}
     return [{name: columns[part] for name, columns in cut.items()} for part in range(count)]
 

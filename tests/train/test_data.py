@@ -207,3 +207,15 @@ def test_text_without_tokens_is_refused():
     split = Dataset({"text": tokens([1, 2]), "labels": np.zeros(2, np.int32)})
     with pytest.raises(ValueError, match=r"expected a column input_ids \(give tasks.load a tokenizer\)"):
         data.evaluation_batches(split, 2)
+
+
+def test_parts_of_a_batch_are_its_rows_in_their_order() -> None:
+    batch = {"input_ids": np.arange(12).reshape(6, 2), "weight": np.arange(6.0)}
+    found = data.parts(batch, 3)
+    assert [part["input_ids"].shape for part in found] == [(2, 2)] * 3
+    for name, column in batch.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in found]), column)
+    with pytest.raises(
+        ValueError, match="--accumulate: expected a divisor of the 6 rows of a step that a process holds, got 4"
+    ):
+        data.parts(batch, 4)
