@@ -27,6 +27,7 @@ __all__ = [
     "check_floating",
     "check_held",
     "check_inputs",
+    "check_is_array",
     "check_non_negative",
     "check_offset",
     "check_positive",
@@ -100,8 +101,12 @@ def _explained(error: BaseException) -> str | None:
     return None
 
 
-def _check_is_array(name: str, array: object) -> None:
-    """Refuse a list, None, and whatever else has no shape and no dtype."""
+def check_is_array(name: str, array: object) -> None:
+    """Refuse a list, None, and whatever else has no shape and no dtype.
+
+    Raises:
+        UsageError: naming the argument and its type.
+    """
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
         raise expected(name, "an array", type(array).__name__, "Use jnp.asarray")
 
@@ -114,7 +119,7 @@ def check_floating(name: str, array: jax.Array) -> None:
     Raises:
         UsageError: naming the argument and its dtype.
     """
-    _check_is_array(name, array)
+    check_is_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise expected(name, "floating point numbers", array.dtype, f"Use {name}.astype(float)")
 
@@ -161,7 +166,7 @@ def check_inputs(name: str, inputs: jax.Array, *, features: int | None = None) -
     Raises:
         ValueError: naming the argument, what was expected, what came, and what to do.
     """
-    _check_is_array(name, inputs)
+    check_is_array(name, inputs)
     if inputs.ndim != 2 or 0 in inputs.shape:
         raise UsageError(
             f"{name}: expected a matrix [n, d] with n, d >= 1, got shape {inputs.shape}. "
@@ -289,7 +294,7 @@ def check_attention(
     """Raise unless shapes and dtypes are those of attention; return the scale."""
     for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias), ("mask", mask)):
         if x is not None or name in ("query", "key", "value"):
-            _check_is_array(name, x)
+            check_is_array(name, x)
     if query.ndim != 4 or key.ndim != 4:
         raise expected("query and key", "[B, T, N, H] and [B, S, K, H]", f"{query.shape} and {key.shape}")
     batch, length, heads, head_dim = query.shape
@@ -359,7 +364,7 @@ def check_offset(offset: int | jax.Array, needed: bool) -> bool:
 
 def _check_scores(name: str, x: jax.Array, full: tuple[int, ...]) -> None:
     """Raise unless x broadcasts to scores, axis by axis."""
-    _check_is_array(name, x)
+    check_is_array(name, x)
     if x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
         raise expected(name, f"{full}, each axis possibly 1", x.shape, "Add axes of size 1")
 
@@ -372,8 +377,8 @@ def check_prefix(
     prefix_bias: jax.Array | None = None,
 ) -> None:
     """Raise unless a prefix [M, K, H] or [B, M, K, H] and its bias fit the query and the key of attention."""
-    _check_is_array("prefix_key", prefix_key)
-    _check_is_array("prefix_value", prefix_value)
+    check_is_array("prefix_key", prefix_key)
+    check_is_array("prefix_value", prefix_value)
     batch = {3: (), 4: (query.shape[0],)}.get(prefix_key.ndim)
     if batch is None or prefix_key.shape != (*batch, prefix_key.shape[-3], *key.shape[2:]):
         raise expected(

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import UsageError, check_is_array, expected
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
 from ntk_prefix.models.elementwise import ACTIVATIONS
 from ntk_prefix.models.formats import Checkpoint
@@ -44,8 +44,10 @@ __all__ = [
     "RunOptions",
     "Size",
     "TransformerLayer",
+    "check_ids",
     "check_tokens",
     "embedded",
+    "offset_extremes",
 ]
 
 Pooling = Literal["mean", "cls", "last", "cls+mean", "cls+distillation"]
@@ -290,21 +292,10 @@ def check_tokens(input_ids: Any, attention_mask: Any, vocab_size: int, seen: int
     Raises:
         UsageError: naming the argument.
     """
-    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise expected("input_ids", "integers [B, T]", f"{input_ids.dtype} {input_ids.shape}")
-    here = not isinstance(input_ids, jax.core.Tracer) and getattr(input_ids, "is_fully_addressable", True)
-    if here and input_ids.size:
-        ids = np.asarray(input_ids)
-        least, most = int(ids.min()), int(ids.max())
-        if least < 0 or most >= vocab_size:
-            raise expected(
-                "input_ids",
-                f"numbers from 0 to {vocab_size - 1}, the model's vocabulary",
-                least if least < 0 else most,
-                "Is the tokenizer this model's own",
-            )
+    check_ids("input_ids", input_ids, vocab_size, "the model's vocabulary", "Is the tokenizer this model's own")
     if attention_mask is None:
         return
+    check_is_array("attention_mask", attention_mask)
     wanted = (input_ids.shape[0], input_ids.shape[1] if seen is None else seen)
     if attention_mask.shape != wanted:
         raise expected(
@@ -315,6 +306,59 @@ def check_tokens(input_ids: Any, attention_mask: Any, vocab_size: int, seen: int
     if not (jnp.issubdtype(attention_mask.dtype, jnp.integer) or attention_mask.dtype == bool):
         hint = "A mask of zeros and ones: mask.astype(bool); one that is added to scores: mask > -1"
         raise expected("attention_mask", "integers or booleans, nonzero at tokens", attention_mask.dtype, hint)
+
+
+def check_ids(name: str, ids: Any, count: int, of: str, hint: str = "") -> None:
+    """Refuse anything but [B, T] whole numbers from 0 to ``count - 1``, the rows of a table; of a tracer the shape alone.
+
+    Args:
+        name: of the argument.
+        ids: what came.
+        count: rows of the table.
+        of: whose they are, in words.
+        hint: what to do about a number that is none of them.
+
+    Raises:
+        UsageError: naming the argument; no token, or no row, too.
+    """
+    check_is_array(name, ids)
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise expected(name, "integers [B, T]", f"{ids.dtype} {ids.shape}")
+    if 0 in ids.shape:
+        raise expected(name, "at least one token a row, and a row", f"shape {ids.shape}")
+    if (extremes := _extremes(ids)) is not None:
+        least, most = extremes
+        if least < 0 or most >= count:
+            raise expected(name, f"numbers from 0 to {count - 1}, {of}", least if least < 0 else most, hint)
+
+
+def offset_extremes(offset: Any, rows: int) -> tuple[int, int] | None:
+    """Return the least and the largest offset of positions; None of a tracer, which has no values.
+
+    Args:
+        offset: a whole number, or an integer array with one for all rows or one a row.
+        rows: B.
+
+    Raises:
+        UsageError: anything else, or a number beyond 32 bits.
+    """
+    given = np.asarray(offset) if isinstance(offset, int | np.integer) else offset
+    shape = getattr(given, "shape", None)
+    if shape not in ((), (1,), (rows,)) or not jnp.issubdtype(given.dtype, jnp.integer):
+        came = repr(offset) if shape is None else f"{given.dtype} {list(shape)}"
+        raise expected("position_offset", f"a whole number, or integers [{rows}], one a row", came)
+    extremes = _extremes(given)
+    if extremes is not None and max(map(abs, extremes)) >= 2**31:
+        raise expected("position_offset", "less than 2147483648", max(extremes, key=abs))
+    return extremes
+
+
+def _extremes(numbers: Any) -> tuple[int, int] | None:
+    """Return the least and the largest of whole numbers where they can be looked at."""
+    if isinstance(numbers, jax.core.Tracer) or not getattr(numbers, "is_fully_addressable", True):
+        return None
+    values = np.asarray(numbers)
+    return int(values.min()), int(values.max())
 
 
 class Backbone(Runnable, nnx.Module):

@@ -15,7 +15,7 @@ import msgspec
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import check_count, expected
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -26,9 +26,11 @@ from ntk_prefix.models.backbone import (
     Pooling,
     Size,
     TransformerLayer,
+    check_ids,
     check_tokens,
     embedded,
     known_fields,
+    offset_extremes,
 )
 from ntk_prefix.models.classifier import HeadTransform
 from ntk_prefix.models.elementwise import layer_norm
@@ -171,18 +173,24 @@ class Bert(Backbone):
                 number, or one per row.
 
         Raises:
-            UsageError: more positions than the model has, ids that it has not, or a mask that does not fit.
+            UsageError: positions, ids or token types that the model has not, or a mask that does not fit.
         """
         check_tokens(input_ids, attention_mask, self.config.vocab_size)
-        length = input_ids.shape[1]
-        offset = self.position_offset + (position_offset if isinstance(position_offset, int) else 0)
-        if length + offset > self.config.max_tokens:
+        if token_type_ids is not None and self.config.type_vocab_size:
+            check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, "the model's token types")
+            if token_type_ids.shape != input_ids.shape:
+                raise expected("token_type_ids", f"{list(input_ids.shape)}, the ids' shape", token_type_ids.shape)
+        length, own = input_ids.shape[1], self.position_offset
+        least, most = offset_extremes(position_offset, len(input_ids)) or (0, 0)
+        if length + own + most > self.config.max_tokens:
             raise expected(
                 "input_ids",
                 f"at most {self.config.max_tokens} positions",
-                f"{length} tokens with a position offset of {offset}",
+                f"{length} tokens with a position offset of {own + most}",
                 "Truncate them, or call extend_positions",
             )
+        if own + least < 0:
+            raise expected("position_offset", "no position before the first", own + least)
         x = self.embeddings(input_ids, token_type_ids, self.places(input_ids, position_offset))
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         return self.encode(x, mask)
@@ -205,6 +213,7 @@ class Bert(Backbone):
 
         Source: Beltagy et al. (Longformer), arXiv 2004.05150; to be trained further, or left frozen.
         """
+        check_count("length", length)
         have, first = self.config.max_tokens, self.config.first_position
         if length < have:
             raise expected("length", f"at least the model's {have} positions", length)

@@ -66,32 +66,44 @@ def generate(
 
     Raises:
         UsageError: ids that the model has not or in whose dtype there is no room for all it has, no prompt or an empty one,
-            no token to be made, a model without logits, or a key or samples without a sampling.
+            no token to be made, an end token that the model has not, a model without logits, or a key or samples without a
+            sampling.
     """
-    if not model.causal_lm:
-        raise UsageError('expected a model made with causal_lm=True, got a bare one: task="causal-lm" makes it')
+    if not isinstance(model, Llama) or not model.causal_lm:
+        came = type(model).__name__ if not isinstance(model, Llama) else "a bare one"
+        raise UsageError(f'expected a model made with causal_lm=True, got {came}: task="causal-lm" makes it')
     check_count("max_new_tokens", max_new_tokens)
     vocabulary = model.config.vocab_size
     check_tokens(input_ids, attention_mask, vocabulary)
-    if 0 in input_ids.shape:
-        raise expected("input_ids", "at least one token a row, and a row", f"shape {input_ids.shape}")
+    if input_ids.shape[1] + max_new_tokens >= 2**31:
+        raise expected("max_new_tokens", "less than 2147483648 tokens with the prompt's", max_new_tokens)
     if jnp.iinfo(input_ids.dtype).max < vocabulary - 1:
         hint = "Use input_ids.astype(jnp.int32)"
         raise expected("input_ids", f"a dtype that holds all {vocabulary} tokens", input_ids.dtype, hint)
     if sampling is None and (key is not None or samples is not None):
         raise expected("sampling", "a Sampling, which a key or samples are for", "None", "Use sampling=Sampling()")
     if sampling is not None:
+        if not isinstance(sampling, Sampling):
+            raise expected("sampling", "a Sampling", type(sampling).__name__)
         sampling.check()
-        if key is None:
-            raise expected("key", "a key beside a sampling", "None", "Use key=jax.random.key(0)")
+        if not _is_key(key):
+            shape = getattr(key, "shape", None)
+            came = repr(key) if shape is None else f"shape {list(shape)}"
+            raise expected("key", "a key beside a sampling", came, "Use key=jax.random.key(0)")
     if samples is not None:
         check_count("samples", samples)
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, bool)
     elif not isinstance(attention_mask, jax.core.Tracer) and not np.asarray(attention_mask).any(axis=1).all():
         raise expected("attention_mask", "at least one token a row", "a row of padding")
-    ends = (eos_token_id,) if isinstance(eos_token_id, int | np.integer) else tuple(eos_token_id or ())
-    padding = pad_token_id if pad_token_id is not None else (*ends, 0)[0]
+    ends = () if eos_token_id is None else tuple(np.atleast_1d(np.asarray(eos_token_id)).tolist())
+    if any(not _is_whole(end) or not 0 <= end < vocabulary for end in ends):
+        wanted = f"tokens from 0 to {vocabulary - 1}, the model's vocabulary"
+        raise expected("eos_token_id", wanted, eos_token_id, "Use None for rows that do not end")
+    padding = (*ends, 0)[0] if pad_token_id is None else np.asarray(pad_token_id).tolist()
+    room = jnp.iinfo(input_ids.dtype)
+    if not _is_whole(padding) or not room.min <= padding <= room.max:
+        raise expected("pad_token_id", f"a whole number that {input_ids.dtype} holds", repr(padding))
     graph, state = nnx.split(model)
     special = (jnp.asarray(ends, input_ids.dtype), jnp.asarray(padding, input_ids.dtype))
     prompts, each = input_ids.shape[0], samples or 1
@@ -105,6 +117,17 @@ def generate(
         graph, max_new_tokens, platform == "cpu", state, input_ids, attention_mask.astype(bool), *special, drawn
     )[:rows]
     return tokens if samples is None else tokens.reshape(prompts, samples, max_new_tokens)
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _is_key(key: Any) -> bool:
+    """Whether it is one key, typed or raw."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        return False
+    return key.ndim == (0 if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
 
 
 def _platform(model: Llama) -> str:

@@ -36,6 +36,7 @@ from ntk_prefix.models.backbone import (
     check_tokens,
     embedded,
     known_fields,
+    offset_extremes,
 )
 from ntk_prefix.models.cross_entropy import weighted_cross_entropy
 from ntk_prefix.models.elementwise import rms_norm
@@ -149,6 +150,8 @@ class LlamaConfig(BackboneConfig):
         given = known_fields(cls, fields)
         # a null says more than a default
         given |= {name: None for name in _WHAT_FAMILIES_ADD if name in fields and fields[name] is None}
+        if fields.get("num_key_value_heads", 0) is None:
+            given["num_key_value_heads"] = 0  # as many as query heads, whatever a family's default is
         plain = cls(**given)
         # transformers 5 writes rope_parameters; before, rope_theta stood alone and rope_scaling beside it
         if fields.get("partial_rotary_factor") not in (None, 1):
@@ -310,7 +313,7 @@ class Llama(Backbone):
                 one per row.
 
         Raises:
-            UsageError: ids that the model has not, or a mask that does not fit.
+            UsageError: ids that the model has not, or a mask or an offset that does not fit.
         """
         x, cache = self.hidden(input_ids, attention_mask, cache, start, position_offset)
         return Output(last_hidden_state=x, logits=self.logits(x) if self.causal_lm else None, cache=cache)
@@ -335,6 +338,7 @@ class Llama(Backbone):
             ]
             seen = max(whole) if whole else None if attention_mask is None else attention_mask.shape[1]
         check_tokens(input_ids, attention_mask, self.config.vocab_size, seen)
+        offset_extremes(position_offset, len(input_ids))
         if attention_mask is None:
             mask = None
             positions = start + jnp.arange(length, dtype=jnp.int32)[None]

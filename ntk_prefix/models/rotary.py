@@ -30,8 +30,8 @@ from ntk_prefix.typing import Array, Float, Int
 
 __all__ = ["Factor", "Rope", "Rotary", "rope_fields", "rotate"]
 
-Factor = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
-"""What numbers of rotary positions may be."""
+Factor = Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)]
+"""What numbers of rotary positions may be: float32 holds the angles that follow from them."""
 
 
 class Rotary(NamedTuple):
@@ -76,7 +76,8 @@ class Rope:
         if self.dynamic is not None:
             factor, trained = self.dynamic
             length = jnp.maximum(positions.max(axis=1, keepdims=True) + 1, trained).astype(dtype)
-            growth = jnp.log(factor * length / trained - (factor - 1)) / (self.head_dim - 2)
+            # not as the difference above, which is all rounding for a large factor
+            growth = jnp.log1p(factor * (length - trained) / trained) / (self.head_dim - 2)
             pairs = np.arange(0, self.head_dim, 2)[None, None]
             frequencies = frequencies * jnp.exp(-growth[..., None] * pairs.astype(dtype))
         angles = positions[:, :, None].astype(dtype) * frequencies
@@ -133,6 +134,8 @@ def rope_fields(settings: Any, plain: Rope, max_position_embeddings: int) -> Rop
         UsageError: a kind that is not built here, heads turned in part, or a number that is missing or out of bounds.
     """
     given = checked(settings or {}, _Settings, "rope_parameters")
+    if nested := [name for name, value in (settings or {}).items() if isinstance(value, dict)]:
+        raise expected("rope_parameters", "the same for all layers of this family", f"some of their own for {nested}")
     if given.partial_rotary_factor not in (None, 1):
         raise expected("partial_rotary_factor", "1: all of a head is turned here", given.partial_rotary_factor)
     if given.rope_theta is not None:
@@ -180,6 +183,8 @@ def _yarn(given: _Settings, plain: Rope, longest: int) -> Rope:
     The pair that turns r times in c tokens is ``d(r) = H log(c / (2 pi r)) / (2 log theta)``; the ramp goes from
     d(beta_fast) to d(beta_slow). Cosines and sines are scaled by ``0.1 log(factor) + 1``.
     """
+    if plain.theta <= 1:
+        raise expected("rope_theta", "above 1 for rope_type 'yarn'", plain.theta)
     context = given.original_max_position_embeddings or longest
     factor = given.factor if given.factor is not None else longest / context
     half = plain.head_dim // 2

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import check_count, expected
 
 __all__ = ["REMAT_POLICIES", "RunOptions", "Runnable", "jit_reading"]
 
@@ -47,10 +47,9 @@ class RunOptions:
             raise expected("remat", f"False, True or one of {sorted(REMAT_POLICIES)}", repr(self.remat))
         if not isinstance(self.scan_layers, bool):
             raise expected("scan_layers", "True or False", repr(self.scan_layers))
-        if self.window is not None and self.window < 1:
-            raise expected("window", "at least 1 token to each side, or None", self.window)
-        if self.position_offset < 0:
-            raise expected("position_offset", "0 or more: there is no position before the first", self.position_offset)
+        if self.window is not None:  # to each side
+            check_count("window", self.window)
+        check_count("position_offset", self.position_offset, 0)
 
 
 def _option(name: str) -> Any:

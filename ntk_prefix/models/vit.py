@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix.artifacts import checked
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import check_is_array, expected
 from ntk_prefix.models.attention import AttentionKind, AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -146,9 +146,10 @@ class VitEmbeddings(nnx.Module):
 
     def __call__(self, pixel_values: Float[Array, "B height width channels"]) -> Float[Array, "B T D"]:
         """Return the layers' input."""
-        batch, height, width, channels = pixel_values.shape
+        check_is_array("pixel_values", pixel_values)
+        batch, height, width, channels = shape = pixel_values.shape if pixel_values.ndim == 4 else (0,) * 4
         size = self.patch_size
-        if height % size or width % size or channels != self.num_channels or not height * width:
+        if 0 in shape or height % size or width % size or channels != self.num_channels:
             raise expected(
                 "pixel_values",
                 f"[B, height, width, {self.num_channels}] with sides divisible by the patch size {size}",

@@ -390,6 +390,7 @@ def test_a_classifier_passes_its_inputs_on_by_name(folders: dict[str, Path], kin
             model(**wrong)
 
 
+@pytest.mark.usefixtures("without_annotations")
 def test_run_options_are_one_record(folders: dict[str, Path]) -> None:
     backbone = load(folders, "bert")
     model = models.Classifier(backbone, 2, rngs=nnx.Rngs(1))
@@ -402,7 +403,7 @@ def test_run_options_are_one_record(folders: dict[str, Path]) -> None:
     assert (backbone.window, model.remat, backbone.position_offset) == (4, True, 2)
     model.run = models.RunOptions()
     assert not backbone.remat
-    for wrong in ({"window": 0}, {"position_offset": -1}):
+    for wrong in ({"window": 0}, {"window": 2.5}, {"position_offset": -1}, {"position_offset": 0.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             models.RunOptions(**wrong)
     assert nnx.split(model)[0] == nnx.split(nnx.clone(model))[0]  # static: another option is another program
@@ -427,6 +428,7 @@ def test_what_only_reads_a_model_leaves_its_weights_where_they_lie() -> None:
         ([[0, -1]], None, "input_ids: expected numbers from 0 to 30, .* got -1"),
         ([[0.0, 1.0]], None, "input_ids: expected integers"),
         ([0, 1], None, "input_ids: expected integers"),
+        (np.zeros((0, 2), int), None, r"input_ids: expected at least one token a row, and a row, got shape \(0, 2\)"),
         ([[0, 1]], [[1, 1, 0]], r"attention_mask: expected \[1, 2\]"),
         ([[0, 1]], [[1.0, 0.0]], r"attention_mask: expected integers or booleans.*mask\.astype\(bool\)"),
         ([[0, 1]], [[0.0, -1e9]], r"attention_mask: expected integers or booleans.*mask > -1"),
@@ -442,6 +444,61 @@ def test_tokens_that_a_model_has_not(folders: dict[str, Path], kind: str, ids: A
         # the others the annotations catch in a test, before the model does
         with pytest.raises(ValueError, match=problem):
             model(*given)
+
+
+def test_lists_are_no_arrays(folders: dict[str, Path]) -> None:
+    ids = jnp.asarray([[0, 1]])
+    with pytest.raises(ValueError, match="input_ids: expected an array, got list"):
+        check_tokens([[0, 1]], None, 31)
+    with pytest.raises(ValueError, match="attention_mask: expected an array, got list"):
+        check_tokens(ids, [[1, 1]], 31)
+
+
+@pytest.mark.parametrize(
+    ("types", "problem"),
+    [
+        ([[0, 2]], "token_type_ids: expected numbers from 0 to 1, the model's token types, got 2"),
+        ([[0, -1]], "token_type_ids: expected numbers from 0 to 1, .* got -1"),
+        ([[0]], r"token_type_ids: expected \[1, 2\], the ids' shape"),
+        ([[0.0, 1.0]], "token_type_ids: expected integers"),
+    ],
+)
+@pytest.mark.usefixtures("without_annotations")
+def test_token_types_that_a_bert_has_not(folders: dict[str, Path], types: Any, problem: str) -> None:
+    """One beyond the table was NaN in all that it returned, a negative one another type."""
+    with pytest.raises(ValueError, match=problem):
+        load(folders, "bert")(jnp.asarray([[0, 1]]), token_type_ids=jnp.asarray(types))
+
+
+@pytest.mark.parametrize(
+    ("kind", "offset", "problem"),
+    [
+        (
+            "bert",
+            np.array([0, 39]),
+            "input_ids: expected at most 40 positions, got 2 tokens with a position offset of 39",
+        ),
+        ("bert", np.int64(39), "input_ids: expected at most 40 positions"),
+        ("bert", -1, "position_offset: expected no position before the first, got -1"),
+        (
+            "bert",
+            np.array([0, 1, 2]),
+            r"position_offset: expected a whole number, or integers \[2\], .* got int64 \[3\]",
+        ),
+        ("llama", 0.5, "position_offset: expected a whole number, .* got 0.5"),
+        ("llama", 2**40, "position_offset: expected less than 2147483648"),
+    ],
+)
+@pytest.mark.usefixtures("without_annotations")
+def test_offsets_that_a_model_has_no_positions_for(
+    folders: dict[str, Path], kind: str, offset: Any, problem: str
+) -> None:
+    """Beyond BERT's table a row was NaN, before it one of the last positions; where only differences count, they pass."""
+    model: Any = load(folders, kind)
+    ids = jnp.asarray([[0, 1], [2, 3]])
+    with pytest.raises(ValueError, match=problem):
+        model(ids, position_offset=offset)
+    model(ids, position_offset=np.array([0, 1]))
 
 
 def test_pixels_are_floating_point(folders: dict[str, Path]) -> None:

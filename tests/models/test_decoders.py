@@ -18,6 +18,7 @@ from ntk_prefix import models, peft
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models.families.gemma2 import Gemma, Gemma2Config
 from ntk_prefix.models.loading import MODELS
+from ntk_prefix.models.rotary import Rope
 from tests.models.calling import call, quick
 from tests.models.decoders_reference import CASES, LENGTHS, NEW, VOCABULARY, WINDOW
 from tests.models.drawing import draw_tensor
@@ -313,6 +314,28 @@ SMALL = {
 }
 
 
+def test_null_is_what_hugging_face_takes_it_for() -> None:
+    """A key-value head for each query head, whatever a family's default is; the default where a layer is counted."""
+    sizes = {**SMALL, "num_key_value_heads": None}
+    assert MODELS["mistral"][0].from_hugging_face(sizes).num_key_value_heads == SMALL["num_attention_heads"]
+    words = {**SMALL, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": None}
+    kinds = MODELS["qwen2"][0].from_hugging_face(words).attention_kinds()
+    assert [kind.window for kind in kinds] == [None] * SMALL["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("factor", [2.0, 1e12])
+def test_a_dynamic_base_is_the_trained_one_up_to_the_trained_length(factor: float) -> None:
+    """Of a factor of 1e12 the difference that the growth was the logarithm of had no digit left, and angles were NaN."""
+    rope = Rope(head_dim=8, dynamic=(factor, 16))
+    positions = jnp.arange(16)[None]
+    for ours, plain in zip(rope.at(positions, jnp.float32), Rope(head_dim=8).at(positions, jnp.float32), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+    beyond = rope.at(jnp.arange(32)[None], jnp.float32)
+    base = 1e4 * (factor * 32 / 16 - factor + 1) ** (8 / 6)
+    angles = 31 * base ** (-np.arange(0, 8, 2) / 8)
+    np.testing.assert_allclose(beyond.sin[0, -1, :4], np.sin(angles), rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("model_type", "words", "windows", "bases", "tied"),
     [
@@ -369,6 +392,15 @@ def test_a_config_json_means_what_it_did_before_transformers_5(
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "a window in all layers, .*Ministral"),
         ("mistral", {"sliding_window": 0}, "sliding_window: expected"),
         ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "'default' for sliding"),
+        ("gemma3", {"layer_types": None, "sliding_window_pattern": "2"}, "sliding_window_pattern: expected .* got `str`"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2.5}, "no_rope_layer_interval: expected"),
+        ("smollm3", {"use_sliding_window": "false"}, "use_sliding_window: expected"),
+        ("qwen3", {"use_sliding_window": "false"}, "use_sliding_window: expected"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers: expected"),
+        ("mistral", {"layer_types": 7.0}, "layer_types: expected .* got `float`"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "the same for all layers of this family"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}}, "above 1 for rope_type 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 1e-300}}, "rope_parameters: expected .*>= 1e-12"),
         ("qwen2", {"model_type": "qwen3"}, "q_norm"),
         ("qwen3", {"model_type": "llama", "attention_bias": False}, "left over: layers.0.self_attn.k_norm"),
     ],

@@ -175,6 +175,7 @@ def test_a_window_is_refused_beside_a_position_bias() -> None:
             {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
             "rope_type 'default' for a ModernBERT",
         ),
+        ("modernbert", {"classifier_activation": "swish"}, "classifier_activation: expected one of"),
         ("distilbert", {"n_layers": 3}, "num_hidden_layers: expected at most the 2"),
         ("roberta", {"pad_token_id": -1}, "pad_token_id"),
         ("roberta", {"pad_token_id": 30}, "pad_token_id: expected less than the 20 positions"),

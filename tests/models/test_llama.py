@@ -214,6 +214,7 @@ def test_logits_only_where_wanted(model: models.Llama) -> None:
     np.testing.assert_allclose(last, output.logits[:, -1:], atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_annotations")
 def test_errors(model: models.Llama, tmp_path: Path) -> None:
     ids, mask = jnp.asarray(IDS), jnp.asarray(MASK)
     with pytest.raises(ValueError, match="attention_mask: expected at least one token a row, got a row of padding"):
@@ -233,5 +234,7 @@ def test_errors(model: models.Llama, tmp_path: Path) -> None:
     assert bare.lm_head is None
     with pytest.raises(ValueError, match="causal_lm=True"):
         bare.logits(bare(ids).last_hidden_state)
-    with pytest.raises(ValueError, match="causal_lm=True"):
-        models.generate(bare, ids)
+    others: list[Any] = [bare, models.Classifier(bare, 2, rngs=nnx.Rngs(0))]
+    for other in others:
+        with pytest.raises(ValueError, match="causal_lm=True"):
+            models.generate(other, ids)

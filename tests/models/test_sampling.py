@@ -200,6 +200,7 @@ def test_numbers_out_of_range_are_refused(model: models.Llama, options: dict[str
         (np.zeros((2, 0), np.int32), "input_ids: expected at least one token a row"),
         (np.zeros(3, np.int32), r"input_ids: expected integers \[B, T\]"),
         (jnp.zeros((1, 3), jnp.int4), "input_ids: expected a dtype that holds all"),
+        ([[1, 2, 3]], "input_ids: expected an array, got list"),
     ],
 )
 @pytest.mark.usefixtures("without_annotations")
@@ -215,8 +216,20 @@ def test_prompts_that_are_none_are_refused(model: models.Llama, ids: Any, messag
         ({"key": jax.random.key(0)}, "sampling: expected a Sampling"),
         ({"samples": 2}, "sampling: expected a Sampling"),
         ({"sampling": Sampling(), "key": jax.random.key(0), "samples": 0}, "samples: expected"),
+        ({"sampling": {"top_k": 1}, "key": jax.random.key(0)}, "sampling: expected a Sampling, got dict"),
+        ({"sampling": Sampling(), "key": 0}, "key: expected a key"),
+        (
+            {"sampling": Sampling(), "key": jax.random.split(jax.random.key(0))},
+            r"key: expected a key .* got shape \[2\]",
+        ),
+        ({"eos_token_id": 31}, "eos_token_id: expected tokens from 0 to 30"),
+        ({"eos_token_id": [3, -1]}, "eos_token_id: expected tokens from 0 to 30"),
+        ({"eos_token_id": 2.5}, "eos_token_id: expected tokens"),
+        ({"pad_token_id": 2**63}, r"pad_token_id: expected a whole number that int\d\d holds"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens: expected less than 2147483648"),
     ],
 )
+@pytest.mark.usefixtures("without_annotations")
 def test_what_does_not_go_together_is_refused(model: models.Llama, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         models.generate(model, jnp.asarray(IDS), **options)

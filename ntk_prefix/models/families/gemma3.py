@@ -15,6 +15,7 @@ import msgspec
 
 from ntk_prefix.artifacts import checked
 from ntk_prefix.checks import expected
+from ntk_prefix.models.backbone import Size
 from ntk_prefix.models.families.gemma2 import Gemma2Config
 from ntk_prefix.models.llama import FULL, SLIDING
 from ntk_prefix.models.rotary import Factor, Rope, rope_fields
@@ -38,7 +39,7 @@ class Gemma3Config(Gemma2Config):
         """Return a config.json by the names of these fields.
 
         Raises:
-            UsageError: scaled rotary positions in layers with a window.
+            UsageError: scaled rotary positions in layers with a window, or a pattern that is none.
         """
         fields = super().translated(config)
         settings = checked(config.get("rope_parameters") or {}, dict[str, Any], "rope_parameters")
@@ -49,9 +50,10 @@ class Gemma3Config(Gemma2Config):
             if local != Rope(head_dim=2, theta=local.theta):
                 raise expected("rope_parameters", f"rope_type 'default' for {SLIDING}", settings[SLIDING])
         fields["local_rope_theta"] = local.theta
-        every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        words = ("sliding_window_pattern", "_sliding_window_pattern")
+        every = next((x for name in words if (x := checked(config.get(name), Size | None, name))), 6)
         layers = config.get("num_hidden_layers")
-        if fields.get("layer_types") is None and isinstance(layers, int) and isinstance(every, int):
+        if fields.get("layer_types") is None and isinstance(layers, int):
             fields["layer_types"] = [SLIDING if (i + 1) % every else FULL for i in range(min(layers, 1000))]
         return fields
 

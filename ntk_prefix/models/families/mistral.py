@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ntk_prefix.artifacts import checked
 from ntk_prefix.checks import expected
 from ntk_prefix.models.backbone import Size
 from ntk_prefix.models.llama import FULL, LlamaConfig
@@ -33,7 +34,10 @@ class MistralConfig(LlamaConfig):
         Raises:
             UsageError: layers without a window beside others, which is another architecture.
         """
-        if FULL in (config.get("layer_types") or ()) and config.get("sliding_window") is not None:
+        if (
+            FULL in checked(config.get("layer_types") or (), tuple[str, ...], "layer_types")
+            and config.get("sliding_window") is not None
+        ):
             raise expected(
                 "layer_types", "a window in all layers, as Mistral has", "'full_attention' in some (Ministral)"
             )

@@ -28,9 +28,10 @@ from ntk_prefix.models.backbone import (
     check_tokens,
     embedded,
     known_fields,
+    offset_extremes,
 )
 from ntk_prefix.models.classifier import HeadTransform
-from ntk_prefix.models.elementwise import layer_norm
+from ntk_prefix.models.elementwise import ACTIVATIONS, layer_norm
 from ntk_prefix.models.formats import Checkpoint
 from ntk_prefix.models.formats.checkpoint import cut
 from ntk_prefix.models.rotary import Factor, Rope, rope_fields
@@ -65,6 +66,8 @@ class ModernBertConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.classifier_activation not in ACTIVATIONS:
+            raise expected("classifier_activation", f"one of {sorted(ACTIVATIONS)}", repr(self.classifier_activation))
         if not self.layer_types:
             object.__setattr__(self, "layer_types", _alternating(self.num_hidden_layers, 3))
         if len(self.layer_types) != self.num_hidden_layers:
@@ -214,9 +217,10 @@ class ModernBert(Backbone):
             position_offset: added to the positions 0 .. T - 1, of which only differences count.
 
         Raises:
-            UsageError: ids that the model has not, or a mask that does not fit.
+            UsageError: ids that the model has not, or a mask or an offset that does not fit.
         """
         check_tokens(input_ids, attention_mask, self.config.vocab_size)
+        offset_extremes(position_offset, len(input_ids))
         positions = self.positions(jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None], position_offset)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         return self.encode(self.embeddings(input_ids), mask, self.final_norm, rotary=self.rotary(positions))

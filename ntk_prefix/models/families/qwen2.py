@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ntk_prefix.artifacts import checked
 from ntk_prefix.models.llama import FULL, SLIDING, LlamaConfig
 
 __all__ = ["Qwen2Config", "upper_windows"]
@@ -31,11 +32,19 @@ class Qwen2Config(LlamaConfig):
         return fields
 
 
+_WORDS = (("use_sliding_window", bool), ("max_window_layers", int))
+
+
 def upper_windows(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the windows of Qwen: none without ``use_sliding_window``, else from layer ``max_window_layers`` on."""
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    """Return the windows of Qwen: none without ``use_sliding_window``, else from layer ``max_window_layers`` on.
+
+    Raises:
+        UsageError: a word of a wrong type.
+    """
+    used, below = (checked(config.get(name), kind | None, name) for name, kind in _WORDS)
+    window = config.get("sliding_window", 4096) if used else None
     types, layers = config.get("layer_types"), config.get("num_hidden_layers")
     if types is None and window is not None and isinstance(layers, int):
-        below = config.get("max_window_layers", 28)
-        types = [SLIDING if i >= below else FULL for i in range(min(layers, 1000))]
+        first = 28 if below is None else below
+        types = [SLIDING if i >= first else FULL for i in range(min(layers, 1000))]
     return {"sliding_window": window, **({} if types is None else {"layer_types": types})}

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ntk_prefix.artifacts import checked
+from ntk_prefix.models.backbone import Size
 from ntk_prefix.models.llama import FULL, SLIDING, LlamaConfig
 from ntk_prefix.models.rotary import Factor
 
@@ -28,12 +30,17 @@ class SmolLM3Config(LlamaConfig):
 
     @classmethod
     def translated(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a config.json by the names of these fields."""
-        layers, every = config.get("num_hidden_layers"), config.get("no_rope_layer_interval") or 4
-        turned = config.get("no_rope_layers")
-        if turned is None and isinstance(layers, int) and isinstance(every, int):
+        """Return a config.json by the names of these fields.
+
+        Raises:
+            UsageError: a word of a wrong type or out of its bounds.
+        """
+        layers, turned = config.get("num_hidden_layers"), config.get("no_rope_layers")
+        every = checked(config.get("no_rope_layer_interval"), Size | None, "no_rope_layer_interval") or 4
+        if turned is None and isinstance(layers, int):
             turned = [int((i + 1) % every != 0) for i in range(min(layers, 1000))]
-        window = config.get("sliding_window") if config.get("use_sliding_window") else None
+        used = checked(config.get("use_sliding_window"), bool | None, "use_sliding_window")
+        window = config.get("sliding_window") if used else None
         types = config.get("layer_types")
         if types is None and window is not None and isinstance(turned, list):
             types = [FULL if turns else SLIDING for turns in turned]
