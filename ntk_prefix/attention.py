@@ -37,9 +37,11 @@ import jax
 import jax.numpy as jnp
 
 from ntk_prefix.checks import (
+    FARTHEST,
     UsageError,
     check_array,
     check_attention,
+    check_flag,
     check_floating,
     check_offset,
     check_prefix,
@@ -437,10 +439,19 @@ def _described(
     scale = check_attention(query, key, value, bias, mask, scale)
     soft_cap, (left, right) = check_soft_cap(logits_soft_cap), check_window(local_window_size)
     known = check_offset(query_offset, needed=is_causal or local_window_size is not None)
-    static, dynamic = (int(query_offset), None) if known else (0, jnp.asarray(query_offset, jnp.int32))
-    is_causal = is_causal or right == 0
+    check_flag("is_causal", is_causal)
+    static, dynamic = (int(query_offset), None) if known else (0, _place(jnp.asarray(query_offset)))
+    is_causal = bool(is_causal) or right == 0
     flash = Flash("reference", scale, is_causal, static, (left, None if is_causal else right), soft_cap)
     return flash, Source(key, value, bias, mask, dynamic)
+
+
+def _place(offset: Array) -> Int[Array, ""]:
+    """Return an offset that is known at run time in int32; one beyond every sequence stays so, and does not wrap around."""
+    limits = jnp.iinfo(offset.dtype)
+    offset = jnp.minimum(offset, FARTHEST) if limits.max > FARTHEST else offset
+    offset = jnp.maximum(offset, -FARTHEST) if limits.min < -FARTHEST else offset
+    return offset.astype(jnp.int32)
 
 
 def _choose(implementation: str | None, definition: Flash, query: Array, *sources: Source) -> tuple[Flash, ...] | None:
@@ -450,7 +461,7 @@ def _choose(implementation: str | None, definition: Flash, query: Array, *source
     """
     if implementation == "reference":
         return None
-    if implementation is not None and implementation not in BACKENDS:
+    if implementation is not None and (not isinstance(implementation, str) or implementation not in BACKENDS):
         raise expected("implementation", f"one of {IMPLEMENTATIONS}, or None", repr(implementation))
 
     def of(name: str) -> tuple[Flash, ...]:
@@ -478,6 +489,9 @@ def _choose(implementation: str | None, definition: Flash, query: Array, *source
 def _check_state(z: Array | LowRank, k: Array, heads: int, features: int, head_dim: int, phi: FeatureMap) -> None:
     """Raise unless z and k are those of so many heads, or of a divisor of them, and features, in floating point."""
     factors = z if isinstance(z, LowRank) else (z,)
+    names = ("z.left", "z.right") if isinstance(z, LowRank) else ("z",)
+    for name, x in zip(("k", *names), (k, *factors), strict=True):
+        check_floating(name, x)
     shapes = tuple(x.shape for x in factors)
     rank = shapes[0][-1] if isinstance(z, LowRank) and shapes[0] else head_dim
     states = k.shape[0] if k.ndim == 2 and k.shape[0] and heads % k.shape[0] == 0 else heads
@@ -491,6 +505,3 @@ def _check_state(z: Array | LowRank, k: Array, heads: int, features: int, head_d
             f"k {k.shape} and z {got}",
             "Use the map and the heads that it was made with",
         )
-    names = ("z.left", "z.right") if isinstance(z, LowRank) else ("z",)
-    for name, x in zip(("k", *names), (k, *factors), strict=True):
-        check_floating(name, x)

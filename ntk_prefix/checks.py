@@ -24,7 +24,9 @@ __all__ = [
     "check_attention",
     "check_count",
     "check_finite",
+    "check_flag",
     "check_floating",
+    "check_fraction",
     "check_held",
     "check_inputs",
     "check_is_array",
@@ -32,6 +34,8 @@ __all__ = [
     "check_offset",
     "check_positive",
     "check_prefix",
+    "check_scale",
+    "check_seed",
     "check_unit_ball",
     "expected",
     "explain",
@@ -240,6 +244,37 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise expected(name, f"a whole number >= {least}", repr(value))
 
 
+def check_seed(name: str, value: int) -> None:
+    """Refuse anything but a whole number that ``jax.random.key`` and NumPy take alike.
+
+    Raises:
+        UsageError: naming the argument and what came.
+    """
+    check_count(name, value, 0)
+    if value >= 2**63:
+        raise expected(name, "a whole number below 2^63", value)
+
+
+def check_fraction(name: str, value: float, wanted: str = "a number in (0, 1)") -> None:
+    """Refuse anything but a number strictly between 0 and 1.
+
+    Raises:
+        UsageError: naming the argument and what came.
+    """
+    if not (_is_finite(value) and 0 < value < 1):
+        raise expected(name, wanted, repr(value))
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Refuse anything but True and False: a word would count as True, and an array is not known when it is traced.
+
+    Raises:
+        UsageError: naming the argument and what came.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise expected(name, "True or False", repr(value))
+
+
 def check_array(name: str, array: jax.Array, *shape: int | str) -> None:
     """Refuse an array of another shape, or of anything but real floating point numbers.
 
@@ -276,11 +311,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-def _checked_scale(scale: float | None, head_dim: int) -> float:
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """Raise unless a scale of scores is None or > 0, and a float32 holds it; return it, 1/sqrt(H) for None."""
     if scale is None:
         return 1 / math.sqrt(head_dim)
     check_positive("scale", scale)  # feature maps are applied to q * sqrt(scale)
+    if not _MODERATE[0] <= scale <= _MODERATE[1]:
+        raise expected("scale", "a number from 1e-30 to 1e30", scale, "None is 1/sqrt(H)")
     return float(scale)
+
+
+_MODERATE = 1e-30, 1e30
+"""What float32 can multiply with and divide by."""
 
 
 def check_attention(
@@ -298,8 +340,8 @@ def check_attention(
     if query.ndim != 4 or key.ndim != 4:
         raise expected("query and key", "[B, T, N, H] and [B, S, K, H]", f"{query.shape} and {key.shape}")
     batch, length, heads, head_dim = query.shape
-    if head_dim == 0:
-        raise expected("query", "[B, T, N, H] with H >= 1", query.shape)
+    if 0 in (heads, head_dim):
+        raise expected("query", "[B, T, N, H] with N, H >= 1", query.shape)
     if value.shape != key.shape:
         raise expected("value", f"the key's shape {key.shape}", value.shape)
     if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[2] == 0 or heads % key.shape[2]:
@@ -318,7 +360,7 @@ def check_attention(
             check_floating(name, x)
     if mask is not None and mask.dtype != jnp.bool_:
         raise expected("mask", "booleans, True where a key is seen", mask.dtype, "Use bias for numbers")
-    return _checked_scale(scale, head_dim)
+    return check_scale(scale, head_dim)
 
 
 UNBOUNDED = 2**30
@@ -342,9 +384,13 @@ def check_soft_cap(cap: float | None) -> float | None:
     """Raise unless a soft cap is None or > 0, and a float32 can divide by it; return it."""
     if cap is None:
         return None
-    if not _is_number(cap) or not 1e-30 <= cap <= 1e30:
+    if not _is_number(cap) or not _MODERATE[0] <= cap <= _MODERATE[1]:
         raise expected("logits_soft_cap", "a number > 0, from 1e-30 to 1e30", repr(cap), "Use None for no cap")
     return float(cap)
+
+
+FARTHEST = 2**29
+"""Place of a first query: with a window and the query's own place beside it no sum is beyond int32."""
 
 
 def check_offset(offset: int | jax.Array, needed: bool) -> bool:
@@ -357,6 +403,8 @@ def check_offset(offset: int | jax.Array, needed: bool) -> bool:
     known = isinstance(offset, int | np.integer)
     if not known and not (jnp.issubdtype(getattr(offset, "dtype", bool), jnp.integer) and jnp.ndim(offset) == 0):
         raise expected("query_offset", "a whole number, or an integer array []", offset)
+    if isinstance(offset, int | np.integer) and abs(int(offset)) > FARTHEST:
+        raise expected("query_offset", f"a place within {FARTHEST:,} of 0", offset)
     if not needed and not (known and offset == 0):
         raise expected("query_offset", "0 without is_causal or a window", offset, "Hide keys with mask")
     return known

@@ -25,7 +25,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ntk_prefix.checks import check_count, check_floating, check_non_negative, check_positive, expected
+from ntk_prefix.checks import (
+    check_count,
+    check_flag,
+    check_floating,
+    check_non_negative,
+    check_positive,
+    check_scale,
+    expected,
+)
 from ntk_prefix.feature_maps import Minimax, Taylor
 from ntk_prefix.feature_maps.minimax import LARGEST_DEGREE
 from ntk_prefix.precision import accumulation_dtype
@@ -198,8 +206,8 @@ def polynomial_attention(
         raise expected("query, key", "at least one token", f"query {query.shape} and key {key.shape}")
     if is_causal and query.shape[1] != key.shape[1]:
         raise expected("is_causal", "as many queries as keys", f"{query.shape[1]} and {key.shape[1]}")
-    scale = 1 / math.sqrt(width) if scale is None else scale
-    check_positive("scale", scale)
+    scale = check_scale(scale, width)
+    check_flag("is_causal", is_causal)
     phi = Taylor(degree) if score is None else Minimax(degree, score)
     if phi.dim(width) > key.shape[1]:
         logger.warning("%d features for %d tokens: exact attention is cheaper", phi.dim(width), key.shape[1])

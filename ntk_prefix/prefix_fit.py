@@ -27,7 +27,7 @@ import scipy
 from threadpoolctl import threadpool_limits
 
 from ntk_prefix.anchor_fit import RIDGE, check_enough, choose, fit_chosen
-from ntk_prefix.checks import check_count, check_soft_cap, check_window, expected
+from ntk_prefix.checks import check_count, check_fraction, check_seed, check_soft_cap, check_window, expected
 from ntk_prefix.feature_maps import Anchors, FeatureMap
 from ntk_prefix.flash import Flash, Source
 from ntk_prefix.precision import accumulation_dtype
@@ -66,11 +66,10 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be fitted with."""
-        if isinstance(self.held_out, bool) or not 0 < self.held_out < 1:
-            raise expected("held_out", "a fraction in (0, 1)", self.held_out)
+        check_fraction("held_out", self.held_out, "a fraction in (0, 1)")
         check_count("iterations", self.iterations, 0)
         check_count("starts", self.starts)
-        check_count("seed", self.seed, 0)
+        check_seed("seed", self.seed)
 
 
 class FitReport(NamedTuple):
@@ -367,7 +366,8 @@ def _fit_head(
 
     ridge = min(RIDGES, key=trial)
     k = _solve_mass(samples, ridge, positive)
-    if positive and iterations:
+    # of values of zero the output is zero, whatever the masses are: they stay those of the prefix
+    if positive and iterations and np.sum(samples.target**2) > 0:
         drawn = np.random.default_rng(seed).normal(size=(starts - 1, len(k)))
         # masses are relative to their median, so these k have about the right mass, spread over e^{+-2} per feature
         others = np.exp(2 * drawn) / np.mean(np.sum(samples.features, axis=1))

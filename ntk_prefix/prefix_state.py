@@ -31,8 +31,10 @@ from ntk_prefix.checks import (
     check_attention,
     check_count,
     check_finite,
-    check_positive,
+    check_flag,
+    check_scale,
     check_soft_cap,
+    check_window,
     expected,
 )
 from ntk_prefix.feature_maps import Anchors, Elu1, FeatureMap
@@ -122,13 +124,13 @@ class PrefixState:
             feature_map, num_heads, scale: as in :meth:`from_prefix`.
 
         Raises:
-            ValueError: there is no block, or one of another shape than the first.
+            ValueError: there is no block, or one that is no pair, or of another shape than the first.
         """
         phi = resolve_feature_map(feature_map)
         add = jax.jit(_add_block, static_argnums=1)
         sums = None
-        for key, value in blocks:
-            key, value = jnp.asarray(key), jnp.asarray(value)
+        for block in blocks:
+            key, value = map(jnp.asarray, _pair(block))
             if sums is None:
                 _check_heads(_check_prefix(key, value), num_heads)
                 phi.check(*key.shape[1:])
@@ -228,8 +230,9 @@ class PrefixState:
             The state, and a :class:`~ntk_prefix.prefix_fit.FitReport`.
 
         Raises:
-            ValueError: shapes that do not fit together, too few samples for the features to be determined, no start,
-                masses of too different sizes, or a state that the dtype cannot hold.
+            ValueError: shapes that do not fit together, numbers that are not finite (a bias of -inf hides a key), too few
+                samples for the features to be determined, no start, masses of too different sizes, or a state that the
+                dtype cannot hold.
 
         Numerics: on the host in float64; masses relative to their median, so only their ratios must be
             moderate, below e^300: products of two stay finite.
@@ -241,8 +244,7 @@ class PrefixState:
         if anchors and starts != 1:
             raise expected("starts", '1 with "anchors"', starts)
         options = FitOptions(held_out=held_out, iterations=iterations, starts=starts, seed=seed)
-        if (key is None) != (value is None):
-            raise expected("key, value", "both, or neither", "one of them")
+        _check_both(key, value)
         check_array("query", query, "B", "T", "N", "H")
         heads, head_dim = query.shape[2:]
         if query.shape[0] * query.shape[1] < 2:
@@ -251,12 +253,19 @@ class PrefixState:
         if prefix_key.shape[0] == 0:
             raise expected("prefix_key", "at least one token [M, K, H]", prefix_key.shape)
         _check_heads(prefix_heads, heads)
-        _size(scale, head_dim)
+        check_scale(scale, head_dim)
+        cap, _ = check_soft_cap(logits_soft_cap), check_window(local_window_size)
+        check_flag("is_causal", is_causal)
         if key is None and (bias is not None or mask is not None):
             raise expected("bias and mask are about the keys", "key and value beside them", "neither")
         if key is not None and value is not None:
             check_attention(query, key, value, bias, mask, scale)
             check_array("key", key, query.shape[0], "S", prefix_heads, head_dim)
+        arrays = {"query": query, "prefix_key": prefix_key, "prefix_value": prefix_value, "key": key, "value": value}
+        for name, array in arrays.items():
+            check_finite(name, array)
+        if bias is not None:
+            check_finite("bias", jnp.where(bias == -jnp.inf, 0, bias))  # which hides a key
         layer: dict[str, Any] = {
             "bias": bias,
             "mask": mask,
@@ -269,7 +278,7 @@ class PrefixState:
             rows = rows_of(query, prefix_key, prefix_value, key, value, **layer)
             keys = jnp.swapaxes(prefix_key, 0, 1).astype(rows.query.dtype) * _root(scale, head_dim)
             shape = (query.shape[0], query.shape[1], heads)
-            cap, wanted = check_soft_cap(logits_soft_cap), 32 if features is None else features
+            wanted = 32 if features is None else features
             points, own_z, own_k, report = fit_anchors(rows, keys, wanted, shape, options, cap)
             return cls(own_z, own_k, Anchors(points, cap), scale).padded(wanted), report
         (raw_z, raw_k), _ = _sums(phi, prefix_key, prefix_value, scale)
@@ -313,6 +322,7 @@ class PrefixState:
         Raises:
             UsageError: fewer features than there are, or a map that has no more of no account.
         """
+        check_count("features", features)
         more = features - self.k.shape[-1]
         if more < 0:
             raise expected("features", f"at least the state's {self.k.shape[-1]}", features)
@@ -336,14 +346,22 @@ class PrefixState:
         value: Float[Array, "B S K H"] | None = None,
         **options: Any,
     ) -> Float[Array, "N"]:
-        """Return per head ``|T - T_exact| / |T_exact|`` over queries, against the exact prefix; 0 where both are zero.
+        """Return per head ``|T - T_exact| / |T_exact|`` over queries, against the exact prefix; 0 where both are the same.
 
         Args:
             query, prefix_key, prefix_value, key, value: as in :meth:`fit_with_report`; without keys the
                 queries see the prefix alone.
             options: bias, mask, is_causal, logits_soft_cap, local_window_size, implementation, as in
                 :func:`~ntk_prefix.attention.ntk_attention`.
+
+        Raises:
+            ValueError: shapes that do not fit together, a key without a value.
+
+        Numerics: NaN where an output is, so that a state with NaN does not pass for a good one.
         """
+        _check_both(key, value)
+        check_array("query", query, "B", "T", "N", "H")
+        _check_prefix(prefix_key, prefix_value, query.shape[3])
         if key is None or value is None:
             key = value = jnp.zeros((query.shape[0], 0, *prefix_key.shape[1:]), query.dtype)
         exact = prefix_attention(query, key, value, prefix_key, prefix_value, scale=self.scale, **options)
@@ -352,7 +370,7 @@ class PrefixState:
         # in units of the largest entry: squares of any finite numbers are finite then
         unit = jnp.max(jnp.abs(exact), axis=(0, 1, 3), keepdims=True, initial=jnp.finfo(dtype).tiny)
         distance, size = (jnp.sum((x / unit) ** 2, axis=(0, 1, 3)) for x in (ours - exact, exact))
-        return jnp.sqrt(jnp.where(distance > 0, distance / size, 0))
+        return jnp.sqrt(jnp.where(distance == 0, 0, distance / size))
 
     @classmethod
     def _of_sums(cls, sums: Any, phi: FeatureMap, num_heads: int | None, scale: float | None) -> PrefixState:
@@ -366,16 +384,22 @@ class PrefixState:
 # ----------------------------------------------------------------------------------------- the sums
 
 
-def _size(scale: float | None, head_dim: int) -> float:
-    """Return the scale of the scores, 1/sqrt(H) if None."""
-    if scale is None:
-        return head_dim**-0.5
-    check_positive("scale", scale)
-    return float(scale)
-
-
 def _root(scale: float | None, head_dim: int) -> float:
-    return head_dim**-0.25 if scale is None else math.sqrt(_size(scale, head_dim))
+    return head_dim**-0.25 if scale is None else math.sqrt(check_scale(scale, head_dim))
+
+
+def _pair(block: Any) -> tuple[Any, Any]:
+    """Return a block's keys and values."""
+    try:
+        key, value = block
+    except (TypeError, ValueError):
+        raise expected("blocks", "pairs (prefix_key, prefix_value)", type(block).__name__) from None
+    return key, value
+
+
+def _check_both(key: object, value: object) -> None:
+    if (key is None) != (value is None):
+        raise expected("key, value", "both, or neither", "one of them")
 
 
 def _check_heads(key_heads: int, num_heads: int | None) -> None:

@@ -20,13 +20,12 @@ above, and the claim ``compression`` measures the coverage.
 from __future__ import annotations
 
 import math
-import numbers
 
 import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from ntk_prefix.checks import check_count, check_positive, expected
+from ntk_prefix.checks import check_count, check_fraction, check_positive, expected
 
 __all__ = ["expected_error_bound", "success_probability_bound"]
 
@@ -71,8 +70,7 @@ def expected_error_bound(losses: ArrayLike, delta: float, upper: float) -> float
             "Take the mean over each text's tokens",
         )
     check_positive("upper", upper)
-    if not (isinstance(delta, numbers.Real) and 0 < delta < 1):
-        raise expected("delta", "a probability in (0, 1)", delta)
+    check_fraction("delta", delta, "a probability in (0, 1)")
     outside = np.flatnonzero(~((x >= 0) & (x <= upper)))
     if len(outside):
         hint = "Cut losses at an upper that was chosen before, np.minimum(losses, upper)"
@@ -116,8 +114,7 @@ def success_probability_bound(successes: int, trials: int, delta: float) -> floa
     check_count("successes", successes, 0)
     if successes > trials:
         raise expected("successes", f"at most trials = {trials}", successes)
-    if not (isinstance(delta, numbers.Real) and 0 < delta < 1):
-        raise expected("delta", "a probability in (0, 1)", delta)
+    check_fraction("delta", delta, "a probability in (0, 1)")
     if not successes:
         return 0.0
     return float(scipy.special.betaincinv(successes, trials - successes + 1, delta)) * (1 - 2**-40)

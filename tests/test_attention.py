@@ -733,19 +733,31 @@ class TestArguments:
             (dict(value=jnp.ones((2, 6, 2, 4))), "value: expected the key's shape"),
             (dict(key=jnp.ones((2, 5, 3, 4)), value=jnp.ones((2, 5, 3, 4))), "a divisor of 4"),
             (dict(bias=jnp.ones((1, 2, 7, 5))), "bias: expected"),
+            (dict(z=[[1.0]]), "z: expected an array, got list"),
+            (dict(z=(jnp.ones((4, 4, 3)), jnp.ones((4, 3, 4)))), "z: expected an array, got tuple"),
+            (dict(k=None), "k: expected an array, got NoneType"),
+            (dict(z=LowRank(jnp.ones((4, 4, 3)), [1.0])), "z.right: expected an array, got list"),
+            (dict(query=jnp.ones((2, 7, 0, 4))), "query: expected .* with N, H >= 1"),
+            (dict(is_causal="no"), "is_causal: expected True or False, got 'no'"),
+            (dict(is_causal=jnp.array(True)), "is_causal: expected True or False"),
+            (dict(is_causal=True, query_offset=2**31), "query_offset: expected a place within 536,870,912 of 0"),
+            (dict(scale=1e300), "scale: expected a number from 1e-30 to 1e30"),
+            (dict(implementation=["xla"]), "implementation: expected one of"),
         ],
     )
-    def test_what_does_not_fit_is_named(self, change, message):
+    def test_what_does_not_fit_is_named(self, change, message, without_annotations):
         with pytest.raises(ValueError, match=message):
-            _unchecked(ntk_attention)(**{**Case().arrays(), **change})
+            ntk_attention(**{**Case().arrays(), **change})
 
-    def test_a_prefix_with_the_heads_of_the_query_is_named(self):
+    @pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
+    @pytest.mark.parametrize(("offset", "as_if"), [(2**40, 100), (-(2**40), -100)])
+    def test_an_offset_beyond_int32_does_not_wrap_around(self, offset, as_if, implementation):
+        options = dict(is_causal=True, implementation=implementation, **Case().arrays())
+        far, near = (ntk_attention(**options, query_offset=jnp.int64(place)) for place in (offset, as_if))
+        np.testing.assert_array_equal(far, near)
+
+    def test_a_prefix_with_the_heads_of_the_query_is_named(self, without_annotations):
         arrays = Case().arrays()
         prefix = jnp.ones((3, 4, 4))
         with pytest.raises(ValueError, match="key's heads"):
-            _unchecked(prefix_attention)(arrays["query"], arrays["key"], arrays["value"], prefix, prefix)
-
-
-def _unchecked(function):
-    """Return the function as users run it: without the tests' own execution of its annotations."""
-    return getattr(function, "__wrapped__", function)
+            prefix_attention(arrays["query"], arrays["key"], arrays["value"], prefix, prefix)

@@ -300,6 +300,9 @@ class TestPrefixState:
         got = jax.jit(jax.vmap(lambda a, s: s.attend(**a)))(arrays, states)
         for i, (own, prefix) in enumerate(layers):
             np.testing.assert_allclose(got[i], attend(whole(prefix), own, Options()), atol=1e-14)
+        longer = states.padded(states.k.shape[-1] + 2)
+        same = jax.jit(jax.vmap(lambda a, s: s.attend(**a)))(arrays, longer)
+        np.testing.assert_allclose(same, got, atol=1e-14)
 
     def test_sums_of_anchors_are_sums_of_exponentials(self):
         arrays, (key, value) = drawn()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ntk_prefix.attention import ntk_attention, prefix_attention
+from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import Elu1, Taylor
 from ntk_prefix.prefix_fit import FitOptions, Samples, fit_prefix
 from ntk_prefix.prefix_state import PrefixState
@@ -118,6 +119,20 @@ class TestFromPrefix:
 
 
 class TestError:
+    def test_is_not_a_number_where_the_state_is_none(self):
+        """The other head has its own; an error of 0 would call such a state exact."""
+        key, value = prefix(20)
+        query, *own = layer()
+        state = PrefixState.from_prefix(key, value, feature_map="taylor")
+        broken = PrefixState(state.z.at[0, 0, 0].set(math.nan), state.k, state.feature_map)
+        error, other = (s.error(query, key, value, *own) for s in (broken, state))
+        assert jnp.isnan(error[0])
+        assert error[1] == other[1] > 0
+
+    def test_is_zero_of_what_is_the_same(self):
+        key, value = prefix(0)
+        assert not PrefixState.from_prefix(key, value).error(layer()[0], key, value).any()
+
     @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
     def test_values_of_any_size_have_one(self, size):
         """Also those whose squares no float32 has; where both outputs are zero there is none."""
@@ -291,6 +306,25 @@ class TestFit:
         # masses by multiplicative steps, not to the end: two digits, and the values make up for most of the rest
         assert np.all(state.error(query, prefix_key, prefix_value) < 0.02)
 
+    @pytest.mark.parametrize("options", [{}, {"feature_map": "anchors", "features": 3}])
+    def test_values_of_zero_are_fitted_by_masses_alone(self, options):
+        key, value = prefix(20)
+        query, own_key, own_value = layer()
+        state = PrefixState.fit(query, key, 0 * value, own_key, 0 * own_value, **options)
+        assert jnp.isfinite(state.k).all()
+        assert not state.z.any()
+
+    @pytest.mark.parametrize("options", [{}, {"feature_map": "anchors", "features": 3}])
+    @pytest.mark.parametrize("name", ["query", "prefix_key", "prefix_value", "key", "value", "bias"])
+    @pytest.mark.parametrize("number", [math.nan, math.inf])
+    def test_numbers_that_are_not_finite_are_named(self, name, number, options):
+        key, value = prefix(20)
+        arrays = dict(zip(("query", "key", "value"), layer(), strict=True), prefix_key=key, prefix_value=value)
+        arrays["bias"] = jnp.zeros((1, 1, 32, 32)).at[..., 20:].set(-math.inf)  # which hides keys
+        arrays[name] = arrays[name].at[0].set(number)
+        with pytest.raises(UsageError, match=f"{name}: expected finite numbers, got {number}"):
+            PrefixState.fit(**arrays, **options)
+
     def test_too_few_samples_are_refused(self):
         key, value = prefix(20)
         with pytest.raises(ValueError, match="samples to fit 4 features"):
@@ -342,6 +376,29 @@ class TestArguments:
                 ]
             ),
             (lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 3, 4), f(5, 3, 4)), "multiple of the 3 key heads"),
+            *(
+                (
+                    lambda f, changes=changes: PrefixState.fit(f(2, 9, 2, 4), f(5, 2, 4), f(5, 2, 4), **changes),
+                    message,
+                )
+                for changes, message in [
+                    ({"held_out": "0.5"}, "held_out: expected a fraction in"),
+                    ({"seed": 2**63}, r"seed: expected a whole number below 2\^63"),
+                    ({"is_causal": "no"}, "is_causal: expected True or False"),
+                    ({"feature_map": "anchors", "features": 3, "local_window_size": -1}, "local_window_size: expected"),
+                ]
+            ),
+            (
+                lambda f: PrefixState.from_blocks([f(5, 1, 4)]),
+                r"blocks: expected pairs \(prefix_key, prefix_value\)",
+            ),
+            (
+                lambda f: PrefixState.from_prefix(f(5, 2, 4), f(5, 2, 4)).error(
+                    f(2, 9, 2, 4), f(5, 2, 4), f(5, 2, 4), f(2, 3, 2, 4)
+                ),
+                "key, value: expected both, or neither",
+            ),
+            (lambda f: PrefixState.from_prefix(f(5, 2, 4), f(5, 2, 4)).padded(5.5), "features: expected a whole"),
             (lambda f: PrefixState.fit(f(2, 9, 2), f(5, 2, 4), f(5, 2, 4)), r"query: expected \[B, T, N, H\]"),
             (
                 lambda f: PrefixState.fit(f(2, 9, 2, 4), f(5, 2, 4), f(5, 2, 4), f(2, 3, 1, 4), f(2, 3, 1, 4)),

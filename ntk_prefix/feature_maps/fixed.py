@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import check_count, check_positive, expected
+from ntk_prefix.checks import check_count, check_fraction
 from ntk_prefix.feature_maps.base import FeatureMap, checked_size
 from ntk_prefix.typing import Array, Float
 
@@ -172,9 +172,7 @@ class PositiveRandom(FeatureMap):
         """Refuse what cannot be drawn."""
         check_count("features", self.features)
         check_count("seed", self.seed, 0)
-        check_positive("failure_probability", self.failure_probability)
-        if not self.failure_probability < 1:
-            raise expected("failure_probability", "a number in (0, 1)", self.failure_probability)
+        check_fraction("failure_probability", self.failure_probability)
         self.affordable_dim(1)
 
     @classmethod

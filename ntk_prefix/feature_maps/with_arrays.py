@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import check_array, check_positive, check_soft_cap, expected
+from ntk_prefix.checks import check_array, check_scale, check_soft_cap, expected
 from ntk_prefix.feature_maps.base import FeatureMap
 from ntk_prefix.feature_maps.fixed import Elu1, Taylor
 from ntk_prefix.typing import Array, Float
@@ -63,9 +63,7 @@ class Anchors(FeatureMap):
             logits_soft_cap: of the layer's scores.
         """
         check_array("keys", keys, "R", "K", "H")
-        if scale is not None:
-            check_positive("scale", scale)
-        root = keys.shape[-1] ** -0.25 if scale is None else math.sqrt(scale)
+        root = math.sqrt(check_scale(scale, keys.shape[-1]))
         return cls(jnp.swapaxes(keys, 0, 1) * root, logits_soft_cap)
 
     @classmethod
@@ -108,7 +106,7 @@ class Anchors(FeatureMap):
 
     def padded(self, features: int) -> FeatureMap:
         """Return the anchors with the last of them several times."""
-        return dataclasses.replace(self, points=_repeated_last(self.points, features))
+        return _repeated_last(self, features)
 
     def error_bound(self, norm: float) -> float:
         """Return infinity: the points are not made for all keys."""
@@ -194,7 +192,7 @@ class Nearest(FeatureMap):
 
     def padded(self, features: int) -> FeatureMap:
         """Return the centroids with the last of them several times; of equal ones the first is the nearest."""
-        return dataclasses.replace(self, centroids=_repeated_last(self.centroids, features))
+        return _repeated_last(self, features)
 
     def error_bound(self, norm: float) -> float:
         """Return infinity: there is no bound."""
@@ -351,11 +349,16 @@ def _by_head(name: str, weights: Array, x: Array, offset: Array | None = None) -
     return result.reshape(*batch, heads, length, features)
 
 
-def _repeated_last(array: Array, features: int) -> Array:
-    widths = ((0, 0), (0, features - array.shape[1]), (0, 0))
-    if isinstance(array, jax.core.Tracer):
-        return jnp.pad(array, widths, mode="edge")
-    return jnp.asarray(np.pad(np.asarray(array), widths, mode="edge"))  # on the host: each size would be a program
+def _repeated_last(phi: FeatureMap, features: int) -> FeatureMap:
+    """Return a map with the last of its vectors several times, for each of several layers too."""
+
+    def longer(array: Array) -> Array:
+        widths = [(0, 0)] * (array.ndim - 2) + [(0, features - array.shape[-2]), (0, 0)]
+        if isinstance(array, jax.core.Tracer):
+            return jnp.pad(array, widths, mode="edge")
+        return jnp.asarray(np.pad(np.asarray(array), widths, mode="edge"))  # on the host: each size would be a program
+
+    return jax.tree.map(longer, phi)
 
 
 def _check_fits(name: str, array: Array, heads: int, head_dim: int) -> None:
