@@ -125,7 +125,7 @@ def check_floating(name: str, array: jax.Array) -> None:
     """
     check_is_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise expected(name, "floating point numbers", array.dtype, f"Use {name}.astype(float)")
+        raise expected(name, "floating point numbers", array.dtype, f"Use {name.split()[0]}.astype(float)")
 
 
 def check_finite(name: str, tree: Any) -> None:

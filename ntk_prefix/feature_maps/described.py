@@ -50,7 +50,12 @@ def described(phi: FeatureMap) -> tuple[str, tuple[tuple[str, int | float], ...]
     else:
         settings: tuple[Any, ...] = dataclasses.fields(phi) if dataclasses.is_dataclass(phi) else ()
         said = {field.name: getattr(phi, field.name) for field in settings if field.name not in phi.arrays}
-        known: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+        # numbers of NumPy's are what a file has of them
+        known: dict[str, Any] = {
+            key: value.item() if isinstance(value, np.generic) else value
+            for key, value in said.items()
+            if value is not None
+        }
         if phi.arrays:
             heads, features, _ = getattr(phi, phi.arrays[0]).shape
             known = {"features": features, "heads": heads, **known}

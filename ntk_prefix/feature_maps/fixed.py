@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.checks import check_count, check_fraction
+from ntk_prefix.checks import check_count, check_fraction, check_seed
 from ntk_prefix.feature_maps.base import FeatureMap, checked_size
 from ntk_prefix.typing import Array, Float
 
@@ -171,7 +171,7 @@ class PositiveRandom(FeatureMap):
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn."""
         check_count("features", self.features)
-        check_count("seed", self.seed, 0)
+        check_seed("seed", self.seed)
         check_fraction("failure_probability", self.failure_probability)
         self.affordable_dim(1)
 

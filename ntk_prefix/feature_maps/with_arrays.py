@@ -362,8 +362,7 @@ def _repeated_last(phi: FeatureMap, features: int) -> FeatureMap:
 
 
 def _check_fits(name: str, array: Array, heads: int, head_dim: int) -> None:
-    own_heads, _, size = array.shape
-    if heads % own_heads or size != head_dim:
+    if array.ndim != 3 or heads % len(array) or array.shape[2] != head_dim:
         raise expected(
             name,
             f"[K, ., {head_dim}] with K a divisor of the {heads} query heads",

@@ -24,6 +24,7 @@ from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float, Int
 
 __all__ = [
+    "LARGEST",
     "Adapter",
     "AdapterConfig",
     "AdapterParam",
@@ -43,6 +44,9 @@ __all__ = [
 
 LARGEST_NUMBER = 1e30
 """In a configuration."""
+
+LARGEST = 2**16
+"""Of ranks and counts, in a configuration and in a file: more is no adapter, and nothing is made of it to find that out."""
 
 
 class AdapterParam(nnx.LoRAParam):
@@ -94,6 +98,8 @@ class AdapterConfig:
             # larger ones overflow float32 once they are squared or multiplied into weights
             if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:
                 raise expected(field.name, f"a number within +-{LARGEST_NUMBER:g}", value)
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise expected(field.name, f"a number of at most {LARGEST}", value)
         try:
             re.compile(self.target)
         except (re.error, OverflowError, RecursionError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from ntk_prefix.checks import expected
 from ntk_prefix.peft.base import AdapterConfig, dotted, module_at, targets
 from ntk_prefix.peft.head import HeadConfig
 from ntk_prefix.peft.methods import METHODS
-from ntk_prefix.peft.names import CONFIG, LARGEST, Fields, Names, exactly
+from ntk_prefix.peft.names import CONFIG, Fields, Names, exactly
 from ntk_prefix.peft.patterns import matching, plain
 from ntk_prefix.typing import Array
 
@@ -72,20 +71,12 @@ def _own(fields: Fields, model: Any) -> AdapterConfig:
     if not isinstance(method, str) or method not in METHODS:
         raise expected(fields.file, f"a method among {sorted(METHODS)}", repr(method))
     config = fields.read(METHODS[method], harmless=frozenset({"method"}))
-    for name, value in _numbers(dataclasses.asdict(config)):
-        if not (math.isfinite(value) and abs(value) <= (LARGEST if isinstance(value, int) else 1e30)):
-            raise expected(f"{fields.file}: {name}", f"a number of at most {LARGEST}", value)
     if not plain(config.target):
         # what it selects is found once, in bounded time
         places = [dotted(path) for path, _ in nnx.iter_modules(model)]
         found = matching(config.target, places, f"{fields.file}: target", how="search")
         config = dataclasses.replace(config, target=exactly(sorted(found)) if found else "(?!)")
     return config
-
-
-def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:
-    options = dict(values.get("feature_map_options", ()))
-    return [(k, v) for k, v in {**values, **options}.items() if isinstance(v, int | float) and not isinstance(v, bool)]
 
 
 def _saved_whole(fields: Fields, model: Any, names: Names, tensors: Mapping[str, np.ndarray]) -> list[AdapterConfig]:

@@ -365,7 +365,7 @@ def print_trainable_parameters(model: Any) -> None:
 def _check(model: Any, chosen: list[AdapterConfig], name: str) -> None:
     if not chosen:
         raise expected("configs", "at least one configuration", "none")
-    if not name or "." in name:
+    if not isinstance(name, str) or not name or "." in name:
         raise expected("name", "an adapter name without dots", repr(name))
     known = configs(model)
     if name in known:

@@ -11,12 +11,9 @@ from ntk_prefix.artifacts import checked
 from ntk_prefix.checks import expected
 from ntk_prefix.models.loading import module_aliases, module_names
 
-__all__ = ["CONFIG", "LARGEST", "Fields", "Names", "exactly"]
+__all__ = ["CONFIG", "Fields", "Names", "exactly"]
 
 CONFIG = "adapter_config.json"
-
-LARGEST = 2**16
-"""Of ranks and counts in a file: more is no adapter, and nothing is made of it to find that out."""
 
 T = TypeVar("T")
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from ntk_prefix.attention import LowRank
-from ntk_prefix.checks import expected
-from ntk_prefix.feature_maps.described import described
+from ntk_prefix.checks import check_flag, check_floating, check_scale, expected
+from ntk_prefix.feature_maps.described import array_names, described
 from ntk_prefix.peft.inject import apply
 from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig, StateCore
 from ntk_prefix.peft.names import exactly
@@ -38,11 +39,16 @@ def apply_states(
 
     Raises:
         UsageError: no states; a layer that is not there, or named twice; a state of other heads than its layer's, of
-            another scale, or with a map that no file can name.
+            another scale, of numbers that a file would not hold or masses below 0, or with a map that no file can name.
     """
+    check_flag("train_map", train_map)
     sites = attention_sites(model)
     if not isinstance(states, Mapping) or not states:
-        raise expected("states", "a PrefixState for at least one layer, by path or place", states if states else "none")
+        raise expected(
+            "states",
+            "a PrefixState for at least one layer, by path or place",
+            type(states).__name__ if states else "none",
+        )
     found: dict[str, PrefixState] = {}
     for place, state in states.items():
         known = [path for i, (path, _) in enumerate(sites) if place in (i, path) and not isinstance(place, bool)]
@@ -68,7 +74,7 @@ def apply_states(
 def _config(path: str, layer: AttentionSite, state: PrefixState, train_map: bool) -> NTKAttentionConfig:
     """Return the configuration of a state, without its target: states that are alike have the same."""
     phi, head_dim = state.feature_map, layer.head_dim
-    phi.check(layer.num_heads, head_dim)
+    _check_numbers(path, state)
     factors = state.z if isinstance(state.z, LowRank) else (state.z,)
     heads, rank, features = len(state.k), factors[0].shape[-1], phi.dim(head_dim)
     wanted = ((heads, features, rank), (heads, rank, head_dim)) if len(factors) > 1 else ((heads, features, head_dim),)
@@ -80,10 +86,11 @@ def _config(path: str, layer: AttentionSite, state: PrefixState, train_map: bool
             f"{layer.num_key_heads} key heads",
             f"z {shapes} and k {state.k.shape}",
         )
+    phi.check(layer.num_heads, head_dim)
     kind = getattr(layer, "kind", None)
     scale = (kind.scores() if kind else {}).get("scale") or head_dim**-0.5
-    if abs((state.scale or head_dim**-0.5) / scale - 1) > 1e-6:
-        raise expected(f"state of {path}", f"the layer's scale {scale:g}", state.scale or head_dim**-0.5)
+    if abs((given := check_scale(state.scale, head_dim)) / scale - 1) > 1e-6:
+        raise expected(f"state of {path}", f"the layer's scale {scale:g}", given)
     feature_map, options = described(phi)
     return NTKAttentionConfig(
         feature_map=feature_map,
@@ -94,3 +101,21 @@ def _config(path: str, layer: AttentionSite, state: PrefixState, train_map: bool
         train_head=False,
         given=True,
     )
+
+
+def _check_numbers(path: str, state: PrefixState) -> None:
+    """Refuse what a file would not hold: an adapter is one that can be saved."""
+    z = state.z._asdict() if isinstance(state.z, LowRank) else {"z": state.z}
+    names = array_names(state.feature_map)
+    arrays = {"k": state.k, **z, **dict(zip(names, jax.tree.leaves(state.feature_map), strict=True))}
+    for name, array in arrays.items():
+        what = f"{name} of the state of {path}"
+        check_floating(what, array)
+        if isinstance(array, jax.core.Tracer):
+            continue
+        values = np.asarray(array, np.float64)
+        beyond = values[~(np.abs(values) <= float(np.finfo(np.float32).max))]
+        if len(beyond):
+            raise expected(what, "finite numbers that float32 holds", beyond[0])
+        if name == "k" and state.feature_map.positive and values.min(initial=0) < 0:
+            raise expected(what, "masses >= 0, which are part of a denominator", values.min(), "Clip them at 0")

@@ -11,7 +11,17 @@ from flax import nnx
 
 from ntk_prefix import models, peft
 from ntk_prefix.attention import LowRank
-from ntk_prefix.feature_maps import Anchors, Concatenated, Elu1, Nearest, NormalizedAnchors, Projected, Taylor
+from ntk_prefix.feature_maps import (
+    Anchors,
+    Concatenated,
+    Elu1,
+    Minimax,
+    Nearest,
+    NormalizedAnchors,
+    PositiveRandom,
+    Projected,
+    Taylor,
+)
 from ntk_prefix.feature_maps.described import array_names, described, placed, template
 from ntk_prefix.prefix_state import PrefixState
 from tests.peft.cases import frozen, inputs, step
@@ -48,6 +58,7 @@ MAPS = {
     ),
     "projected anchors": Projected(Anchors(drawn(1, 3, 2)), drawn(KEY_HEADS, 2, HEAD_DIM)),
     "taylor": Taylor(2),
+    "random features": PositiveRandom(5, seed=2**63 - 1),
 }
 
 
@@ -84,6 +95,40 @@ class TestApplyStates:
         np.testing.assert_array_equal(loaded.k[...], given.k)
         assert described(phi) == described(loaded.phi)
 
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            (
+                "z",
+                np.full((KEY_HEADS, 4, HEAD_DIM), np.nan),
+                "^z of the state of .* expected finite numbers .* got nan",
+            ),
+            ("k", np.full((KEY_HEADS, 4), 1e60), r"^k of .* expected finite numbers that float32 holds, got 1e\+60"),
+            ("k", -np.ones((KEY_HEADS, 4)), "^k of .* expected masses >= 0, which are part of a denominator, got -1"),
+            (
+                "z",
+                np.ones((KEY_HEADS, 4, HEAD_DIM), int),
+                "^z of .* expected floating point numbers, got int64. Use z.as",
+            ),
+            ("z", [[[1.0]]], "^z of .* expected an array, got list"),
+            ("scale", "1", "scale: expected a finite number > 0, got 1"),
+        ],
+    )
+    def test_what_a_file_would_not_hold_is_refused(self, name, value, message, without_annotations):
+        model = tiny()
+        with pytest.raises(ValueError, match=message):
+            peft.apply_states(model, {0: dataclasses.replace(state(Elu1()), **{name: value})})
+        assert not peft.configs(model)
+
+    def test_settings_may_be_numbers_of_numpys(self, tmp_path, without_annotations):
+        for phi in (Taylor(np.int64(2)), PositiveRandom(np.int32(5)), Minimax(2, np.float32(1.5))):
+            peft.save_pretrained(peft.apply_states(tiny(), {0: state(phi)}), tmp_path)
+            assert hosted(peft.load_adapter(tiny(), tmp_path), 0).phi == phi
+
+    def test_a_name_that_is_none_is_refused(self, without_annotations):
+        with pytest.raises(ValueError, match="name: expected an adapter name without dots, got 3"):
+            peft.apply_states(tiny(), {0: state(Elu1())}, name=3)
+
     def test_a_low_rank_state_stays_one(self, tmp_path):
         given = dataclasses.replace(
             state(Elu1(), HEADS), z=LowRank(drawn(HEADS, HEAD_DIM, 2), drawn(HEADS, 2, HEAD_DIM))
@@ -108,6 +153,8 @@ class TestApplyStates:
             ),
             ({0: state(Anchors(drawn(2, 3, 5)))}, r"points: expected \[K, ., 4\]"),
             ({0: dataclasses.replace(state(Elu1()), scale=2.0)}, "expected the layer's scale 0.5, got 2.0"),
+            ({0: state(Anchors(drawn(KEY_HEADS, 3, HEAD_DIM).at[0].set(np.inf)))}, "points of the state of .* got inf"),
+            ({0: jax.tree.map(lambda x: x[None], state(MAPS["anchors"]))}, r"expected z \[J, 3, 4\] and k .* got z"),
             ({0: state(Projected(Projected(Elu1(), drawn(1, 2, 3)), drawn(1, 3, 4)))}, "a map that a file can name"),
         ],
     )
@@ -230,6 +277,7 @@ class TestMeasuredMaps:
         ("change", "message"),
         [
             (dict(feature_map_options=()), "'anchors': expected its option features, got none"),
+            (dict(rank=2**17), "rank: expected a number of at most 65536, got 131072"),
             (dict(feature_map_options=(("features", 0),)), "features: expected a whole number >= 1"),
             (dict(feature_map_options=(("features", 10**8),)), "at most 1,048,576 features"),
             (dict(feature_map_options=(("points", 3),)), r"options among \['features', 'heads', 'logits_soft_cap'\]"),

@@ -15,10 +15,10 @@ from flax import nnx
 from msgspec import Meta
 
 from ntk_prefix.checks import expected
-from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, module_at, targets
+from ntk_prefix.peft.base import LARGEST, Adapter, AdapterConfig, AdapterParam, Host, gather_rows, module_at, targets
 from ntk_prefix.peft.fused import joined, parted
 from ntk_prefix.peft.head import HeadConfig
-from ntk_prefix.peft.names import LARGEST, Fields, Names, exactly
+from ntk_prefix.peft.names import Fields, Names, exactly
 from ntk_prefix.peft.patterns import matching
 from ntk_prefix.typing import Array, Float
 

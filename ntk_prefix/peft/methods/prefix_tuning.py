@@ -16,8 +16,8 @@ from msgspec import Meta
 from ntk_prefix.attention import prefix_attention, softmax_attention
 from ntk_prefix.checks import expected
 from ntk_prefix.models.attention import AttentionCore, AttentionOptions
-from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, gather_rows, targets
-from ntk_prefix.peft.names import LARGEST, Fields, Names
+from ntk_prefix.peft.base import LARGEST, Adapter, AdapterConfig, AdapterParam, Host, gather_rows, targets
+from ntk_prefix.peft.names import Fields, Names
 from ntk_prefix.peft.sites import AttentionSite, attention_site, attention_sites
 from ntk_prefix.typing import Array, Float
 
