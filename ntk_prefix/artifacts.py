@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -29,18 +30,21 @@ from ntk_prefix.checks import NonFiniteError, UsageError, expected
 
 __all__ = [
     "CHECKOUT",
+    "append",
     "checked",
     "cores",
     "decode_json",
     "finite_or_none",
     "held",
     "json_text",
+    "new_folder",
     "peak_memory",
     "peak_resident_memory",
     "provenance",
     "read_array",
     "read_bytes",
     "read_json",
+    "write_figure",
     "write_whole",
 ]
 
@@ -177,7 +181,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: under another name, onto the disk, then moved into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with temporary.open("wb") as file:
+        with _named(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -185,6 +189,44 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def append(path: Path, line: str) -> None:
+    """Write a line at the end of a file; where that fails, or the process ends within it, a part of it may be there."""
+    with _named(path), path.open("a") as file:
+        file.write(line)
+
+
+def write_figure(path: Path, figure: Any, **options: Any) -> None:
+    """Write a Matplotlib figure, whole or not at all; options are those of ``savefig``, the format is the path's ending."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix("."), **options)
+    write_whole(path, picture.getvalue())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Make a folder, or take an empty one, and take away what was put there if what stands inside of this fails."""
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for file in path.iterdir():
+            file.unlink()
+        if made:
+            path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let what the system refuses within it name the file: of a disk that is full, it names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,9 +16,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from ntk_prefix import artifacts
 from ntk_prefix.checks import NonFiniteError, UsageError, expected, explain
+from tests.small_disk import largest_file
 
 
 @dataclasses.dataclass
@@ -82,6 +85,41 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         artifacts.write_whole(tmp_path / "a", None)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_disk_that_is_full_is_said_with_the_files_name_and_leaves_what_was_there(tmp_path: Path) -> None:
+    """What the system says of it names no file."""
+    file = tmp_path / "a.png"
+    artifacts.write_whole(file, b"old")
+    figure = Figure()
+    with largest_file(1000):
+        for write in (
+            lambda: artifacts.write_whole(file, bytes(2000)),
+            lambda: artifacts.write_figure(file, figure),
+        ):
+            with pytest.raises(OSError, match="File too large") as caught:
+                write()
+            assert explain(caught.value) == f"{file}: File too large."
+            assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+        with pytest.raises(OSError, match="File too large") as caught:
+            artifacts.append(file, "x" * 2000)
+    assert explain(caught.value) == f"{file}: File too large."
+    artifacts.write_figure(file, figure, dpi=20)
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_new_folder_is_taken_back_where_it_cannot_be_filled(tmp_path: Path, made: bool) -> None:
+    folder = tmp_path / "new"
+    if not made:
+        folder.mkdir()
+    with contextlib.suppress(KeyboardInterrupt), artifacts.new_folder(folder):
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.rglob("*")) == ([] if made else [folder])
+    with artifacts.new_folder(folder):
+        (folder / "a").write_text("whole")
+    assert (folder / "a").read_text() == "whole"
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:

@@ -31,6 +31,14 @@ __all__ = ["CheckpointError", "Checkpoints", "Restored"]
 
 logger = logging.getLogger(__name__)
 
+
+def _told_here(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is kept: of what Orbax raises it also writes a traceback, and we say it in one line."""
+    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+
+
+logging.getLogger("absl").addFilter(_told_here)
+
 PyTree = Any
 
 
@@ -175,9 +183,16 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Wait, and let go of the threads."""
+        """Wait, and let go of the threads.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
         self.wait()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise CheckpointError(f"{self.directory}: the last save failed: {_first_line(error)}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -185,7 +200,13 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except CheckpointError as later:
+            if error is None:
+                raise
+            if not isinstance(error, CheckpointError):  # which has said it
+                logger.warning("%s", later)
 
     def _report_foreign_files(self) -> None:
         """Say what in the directory is no checkpoint; Orbax removes what it left half-written itself."""

@@ -36,8 +36,8 @@ __all__ = [
     "typed_changes",
 ]
 
-USAGE, DIVERGED = 2, 3
-"""Exit statuses: of what a user can mend, and of a run whose numbers are not finite any more."""
+USAGE, DIVERGED, STOPPED = 2, 3, 130
+"""Exit statuses: of what a user can mend, of a run whose numbers are not finite any more, and of Ctrl-C."""
 
 T = TypeVar("T")
 
@@ -115,13 +115,16 @@ def show_error(console: Console, line: str) -> None:
 
 
 def ended(run: Callable[[], int], console: Console) -> int:
-    """Return the exit status of a program; an error that a user can mend becomes one line.
+    """Return the exit status of a program; Ctrl-C, and an error that a user can mend, become one line.
 
     Raises:
         Exception: any other, with its traceback.
     """
     try:
         return run()
+    except KeyboardInterrupt:
+        console.print("stopped", style="yellow")
+        return STOPPED
     except Exception as error:
         line = explain(error)
         if line is None:
@@ -136,7 +139,7 @@ def resumable(run: Callable[[], object], console: Console) -> int:
         run()
     except KeyboardInterrupt:
         console.print("stopped; what is finished is kept, and the same command goes on", style="yellow")
-        return 130
+        return STOPPED
     return 0
 
 

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ntk_prefix.artifacts import json_text, write_whole
+from ntk_prefix.artifacts import json_text, write_figure, write_whole
 from train.command import Terminal, ended, parsed, resumable
 from train.comparison import run
 from train.comparison.figure import draw, draw_reliability
@@ -77,9 +77,9 @@ def compare(comparison: Comparison, console: Console) -> list[dict[str, Any]]:
 def _write(comparison: Comparison, lines: list[dict[str, Any]]) -> None:
     write_whole(comparison.out / "table.json", json_text(document(comparison, lines)).encode())
     write_whole(comparison.out / "table.md", markdown(comparison, lines).encode())
-    draw(lines).savefig(comparison.out / "table.png", dpi=150)
+    write_figure(comparison.out / "table.png", draw(lines), dpi=150)
     if any(line["reliability"] for line in lines):
-        draw_reliability(lines).savefig(comparison.out / "reliability.png", dpi=150)
+        write_figure(comparison.out / "reliability.png", draw_reliability(lines), dpi=150)
 
 
 def _cells(

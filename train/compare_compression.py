@@ -36,7 +36,7 @@ from flax import nnx
 from rich.console import Console
 
 from ntk_prefix import models
-from ntk_prefix.artifacts import held, json_text, provenance, write_whole
+from ntk_prefix.artifacts import held, json_text, provenance, write_figure, write_whole
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from ntk_prefix.peft.sites import attention_sites
 from ntk_prefix.prefixed_model import Prefix, answers, attending, distances, in_parts, read_prompt
@@ -400,7 +400,7 @@ def _write(options: Options, rows: list[Row], language: bool) -> list[dict[str, 
     write_whole(options.out / "table.md", markdown(lines, about, language=language).encode())
     write_whole(options.out / "table.json", json_text({"lines": lines, **_provenance()}).encode())
     if any(line["kl"] for line in lines):
-        draw(lines, language=language).savefig(options.out / "pareto.png", dpi=150)
+        write_figure(options.out / "pareto.png", draw(lines, language=language), dpi=150)
     return lines
 
 

@@ -24,7 +24,7 @@ from flax import nnx
 from rich.console import Console
 
 from ntk_prefix import peft
-from ntk_prefix.artifacts import json_text, read_json, write_whole
+from ntk_prefix.artifacts import json_text, new_folder, write_whole
 from ntk_prefix.checks import expected
 from ntk_prefix.typing import Array
 from train.command import Checked, Terminal, at_least, ended, parsed
@@ -81,13 +81,12 @@ def _merged(options: Options, console: Console) -> None:
     run = finished(options.run, "a run of language or classification with an adapter", kinds)
     if run.path is None or not run.path.is_dir():
         raise expected("--to hugging-face", "a run on a Hugging Face folder", run.config.model)
-    written = peft.save_merged(run.model(), run.path, options.out)
-    (options.out / "asset.json").unlink(missing_ok=True)  # of our own cache
+    said: dict[str, Any] = {}
     if run.labels:
-        config = options.out / "config.json"
         labels = dict(enumerate(run.labels))
         said = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
-        write_whole(config, json_text({**read_json(config, dict[str, Any]), **said}).encode())
+    written = peft.save_merged(run.model(), run.path, options.out, config=said)
+    (options.out / "asset.json").unlink(missing_ok=True)  # of our own cache
     console.print(f"{len(written)} tensors are not the base model's")
     if (options.out / peft.HEAD_FILE).is_file():
         console.print(
@@ -114,15 +113,25 @@ def _predictor(options: Options, console: Console) -> None:
         model = nnx.merge(graph, nnx.from_flat_state(filled), streams)
         return jax.nn.softmax(model(**inputs).logits.astype(jnp.float32))
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    for rows in options.rows or (1, 32):
-        made = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(_shapes(weights), _inputs(run, model, rows))
-        write_whole(options.out / f"predict_{rows}.bin", bytes(made.serialize()))
-        console.print(f"a program for {rows} rows on {', '.join(made.platforms)}")
-    from safetensors.flax import save
+    with new_folder(options.out):
+        for rows in options.rows or (1, 32):
+            made = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(_shapes(weights), _inputs(run, model, rows))
+            write_whole(options.out / f"predict_{rows}.bin", bytes(made.serialize()))
+            console.print(f"a program for {rows} rows on {', '.join(made.platforms)}")
+        from safetensors.flax import save
 
-    write_whole(options.out / "weights.safetensors", save(weights))
-    about = {
+        write_whole(options.out / "weights.safetensors", save(weights))
+        tokenizer = run.tokenizer()
+        if tokenizer is not None:
+            write_whole(options.out / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+        shutil.copyfile(SCRIPT, options.out / "predict.py")
+        # last: without it the script does not begin, so that a folder with it is whole
+        write_whole(options.out / "predictor.json", json_text(_about(run, model)).encode())
+
+
+def _about(run: Finished, model: Any) -> dict[str, Any]:
+    """Return what a predictor's script has to know."""
+    return {
         "labels": run.labels,
         "tokens": run.config.data.max_length if "text" in run.columns else None,
         "pairs": "text_pair" in run.columns,
@@ -131,11 +140,6 @@ def _predictor(options: Options, console: Console) -> None:
         "run": json.loads((run.folder / "config.json").read_text()),
         "jax": jax.__version__,
     }
-    write_whole(options.out / "predictor.json", json_text(about).encode())
-    tokenizer = run.tokenizer()
-    if tokenizer is not None:
-        tokenizer.save(str(options.out / "tokenizer.json"))
-    shutil.copyfile(SCRIPT, options.out / "predict.py")
 
 
 def _shapes(weights: dict[str, Array]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import jax
 import msgspec
 
-from ntk_prefix.artifacts import decode_json, held, json_text, read_json, write_whole
+from ntk_prefix.artifacts import append, decode_json, held, json_text, read_json, write_whole
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from train.config import TrainConfig
 
@@ -229,8 +229,7 @@ class Metrics:
         Raises:
             NonFiniteError: naming the value.
         """
-        with self.path.open("a") as file:
-            file.write(json_text(values, indent=None))
+        append(self.path, json_text(values, indent=None))
 
     def sync(self) -> int:
         """Put all lines onto the disk and return their length in bytes."""

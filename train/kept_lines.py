@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from ntk_prefix.artifacts import json_text, write_whole
-from ntk_prefix.checks import expected
+import msgspec
+
+from ntk_prefix.artifacts import append, decode_json, json_text, write_whole
+from ntk_prefix.checks import UsageError, expected
 
 __all__ = ["KeptLines"]
+
+
+class _Row(msgspec.Struct):
+    key: str
+    value: Any
 
 
 class KeptLines:
     """Lines of a file, each written as soon as it is known; the first says what was asked.
 
-    A line that was being written when the program was stopped is left out.
+    A line that was being written when the program was stopped is left out, and so is one that is damaged.
 
     Args:
         file: made if need be, with its folder.
@@ -31,23 +39,22 @@ class KeptLines:
     def __init__(self, file: Path, settings: dict[str, Any]):
         self.file, self.known = file, dict[str, Any]()
         first = _line("settings", json.loads(json_text(settings)))
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
         if lines and lines[0] != first:
             raise expected(
                 "--out", "a new folder, or one that was begun by the same command", f"{file}, of another one"
             )
         for line in lines[1:]:
-            if line.endswith("\n"):
-                row = json.loads(line)
-                self.known[row["key"]] = row["value"]
+            with contextlib.suppress(UsageError):
+                row = decode_json(line, _Row, str(file))
+                self.known[row.key] = row.value
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, "".join([first, *(_line(*pair) for pair in self.known.items())]).encode())
 
     def add(self, key: str, value: Any) -> None:
         """Keep a value, of JSON's kinds."""
         self.known[key] = value
-        with self.file.open("a") as stream:
-            stream.write(_line(key, value))
+        append(self.file, _line(key, value))
 
 
 def _line(key: str, value: Any) -> str:

@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_prefix import peft
-from ntk_prefix.artifacts import json_text, provenance, read_json, write_whole
+from ntk_prefix.artifacts import json_text, provenance, read_json, write_figure, write_whole
 from ntk_prefix.checks import NonFiniteError, expected
 from ntk_prefix.kernels import empirical_ntk
 from ntk_prefix.kernels.empirical import KernelFallbackWarning
@@ -438,7 +438,7 @@ def main(options: Options, console: Console | None = None) -> None:
         f"samples: {options.seeds}; test score, %{over}. Ahead by: fine-tuning minus regression with both kernels."
     )
     title = f"{options.config}, {options.train_size} examples, samples: {options.seeds}"
-    draw(views, title).savefig(options.out / "lazy.png", dpi=150)
+    write_figure(options.out / "lazy.png", draw(views, title), dpi=150)
     document = {
         "options": dataclasses.asdict(options),
         "views": [_plain(each) for each in views],

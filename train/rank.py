@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 
 from ntk_prefix import models
-from ntk_prefix.artifacts import held, json_text, provenance, read_bytes, read_json, write_whole
+from ntk_prefix.artifacts import append, held, json_text, provenance, read_bytes, read_json, write_whole
 from ntk_prefix.checks import expected
 from ntk_prefix.models.ranker import SETTINGS
 from train.assets import model_path, model_version
@@ -416,8 +416,7 @@ class _Results:
         """Write a line, which is the next."""
         assert row == len(self.found)
         self.found[row] = line
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.file, json.dumps(line) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
         """Return all."""

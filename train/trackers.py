@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ntk_prefix.artifacts import write_whole
 from ntk_prefix.checks import expected
 
 __all__ = ["TRACKERS", "Log", "Tracker", "check_installed", "tracker"]
@@ -75,7 +76,7 @@ class WeightsAndBiases:
         # the same folder is the same run, also for a process that goes on with it
         kept = folder / "wandb-id"
         if not kept.is_file():
-            kept.write_text(uuid.uuid4().hex)
+            write_whole(kept, uuid.uuid4().hex.encode())
         self.run = wandb.init(
             dir=str(folder), name=folder.name, config=dict(config), id=kept.read_text().strip(), resume="allow"
         )

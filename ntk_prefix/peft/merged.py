@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.artifacts import json_text, read_json, write_whole
+from ntk_prefix.artifacts import json_text, new_folder, read_json, write_whole
 from ntk_prefix.checks import NonFiniteError, expected
 from ntk_prefix.peft.files import own_weights
 from ntk_prefix.peft.inject import merge
@@ -26,14 +26,20 @@ __all__ = ["HEAD_FILE", "save_merged"]
 HEAD_FILE = "head.safetensors"
 """A classifier's head that the Hugging Face class has no place for: ``weight`` [labels, D] and ``bias`` [labels]."""
 
+CONFIG = "config.json"
+
 INDEX = "model.safetensors.index.json"
 
 COPIED = {".json", ".txt", ".model", ".jinja"}
 """Endings of a folder's other files: configuration and tokenizer."""
 
 
-def save_merged(model: Any, base: str | Path, directory: str | Path) -> list[str]:
+def save_merged(
+    model: Any, base: str | Path, directory: str | Path, *, config: Mapping[str, Any] | None = None
+) -> list[str]:
     """Merge the active adapter into the weights and write the model as a Hugging Face folder.
+
+    Its config.json is written last, so that a folder with one is whole; where writing fails, what was written is removed.
 
     Args:
         model: with an active adapter that is an addition to weights, such as LoRA; it is merged, as by
@@ -41,6 +47,7 @@ def save_merged(model: Any, base: str | Path, directory: str | Path) -> list[str
         base: the folder that the model was loaded from, with config.json and safetensors.
         directory: a new folder. A classifier's head is among the weights where the family's Hugging Face class pools as the
             model does, and in :data:`HEAD_FILE` elsewhere.
+        config: what config.json says beside, or in the place of, what the base's does.
 
     Returns:
         The names of the tensors that are not the base's.
@@ -54,7 +61,7 @@ def save_merged(model: Any, base: str | Path, directory: str | Path) -> list[str
     """
     base, directory = Path(base), Path(directory)
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
-    if not files or not (base / "config.json").is_file():
+    if not files or not (base / CONFIG).is_file():
         raise expected("base", "a Hugging Face folder with config.json and safetensors", base)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise expected("directory", "a new folder", f"{directory}, which is in use")
@@ -66,26 +73,32 @@ def save_merged(model: Any, base: str | Path, directory: str | Path) -> list[str
     head = {name: after[name] for name in changed if name.startswith(names.heads)}
     hosted = head if names.head != "head" else {}
     merged = _Merged(names, after, changed - head.keys(), _missing_prefix(files, names) if hosted else "")
-    directory.mkdir(parents=True, exist_ok=True)
     own = {names.key(name).removeprefix("base_model.model."): jnp.asarray(x) for name, x in hosted.items()}
     written: list[str] = []
     places: dict[str, str] = {}
-    for file in files:
-        tensors, new = merged.file(file)
-        tensors |= own if file == files[-1] else {}
-        _write(directory / file.name, tensors)
-        written += new
-        places |= dict.fromkeys(tensors, file.name)
-    left = merged.changed - {names.canonical(name) for name in written} - merged.in_wholes
-    if left:
-        raise expected("base", f"the folder that the model was loaded from, with {min(left)}", f"{base}, without it")
-    for file in base.iterdir():
-        if file.suffix in COPIED and file.is_file():
-            shutil.copyfile(file, directory / file.name)
-    if (index := directory / INDEX).is_file():
-        write_whole(index, json_text({**read_json(index, dict[str, Any]), "weight_map": places}).encode())
-    if head and not hosted:
-        _write(directory / HEAD_FILE, {name.removeprefix("head."): jnp.asarray(x) for name, x in head.items()})
+    with new_folder(directory):
+        for file in files:
+            tensors, new = merged.file(file)
+            tensors |= own if file == files[-1] else {}
+            _write(directory / file.name, tensors)
+            written += new
+            places |= dict.fromkeys(tensors, file.name)
+        left = merged.changed - {names.canonical(name) for name in written} - merged.in_wholes
+        if left:
+            raise expected(
+                "base", f"the folder that the model was loaded from, with {min(left)}", f"{base}, without it"
+            )
+        for file in base.iterdir():
+            if file.suffix in COPIED and file.is_file() and file.name != CONFIG:
+                shutil.copyfile(file, directory / file.name)
+        if (index := directory / INDEX).is_file():
+            write_whole(index, json_text({**read_json(index, dict[str, Any]), "weight_map": places}).encode())
+        if head and not hosted:
+            _write(directory / HEAD_FILE, {name.removeprefix("head."): jnp.asarray(x) for name, x in head.items()})
+        said = (base / CONFIG).read_bytes()
+        if config:
+            said = json_text({**read_json(base / CONFIG, dict[str, Any]), **config}).encode()
+        write_whole(directory / CONFIG, said)
     return sorted(written + list(own))
 
 

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from ntk_prefix import models, peft
+from ntk_prefix import artifacts, models, peft
+from tests.small_disk import largest_file
 from tests.train.tiny_model import write_model
 from train.config import TrainConfig
 from train.export import Options, main
@@ -104,6 +105,33 @@ def test_a_merged_folder_is_a_model_of_hugging_faces(tmp_path: Path) -> None:
     assert config["label2id"] == {"bad": 0, "good": 1}
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     models.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("to", "last"),
+    [("stablehlo", "predictor.json"), ("hugging-face", "config.json")],
+    ids=["stablehlo", "hugging-face"],
+)
+def test_a_folder_that_is_not_whole_cannot_be_read_as_one(
+    to: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its readers begin with is written last; where writing fails nothing is left, and the same command goes on."""
+    run = finished(tmp_path / "run", peft.LoraConfig(r=2), "lora")
+    out, write, seen = tmp_path / "out", artifacts.write_whole, list[tuple[str, set[str]]]()
+
+    def noted(path: Path, content: bytes) -> None:
+        if path.parent == out:
+            seen.append((path.name, {file.name for file in out.iterdir()}))
+        write(path, content)
+
+    for module in ("train.export", "ntk_prefix.peft.merged"):
+        monkeypatch.setattr(f"{module}.write_whole", noted)
+    with largest_file(200), pytest.raises(OSError, match="File too large"):
+        export(run, to, out, *((1,) if to == "stablehlo" else ()))
+    assert not out.exists()
+    seen.clear()
+    export(run, to, out, *((1,) if to == "stablehlo" else ()))
+    assert seen[-1] == (last, {file.name for file in out.iterdir()} - {last})
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from ntk_prefix.artifacts import json_text, write_whole
+from ntk_prefix.artifacts import json_text, write_figure, write_whole
 from ntk_prefix.checks import expected
 from train.__main__ import parse_command
 from train.command import Terminal, at_least, ended
@@ -75,7 +75,7 @@ def _plan(console: Console) -> int:
 
         document, picture = files
         write_whole(document, json_text(result).encode())
-        draw(result).savefig(picture, dpi=150)
+        write_figure(picture, draw(result), dpi=150)
         console.print(f"{document}, {picture}", markup=False, highlight=False, soft_wrap=True)
     return 0 if result["fits"] else DOES_NOT_FIT
 
