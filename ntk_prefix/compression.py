@@ -126,7 +126,8 @@ def compress(
 
     def chosen_in(path: str) -> Choice:
         def made() -> dict[str, np.ndarray]:
-            return choose(*seen.of(path), most, logits_soft_cap=caps[path], seed=seed)._asdict()
+            asked = seen.of(path)
+            return choose(asked.rows, asked.key, most, logits_soft_cap=caps[path], seed=seed)._asdict()
 
         found = kept(f"choice of {path}", made)
         return Choice(found["tokens"], found["left"])
@@ -174,7 +175,7 @@ def errors(
     seen = Queries(model, prefix, texts, progress)
     # of one size, so that they are one program
     widest = max(state.k.shape[-1] for state in states.values())
-    found = (_error(seen.of(path)[0], states[path].padded(widest)) for path, _ in attention_sites(model))
+    found = (_error(seen.of(path).rows, states[path].padded(widest)) for path, _ in attention_sites(model))
     return np.stack([np.asarray(x, np.float64) for x in found])
 
 

@@ -255,7 +255,8 @@ def fit_prefix(
 
 def fit_anchors(
     rows: Rows,
-    prefix: Array,
+    prefix_key: Array,
+    prefix_value: Array,
     features: int,
     shape: tuple[int, int, int],
     options: FitOptions,
@@ -265,7 +266,7 @@ def fit_anchors(
 
     Args:
         rows: the queries, of K heads.
-        prefix: [K, M, H], keys, scaled.
+        prefix_key, prefix_value: [K, M, H], keys scaled.
         features: R.
         shape: B, T, N of the queries.
         options: how; ``iterations`` are steps of the descent.
@@ -278,16 +279,16 @@ def fit_anchors(
         UsageError: more anchors than prefix tokens or queries.
     """
     check_count("features", features)
-    if features > prefix.shape[1]:
-        raise expected("features", f"at most the prefix's {prefix.shape[1]} tokens", features)
+    if features > prefix_key.shape[1]:
+        raise expected("features", f"at most the prefix's {prefix_key.shape[1]} tokens", features)
     batch, length, heads = shape
-    groups = heads // len(prefix)
+    groups = heads // len(prefix_key)
     held = np.repeat(_held_out(batch, length, options.held_out, options.seed), groups)
     fit, test = rows.take(np.flatnonzero(~held)), rows.take(np.flatnonzero(held))
     check_enough(fit, features)
     some: dict[str, Any] = {"logits_soft_cap": logits_soft_cap, "seed": options.seed}
-    chosen = choose(fit, prefix, features, **some)
-    found = fit_chosen(fit, prefix, chosen.tokens, chosen.useful, steps=options.iterations, **some)
+    chosen = choose(fit, prefix_key, features, **some)
+    found = fit_chosen(fit, prefix_key, prefix_value, chosen.tokens, chosen.useful, steps=options.iterations, **some)
     phi = Anchors(found.points, logits_soft_cap)
 
     def errors(some: Rows, k: Array, z: Array) -> np.ndarray:

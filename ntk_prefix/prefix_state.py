@@ -276,10 +276,12 @@ class PrefixState:
         }
         if anchors:
             rows = rows_of(query, prefix_key, prefix_value, key, value, **layer)
-            keys = jnp.swapaxes(prefix_key, 0, 1).astype(rows.query.dtype) * _root(scale, head_dim)
+            keys, values = (jnp.swapaxes(x, 0, 1).astype(rows.query.dtype) for x in (prefix_key, prefix_value))
             shape = (query.shape[0], query.shape[1], heads)
             wanted = 32 if features is None else features
-            points, own_z, own_k, report = fit_anchors(rows, keys, wanted, shape, options, cap)
+            points, own_z, own_k, report = fit_anchors(
+                rows, keys * _root(scale, head_dim), values, wanted, shape, options, cap
+            )
             return cls(own_z, own_k, Anchors(points, cap), scale).padded(wanted), report
         (raw_z, raw_k), _ = _sums(phi, prefix_key, prefix_value, scale)
         sums = _by_head(raw_z, heads), _by_head(raw_k, heads)

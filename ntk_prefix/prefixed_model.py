@@ -32,6 +32,7 @@ from ntk_prefix.query_shares import Rows, rows_of
 from ntk_prefix.typing import Array, Float, Int
 
 __all__ = [
+    "Asked",
     "Divergence",
     "Inputs",
     "Prefix",
@@ -231,6 +232,16 @@ def in_parts(inputs: Inputs, size: int = ROWS_AT_ONCE) -> Iterator[dict[str, Arr
         yield {name: jnp.asarray(np.pad(x, ((0, short), (0, 0)))) for name, x in part.items()}
 
 
+class Asked(NamedTuple):
+    """What a layer sees of some texts behind a prefix."""
+
+    rows: Rows
+    """Its queries that are no padding, in shares."""
+    key: Float[Array, "K M H"]
+    """The prefix's, scaled as the queries are."""
+    value: Float[Array, "K M H"]
+
+
 class Queries:
     """What each layer sees of some texts behind the exact prefix, read when it is first asked for."""
 
@@ -238,8 +249,8 @@ class Queries:
         self.model, self.prefix, self.texts, self.progress = model, prefix, texts, progress
         self.lock = threading.Lock()
 
-    def of(self, path: str) -> tuple[Rows, Float[Array, "K M H"]]:
-        """Return a layer's queries that are no padding, in shares, and the prefix's keys, scaled."""
+    def of(self, path: str) -> Asked:
+        """Return what one layer sees."""
         with self.lock:
             recorded, said = self._recorded[path], self.scores[path]
         prefix, parts = self.prefix[path], []
@@ -249,7 +260,8 @@ class Queries:
             parts.append(rows.take(np.flatnonzero(np.repeat(np.asarray(seen.seen).reshape(-1), groups))))
         rows = Rows(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
         scale = said.get("scale") or prefix.key.shape[-1] ** -0.5
-        return rows, jnp.swapaxes(prefix.key, 0, 1).astype(rows.query.dtype) * scale**0.5
+        keys, values = (jnp.swapaxes(x, 0, 1).astype(rows.query.dtype) for x in prefix)
+        return Asked(rows, keys * scale**0.5, values)
 
     @functools.cached_property
     def _recorded(self) -> dict[str, list[tuple[LayerRecord, dict[str, Array]]]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +17,7 @@ from ntk_prefix.flash.merging import linear_weight
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float
 
-__all__ = ["Rows", "outputs", "rows_of"]
+__all__ = ["Rows", "around", "outputs", "rows_of"]
 
 
 class Rows(NamedTuple):
@@ -53,6 +54,10 @@ class Rows(NamedTuple):
     def take(self, index: Array | np.ndarray | slice) -> Rows:
         """Return some of the queries."""
         return Rows(*(x[:, index] for x in self))
+
+    def and_more(self, more: Rows) -> Rows:
+        """Return these queries and others."""
+        return Rows(*(jnp.concatenate(pair, axis=1) for pair in zip(self, more, strict=True)))
 
 
 def rows_of(
@@ -118,6 +123,46 @@ def rows_of(
         by_key_head(mass),
         by_key_head(part * mass[..., None]),
     )
+
+
+def around(
+    rows: Rows,
+    prefix_key: Float[Array, "K M H"],
+    prefix_value: Float[Array, "K M H"],
+    count: int,
+    key: Array,
+    *,
+    spread: float,
+    logits_soft_cap: float | None = None,
+) -> Rows:
+    r"""Draw queries around those that were seen, and ask the prefix: it answers any.
+
+    .. math::  q + \frac{s}{\sqrt 2} (q' - q''), \qquad q', q'' \text{ drawn among the queries},
+
+    which is noise with s^2 times the queries' covariance: far where they are far apart. The queries' own part stays that of q,
+    its output and its share of the denominator.
+
+    Args:
+        rows: the queries that were seen.
+        prefix_key, prefix_value: keys scaled as the queries are.
+        count: how many are drawn, around one query after the other.
+        key: of the draw.
+        spread: ``s``.
+        logits_soft_cap: of the layer's scores.
+    """
+    base = jnp.arange(count) % rows.query.shape[1]
+    one, other = jax.random.randint(key, (2, count), 0, rows.query.shape[1])
+    query = rows.query[:, base] + spread / 2**0.5 * (rows.query[:, one] - rows.query[:, other])
+    part, lse = attention_with_lse(
+        *(jnp.swapaxes(x, 0, 1)[None] for x in (query, prefix_key, prefix_value)),
+        scale=1.0,
+        logits_soft_cap=logits_soft_cap,
+    )
+    part, lse = jnp.swapaxes(part[0], 0, 1), jnp.swapaxes(lse[0], 0, 1)
+    same = rows.take(base)
+    # of a prefix that is not seen the share is 0, and stays next to it
+    log_mass = jnp.log(jnp.maximum(same.mass, jnp.finfo(same.mass.dtype).tiny))
+    return same._replace(query=query, log_total=lse - log_mass, part=part * same.mass[..., None])
 
 
 def outputs(rows: Rows, z: Float[Array, "K R H"], k: Float[Array, "K R"], phi: FeatureMap) -> Float[Array, "K Q H"]:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_prefix import PrefixState
+from ntk_prefix import PrefixState, anchor_fit
 from ntk_prefix.anchor_fit import choose, descend, divide, fit_chosen, steps_for
 from ntk_prefix.checks import NonFiniteError, UsageError
 from ntk_prefix.feature_maps import Anchors
-from ntk_prefix.query_shares import Rows, outputs, rows_of
+from ntk_prefix.query_shares import Rows, around, outputs, rows_of
 
 BATCH, LENGTH, HEADS, KEY_HEADS, DIM, TOKENS = 3, 20, 4, 2, 8, 24
 ROOT = DIM**-0.25
@@ -28,6 +28,10 @@ def drawn(kinds: int = TOKENS, size: float = 1.0) -> tuple[jax.Array, ...]:
     again = np.arange(TOKENS) % kinds
     prefix_key, prefix_value = (jnp.asarray(draw.normal(size=(kinds, KEY_HEADS, DIM))[again]) for _ in range(2))
     return query, prefix_key, prefix_value, key, value
+
+
+def of_heads(prefix_value: jax.Array) -> jax.Array:
+    return jnp.swapaxes(prefix_value, 0, 1)
 
 
 def scaled(prefix_key: jax.Array) -> jax.Array:
@@ -49,6 +53,75 @@ def test_rows_are_the_shares_of_the_exact_attention() -> None:
     np.testing.assert_allclose(rows.own[1, at], own @ values / own.sum(), rtol=1e-11)
     np.testing.assert_allclose(rows.log_own[1, at], jnp.log(own.sum() / total), rtol=1e-11)
     np.testing.assert_allclose(rows.part[1, at], prefix @ prefix_value[:, 1] / total, rtol=1e-11)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_queries_around_those_seen_are_answered_by_the_prefix(cap: float | None) -> None:
+    """Alone they are what the exact attention makes of them; with keys of their own their share of these stays."""
+    query, prefix_key, prefix_value, *own = drawn()
+    places = scaled(prefix_key), of_heads(prefix_value)
+    some: dict[str, Any] = {"spread": 0.5, "logits_soft_cap": cap}
+    alone = rows_of(query, prefix_key, prefix_value, logits_soft_cap=cap)
+    count = alone.query.shape[1] + 7
+    found = around(alone, *places, count, jax.random.key(0), **some)
+    apart = np.abs(found.query - alone.query[:, np.arange(count) % alone.query.shape[1]]).max(axis=(0, 2))
+    assert np.mean(apart > 0) > 0.9  # two that are drawn may be one
+    for head in range(KEY_HEADS):
+        asked = found.query[head][None, :, None] / ROOT
+        exact = rows_of(asked, prefix_key[:, [head]], prefix_value[:, [head]], logits_soft_cap=cap)
+        for name in ("log_total", "part", "mass"):
+            np.testing.assert_allclose(getattr(found, name)[head], getattr(exact, name)[0], rtol=1e-11, atol=1e-14)
+    rows = rows_of(query, prefix_key, prefix_value, *own, is_causal=True, logits_soft_cap=cap)
+    found = around(rows, *places, count, jax.random.key(0), **some)
+    again = np.arange(count) % rows.query.shape[1]
+    for name in ("own", "log_own", "mass"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(rows, name)[:, again])
+    same = around(rows, *places, count, jax.random.key(0), spread=0.0, logits_soft_cap=cap)
+    for x, y in zip(same, rows.take(again), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-14)
+
+
+def test_queries_around_those_seen_spread_as_those_do() -> None:
+    """Their covariance is 1 + s^2 times that of the queries, in every direction."""
+    query, prefix_key, prefix_value, *own = drawn()
+    query = query * jnp.linspace(0.1, 2.0, DIM).reshape(1, 1, 1, DIM)
+    rows = rows_of(query, prefix_key, prefix_value, *own)
+    found = around(rows, scaled(prefix_key), of_heads(prefix_value), 60_000, jax.random.key(1), spread=0.7)
+    for seen, more in zip(rows.query, found.query, strict=True):
+        # 60,000 draws: a variance is known to one part in 170
+        np.testing.assert_allclose(np.cov(more.T), 1.49 * np.cov(seen.T), atol=0.02 * np.cov(seen.T).max())
+
+
+def test_of_a_prefix_that_is_not_seen_queries_around_are_finite() -> None:
+    query, prefix_key, prefix_value, *own = (x.astype(jnp.float32) for x in drawn())
+    query = query.at[..., 0].set(1.0)
+    prefix_key = prefix_key.at[..., 0].add(-1e3)
+    rows = rows_of(query, prefix_key, prefix_value, *own)
+    assert not np.any(rows.mass)
+    found = around(rows, scaled(prefix_key), of_heads(prefix_value), 100, jax.random.key(0), spread=0.3)
+    assert all(np.isfinite(x).all() for x in found)
+    assert not np.any(found.part)
+
+
+def test_other_queries_lose_less_when_queries_around_those_seen_are_fitted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few queries, many anchors: without them the fit is better on the queries seen, and worse on others."""
+    query, prefix_key, prefix_value, *own = drawn()
+    places = scaled(prefix_key), of_heads(prefix_value)
+    rows = rows_of(query, prefix_key, prefix_value, *own, is_causal=True)
+    seen, others = rows.take(slice(0, 40)), rows.take(slice(80, None))
+    tokens = choose(seen, places[0], 10).tokens
+
+    def lost(around: int, enough: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+        monkeypatch.setattr(anchor_fit, "AROUND", around)
+        monkeypatch.setattr(anchor_fit, "ENOUGH", enough)
+        fit = fit_chosen(seen, *places, tokens, np.array([10, 10]), steps=100)
+        found = outputs(others, fit.z, fit.k, Anchors(fit.points))
+        return np.asarray(fit.after), np.sum((found - others.target) ** 2, axis=(1, 2)) / others.size
+
+    without, with_them = lost(0), lost(4)
+    assert np.all(with_them[0] > without[0])
+    assert np.all(with_them[1] < 0.9 * without[1])
+    np.testing.assert_array_equal(lost(4, enough=40), without)  # so many are enough
 
 
 def test_a_prefix_of_four_kinds_of_tokens_is_four_anchors() -> None:
@@ -140,13 +213,13 @@ def test_heads_of_little_error_take_a_third_of_the_steps() -> None:
 
 
 def test_heads_take_steps_of_their_own() -> None:
-    query, prefix_key, *others = drawn()
-    rows = rows_of(query, prefix_key, *others, is_causal=True)
-    keys = scaled(prefix_key)
+    query, prefix_key, prefix_value, *own = drawn()
+    rows = rows_of(query, prefix_key, prefix_value, *own, is_causal=True)
+    keys, values = scaled(prefix_key), of_heads(prefix_value)
     tokens, anchors = choose(rows, keys, 6).tokens, np.array([6, 6])
 
     def fit(steps: int | np.ndarray) -> jax.Array:
-        return fit_chosen(rows, keys, tokens, anchors, steps=steps).points
+        return fit_chosen(rows, keys, values, tokens, anchors, steps=steps).points
 
     both = fit(np.array([5, 40]))
     np.testing.assert_array_equal(both[0], fit(5)[0])
@@ -156,9 +229,9 @@ def test_heads_take_steps_of_their_own() -> None:
 
 def test_a_head_with_fewer_anchors_is_filled_up_where_nothing_is_hidden() -> None:
     """With its last point, of mass 0: at the origin a score could be the largest by far, and its unit that of the row."""
-    query, prefix_key, *others = drawn()
-    rows, keys = rows_of(query, prefix_key, *others, is_causal=True), scaled(prefix_key)
-    fit = fit_chosen(rows, keys, choose(rows, keys, 6).tokens, np.array([6, 4]), steps=5)
+    query, prefix_key, prefix_value, *own = drawn()
+    rows, keys = rows_of(query, prefix_key, prefix_value, *own, is_causal=True), scaled(prefix_key)
+    fit = fit_chosen(rows, keys, of_heads(prefix_value), choose(rows, keys, 6).tokens, np.array([6, 4]), steps=5)
     np.testing.assert_array_equal(fit.points[1, 4:], np.repeat(fit.points[1, 3:4], 2, axis=0))
     assert not np.any(fit.k[1, 4:])
     assert not np.any(fit.z[1, 4:])
@@ -194,13 +267,13 @@ def test_a_prefix_that_no_query_finds_gets_no_anchor_and_errors_stay_finite() ->
     rows = rows_of(query, prefix_key.at[..., 0].add(-1e3), prefix_value, key, value, is_causal=True)
     chosen = choose(rows, scaled(prefix_key), 6)
     assert not chosen.useful.any()
-    fit = fit_chosen(rows, scaled(prefix_key), chosen.tokens, chosen.useful)
+    fit = fit_chosen(rows, scaled(prefix_key), of_heads(prefix_value), chosen.tokens, chosen.useful)
     assert not np.any(fit.k)
     for error in (fit.before, fit.after):
         np.testing.assert_array_equal(error, 0)
     # the control: where the prefix counts, leaving it out is an error, the one that the outputs have
     rows = rows_of(query, prefix_key, prefix_value, key, value, is_causal=True)
-    fit = fit_chosen(rows, scaled(prefix_key), chosen.tokens, chosen.useful)
+    fit = fit_chosen(rows, scaled(prefix_key), of_heads(prefix_value), chosen.tokens, chosen.useful)
     found = outputs(rows, fit.z, fit.k, Anchors(fit.points))
     lost = jnp.sum((found - rows.target) ** 2, axis=(1, 2)) / jnp.sum(rows.part**2, axis=(1, 2))
     np.testing.assert_allclose(fit.after, lost, rtol=1e-5)

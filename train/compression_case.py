@@ -118,9 +118,9 @@ def seen_by_layers(model: Any, prefix: Mapping[str, Prefix], texts: Inputs) -> d
     """Return what each layer sees of texts behind the exact prefix, paddings left out."""
     seen, found = Queries(model, prefix, texts, lambda *_: None), {}
     for path, site in attention_sites(model):
-        rows, key = seen.of(path)
+        asked = seen.of(path)
         scale, cap = (seen.scores[path].get(name) for name in ("scale", "logits_soft_cap"))
-        found[path] = Layer(rows, key, jnp.swapaxes(prefix[path].value, 0, 1), site.num_heads, scale, cap)
+        found[path] = Layer(*asked, site.num_heads, scale, cap)
     return found
 
 
