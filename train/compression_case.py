@@ -13,10 +13,8 @@ import numpy as np
 import scipy.linalg
 
 from ntk_prefix.compression import Made
-from ntk_prefix.distillation import distil_states
 from ntk_prefix.feature_maps import Anchors, FeatureMap
 from ntk_prefix.peft.sites import attention_sites
-from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.prefixed_model import Inputs, Prefix, Progress, Queries
 from ntk_prefix.query_shares import Rows
 from ntk_prefix.typing import Array, Float, Int
@@ -77,7 +75,8 @@ class Case:
     """Of the descent of ours."""
     distil: int = 100
     """Steps of what is trained on the answers of the model with the prompt."""
-    distil_rate: float = 0.01
+    distil_rate: float | None = None
+    """None: each its own, that of :func:`distil_states` for what begins as a fit, that of :func:`distil` for the others."""
     progress: Progress = lambda *_: None
     known: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What has been found, by its name, and is wanted again."""
@@ -90,10 +89,10 @@ class Case:
             self.known[name] = made()
         return self.known[name]
 
-    def trained(self, states: Mapping[str, PrefixState], fixed: tuple[str, ...] = ()) -> dict[str, PrefixState]:
-        """Return states trained on the answers of the model with the prompt."""
-        options: dict[str, Any] = {"steps": self.distil, "learning_rate": self.distil_rate, "progress": self.progress}
-        return distil_states(self.model, self.prefix, states, self.texts, fixed=fixed, seed=self.seed, **options)
+    def training(self, own_rate: float) -> dict[str, Any]:
+        """Return how to train on the answers of the model with the prompt."""
+        rate = own_rate if self.distil_rate is None else self.distil_rate
+        return {"steps": self.distil, "learning_rate": rate, "seed": self.seed, "progress": self.progress}
 
     @functools.cached_property
     def heaviest(self) -> dict[str, np.ndarray]:

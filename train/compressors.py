@@ -31,7 +31,7 @@ from flax import nnx
 from ntk_prefix import peft
 from ntk_prefix.checks import NonFiniteError
 from ntk_prefix.compression import Compression, compress
-from ntk_prefix.distillation import distil
+from ntk_prefix.distillation import FITTED_RATE, UNFITTED_RATE, distil, distil_states
 from ntk_prefix.feature_maps import Anchors, Elu1, FeatureMap, Nearest, PositiveRandom, Projected, Taylor
 from ntk_prefix.prefix_fit import FitOptions, fit_prefix
 from ntk_prefix.prefix_state import PrefixState, Samples
@@ -166,7 +166,8 @@ def ours(case: Case, size: int) -> Compressed:
 def ours_distilled(case: Case, size: int) -> Compressed:
     """Train all of what :func:`ours` has made."""
     found = _compressed(case, size)
-    return Compressed(found.numbers, _on(case.trained(found.states)))
+    states = distil_states(case.model, case.prefix, found.states, case.texts, **case.training(FITTED_RATE))
+    return Compressed(found.numbers, _on(states))
 
 
 def cartridge(case: Case, size: int) -> Compressed:
@@ -204,10 +205,7 @@ def lora(case: Case, size: int) -> Compressed | None:
         {name: x / unit[name] for name, x in start.items()},
         attached,
         case.texts,
-        steps=case.distil,
-        learning_rate=case.distil_rate,
-        seed=case.seed,
-        progress=case.progress,
+        **case.training(UNFITTED_RATE),
     )
     return Compressed(_numbers(start), functools.partial(attached, factors=factors))
 
@@ -259,7 +257,8 @@ def _cartridge(case: Case, tokens: Int[Array, "R"]) -> Compressed:
         phi = Anchors.of_keys(key, layer.scale, layer.soft_cap)
         states[path] = PrefixState(jnp.swapaxes(value, 0, 1), jnp.ones(phi.points.shape[:2]), phi, layer.scale)
         numbers += key.size + value.size
-    return Compressed(numbers, _on(case.trained(states, fixed=("k",))))
+    how = case.training(UNFITTED_RATE)
+    return Compressed(numbers, _on(distil_states(case.model, case.prefix, states, case.texts, fixed=("k",), **how)))
 
 
 ADAPTER = "compared"

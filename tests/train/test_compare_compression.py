@@ -1,5 +1,6 @@
 """``python -m train.compare_compression``: each way to compress is what it says, and a table is taken up where it stopped."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -14,10 +15,11 @@ from rich.console import Console
 
 from ntk_prefix import compression, peft, prefixed_model
 from ntk_prefix.checks import NonFiniteError, UsageError
+from ntk_prefix.distillation import FITTED_RATE, UNFITTED_RATE
 from ntk_prefix.models import from_pretrained
 from ntk_prefix.prefix_state import PrefixState
 from tests.train.tiny_model import write_model
-from train import compare_compression
+from train import compare_compression, compressors
 from train.compare_compression import Judge, Options, main
 from train.compression_case import Case, Compressed, seen_by_layers
 from train.compressors import METHODS, Method
@@ -302,6 +304,25 @@ def test_an_option_makes_the_rows_anew_that_depend_on_it(
         for given in ({}, changed)
     )
     assert {method for method in METHODS if before[method] != after[method]} == again
+
+
+def test_what_begins_as_a_fit_is_trained_with_a_lower_rate_unless_one_is_given(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    def asked(*_: Any, learning_rate: float, **__: Any) -> Any:
+        rates.append(learning_rate)
+        raise InterruptedError
+
+    for name in ("distil", "distil_states"):
+        monkeypatch.setattr(compressors, name, asked)
+    for given in (None, 0.1):
+        for method in ("ours-distilled", "cartridge", "cartridge-random", "lora"):
+            with pytest.raises(InterruptedError):
+                METHODS[method].make(dataclasses.replace(case, distil_rate=given), 4)
+    assert rates == [FITTED_RATE, *[UNFITTED_RATE] * 3, *[0.1] * 4]
+    assert FITTED_RATE < UNFITTED_RATE
 
 
 def test_other_weights_under_the_same_name_make_all_rows_anew(place: Path, tmp_path: Path) -> None:
