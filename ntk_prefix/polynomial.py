@@ -37,6 +37,7 @@ from ntk_prefix.checks import (
 from ntk_prefix.feature_maps import Minimax, Taylor
 from ntk_prefix.feature_maps.minimax import LARGEST_DEGREE
 from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.sharding import varying
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["polynomial_attention", "polynomial_degree", "polynomial_exponential"]
@@ -116,7 +117,7 @@ def _minimax_degree(score: float, error: float) -> int:
     while not proved(high):
         low, high = high, high + math.ceil(high / 4)
         if high > LARGEST_DEGREE:
-            wanted = "an error that a polynomial found in float64 keeps (about 1e-3 at S = 8)"
+            wanted = "an error that a polynomial found in float64 keeps (about 1e-6 at S = 8)"
             raise expected("error", wanted, error, 'Take polynomial="taylor", or a smaller score')
     while high - low > 1:
         middle = (low + high) // 2
@@ -186,6 +187,8 @@ def polynomial_attention(
 
     Source: Alman & Song 2023 (the algorithm); merged monomials and the causal form derived here.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, x)
     if not query.ndim == key.ndim == value.ndim == 4:
         raise expected("query, key, value", "[B, T, heads, H] each", f"{query.shape}, {key.shape} and {value.shape}")
     heads, width = query.shape[2], query.shape[3]
@@ -200,8 +203,6 @@ def polynomial_attention(
             f"{key.shape} and {value.shape}",
             f"They share batch and head dimension with the query {query.shape}",
         )
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        check_floating(name, x)
     if 0 in (*query.shape, *key.shape):
         raise expected("query, key", "at least one token", f"query {query.shape} and key {key.shape}")
     if is_causal and query.shape[1] != key.shape[1]:
@@ -248,7 +249,7 @@ def _full(
         return state + phi(block[0]).T @ block[1], None
 
     start = jnp.zeros((phi.dim(keys.shape[-1]), values.shape[-1]), values.dtype)
-    state, _ = jax.lax.scan(add, start, (keys, values))
+    state, _ = jax.lax.scan(add, varying(start, keys, values), (keys, values))
     return jax.lax.map(lambda block: phi(block) @ state, queries)
 
 
@@ -269,4 +270,4 @@ def _causal(
         return state + phi(key).T @ value, sums
 
     start = jnp.zeros((phi.dim(keys.shape[-1]), values.shape[-1]), values.dtype)
-    return jax.lax.scan(step, start, (queries, keys, values))[1]
+    return jax.lax.scan(step, varying(start, keys, values), (queries, keys, values))[1]

@@ -42,6 +42,7 @@ from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.prefix_fit import FitOptions, FitReport, Samples, fit_anchors, fit_prefix
 from ntk_prefix.query_shares import rows_of
+from ntk_prefix.sharding import varying
 from ntk_prefix.typing import Array, Bool, Float
 
 __all__ = ["FitOptions", "FitReport", "PrefixState", "Samples"]
@@ -434,7 +435,7 @@ def _sums(phi: FeatureMap, prefix_key: Array, prefix_value: Array, scale: float 
         return add(sums, cut(prefix_key), cut(prefix_value)), None
 
     if whole:
-        sums, _ = jax.lax.scan(step, sums, jnp.arange(0, whole, block))
+        sums, _ = jax.lax.scan(step, varying(sums, prefix_key, prefix_value, phi), jnp.arange(0, whole, block))
     if whole < prefix_key.shape[0]:
         sums = add(sums, prefix_key[whole:], prefix_value[whole:])
     return sums

@@ -177,8 +177,8 @@ def representing_prefix(z: ArrayLike, k: ArrayLike) -> tuple[np.ndarray, np.ndar
     Raises:
         UsageError: shapes that do not fit, a k that is not > 0: the sums of no prefix.
 
-    Numerics: float64. The rank is what exceeds rounding, ``1e-13`` of the largest singular value; z and k come back to some
-    roundings of their largest entries times the number of tokens.
+    Numerics: float64. The rank is what exceeds rounding, ``1e-13`` of the largest singular value; k comes back to some
+    roundings of its largest entry, and z of ``max(k) max|z / k|``, times the number of tokens.
 
     Source: derived, proof in theory/equivalence.md, section 4.
     """

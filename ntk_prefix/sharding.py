@@ -45,6 +45,7 @@ __all__ = [
     "row_shares",
     "spec",
     "tree_shardings",
+    "varying",
     "weight_sharding",
 ]
 
@@ -216,6 +217,25 @@ def current_mesh() -> AbstractMesh | None:
 
 
 Value = TypeVar("Value")
+
+
+def varying(tree: Value, *others: Any) -> Value:
+    """Return arrays that differ from device to device wherever any of them does, or any of some others.
+
+    Within a ``shard_map`` that checks it, what a loop starts with has to say so as what comes out of it does, and so has
+    what a rule of differentiation is for; elsewhere nothing changes. Of an array marked here the derivative is summed.
+    """
+    axes = frozenset[str]().union(*map(_varies_over, jax.tree.leaves((tree, others))))
+
+    def mark(x: Array) -> Array:
+        missing = tuple(sorted(axes - _varies_over(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree) if axes else tree
+
+
+def _varies_over(x: Any) -> frozenset[str]:
+    return getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", frozenset())  # under any JAX
 
 
 def constrain(x: Value, *names: Name) -> Value:

@@ -35,6 +35,17 @@ def test_no_other_weight_does_better(degree: int, score: float) -> None:
     assert error(best, score) < Taylor(degree).error_bound(score**0.5) / 10
 
 
+@pytest.mark.parametrize(
+    ("degree", "score"), [(1, 5e-324), (5, 1e-9), (20, 1e-4), (20, 1e-3), (40, 0.01), (40, 1.0), (40, 8.0), (64, 8.0)]
+)
+def test_is_never_further_off_than_taylors(degree: int, score: float) -> None:
+    """Where a degree is high for its score, a linear program's terms of high degree are rounding times 1e40."""
+    phi, taylor = Minimax(degree, score), Taylor(degree)
+    rounding = 1e-6 if score > 1 else 1e-12
+    assert phi.error_bound(score**0.5) <= taylor.error_bound(score**0.5) + rounding
+    assert max(phi.coefficients) < 2
+
+
 def test_half_as_much_is_no_bound() -> None:
     """The error is met: two thirds of what is promised are exceeded."""
     for degree, score in ((2, 0.5), (4, 2.0), (8, 4.0)):

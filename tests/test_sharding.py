@@ -8,6 +8,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from ntk_prefix import models, sharding
+from ntk_prefix.feature_maps import Anchors
+from ntk_prefix.polynomial import polynomial_attention
+from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.sharding import axis_names, check_divides, constrain, weight_sharding
 
 
@@ -106,6 +109,52 @@ def test_no_constraint_inside_shard_map() -> None:
     x = jnp.ones((8, 4))
     rows = P(("data", "fsdp", "tensor"))
     assert (jax.jit(jax.shard_map(part, mesh=on, in_specs=rows, out_specs=rows))(x) == x).all()
+
+
+@pytest.mark.parametrize("mass", ["absolute", "relative"])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_attention_inside_a_shard_map_that_checks_what_varies(mass: str, implementation: str) -> None:
+    """Rows and heads are divided, the state over heads alone: its gradient is the sum over rows."""
+    draw = np.random.default_rng(0)
+    query, key, value, points, z = (
+        jnp.asarray(draw.standard_normal(s)) for s in ((4, 5, 4, 3), (4, 6, 2, 3), (4, 6, 2, 3), (2, 2, 3), (2, 2, 3))
+    )
+    state = PrefixState(z, jnp.ones((2, 2)), Anchors(points))
+
+    def attend(state: PrefixState, *arrays: jax.Array) -> jax.Array:
+        return state.attend(*arrays, is_causal=True, mass=mass, implementation=implementation)
+
+    part = P("data", None, "tensor")
+    divided = jax.shard_map(
+        attend, mesh=mesh(data=2, tensor=2), in_specs=(P("tensor"), part, part, part), out_specs=part
+    )
+
+    def gradients(attend) -> tuple:
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attend(*x) ** 2), argnums=(0, 1, 2, 3)))(
+            state, query, key, value
+        )
+
+    for got, wanted in zip(*map(jax.tree.leaves, (gradients(divided), gradients(attend))), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_sums_inside_a_shard_map_that_checks_what_varies() -> None:
+    draw = np.random.default_rng(0)
+    key, value, query = (jnp.asarray(draw.standard_normal(shape)) for shape in ((7, 2, 3), (7, 2, 3), (1, 7, 2, 3)))
+    heads = P(None, "tensor")
+
+    def sums(key: jax.Array, value: jax.Array) -> jax.Array:
+        return PrefixState.from_prefix(key, value, block=3).z
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return polynomial_attention(query, key[None], value[None], degree=2, is_causal=True)
+
+    on = mesh(tensor=2)
+    divided = jax.shard_map(sums, mesh=on, in_specs=(heads, heads), out_specs=P("tensor"))
+    np.testing.assert_allclose(divided(key, value), sums(key, value), rtol=1e-12)
+    of_each = P(None, None, "tensor")
+    divided = jax.shard_map(attend, mesh=on, in_specs=(of_each, heads, heads), out_specs=of_each)
+    np.testing.assert_allclose(divided(query, key, value), attend(query, key, value), rtol=1e-12)
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused_by_its_sizes() -> None:

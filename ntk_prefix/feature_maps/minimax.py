@@ -23,6 +23,9 @@ there, and to 8 % at 10."""
 
 LARGEST_DEGREE = 64
 
+LARGEST_LOG_COEFFICIENT = 600
+"""Of a polynomial in Chebyshev's basis, as one in monomials: float64 ends at e^709."""
+
 PLACES = 600
 """Points at which the polynomial is chosen."""
 
@@ -42,7 +45,8 @@ class Minimax(FeatureMap):
 
     Numerics: as ``taylor``; of weights at s = -S rounding takes e^{2 S} of a relative error, which the bound counts in float64.
 
-    Source: derived. b comes from a linear program at Chebyshev points, and is not trusted: its error is bounded anew.
+    Source: derived. b comes from a linear program at Chebyshev points, and is not trusted: its error is bounded anew, and
+    Taylor's b = 1 is taken where that bound is smaller, as it is where S is small for the degree.
 
     Args:
         degree: g, from 0 to 64.
@@ -99,6 +103,10 @@ def _coefficients(degree: int, score: float) -> tuple[float, ...]:
     """Return b by a linear program in Chebyshev's basis, whose columns do not resemble one another."""
     from scipy.optimize import linprog
 
+    taylor = (1.0,) * (degree + 1)
+    if math.lgamma(degree + 1) - degree * math.log(score) > LARGEST_LOG_COEFFICIENT:
+        return taylor  # of scores so small the terms of high degree are below any rounding
+
     places = np.cos(np.pi * np.arange(PLACES) / (PLACES - 1))
     columns = np.polynomial.chebyshev.chebvander(places, degree) * np.exp(-score * places)[:, None]
     sizes = np.abs(columns).max(0)
@@ -119,8 +127,10 @@ def _coefficients(degree: int, score: float) -> tuple[float, ...]:
         bounds=[(None, None)] * (degree + 1) + [(0, None)],
         method="highs",
     )
-    # Taylor's own where the program finds none
-    return tuple(np.maximum(inside @ found.x[:-1], 0).tolist()) if found.x is not None else (1.0,) * (degree + 1)
+    if found.x is None:
+        return taylor
+    # of scores small for the degree the program's terms of high degree are rounding, and may be huge
+    return min((tuple(np.maximum(inside @ found.x[:-1], 0).tolist()), taylor), key=lambda b: _proved(b, score))
 
 
 @functools.lru_cache(maxsize=1024)

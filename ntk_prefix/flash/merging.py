@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ntk_prefix.flash.base import Flash, Source, Statistics
 from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.sharding import varying
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["RESULT", "Linear", "attend", "linear_weight", "relative", "relative_clipped"]
@@ -53,14 +54,14 @@ def attend(
     flashes: tuple[Flash, ...], query: Array, sources: tuple[Source, ...], linear: Linear | None = None
 ) -> Float[Array, "B T N H"]:
     """Return attention over all sources, one for each flash, and the linear part at once, in the query's dtype."""
-    return _attend_jitted((flashes, False), query, sources, linear)[0]
+    return _attend_jitted((flashes, False), *varying((query, sources, linear)))[0]
 
 
 def attend_with_lse(
     flashes: tuple[Flash, ...], query: Array, sources: tuple[Source, ...], linear: Linear | None = None
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Return what :func:`attend` does, and the log of what it was divided by; both have all their derivatives."""
-    output, lse = _attend_jitted((flashes, True), query, sources, linear)
+    output, lse = _attend_jitted((flashes, True), *varying((query, sources, linear)))
     assert lse is not None
     return output, lse
 
@@ -181,9 +182,13 @@ def _weigh(own_output: Array, linear: Linear) -> tuple[Array, Array, Array]:
     return own[..., None] * own_output + weight[..., None] * linear.numerator, own, weight
 
 
-@jax.custom_vjp
 def relative_clipped(own_output: Float[Array, "B N T H"], linear: Linear) -> Float[Array, "B N T H"]:
     """Return what :func:`relative` does of rows with a unit, with cotangents of the linear part that stay finite."""
+    return _relative_clipped(*varying((own_output, linear)))
+
+
+@jax.custom_vjp
+def _relative_clipped(own_output: Float[Array, "B N T H"], linear: Linear) -> Float[Array, "B N T H"]:
     return _weigh(own_output, linear)[0]
 
 
@@ -199,7 +204,7 @@ def _relative_backward(residuals: Any, d_output: Array) -> tuple[Array, Linear]:
     return own[..., None] * d_output, Linear(_clipped(weight[..., None] * d_output), _clipped(d_mass), *d_units)
 
 
-relative_clipped.defvjp(_relative_forward, _relative_backward)
+_relative_clipped.defvjp(_relative_forward, _relative_backward)
 
 
 def _forward(flash: Flash, query: Array, source: Source) -> Statistics:

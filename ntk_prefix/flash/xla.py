@@ -15,6 +15,7 @@ import numpy as np
 
 from ntk_prefix.flash.base import BACKENDS, Backend, Flash, Gradients, Source, Statistics, target_platform
 from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.sharding import varying
 from ntk_prefix.typing import Array, Float
 
 
@@ -305,7 +306,7 @@ def _forward(flash: Flash, query: Array, source: Source) -> Statistics:
         jnp.zeros(queries.shape[:-1], dtype),
         jnp.zeros(queries.shape, dtype),
     )
-    maxima, sums, outputs = blocks.scan(visit, start)
+    maxima, sums, outputs = blocks.scan(visit, varying(start, queries))
     sums = jnp.where(sums == 0, 1, sums)  # a row without keys, whose maximum is still -inf
     output = blocks.join_queries(outputs / sums[..., None])
     return Statistics(output, blocks.join_rows(maxima), blocks.join_rows(jnp.log(sums)))
@@ -349,7 +350,7 @@ def _backward(
         jnp.zeros(values.shape, dtype),
         None if cut_bias is None else jnp.zeros(cut_bias.shape, dtype),
     )
-    d_queries, d_keys, d_values, d_bias = blocks.scan(visit, start)
+    d_queries, d_keys, d_values, d_bias = blocks.scan(visit, varying(start, queries))
     return Gradients(
         blocks.join_queries(d_queries).astype(query.dtype),
         blocks.join_keys(d_keys).astype(key.dtype),
