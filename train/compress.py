@@ -18,6 +18,7 @@ if __name__ == "__main__":
     use_huge_pages()
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import html
@@ -26,6 +27,8 @@ import shutil
 import sys
 import threading
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +121,10 @@ def _is_ours(folder: Path) -> bool:
     if report.is_file():
         return "prompt_tokens" in read_json(report, dict[str, Any])
     unfinished = folder / UNFINISHED  # which is removed: another's folder of this name must not be
-    return not names or (unfinished / BEGUN).is_file() or (names == {UNFINISHED} and not any(unfinished.iterdir()))
+    if not names or (unfinished / BEGUN).is_file():
+        return True
+    # a run may have been killed before it could say that the folder is its own
+    return names == {UNFINISHED} and all(file.match(f".{BEGUN}.*.new") for file in unfinished.iterdir())
 
 
 def main(options: Options, console: Console) -> None:
@@ -223,13 +229,15 @@ class _Unfinished:
         }
         self.digest = hashlib.sha256(json_text(said).encode()).hexdigest()
         name = self.folder / BEGUN
-        self.begun = name.is_file() and name.read_text() == self.digest
+        self.begun = name.is_file() and name.read_bytes() == self.digest.encode()
 
     def __call__(self, name: str, make: Made) -> dict[str, np.ndarray]:
         """Return arrays that were kept, or keep those that are made."""
         file = self.folder / f"{name.replace(' ', '-')}.npz"
         if self.begun and file.is_file():
-            with np.load(file, allow_pickle=False) as arrays:
+            # what is damaged is made again
+            damaged = contextlib.suppress(zipfile.BadZipFile, zlib.error, ValueError, EOFError)
+            with damaged, file.open("rb") as stored, np.load(stored, allow_pickle=False) as arrays:
                 return dict(arrays)
         arrays = {key: np.asarray(value) for key, value in make().items()}
         with self.lock:
@@ -244,8 +252,11 @@ class _Unfinished:
         return arrays
 
     def remove(self) -> None:
-        """Forget all of it."""
+        """Forget all of it, last what says whose the folder is: killed within this, a run leaves one that is known."""
         if self.folder.is_dir():
+            for file in self.folder.iterdir():
+                if file.name != BEGUN:
+                    file.unlink()
             shutil.rmtree(self.folder)
 
 

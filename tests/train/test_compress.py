@@ -290,6 +290,39 @@ def test_a_folder_that_another_run_writes_is_left_alone_and_one_that_stopped_at_
     assert "the same command goes on" in said.getvalue()
 
 
+def test_what_a_killed_run_leaves_is_taken_and_what_is_damaged_is_made_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(place, out=tmp_path / "out")
+    unfinished = given.out / "unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / ".of.12345.new").touch()  # killed while it wrote down whose the folder is
+    given.check()
+
+    def begun() -> compress._Unfinished:
+        return compress._Unfinished(given, place / "model", np.arange(3), None)
+
+    for name in ("one", "two"):
+        begun()(name, lambda: {"x": np.ones(2)})
+    assert begun()("one", lambda: pytest.fail("kept before"))["x"].tolist() == [1, 1]
+    for damaged in (b"", (unfinished / "two.npz").read_bytes()[:100]):
+        (unfinished / "two.npz").write_bytes(damaged)
+        assert begun()("two", lambda: {"x": np.zeros(1)})["x"].tolist() == [0]
+
+    unlink, removed = Path.unlink, []
+
+    def killed(file: Path, **options: Any) -> None:
+        unlink(file, **options)
+        removed.append(file.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        begun().remove()
+    assert len(removed) == 1
+    given.check()
+
+
 def test_no_text_stands_behind_the_token_that_ends_texts(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
