@@ -11,6 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from ntk_prefix import feature_maps as module
+from ntk_prefix.attention import ntk_attention
 from ntk_prefix.feature_maps import (
     Elu1,
     FeatureMap,
@@ -132,6 +133,18 @@ class TestTaylor:
 
 
 class TestPositiveRandom:
+    @pytest.mark.parametrize("size", [1.0, 10.0, 40.0])
+    def test_a_prefix_does_not_vanish_for_queries_of_any_size(self, size):
+        """Features of float32 are e^-|q|^2/2, which is 0 from |q| = 14 on."""
+        phi = PositiveRandom(16)
+        query, key, value = size * vectors(3, 8, 1), vectors(9, 8, 0.5, seed=1), vectors(9, 8, 1.0, seed=2)
+        k, z = jnp.sum(phi(key), axis=0)[None], (phi(key).T @ value)[None]
+        narrow = (x.astype(jnp.float32) for x in (query[None, :, None], jnp.zeros((2, 1, 0, 1, 8)), z, k))
+        query32, (none, _), z32, k32 = narrow
+        output = ntk_attention(query32, none, none, z32, k32, feature_map=phi, scale=1.0)
+        features = phi.per_head(query[None])[0][0]
+        np.testing.assert_allclose(output[0, :, 0], features @ z[0] / (features @ k[0])[:, None], rtol=1e-3, atol=1e-4)
+
     def test_is_unbiased_and_its_error_falls_as_one_over_the_root(self):
         x = vectors(1, 4, 0.7)
         y = vectors(1, 4, 0.7, seed=1)

@@ -153,6 +153,9 @@ class PositiveRandom(FeatureMap):
     chi-distributed norms, so that each is still Gaussian and the variance is no larger than that of
     independent ones.
 
+    Numerics: in log space; queries of any finite size have features by :meth:`per_head`. :meth:`__call__`, which sums over a
+    prefix are made of, is not: a key of ``|p|^2 / 2`` beyond 87 (float32, 708 in float64) may have features of 0.
+
     Source: Choromanski et al., Rethinking Attention with Performers, arXiv 2009.14794 (FAVOR+); the bound is
     derived: the relative variance of one independent feature is ``e^{|q+k|^2} - 1``, then Chebyshev's
     inequality.
@@ -189,11 +192,19 @@ class PositiveRandom(FeatureMap):
         """Return ``features``."""
         return self.features
 
+    def per_head(self, x: Float[Array, "*batch N T H"]) -> tuple[Float[Array, "*batch N T R"], Array | None]:
+        """Return the features in units of the largest of the row, and the log of that, as a constant."""
+        exponent = self._exponent(x)
+        largest = jax.lax.stop_gradient(jnp.max(exponent, axis=-1))
+        return jnp.exp(exponent - largest[..., None]), largest
+
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch R"]:
         """Return ``exp(W x - |x|^2 / 2) / sqrt(R)``, computed in one exponential."""
+        return jnp.exp(self._exponent(x))
+
+    def _exponent(self, x: Array) -> Array:
         directions = jnp.asarray(_orthogonal_gaussians(self.features, x.shape[-1], self.seed), x.dtype)
-        exponent = x @ directions - jnp.sum(x * x, axis=-1, keepdims=True) / 2
-        return jnp.exp(exponent - math.log(self.features) / 2)
+        return x @ directions - jnp.sum(x * x, axis=-1, keepdims=True) / 2 - math.log(self.features) / 2
 
     def error_bound(self, norm: float) -> float:
         """Return ``sqrt((e^{4 norm^2} - 1) / (R failure_probability))``: Chebyshev, for one pair (q, k)."""
