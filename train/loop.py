@@ -22,6 +22,8 @@ from typing import Annotated, Any, TypedDict
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -87,6 +89,16 @@ def run(config: TrainConfig, workdir: Path, console: Console | None = None, log:
             finally:
                 training.tracker.close(result and _measured(result))
             return result
+
+
+def _asked(signals: Signals, together: bool = True) -> bool:
+    """Return whether to stop: of several processes all do when one is asked to, where all of them come together.
+
+    One that saved alone would wait for the others, which wait for it in the next step.
+    """
+    if jax.process_count() == 1:
+        return signals.received
+    return together and bool(multihost_utils.process_allgather(np.array(signals.received)).any())
 
 
 def _measured(summary: dict[str, Any]) -> dict[str, float]:
@@ -166,7 +178,8 @@ class _Run:
             bar = progress.add_task(name, total=steps, completed=self.done)
             readings: list[list[dict[str, jax.Array]]] = []
             begun = time.perf_counter()
-            while self.done < steps and not self.stopped:
+            asked = False
+            while self.done < steps and not self.stopped and not asked:
                 readings.append([self._part(next(batches)) for _ in range(config.optim.accumulate)])
                 self.done += 1
                 if len(readings) > 1:  # one step ahead of the device and no more: a signal is heard at the next
@@ -174,20 +187,21 @@ class _Run:
                 last = self.done == steps
                 evaluating = last or self.done % config.eval.evaluate_every == 0
                 saving = last or self.done % config.eval.checkpoint_every == 0
-                if len(readings) == LOG_EVERY or evaluating or saving or signals.received:
+                due = len(readings) == LOG_EVERY or evaluating or saving
+                asked = _asked(signals, due)
+                if due or asked:
                     loss = self._log(readings, begun)
                     progress.update(bar, completed=self.done, description=f"{name}  loss {loss:.4f}")
                     readings = []
                     if evaluating:
                         self._evaluate()
-                    if saving or signals.received or self.stopped:
+                    if saving or asked or self.stopped:
                         self._save()
-                    if signals.received:
-                        break
                     begun = time.perf_counter()
         self.checkpoints.wait()
+        asked = asked or _asked(signals)  # while the last checkpoint was written
         signals.saved = True
-        if signals.received:  # also if that was while the last checkpoint was written
+        if asked:
             raise Interrupted(f"stopped at step {self.done} of {steps}; the same command goes on")
         if self.stopped and self.done < steps:
             self._say(f"stopped at step {self.done}: no better evaluation in the last {self.evaluations_since}")

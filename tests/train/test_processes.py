@@ -74,6 +74,23 @@ def test_two_processes_train_and_save_together(way: tuple[str, ...], tmp_path: P
     np.testing.assert_allclose(losses(tmp_path / "both"), losses(tmp_path / "alone"), rtol=1e-5)
 
 
+def test_one_of_two_processes_is_asked_to_stop_and_both_save_the_same_step(tmp_path: Path) -> None:
+    """Each stopped at its own step before, and waited for the other for ever."""
+    far = ("--steps", "1000000", "--checkpoint-every", "1000000", "--evaluate-every", "1000000")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ("--distributed", "--coordinator", address, "--processes", "2", "--process")
+    both = [start(tmp_path, *far, *together, str(index)) for index in range(2)]
+    while not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.2)
+        assert all(process.poll() is None for process in both)
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        assert "the same command goes on" in finish(process)
+    assert len(committed(tmp_path)) == 1
+
+
 def test_killed_at_any_moment_it_loses_nothing_and_ends_bit_identical(tmp_path: Path) -> None:
     """The run is made so long that most of the kills fall into steps and saves, not into starting up."""
     arguments = ("--steps", "1500", "--checkpoint-every", "5", "--evaluate-every", "50", "--patience", "0")
