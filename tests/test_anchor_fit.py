@@ -111,9 +111,9 @@ def test_other_queries_lose_less_when_queries_around_those_seen_are_fitted_too(m
     seen, others = rows.take(slice(0, 40)), rows.take(slice(80, None))
     tokens = choose(seen, places[0], 10).tokens
 
-    def lost(around: int, enough: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
-        monkeypatch.setattr(anchor_fit, "AROUND", around)
-        monkeypatch.setattr(anchor_fit, "ENOUGH", enough)
+    def lost(around: int, enough: int = 10_000, few: int = 9) -> tuple[np.ndarray, np.ndarray]:
+        for name, value in (("AROUND", around), ("ENOUGH", enough), ("FEW", few)):
+            monkeypatch.setattr(anchor_fit, name, value)
         fit = fit_chosen(seen, *places, tokens, np.array([10, 10]), steps=100)
         found = outputs(others, fit.z, fit.k, Anchors(fit.points))
         return np.asarray(fit.after), np.sum((found - others.target) ** 2, axis=(1, 2)) / others.size
@@ -122,6 +122,7 @@ def test_other_queries_lose_less_when_queries_around_those_seen_are_fitted_too(m
     assert np.all(with_them[0] > without[0])
     assert np.all(with_them[1] < 0.9 * without[1])
     np.testing.assert_array_equal(lost(4, enough=40), without)  # so many are enough
+    np.testing.assert_array_equal(lost(4, few=10), without)  # so few anchors do without
 
 
 def test_a_prefix_of_four_kinds_of_tokens_is_four_anchors() -> None:
