@@ -470,11 +470,12 @@ def _descend(
 
 
 FEW, AROUND, ENOUGH, SPREAD = 48, 4, 32768, 0.3
-"""For a head of more anchors than the first, so many queries are drawn around each that was seen, as long as there are no more
-than the third altogether; the last is how far they spread. SmolLM2, 24 x 128 tokens of queries, judged on 48 other texts, two
-draws of solved problems: 97 anchors lose 21 +- 6 and 3 +- 2 % less so, 32 anchors 5 +- 2 % in both. Fewer anchors have nothing to
-spare: at 8 per head, all heads with it, 4 +- 1 % more. They stand in for texts: 72 more that are put together of pieces of the 24
-do as much (a novel, 97 anchors: 0.0046 nats without either, 0.0040 with), 72 more of the book a little more (0.0036)."""
+"""For a head of more anchors than the first, so many queries are drawn around each that was seen, as long as there are no
+more than the third altogether; the last is how far they spread. SmolLM2, 24 x 128 tokens of queries, judged on 48 other
+texts, two draws of solved problems: 97 anchors lose 21 +- 6 and 3 +- 2 % less so, 32 anchors 5 +- 2 % in both. Fewer
+anchors have nothing to spare: with them for all heads 8 anchors lose 4 +- 1 % more. They stand in for texts: 72 more that
+are put together of pieces of the 24 do as much (a novel, 97 anchors: 0.0046 nats without either, 0.0040 with each), 72 more
+of the book a little more (0.0036)."""
 
 PER_ANCHOR, LARGEST_BATCH = 8, 2048
 """Queries of a step for each anchor, as far as they are no more than the second: a step fits a Z of its own, and to few
