@@ -14,10 +14,11 @@ denominator, so that scores of any size are as safe as small ones. Three steps:
 
 1. *choice* (:func:`choose`): points are keys of the prefix itself, one after the other the one that lowers the least squares
    error of the prefix's part of output and denominator most (orthogonal least squares, Chen, Billings and Luo 1989). The
-   error after each number of anchors comes with it, and is what a budget is divided by (:func:`divide`).
+   error after each number of anchors comes with it, and is what a budget is divided by (:mod:`ntk_prefix.anchor_budget`).
 2. *masses*: non-negative least squares by multiplicative steps (Lee and Seung 2001), which no share can make negative.
 3. *descent* (:func:`descend`): Adam on points and log masses. For given ones the best Z is linear least squares, so it is
-   not a variable (variable projection, Golub and Pereyra 1973).
+   not a variable (variable projection, Golub and Pereyra 1973). The prefix answers any query, so that many anchors are
+   fitted to queries around those seen, too (:func:`~ntk_prefix.query_shares.around`).
 
 All three run where JAX runs, on a key head's queries together, in blocks of prefix tokens.
 
@@ -34,14 +35,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy
 from threadpoolctl import threadpool_limits
 
 from ntk_prefix.checks import NonFiniteError, check_count, expected
 from ntk_prefix.query_shares import Rows, around
 from ntk_prefix.typing import Array, Bool, Float, Int
 
-__all__ = ["Choice", "Fitted", "check_enough", "choose", "descend", "divide", "fit_chosen", "steps_for"]
+__all__ = ["Choice", "Fitted", "check_enough", "choose", "descend", "fit_chosen"]
 
 CHOSEN_ON = 4096
 """Queries of a key head that the choice looks at: shares of every prefix token in each are there at once, in blocks."""
@@ -198,41 +198,6 @@ def _mean_square_shares(rows: Rows, prefix: Array, cap: float | None, block: int
     whole = len(prefix) // block * block
     parts = [jax.lax.map(of, prefix[:whole].reshape(-1, block, prefix.shape[1])).reshape(-1)] if whole else []
     return jnp.concatenate([*parts, of(prefix[whole:])]) if whole < len(prefix) else parts[0]
-
-
-def divide(curves: Float[np.ndarray, "heads counts"], total: int) -> Int[np.ndarray, "heads"]:
-    """Return how many anchors each head gets of ``total``, so that the sum of errors is least.
-
-    Args:
-        curves: for each head the error after 0, 1, .. anchors, in one unit for all; it does not rise.
-        total: to be spent; what lowers no error is not.
-
-    The curves' convex envelopes are descended, always where it is steepest, which is best for them.
-    """
-    gains = np.stack([scipy.optimize.isotonic_regression(d, increasing=False).x for d in -np.diff(curves)])
-    order = np.argsort(-gains, axis=None, kind="stable")[:total]
-    order = order[gains.reshape(-1)[order] > 0]
-    return np.bincount(order // gains.shape[1], minlength=len(gains))
-
-
-LITTLE = 0.05
-"""Part of the error of all heads that heads may have together and take a third of the steps. Those are half of SmolLM2's (38 to
-48 of 90, four prompts of 1,024 tokens, 32 anchors), and all steps there leave 0.284 instead of 0.285 of what matters on texts
-not fitted to (a manual; where 0.1 is allowed, 0.292)."""
-
-
-def steps_for(errors: Float[np.ndarray, "heads"], steps: int) -> Int[np.ndarray, "heads"]:
-    """Return how many steps of descent each head takes: ``steps``, or a third of it where little is to be lowered.
-
-    Args:
-        errors: of each head before the descent, in one unit for all.
-        steps: the most.
-    """
-    order = np.argsort(errors)
-    little = np.cumsum(errors[order]) <= LITTLE * errors.sum()
-    found = np.full(len(errors), steps)
-    found[order[little]] = -(-steps // 3)
-    return found
 
 
 # ---------------------------------------------------------------------------------------- heads of a layer

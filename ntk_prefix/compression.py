@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ntk_prefix.anchor_fit import Choice, choose, divide, fit_chosen, steps_for
+from ntk_prefix.anchor_budget import divide, steps_for
+from ntk_prefix.anchor_fit import Choice, choose, fit_chosen
 from ntk_prefix.artifacts import cores
 from ntk_prefix.checks import check_array, check_count, expected
 from ntk_prefix.feature_maps import Anchors

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ntk_prefix import PrefixState, anchor_fit
-from ntk_prefix.anchor_fit import choose, descend, divide, fit_chosen, steps_for
+from ntk_prefix.anchor_budget import divide, steps_for
+from ntk_prefix.anchor_fit import choose, descend, fit_chosen
 from ntk_prefix.checks import NonFiniteError, UsageError
 from ntk_prefix.feature_maps import Anchors
 from ntk_prefix.query_shares import Rows, around, outputs, rows_of
