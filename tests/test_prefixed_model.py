@@ -54,7 +54,7 @@ def test_keys_of_a_model_in_bfloat16_are_scaled_in_float32() -> None:
     prefix, ids = read_prompt(model, PROMPT), jnp.asarray([[1, 2, 3]], jnp.int32)
     ((path, given),) = prefix.items()
     texts = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
-    _, key = Queries(model, prefix, texts, lambda *_: None).of(path)
+    key = Queries(model, prefix, texts, lambda *_: None).of(path).key
     assert given.key.dtype == jnp.bfloat16
     assert key.dtype == jnp.float32
     np.testing.assert_allclose(np.swapaxes(key, 0, 1), np.asarray(given.key, np.float32) / 6**0.25, rtol=1e-6)
