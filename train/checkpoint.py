@@ -12,9 +12,10 @@ told from a good one: it is passed over with a warning, and moved aside when an 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypedDict
@@ -128,10 +129,8 @@ class Checkpoints:
             tree=ocp.args.StandardSave({name: leaf for name, leaf in zip(names, stored, strict=True) if leaf.size}),
             record=ocp.args.JsonSave({"leaves": described, "info": dict(info or {})}),
         )
-        try:
+        with self._in_one_line(f"step {step} cannot be saved"):
             self._manager.save(step, args=content)
-        except Exception as error:  # whatever a disk that is full, or a folder that is gone, leads to in Orbax
-            raise CheckpointError(f"{self.directory}: step {step} cannot be saved: {_first_line(error)}") from error
 
     def wait(self) -> None:
         """Return when everything saved is committed.
@@ -139,10 +138,8 @@ class Checkpoints:
         Raises:
             CheckpointError: a save failed.
         """
-        try:
+        with self._in_one_line("the last save failed"):
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise CheckpointError(f"{self.directory}: the last save failed: {_first_line(error)}") from error
 
     def steps(self) -> list[int]:
         """Return the committed steps, the oldest first."""
@@ -189,10 +186,8 @@ class Checkpoints:
             CheckpointError: a save failed.
         """
         self.wait()
-        try:
+        with self._in_one_line("the last save failed"):
             self._manager.close()
-        except Exception as error:
-            raise CheckpointError(f"{self.directory}: the last save failed: {_first_line(error)}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -207,6 +202,14 @@ class Checkpoints:
                 raise
             if not isinstance(error, CheckpointError):  # which has said it
                 logger.warning("%s", later)
+
+    @contextlib.contextmanager
+    def _in_one_line(self, what: str) -> Iterator[None]:
+        """Say what failed, and of Orbax's error, which it is the cause of, the first line."""
+        try:
+            yield
+        except Exception as error:  # whatever a disk that is full, or a folder that is gone, leads to in Orbax
+            raise CheckpointError(f"{self.directory}: {what}: {_first_line(error)}") from error
 
     def _report_foreign_files(self) -> None:
         """Say what in the directory is no checkpoint; Orbax removes what it left half-written itself."""
