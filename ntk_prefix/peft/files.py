@@ -25,7 +25,9 @@ but not to resume a run bit for bit: that is what checkpoints are for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import re
@@ -52,6 +54,12 @@ __all__ = ["load_adapter", "own_weights", "save_pretrained"]
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
+
+COMING_CONFIG = f".{CONFIG}.coming"
+"""The configuration of weights that are about to be put in their place; what a save leaves here that was killed then."""
+
+CONFIG_HASH = "adapter_config_sha256"
+"""Name, in the metadata of the weights, of a hash of the configuration that they were saved with."""
 
 FILE_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 """What torch calls the weights of a model's own modules; others keep their name."""
@@ -87,7 +95,8 @@ def save_pretrained(
 
     Args:
         model: hosts the adapter; it is left as it is.
-        directory: made if need be; files there are replaced, each at once.
+        directory: made if need be. An adapter there is replaced at once: :func:`load_adapter` finds the former one or the new
+            one, also if this is killed.
         name: of the adapter; the active one if None.
         base_model_name_or_path: recorded for the reader; what the model says of itself if None.
 
@@ -316,25 +325,65 @@ def _account_for(
 
 
 def _write(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-    """Write the weights, then the configuration, each whole or not at all."""
+    """Write configuration and weights so that :func:`_read` finds the former pair or the new one, whenever this is ended.
+
+    The new configuration lies beside the former one until weights that name it by its hash are in their place.
+    """
     from safetensors.numpy import save
 
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "ntk_prefix_version": __version__}
-    write_whole(directory / WEIGHTS, save(dict(tensors), metadata=metadata))
-    write_whole(directory / CONFIG, (json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    said = (json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    metadata = {"format": "pt", "ntk_prefix_version": __version__, CONFIG_HASH: _hash(said)}
+    coming = directory / COMING_CONFIG
+    write_whole(coming, said)
+    try:
+        write_whole(directory / WEIGHTS, save(dict(tensors), metadata=metadata))
+    except OSError:
+        coming.unlink()
+        raise
+    coming.replace(directory / CONFIG)
 
 
 def _read(directory: Path) -> tuple[Fields, dict[str, np.ndarray]]:
-    for name in (CONFIG, WEIGHTS):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"expected {CONFIG} and {WEIGHTS} in {directory}, found no {name}")
-    fields = Fields(read_json(directory / CONFIG, dict[str, Any]), str(directory / CONFIG))
-    return fields, _read_tensors(directory / WEIGHTS)
+    """Return configuration and weights of one save, also while another is being written.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        UsageError: one is broken.
+    """
+    weights, coming = directory / WEIGHTS, directory / COMING_CONFIG
+    while True:
+        if not weights.is_file():
+            raise _missing(directory, WEIGHTS)
+        before = _version(weights)
+        tensors, wanted = _read_tensors(weights)
+        config = directory / CONFIG
+        # a save was ended before it could put its configuration in the former one's place
+        with contextlib.suppress(FileNotFoundError):
+            config = coming if _hash(coming.read_bytes()) == wanted else config
+        if not config.is_file():
+            raise _missing(directory, CONFIG)
+        fields = Fields(read_json(config, dict[str, Any]), str(config))
+        if before == _version(weights):
+            return fields, tensors
 
 
-def _read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a file, each of finite floating point numbers.
+def _missing(directory: Path, name: str) -> FileNotFoundError:
+    return FileNotFoundError(f"expected {CONFIG} and {WEIGHTS} in {directory}, found no {name}")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _version(file: Path) -> tuple[int, int, int]:
+    """Return what changes when another file takes the place of this one."""
+    status = file.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    """Return the tensors of a file, each of finite floating point numbers, and the hash of their configuration if it is there.
 
     Raises:
         UsageError: the file is broken, a tensor is of another kind, or float32 cannot hold its numbers.
@@ -344,6 +393,7 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
     tensors = {}
     try:
         with safe_open(file, framework="np") as content:
+            config_hash = (content.metadata() or {}).get(CONFIG_HASH)
             for key in content.keys():  # noqa: SIM118
                 if (kind := content.get_slice(key).get_dtype()) not in DTYPES:
                     raise expected(f"{file}: {key}", f"floating point weights ({', '.join(sorted(DTYPES))})", kind)
@@ -359,4 +409,4 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
             if not np.array_equal(narrow, value):
                 raise expected(f"{file}: {key}", "numbers that float32 holds", "float64 ones that it does not")
             tensors[key] = narrow
-    return tensors
+    return tensors, config_hash
