@@ -31,6 +31,7 @@ from ntk_prefix.checks import NonFiniteError, UsageError, expected
 __all__ = [
     "CHECKOUT",
     "append",
+    "check_new",
     "checked",
     "cores",
     "decode_json",
@@ -204,19 +205,57 @@ def write_figure(path: Path, figure: Any, **options: Any) -> None:
     write_whole(path, picture.getvalue())
 
 
+UNFINISHED = ".ntk_prefix-unfinished"
+"""File in a folder that is being filled, held by who fills it: where nobody holds it, whoever did was killed."""
+
+
+def check_new(path: Path, name: str) -> None:
+    """Refuse a path that is in use: a file, or a folder with files that :func:`new_folder` has not left unfinished.
+
+    Raises:
+        UsageError: it begins with ``name``.
+    """
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / UNFINISHED).is_file())):
+        raise expected(name, "a new folder", f"{path}, which is in use", "Name another")
+
+
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[None]:
-    """Make a folder, or take an empty one, and take away what was put there if what stands inside of this fails."""
+def new_folder(path: Path, name: str) -> Iterator[None]:
+    """Make a folder, or take an empty one, and take away what was put there if what stands inside of this fails.
+
+    Where the process is killed inside of it, the next one to fill the folder takes it away.
+
+    Args:
+        path: of the folder.
+        name: who names it, for errors.
+
+    Raises:
+        UsageError: the folder is in use, or another process fills it.
+    """
+    check_new(path, name)
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        with held(path / UNFINISHED, name):
+            _clear(path)
+            try:
+                yield
+            except BaseException:
+                _clear(path)
+                raise
+            finally:
+                (path / UNFINISHED).unlink()
     except BaseException:
-        for file in path.iterdir():
-            file.unlink()
-        if made:
+        if made and not any(path.iterdir()):
             path.rmdir()
         raise
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of a folder that is being filled."""
+    for file in folder.iterdir():
+        if file.name != UNFINISHED:
+            file.unlink()
 
 
 @contextlib.contextmanager

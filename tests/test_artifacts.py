@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import pytest
@@ -113,13 +113,35 @@ def test_a_new_folder_is_taken_back_where_it_cannot_be_filled(tmp_path: Path, ma
     folder = tmp_path / "new"
     if not made:
         folder.mkdir()
-    with contextlib.suppress(KeyboardInterrupt), artifacts.new_folder(folder):
+    with contextlib.suppress(KeyboardInterrupt), artifacts.new_folder(folder, "--out"):
         (folder / "a").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.rglob("*")) == ([] if made else [folder])
-    with artifacts.new_folder(folder):
+    with artifacts.new_folder(folder, "--out"):
         (folder / "a").write_text("whole")
     assert (folder / "a").read_text() == "whole"
+    with pytest.raises(UsageError, match=r"^--out: expected a new folder, got .*, which is in use"):
+        artifacts.check_new(folder, "--out")
+
+
+def test_a_new_folder_whose_process_was_killed_is_filled_by_the_next_one(tmp_path: Path) -> None:
+    """Until then it is nobody's but the living process'."""
+    folder = tmp_path / "new"
+    fill = "with artifacts.new_folder(folder, '--out'): (folder / 'a').write_text('half'); print(flush=True); input()"
+    program = f"import sys, pathlib; from ntk_prefix import artifacts; folder = pathlib.Path(sys.argv[1])\n{fill}"
+    command = [sys.executable, "-c", program, str(folder)]
+    piped: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": artifacts.CHECKOUT}
+    with subprocess.Popen(command, **piped) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(UsageError, match="which another process holds"), artifacts.new_folder(folder, "--out"):
+            pass
+        assert (folder / "a").is_file()
+        other.kill()
+    artifacts.check_new(folder, "--out")
+    with artifacts.new_folder(folder, "--out"):
+        (folder / "b").write_text("whole")
+    assert [file.name for file in folder.iterdir()] == ["b"]
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from matplotlib.figure import Figure
 
-from ntk_prefix.artifacts import json_text, read_bytes
+from ntk_prefix.artifacts import json_text, read_bytes, write_whole
 from ntk_prefix.checks import expected
 from train.comparison.table import as_number, as_whole
 
@@ -73,7 +73,7 @@ class Results:
                 raise expected(f"{file}, line {number}", "a row of results", error, "Name another folder") from None
             self.rows[_key(row)] = row
         if rest:  # the process ended within it
-            file.write_bytes(whole + b"\n" if whole else b"")
+            write_whole(file, whole + b"\n" if whole else b"")
 
     def find(self, prompt: str, method: str, budget: int, seed: int, settings: str) -> Row | None:
         """Return a finished row."""

@@ -24,7 +24,7 @@ from flax import nnx
 from rich.console import Console
 
 from ntk_prefix import peft
-from ntk_prefix.artifacts import json_text, new_folder, write_whole
+from ntk_prefix.artifacts import check_new, json_text, new_folder, write_whole
 from ntk_prefix.checks import expected
 from ntk_prefix.typing import Array
 from train.command import Checked, Terminal, at_least, ended, parsed
@@ -48,7 +48,7 @@ class Options(Checked):
     to: Literal["stablehlo", "hugging-face"]
     """A predictor, or the model with its adapter merged."""
     out: Path
-    """A new folder."""
+    """A new folder; one that an export was killed in is filled anew."""
     rows: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
     """Texts or images that the predictor's program takes at once; several times for several programs. 1 and 32 by default."""
 
@@ -58,8 +58,7 @@ class Options(Checked):
             at_least("rows", rows, 1)
         if self.rows and self.to != "stablehlo":
             raise expected("--rows", "--to stablehlo beside it", self.to)
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise expected("--out", "a new folder", f"{self.out}, which is in use")
+        check_new(self.out, "--out")
 
 
 def main(options: Options, console: Console) -> None:
@@ -113,7 +112,7 @@ def _predictor(options: Options, console: Console) -> None:
         model = nnx.merge(graph, nnx.from_flat_state(filled), streams)
         return jax.nn.softmax(model(**inputs).logits.astype(jnp.float32))
 
-    with new_folder(options.out):
+    with new_folder(options.out, "--out"):
         for rows in options.rows or (1, 32):
             made = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(_shapes(weights), _inputs(run, model, rows))
             write_whole(options.out / f"predict_{rows}.bin", bytes(made.serialize()))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ntk_prefix.artifacts import json_text, new_folder, read_json, write_whole
+from ntk_prefix.artifacts import check_new, json_text, new_folder, read_json, write_whole
 from ntk_prefix.checks import NonFiniteError, expected
 from ntk_prefix.peft.files import own_weights
 from ntk_prefix.peft.inject import merge
@@ -39,7 +39,8 @@ def save_merged(
 ) -> list[str]:
     """Merge the active adapter into the weights and write the model as a Hugging Face folder.
 
-    Its config.json is written last, so that a folder with one is whole; where writing fails, what was written is removed.
+    Its config.json is written last, so that a folder with one is whole; where writing fails, what was written is removed, and
+    what is left by a process that was killed, by the next one to write there.
 
     Args:
         model: with an active adapter that is an addition to weights, such as LoRA; it is merged, as by
@@ -63,8 +64,7 @@ def save_merged(
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     if not files or not (base / CONFIG).is_file():
         raise expected("base", "a Hugging Face folder with config.json and safetensors", base)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise expected("directory", "a new folder", f"{directory}, which is in use")
+    check_new(directory, "directory")
     names = Names(model)
     before = {name: np.asarray(x) for name, x in own_weights(model, names).items()}
     merge(model)
@@ -76,7 +76,7 @@ def save_merged(
     own = {names.key(name).removeprefix("base_model.model."): jnp.asarray(x) for name, x in hosted.items()}
     written: list[str] = []
     places: dict[str, str] = {}
-    with new_folder(directory):
+    with new_folder(directory, "directory"):
         for file in files:
             tensors, new = merged.file(file)
             tensors |= own if file == files[-1] else {}

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,6 @@ from safetensors import safe_open
 
 from ntk_prefix import models, peft
 from ntk_prefix.models.attention import AttentionKind
-from ntk_prefix.peft import files
 from ntk_prefix.peft.base import targets
 from ntk_prefix.peft.methods import lora
 from ntk_prefix.peft.names import Fields, Names

@@ -33,7 +33,8 @@ def rank_of(folder: Path) -> int:
     [[config]] = peft.configs(model).values()
     weights = {float(x) for leaf in jax.tree.leaves(nnx.state(model, peft.AdapterParam)) for x in np.unique(leaf)}
     assert isinstance(config, peft.LoraConfig)
-    assert weights == {config.r} and config.alpha == 3 * config.r
+    assert weights == {config.r}
+    assert config.alpha == 3 * config.r
     return config.r
 
 

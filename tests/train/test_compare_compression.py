@@ -18,10 +18,12 @@ from ntk_prefix.checks import NonFiniteError, UsageError
 from ntk_prefix.distillation import FITTED_RATE, UNFITTED_RATE
 from ntk_prefix.models import from_pretrained
 from ntk_prefix.prefix_state import PrefixState
+from tests.small_disk import largest_file
 from tests.train.tiny_model import write_model
 from train import compare_compression, compressors
 from train.compare_compression import Judge, Options, main
 from train.compression_case import Case, Compressed, seen_by_layers
+from train.compression_table import Results
 from train.compressors import METHODS, Method
 
 WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
@@ -284,6 +286,24 @@ def test_rows_become_a_table_and_a_figure_and_are_taken_over(
     (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": 3}\n' + content)
     with pytest.raises(UsageError, match="line 1: expected a row of results"):
         main(options(place, tmp_path), Console(quiet=True))
+
+
+def test_rows_that_stand_before_a_broken_line_stay_where_the_disk_is_full(tmp_path: Path) -> None:
+    row = {
+        "prompt": "p",
+        "method": "none",
+        "budget": 0,
+        "settings": "s",
+        "seconds": 1.0,
+        "cpu_seconds": 1.0,
+        "git": "g",
+    }
+    whole = "".join(json.dumps(row | {"seed": seed}) + "\n" for seed in range(9))
+    (tmp_path / "rows.jsonl").write_text(whole + '{"prompt": ')
+    with largest_file(200), pytest.raises(OSError, match="File too large"):
+        Results(tmp_path / "rows.jsonl")
+    assert len(Results(tmp_path / "rows.jsonl").rows) == 9
+    assert (tmp_path / "rows.jsonl").read_text() == whole
 
 
 @pytest.mark.parametrize(
