@@ -28,6 +28,7 @@ from flax import nnx
 from ntk_prefix.checks import UsageError, check_count, expected
 from ntk_prefix.models.backbone import check_tokens
 from ntk_prefix.models.llama import Llama
+from ntk_prefix.models.rotary import warn_beyond
 from ntk_prefix.models.sampling import Sampling
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int, KeyArray, KeyArrays
@@ -73,7 +74,8 @@ def generate(
         came = type(model).__name__ if not isinstance(model, Llama) else "a bare one"
         raise UsageError(f'expected a model made with causal_lm=True, got {came}: task="causal-lm" makes it')
     check_count("max_new_tokens", max_new_tokens)
-    vocabulary = model.config.vocab_size
+    config = model.config
+    vocabulary = config.vocab_size
     check_tokens(input_ids, attention_mask, vocabulary)
     if input_ids.shape[1] + max_new_tokens >= 2**31:
         raise expected("max_new_tokens", "less than 2147483648 tokens with the prompt's", max_new_tokens)
@@ -96,6 +98,8 @@ def generate(
         attention_mask = jnp.ones(input_ids.shape, bool)
     elif not isinstance(attention_mask, jax.core.Tracer) and not np.asarray(attention_mask).any(axis=1).all():
         raise expected("attention_mask", "at least one token a row", "a row of padding")
+    trained, rope = config.max_position_embeddings, config.rope
+    warn_beyond(trained, input_ids.shape[1], attention_mask, more=max_new_tokens, rope=rope)
     ends = () if eos_token_id is None else tuple(np.atleast_1d(np.asarray(eos_token_id)).tolist())
     if any(not _is_whole(end) or not 0 <= end < vocabulary for end in ends):
         wanted = f"tokens from 0 to {vocabulary - 1}, the model's vocabulary"

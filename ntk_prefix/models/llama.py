@@ -40,7 +40,7 @@ from ntk_prefix.models.backbone import (
 )
 from ntk_prefix.models.cross_entropy import weighted_cross_entropy
 from ntk_prefix.models.elementwise import rms_norm
-from ntk_prefix.models.rotary import Factor, Rope, rope_fields
+from ntk_prefix.models.rotary import Factor, Rope, rope_fields, warn_beyond
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Bool, Float, Int
 
@@ -339,6 +339,11 @@ class Llama(Backbone):
             seen = max(whole) if whole else None if attention_mask is None else attention_mask.shape[1]
         check_tokens(input_ids, attention_mask, self.config.vocab_size, seen)
         offset_extremes(position_offset, len(input_ids))
+        # of a cache that is filled under jit, whoever made it knows how much of it is padding
+        if isinstance(start, int) and (cache is None or not isinstance(attention_mask, jax.core.Tracer)):
+            until = start + length
+            written = None if attention_mask is None else attention_mask[:, :until]
+            warn_beyond(self.config.max_position_embeddings, until, written, rope=self.config.rope)
         if attention_mask is None:
             mask = None
             positions = start + jnp.arange(length, dtype=jnp.int32)[None]

@@ -17,9 +17,12 @@ Hugging Face's ``rope_type`` of that name.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
@@ -28,7 +31,9 @@ from ntk_prefix.artifacts import checked
 from ntk_prefix.checks import expected
 from ntk_prefix.typing import Array, Float, Int
 
-__all__ = ["Factor", "Rope", "Rotary", "rope_fields", "rotate"]
+__all__ = ["Factor", "Rope", "Rotary", "rope_fields", "rotate", "warn_beyond"]
+
+logger = logging.getLogger(__name__)
 
 Factor = Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)]
 """What numbers of rotary positions may be: float32 holds the angles that follow from them."""
@@ -91,6 +96,35 @@ def rotate(x: Float[Array, "B T N H"], rotary: Rotary) -> Float[Array, "B T N H"
     turned = jnp.concatenate([-second, first], axis=-1)
     cos, sin = (part[:, :, None, :] for part in rotary)
     return (x * cos + turned * sin).astype(x.dtype)
+
+
+def warn_beyond(trained: int, length: int, mask: Any = None, *, more: int = 0, rope: Rope | None = None) -> None:
+    """Warn of texts beyond the positions that a model was trained on, where it still answers, and worse: once for each number.
+
+    Args:
+        trained: ``max_position_embeddings``.
+        length: of the texts, with their padding.
+        mask: [B, length], zero at padding, which has no position; where a tracer, padding counts.
+        more: tokens behind the texts.
+        rope: of the model. A dynamic one is made for longer texts; of factors the largest counts, for ``trained`` may be from
+            before the model was trained with them.
+    """
+    reach = int(trained * max((1.0, *(rope.factors if rope else ()))))
+    if (rope and rope.dynamic) or length + more <= reach:
+        return
+    if mask is not None and not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True):
+        length = int((np.asarray(mask) != 0).sum(axis=1).max())
+    if length + more > reach:
+        _warn_beyond(reach)
+
+
+@functools.cache
+def _warn_beyond(reach: int) -> None:
+    logger.warning(
+        "expected texts of at most the %s tokens that the model was trained on, what it adds included, got longer ones: its "
+        "answers get worse there. Give less text, or ask for fewer tokens.",
+        f"{reach:,}",
+    )
 
 
 # -------------------------------------------------------------------------------------- from a config.json

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ntk_prefix import flash, models, peft
-from ntk_prefix.models import generation
+from ntk_prefix.models import generation, rotary
 from ntk_prefix.peft.methods.ntk_attention import State
 from tests.models import formulas
 from tests.models.calling import call
@@ -212,6 +212,34 @@ def test_logits_only_where_wanted(model: models.Llama) -> None:
     last = model.logits(output.last_hidden_state[:, -1:])
     assert last.shape == (3, 1, 31)
     np.testing.assert_allclose(last, output.logits[:, -1:], atol=1e-5)
+
+
+def test_texts_beyond_the_trained_positions_are_warned_of_once(
+    model: models.Llama, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Padding has no position: six places, of which the longest row has six tokens and the second two."""
+    ids, mask = jnp.asarray(IDS), jnp.asarray(MASK)
+
+    def warned(trained: int, run: Any, **changes: Any) -> bool:
+        rotary._warn_beyond.cache_clear()
+        caplog.clear()
+        before = model.config
+        try:
+            model.config = dataclasses.replace(before, max_position_embeddings=trained, **changes)
+            for _ in range(2):
+                run()
+        finally:
+            model.config = before
+        assert len(caplog.messages) <= 1
+        return any(f"at most the {trained} tokens" in line for line in caplog.messages)
+
+    assert [warned(n, lambda: models.generate(model, ids, mask, 3)) for n in (8, 9)] == [True, False]
+    assert [warned(n, lambda: models.generate(model, ids[1:2], mask[1:2], 3)) for n in (4, 5)] == [True, False]
+    assert [warned(n, lambda: model(ids, mask)) for n in (5, 6)] == [True, False]
+    assert [warned(n, lambda: model(ids[1:2], mask[1:2])) for n in (1, 2)] == [True, False]
+    cache = model.empty_cache(3, 8)
+    assert [warned(n, lambda: model(ids[:, :2], None, cache, 6)) for n in (7, 8)] == [True, False]
+    assert not warned(3, lambda: model(ids, mask), rope_dynamic_factor=2.0)
 
 
 @pytest.mark.usefixtures("without_annotations")

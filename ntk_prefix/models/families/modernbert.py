@@ -34,7 +34,7 @@ from ntk_prefix.models.classifier import HeadTransform
 from ntk_prefix.models.elementwise import ACTIVATIONS, layer_norm
 from ntk_prefix.models.formats import Checkpoint
 from ntk_prefix.models.formats.checkpoint import cut
-from ntk_prefix.models.rotary import Factor, Rope, rope_fields
+from ntk_prefix.models.rotary import Factor, Rope, rope_fields, warn_beyond
 from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = ["ModernBert", "ModernBertConfig"]
@@ -221,6 +221,7 @@ class ModernBert(Backbone):
         """
         check_tokens(input_ids, attention_mask, self.config.vocab_size)
         offset_extremes(position_offset, len(input_ids))
+        warn_beyond(self.config.max_position_embeddings, input_ids.shape[1], attention_mask)
         positions = self.positions(jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None], position_offset)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         return self.encode(self.embeddings(input_ids), mask, self.final_norm, rotary=self.rotary(positions))
