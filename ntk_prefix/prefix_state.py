@@ -37,6 +37,7 @@ from ntk_prefix.checks import (
     check_window,
     expected,
 )
+from ntk_prefix.equality import EqualByValue
 from ntk_prefix.feature_maps import Anchors, Elu1, FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.precision import accumulation_dtype
@@ -49,8 +50,8 @@ __all__ = ["FitOptions", "FitReport", "PrefixState", "Samples"]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PrefixState:
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrefixState(EqualByValue):
     """What stands in for a prefix in one attention layer; a pytree whose leaves are ``z``, ``k`` and the map's arrays.
 
     States of several layers may be stacked, and mapped over.

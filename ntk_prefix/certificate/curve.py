@@ -14,6 +14,7 @@ import numpy as np
 
 from ntk_prefix.certificate.reference import HORIZON, Reference
 from ntk_prefix.certificate.rounding import OUTWARD
+from ntk_prefix.equality import EqualByValue
 from ntk_prefix.typing import Float
 
 __all__ = ["Curve", "Forecast"]
@@ -25,8 +26,8 @@ AT_ONCE = 2**22
 """Numbers of a table of coefficients by times, 32 MiB."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Curve:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Curve(EqualByValue):
     """What is certain of the loss L(t) = 1/2 |F(t) - Y|^2 at given steps of gradient descent.
 
     ==============  =====  ========================================================================

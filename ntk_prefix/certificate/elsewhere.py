@@ -15,14 +15,15 @@ from ntk_prefix.certificate.curve import Forecast
 from ntk_prefix.certificate.rounding import OUTWARD, eigen_enclosure, gamma
 from ntk_prefix.certificate.tokens import LARGEST_EXPONENT, Claimed, Tokens
 from ntk_prefix.checks import expected
+from ntk_prefix.equality import EqualByValue
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.typing import Float
 
 __all__ = ["Elsewhere", "Predictions", "elsewhere"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Predictions:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Predictions(EqualByValue):
     """Outputs at other inputs, predicted before the first step.
 
     =============  ==========  ======================================================================

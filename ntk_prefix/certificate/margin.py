@@ -19,6 +19,7 @@ from ntk_prefix.certificate.reference import Step
 from ntk_prefix.certificate.rounding import OUTWARD, gamma
 from ntk_prefix.certificate.tokens import LARGEST_EXPONENT, Tokens
 from ntk_prefix.checks import UsageError, check_count, check_positive, expected
+from ntk_prefix.equality import EqualByValue
 from ntk_prefix.kernels.closed_form import prefix_ntk
 from ntk_prefix.kernels.limit import limit_ntk
 from ntk_prefix.typing import Array, Float
@@ -37,8 +38,8 @@ RIDGE = 1e-12
 """Added to the kernel's eigenvalues while a margin is looked for, relative to its mean one."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MarginCertificate:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class MarginCertificate(EqualByValue):
     """What is certain of gradient descent W <- W - eta grad R on R = mean_i log(1 + exp(-y_i F(x_i))), y_i = -1 or +1.
 
     With more than two classes R is the cross-entropy mean_i log sum_k exp(F_k(x_i) - F_y(x_i)).

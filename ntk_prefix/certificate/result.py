@@ -13,14 +13,15 @@ from ntk_prefix.certificate.elsewhere import Elsewhere, Predictions
 from ntk_prefix.certificate.reference import Step
 from ntk_prefix.certificate.rounding import OUTWARD
 from ntk_prefix.checks import UsageError, check_count, expected
+from ntk_prefix.equality import EqualByValue
 from ntk_prefix.random_prefix import ModelName
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Certificate"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Certificate:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Certificate(EqualByValue):
     """What is certain of gradient descent W <- W - eta grad L from one starting point, for ever.
 
     If ``holds``: at every step t the loss L = 1/2 |F - Y|^2 falls by at least the factor ``1 - rate`` and lies between

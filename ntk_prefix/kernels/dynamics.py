@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntk_prefix.checks import check_array, check_finite, check_floating, check_positive, expected
+from ntk_prefix.equality import EqualByValue
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.typing import Array, Float
 
@@ -32,8 +33,8 @@ Loss = Literal["mse-sum", "mse-mean"]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prediction:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Prediction(EqualByValue):
     """Outputs predicted at every requested time.
 
     ==========  ============  ===============================================

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from ntk_prefix.checks import UsageError, check_is_array, expected
+from ntk_prefix.equality import EqualByValue
 from ntk_prefix.models.attention import AttentionLayer, KeyValueCache
 from ntk_prefix.models.elementwise import ACTIVATIONS
 from ntk_prefix.models.formats import Checkpoint
@@ -54,8 +55,8 @@ Pooling = Literal["mean", "cls", "last", "cls+mean", "cls+distillation"]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Output:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Output(EqualByValue):
     """What a model returns; a pytree.
 
     Args:
