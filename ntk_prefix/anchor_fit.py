@@ -260,7 +260,8 @@ def fit_chosen(
         points[head, count:] = points[head, count - 1]  # of mass 0; at the origin it could hide what lies far below
         before[head], after[head] = fit.before[0], fit.after[0]
     if not all(np.isfinite(x).all() for x in (points, z, k)):
-        raise NonFiniteError("expected anchors of finite numbers, got others.")
+        wanted = "numbers whose anchors are finite"
+        raise NonFiniteError(f"query, prefix_key, prefix_value: expected {wanted}, got others. Scale them down.")
     return Fitted(*map(jnp.asarray, (points, z, k, before, after)))
 
 

@@ -334,7 +334,8 @@ def merge_attention(
     Raises:
         UsageError: no part, not as many log-sum-exps as outputs, or shapes that do not fit together.
 
-    Numerics: in float32 (float64 for float64), relative to the largest lse, which may be of any finite size.
+    Numerics: in float32 (float64 for float64), relative to the largest lse, which may be of any finite size. What is NaN or
+        +inf is not refused, for under ``jax.jit`` there are no values to look at: it makes its row NaN, and no other.
 
     Differentiation: in everything, plain autodiff; a part of weight 0 has gradient 0.
 

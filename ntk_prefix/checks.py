@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 __all__ = [
     "MissingPackageError",
@@ -34,12 +35,14 @@ __all__ = [
     "check_offset",
     "check_positive",
     "check_prefix",
+    "check_rngs",
     "check_scale",
     "check_seed",
     "check_unit_ball",
     "expected",
     "explain",
     "extra",
+    "real_numbers",
 ]
 
 
@@ -273,6 +276,32 @@ def check_flag(name: str, value: bool) -> None:
     """
     if not isinstance(value, bool | np.bool_):
         raise expected(name, "True or False", repr(value))
+
+
+def check_rngs(rngs: object) -> None:
+    """Refuse a seed or a key in the place of flax's random streams.
+
+    Raises:
+        UsageError: saying what came, and how streams are made of it.
+    """
+    if not callable(getattr(rngs, "params", None)):
+        made = f"nnx.Rngs({rngs})" if isinstance(rngs, int) else "nnx.Rngs(0)"
+        raise expected("rngs", "flax's nnx.Rngs", f"{type(rngs).__name__}", f"Use rngs={made}")
+
+
+def real_numbers(name: str, numbers: ArrayLike) -> np.ndarray:
+    """Return real numbers in float64, of an array or of lists; the imaginary part of complex ones would go.
+
+    Raises:
+        UsageError: naming the argument and what came.
+    """
+    try:
+        found = np.asarray(numbers)
+    except ValueError:
+        raise expected(name, "real numbers", "lists of several lengths", "Make rows of one length") from None
+    if found.dtype.kind not in "biuf" and not jnp.issubdtype(found.dtype, jnp.floating):
+        raise expected(name, "real numbers", found.dtype)
+    return found.astype(np.float64)
 
 
 def check_array(name: str, array: jax.Array, *shape: int | str) -> None:

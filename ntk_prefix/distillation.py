@@ -152,6 +152,8 @@ def distil_states(
     Raises:
         UsageError: a state of low rank, or a mass below 0, or a name that is none of those.
     """
+    if isinstance(fixed, str):
+        raise expected("fixed", "a tuple of names", repr(fixed), f"Use fixed=({fixed!r},)")
     for name in fixed:
         if name not in ("z", "k", "map"):
             raise expected("fixed", "some of z, k, map", name)

@@ -35,7 +35,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from ntk_prefix.checks import check_array, check_held, check_inputs, expected
+from ntk_prefix.checks import check_array, check_held, check_inputs, check_rngs, expected
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.random_prefix import FIXED, TIED, RandomPrefix, Variant
 from ntk_prefix.typing import Array, Float, Inputs, Signs, Weights
@@ -207,6 +207,7 @@ class _PrefixOnlyModel(nnx.Module):
         dtype: DTypeLike | None,
         rngs: nnx.Rngs,
     ) -> None:
+        check_rngs(rngs)
         prefix = RandomPrefix(
             key=rngs.params(),
             d=d,
@@ -392,6 +393,7 @@ class PrefixAttentionLayer(nnx.Module):
     """
 
     def __init__(self, d: int, m: int, sigma: float = 1.0, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs) -> None:
+        check_rngs(rngs)
         drawn = RandomPrefix(key=rngs.params(), d=d, m=m, sigma=sigma, symmetric=False, dtype=dtype)
         self.prefix = nnx.Param(drawn.materialise()[0])
 

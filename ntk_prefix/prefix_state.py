@@ -128,11 +128,13 @@ class PrefixState(EqualByValue):
         Raises:
             ValueError: there is no block, or one that is no pair, or of another shape than the first.
         """
+        if not isinstance(blocks, Iterable):
+            raise expected("blocks", "pairs (prefix_key, prefix_value), one after the other", type(blocks).__name__)
         phi = resolve_feature_map(feature_map)
         add = jax.jit(_add_block, static_argnums=1)
         sums = None
         for block in blocks:
-            key, value = map(jnp.asarray, _pair(block))
+            key, value = _pair(block)
             if sums is None:
                 _check_heads(_check_prefix(key, value), num_heads)
                 phi.check(*key.shape[1:])
@@ -392,12 +394,13 @@ def _root(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.25 if scale is None else math.sqrt(check_scale(scale, head_dim))
 
 
-def _pair(block: Any) -> tuple[Any, Any]:
+def _pair(block: Any) -> tuple[Array, Array]:
     """Return a block's keys and values."""
     try:
-        key, value = block
+        key, value = map(jnp.asarray, block)
     except (TypeError, ValueError):
-        raise expected("blocks", "pairs (prefix_key, prefix_value)", type(block).__name__) from None
+        wanted = "pairs (prefix_key, prefix_value), each [any length, K, H]"
+        raise expected("blocks", wanted, f"another {type(block).__name__}") from None
     return key, value
 
 

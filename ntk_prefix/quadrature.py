@@ -20,7 +20,7 @@ import scipy
 from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
-from ntk_prefix.checks import check_count, check_non_negative, expected
+from ntk_prefix.checks import check_count, check_non_negative, expected, real_numbers
 
 __all__ = ["caratheodory", "moment_rule_error", "representing_prefix"]
 
@@ -56,7 +56,7 @@ def caratheodory(features: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, n
 
     Source: Caratheodory 1907; by groups, Litterer and Lyons 2012 (recombination); the rotation is ours.
     """
-    table, masses = (_real(name, x) for name, x in (("features", features), ("weights", weights)))
+    table, masses = (real_numbers(name, x) for name, x in (("features", features), ("weights", weights)))
     if table.ndim != 2 or not table.shape[1]:
         raise expected("features", "[M, n] with n >= 1", f"shape {table.shape}", "One row for each token")
     if masses.shape != table.shape[:1]:
@@ -88,14 +88,6 @@ def caratheodory(features: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, n
         if len(kept) == groups and (factors > 0).all():
             return kept, np.ldexp(masses[kept], of_masses)
         kept = kept[masses[kept] > 0]
-
-
-def _real(name: str, numbers: ArrayLike) -> np.ndarray:
-    """Return real numbers in float64; the imaginary part of complex ones would go."""
-    found = np.asarray(numbers)
-    if found.dtype.kind not in "biuf":
-        raise expected(name, "real numbers", found.dtype)
-    return found.astype(np.float64)
 
 
 def _vertex(columns: np.ndarray) -> np.ndarray:
@@ -182,7 +174,7 @@ def representing_prefix(z: ArrayLike, k: ArrayLike) -> tuple[np.ndarray, np.ndar
 
     Source: derived, proof in theory/equivalence.md, section 4.
     """
-    z, k = _real("z", z), _real("k", k)
+    z, k = real_numbers("z", z), real_numbers("k", k)
     if k.ndim != 1 or z.ndim != 2 or z.shape[0] != len(k) or not len(k):
         raise expected("z, k", "[R, H] and [R]", f"shapes {z.shape} and {k.shape}", "One head at a time")
     if not (np.isfinite(k) & (k > 0)).all() or not np.isfinite(z).all():

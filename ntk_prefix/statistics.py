@@ -25,7 +25,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from ntk_prefix.checks import check_count, check_fraction, check_positive, expected
+from ntk_prefix.checks import check_count, check_fraction, check_positive, expected, real_numbers
 
 __all__ = ["expected_error_bound", "success_probability_bound"]
 
@@ -61,7 +61,7 @@ def expected_error_bound(losses: ArrayLike, delta: float, upper: float) -> float
 
     Numerics: float64, bisected to the last digit and rounded up; ``O(n)`` time and bounded memory.
     """
-    x = np.asarray(losses, np.float64)
+    x = real_numbers("losses", losses)
     if x.ndim != 1 or not len(x):
         raise expected(
             "losses",

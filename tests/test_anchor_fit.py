@@ -299,6 +299,9 @@ def test_what_is_not_finite_is_refused() -> None:
     rows = rows_of(query, prefix_key.at[0, 0, 0].set(jnp.nan), *others, is_causal=True)
     with pytest.raises(NonFiniteError, match="numbers whose squares are finite, got others"):
         choose(rows, scaled(prefix_key), 6)
+    tokens, anchors = np.tile(np.arange(6), (KEY_HEADS, 1)), np.full(KEY_HEADS, 6)
+    with pytest.raises(NonFiniteError, match="numbers whose anchors are finite, got others"):
+        fit_chosen(rows, scaled(prefix_key).at[0, 0, 0].set(jnp.nan), of_heads(others[0]), tokens, anchors, steps=1)
 
 
 def test_fewer_queries_than_anchors_are_refused() -> None:

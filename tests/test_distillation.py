@@ -108,11 +108,14 @@ def test_a_gradient_that_is_not_finite_is_found_out_by_the_last_step_too(found: 
         distil(model, prefix, jnp.float32(0), attached, texts, steps=1)
 
 
+@pytest.mark.usefixtures("without_annotations")
 def test_bad_input(found: Any) -> None:
     model, prefix, texts, states = found
     path = next(iter(states))
     with pytest.raises(UsageError, match="fixed: expected some of z, k, map, got keys"):
         distil_states(model, prefix, states, texts, steps=1, fixed=("keys",))
+    with pytest.raises(UsageError, match=r"fixed: expected a tuple of names, got 'z'. Use fixed=\('z',\)"):
+        distil_states(model, prefix, states, texts, steps=1, fixed="z")
     low = states[path]
     low = PrefixState(LowRank(low.z[..., :1], low.z[:, :1]), low.k, low.feature_map, low.scale)
     with pytest.raises(UsageError, match="full ones, got one of low rank"):

@@ -156,6 +156,13 @@ class TestMergeAttention:
         assert all(np.isfinite(x).all() for x in grads)
         assert np.all(grads[0][:, :, 0] == 0)
 
+    @pytest.mark.parametrize("lse", [math.nan, math.inf])
+    def test_what_is_no_log_sum_exp_makes_its_row_nan_and_no_other(self, lse):
+        lses = jnp.zeros((2, 1, 3, 1)).at[0, 0, 1, 0].set(lse)
+        for found in merge_attention(jnp.ones((2, 1, 3, 1, 2)), lses):
+            np.testing.assert_array_equal(np.isnan(found).reshape(3, -1).all(axis=1), [False, True, False])
+            assert np.isnan(found).sum() == found.size / 3
+
     def test_keeps_the_dtype_of_the_outputs(self):
         a = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays())
         output, lse = jax.eval_shape(lambda a: merge_attention(*self.parts(a, (4,))), a)

@@ -420,6 +420,8 @@ class TestWrongUseIsTold:
         }.items():
             with pytest.raises(ValueError, match=message):
                 kind(**options, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"rngs: expected flax's nnx.Rngs, got int. Use rngs=nnx.Rngs\(3\)"):
+            kind(D, M, rngs=3)
         with pytest.raises(ValueError, match="sigma: expected a finite number > 0, got nan"):
             kind(D, M, sigma=math.nan, rngs=nnx.Rngs(0))
 

@@ -388,9 +388,14 @@ class TestArguments:
                     ({"feature_map": "anchors", "features": 3, "local_window_size": -1}, "local_window_size: expected"),
                 ]
             ),
-            (
-                lambda f: PrefixState.from_blocks([f(5, 1, 4)]),
-                r"blocks: expected pairs \(prefix_key, prefix_value\)",
+            *(
+                (lambda f, blocks=blocks: PrefixState.from_blocks(blocks(f)), rf"blocks: expected pairs .*, got {came}")
+                for blocks, came in [
+                    (lambda f: [f(5, 1, 4)], "another ArrayImpl"),
+                    (lambda f: None, "NoneType"),
+                    (lambda f: [None], "another NoneType"),
+                    (lambda f: [([[[1.0]], [[1.0, 2.0]]], f(2, 1, 1))], "another tuple"),
+                ]
             ),
             (
                 lambda f: PrefixState.from_prefix(f(5, 2, 4), f(5, 2, 4)).error(

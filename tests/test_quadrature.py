@@ -83,6 +83,8 @@ class TestCaratheodory:
             (np.ones((3, 2)), np.ones(2), r"weights: expected \[3\]"),
             (np.full((3, 2), np.inf), np.ones(3), "in log space"),
             (np.ones((3, 2)), -np.ones(3), "finite numbers >= 0, got -1"),
+            ([[1.0], [1.0, 2.0]], np.ones(2), "features: expected real numbers, got lists of several lengths"),
+            (np.ones((2, 1)), [1.0, [2.0]], "weights: expected real numbers, got lists of several lengths"),
         ],
     )
     def test_what_is_no_measure_is_refused(self, features, weights, told):

@@ -15,7 +15,7 @@ import msgspec
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import check_count, expected
+from ntk_prefix.checks import check_count, check_rngs, expected
 from ntk_prefix.models.attention import AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -144,6 +144,7 @@ class Bert(Backbone):
 
     def __init__(self, config: BertConfig, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype)
+        check_rngs(rngs)
         norm = layer_norm(config.hidden_size, config.layer_norm_eps, self.dtype, rngs)
         self.embeddings = BertEmbeddings(config, norm, dtype=self.dtype, rngs=rngs)
         self.layers = nnx.List(

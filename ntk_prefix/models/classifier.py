@@ -13,7 +13,7 @@ from typing import Any, cast
 import jax.numpy as jnp
 from flax import nnx
 
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import check_rngs, expected
 from ntk_prefix.models.backbone import Backbone, BackboneConfig, Output, Pooling
 from ntk_prefix.models.elementwise import ACTIVATIONS
 from ntk_prefix.models.run import Runnable, RunOptions
@@ -90,6 +90,7 @@ class Classifier(Runnable, nnx.Module):
             raise expected("pooling", f"one of {backbone.poolings}", repr(pooling))
         if num_labels < 1:
             raise expected("num_labels", "at least 1", num_labels)
+        check_rngs(rngs)
         self.backbone = backbone
         self.pooling = pooling
         self.transform = transform

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix import sharding
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import UsageError, check_rngs, expected
 from ntk_prefix.models.attention import AttentionKind, AttentionLayer, KeyValueCache
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -260,6 +260,7 @@ class Llama(Backbone):
 
     def __init__(self, config: LlamaConfig, *, causal_lm: bool = True, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype)
+        check_rngs(rngs)
         make = functools.partial(
             rms_norm, epsilon=config.rms_norm_eps, dtype=self.dtype, rngs=rngs, offset=config.norm_offset
         )

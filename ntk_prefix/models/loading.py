@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import UsageError, check_rngs, expected
 from ntk_prefix.models.backbone import Backbone, BackboneConfig, Pooling
 from ntk_prefix.models.bert import Bert, BertConfig
 from ntk_prefix.models.classifier import Classifier, pooled_states
@@ -116,6 +116,8 @@ def from_pretrained(
         is used, tied or not. Numbers are rounded once, from the file's dtype to ``param_dtype``, to nearest.
     """
     into = Target(parameter_dtype(param_dtype), _auto(mesh), progress or (lambda done, total: None))
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    check_rngs(rngs)  # before the weights are read
     checkpoint = read_checkpoint(path)
     config, model_class, checkpoint = _config(checkpoint)
     classify = task is not None and task.endswith("-classification")
@@ -150,7 +152,7 @@ def from_pretrained(
             f"{path} brings no head of its family on {pooling or own_pooling!r} pooled hidden states; a new one will be made",
         )
     _fill(model, checkpoint, f"{path}", into)
-    classifier = Classifier(model, num_labels, pooling=pooling, transform=transform, rngs=rngs or nnx.Rngs(0))
+    classifier = Classifier(model, num_labels, pooling=pooling, transform=transform, rngs=rngs)
     for slot in [slot for _, slot in parameters("head", classifier.head)] + _transform_slots(model, transform):
         tensor = None if head is None else head.get(slot.path)
         if tensor is not None:

@@ -93,11 +93,11 @@ class Ranker(Classifier):
         cosine: bool = False,
         rngs: nnx.Rngs | None = None,
     ):
-        size = backbone.config.hidden_size
-        super().__init__(backbone, size, pooling=pooling, rngs=rngs or nnx.Rngs(0))
+        size, rngs = backbone.config.hidden_size, nnx.Rngs(0) if rngs is None else rngs
+        super().__init__(backbone, size, pooling=pooling, rngs=rngs)
         if self.head.kernel.shape != (size, size):
             raise expected("pooling", "one that makes a single state", repr(pooling))
-        self.head = Projection(size, size, use_bias=False, rngs=rngs or nnx.Rngs(0))
+        self.head = Projection(size, size, use_bias=False, rngs=rngs)
         self.head.kernel[...] = jnp.eye(size, dtype=jnp.float32)
         if len(lengths) != 2:
             raise expected("lengths", "that of a prefix and that of a suffix", lengths)

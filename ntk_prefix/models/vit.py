@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix.artifacts import checked
-from ntk_prefix.checks import check_is_array, expected
+from ntk_prefix.checks import check_is_array, check_rngs, expected
 from ntk_prefix.models.attention import AttentionKind, AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -304,6 +304,7 @@ class Vit(Backbone):
 
     def __init__(self, config: VitConfig, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype)
+        check_rngs(rngs)
         self.head_pooling = "cls+distillation" if config.distilled_head else "cls+mean" if self._dinov2 else None
         norm = layer_norm(config.hidden_size, config.layer_norm_eps, self.dtype, rngs)
         self.embeddings = VitEmbeddings(config, dtype=self.dtype, rngs=rngs)

@@ -42,8 +42,8 @@ __all__ = [
 ]
 
 
-LARGEST_NUMBER = 1e30
-"""In a configuration."""
+LARGEST_NUMBER = 1e15
+"""In a configuration: squares of it, and products with weights, are numbers that float32 holds."""
 
 LARGEST = 2**16
 """Of ranks and counts, in a configuration and in a file: more is no adapter, and nothing is made of it to find that out."""
@@ -95,8 +95,7 @@ class AdapterConfig:
                     msgspec.convert(value, kinds[field.name])
             except (msgspec.ValidationError, TypeError):
                 raise expected(field.name, field.type, repr(value)) from None
-            # larger ones overflow float32 once they are squared or multiplied into weights
-            if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:
+            if isinstance(value, int | float) and not abs(value) <= LARGEST_NUMBER:
                 raise expected(field.name, f"a number within +-{LARGEST_NUMBER:g}", value)
             if isinstance(value, int) and abs(value) > LARGEST:
                 raise expected(field.name, f"a number of at most {LARGEST}", value)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from ntk_prefix.checks import UsageError, expected
+from ntk_prefix.checks import UsageError, check_rngs, expected
 from ntk_prefix.peft.base import (
     AdapterConfig,
     AdapterParam,
@@ -79,6 +79,7 @@ def apply(
     """
     chosen = [config] if isinstance(config, AdapterConfig) else list(config)
     rngs = nnx.Rngs(0) if rngs is None else rngs
+    check_rngs(rngs)
     _check(model, chosen, name)
     measured = _measure(model, chosen, calibration) if calibration is not None else {}
     head = HeadConfig()

@@ -1,5 +1,6 @@
 """What the methods compute and start from, against formulas in numpy."""
 
+import dataclasses
 import weakref
 
 import jax
@@ -9,9 +10,10 @@ import pytest
 from flax import nnx
 
 import ntk_prefix as npx
-from ntk_prefix import peft
+from ntk_prefix import models, peft
 from ntk_prefix.checks import UsageError
 from ntk_prefix.models.attention import AttentionLayer
+from ntk_prefix.peft.base import LARGEST_NUMBER
 from ntk_prefix.peft.methods.ntk_attention import RIDGE
 from tests.peft.cases import inputs, put, trained
 from tests.peft.tiny import FEATURES, HEAD_DIM, HEADS, KEY_HEADS, TOKENS, Tiny, tiny
@@ -247,6 +249,10 @@ def test_a_prefix_of_text_is_what_the_state_starts_as():
         ("ntk_attention", "feature_map_options", 2),
         ("prefix_tuning", "num_tokens", 4.0),
         ("prefix_tuning", "init_scale", np.inf),
+        ("prefix_tuning", "init_scale", 1e30),
+        ("prefix_tuning", "init_scale", 10**30),
+        ("prefix_propagation", "init_scale", -0.1),
+        ("prefix_propagation", "lengthscale", 1e15),
         ("prefix_propagation", "alpha", None),
     ],
 )
@@ -269,3 +275,29 @@ def test_what_ends_an_application_half_way_leaves_the_model_as_it_was():
         peft.apply(model, Broken())
     assert jax.tree.structure(nnx.state(model)) == before
     assert peft.trainable_parameters(peft.apply(model, peft.LoraConfig()))[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (peft.PrefixTuningConfig(num_tokens=3), "init_scale"),
+        (peft.PrefixPropagationConfig(num_prefix_tokens=2), "init_scale"),
+        (peft.PrefixPropagationConfig(num_prefix_tokens=2, kernel="exp"), "alpha"),
+        (peft.PrefixPropagationConfig(num_prefix_tokens=2, kernel="rbf"), "alpha"),
+    ],
+)
+def test_the_largest_numbers_of_a_configuration_make_no_nan(config, field):
+    model = peft.apply(tiny(), dataclasses.replace(config, **{field: LARGEST_NUMBER}))
+    assert np.isfinite(model(*inputs())).all()
+
+
+@pytest.mark.usefixtures("without_annotations")
+def test_a_seed_in_the_place_of_random_streams_is_refused_before_anything_is_changed():
+    model = tiny()
+    for call in (
+        lambda: peft.apply(model, peft.LoraConfig(r=2), rngs=5),
+        lambda: models.Classifier(model, 2, rngs=5),
+    ):
+        with pytest.raises(UsageError, match=r"rngs: expected flax's nnx.Rngs, got int. Use rngs=nnx.Rngs\(5\)"):
+            call()
+    assert not peft.configs(model)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix.artifacts import checked
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import check_rngs, expected
 from ntk_prefix.models.attention import AttentionKind, AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -183,6 +183,7 @@ class ModernBert(Backbone):
 
     def __init__(self, config: ModernBertConfig, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype)
+        check_rngs(rngs)
         self.head_pooling = config.classifier_pooling
         norm = layer_norm(config.hidden_size, config.norm_eps, self.dtype, rngs, use_bias=config.norm_bias)
         self.embeddings = ModernBertEmbeddings(config, norm, dtype=self.dtype, rngs=rngs)

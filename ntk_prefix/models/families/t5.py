@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ntk_prefix.artifacts import checked
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import check_rngs, expected
 from ntk_prefix.models.attention import AttentionKind, AttentionLayer
 from ntk_prefix.models.backbone import (
     Backbone,
@@ -119,6 +119,7 @@ class T5Encoder(Backbone):
 
     def __init__(self, config: T5Config, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype)
+        check_rngs(rngs)
         norm = rms_norm(config.hidden_size, config.layer_norm_epsilon, self.dtype, rngs)
         # no dtype: nnx.Embed would convert its whole table in every step
         self.embeddings = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ntk_prefix.attention import softmax_attention
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import check_non_negative, expected
 from ntk_prefix.models.attention import AttentionCore, AttentionLayer, AttentionOptions
 from ntk_prefix.models.backbone import LeadingRows
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host
@@ -81,8 +81,9 @@ class PrefixPropagationConfig(AdapterConfig):
             raise expected("pool", '"prefix", "cls" or "model"', repr(self.pool))
         if self.kernel not in (None, "exp", "rbf", "poly"):
             raise expected("kernel", 'None, "exp", "rbf" or "poly"', repr(self.kernel))
-        if self.lengthscale is not None and self.lengthscale <= 0:
-            raise expected("lengthscale", "a positive number", self.lengthscale)
+        check_non_negative("init_scale", self.init_scale)
+        if self.lengthscale is not None and not 1e-14 <= self.lengthscale <= 1e14:
+            raise expected("lengthscale", "a number from 1e-14 to 1e14", self.lengthscale)
         if self.combine and self.kernel is not None:
             raise expected("combine", "kernel=None", "both: each has its own attention")
         if self.combine and self.num_prefix_tokens % 2:

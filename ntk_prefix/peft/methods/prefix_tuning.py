@@ -14,7 +14,7 @@ from flax import nnx
 from msgspec import Meta
 
 from ntk_prefix.attention import prefix_attention, softmax_attention
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import check_non_negative, expected
 from ntk_prefix.models.attention import AttentionCore, AttentionOptions
 from ntk_prefix.peft.base import LARGEST, Adapter, AdapterConfig, AdapterParam, Host, gather_rows, targets
 from ntk_prefix.peft.names import Fields, Names
@@ -71,6 +71,7 @@ class PrefixTuningConfig(AdapterConfig):
         super().__post_init__()
         if self.num_tokens < 1:
             raise expected("num_tokens", "at least 1", self.num_tokens)
+        check_non_negative("init_scale", self.init_scale)
 
     @property
     def position_shift(self) -> int:
