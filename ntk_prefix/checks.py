@@ -7,9 +7,10 @@ a mistake of ours and keeps its traceback.  :func:`explain` is the one place tha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ __all__ = [
     "MissingPackageError",
     "NonFiniteError",
     "UsageError",
+    "check_arguments",
     "check_array",
     "check_attention",
     "check_count",
@@ -106,6 +108,19 @@ def _explained(error: BaseException) -> str | None:
     ):
         return f"expected this to fit into memory, got: {str(error).splitlines()[0] if str(error) else 'no room'}"
     return None
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse empty arguments of a program, which as a path are the current folder: a shell makes them of unset variables.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    for before, given in itertools.pairwise(["", *arguments]):
+        flag, equals, value = given.partition("=")
+        if not given or (flag.startswith("--") and equals and not value):
+            name = flag or (before if before.startswith("-") else f"the argument behind {before or 'the program'}")
+            raise expected(name, "a value", "an empty one", "Look whether a variable of the shell is set")
 
 
 def check_is_array(name: str, array: object) -> None:

@@ -17,9 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from rich.console import Console
 
+import theory.command
+import train.command
 from ntk_prefix import artifacts
-from ntk_prefix.checks import NonFiniteError, UsageError, expected, explain
+from ntk_prefix.checks import NonFiniteError, UsageError, check_arguments, expected, explain
 from tests.small_disk import largest_file
 
 
@@ -161,6 +164,28 @@ def test_peak_memory_is_this_process_own() -> None:
     ballast = bytearray(os.urandom(1)) * 2**30  # a large parent
     child = int(subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=artifacts.CHECKOUT).stdout)
     assert child < len(ballast) < artifacts.peak_resident_memory()
+
+
+def test_an_empty_argument_is_refused_by_its_flag() -> None:
+    """As a path it is the current folder, which would be written to."""
+    check_arguments(["certificate", "--out", "runs", "--adapter", "target=", "rank=3", "-"])
+    for arguments, said in (
+        (["certificate", "--out", ""], "^--out: expected a value, got an empty one"),
+        (["--out="], "^--out: expected a value"),
+        ([""], "^the argument behind the program: expected a value"),
+        (["a", ""], "^the argument behind a: expected a value"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            check_arguments(arguments)
+
+
+@pytest.mark.parametrize("ended", [theory.command.ended, train.command.ended])
+def test_every_program_refuses_an_empty_argument_before_it_begins(
+    ended: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "--out", ""])
+    assert ended(lambda: pytest.fail("it began"), Console(width=200)) == 2
+    assert capsys.readouterr().out.startswith("--out: expected a value, got an empty one.")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ntk_prefix.checks import explain
+from ntk_prefix.checks import check_arguments, explain
 
 USAGE, STOPPED = 2, 130
 """Exit statuses: of what a user can mend, and of Ctrl-C."""
@@ -27,6 +28,7 @@ def ended(run: Callable[[], int], console: Console) -> int:
         Exception: any other, with its traceback.
     """
     try:
+        check_arguments(sys.argv[1:])
         return run()
     except KeyboardInterrupt:
         console.print("stopped; what is finished is kept, and the same command goes on", style="yellow")

@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import sys
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import msgspec
 import rich.progress
 from rich.console import Console
 
-from ntk_prefix.checks import NonFiniteError, expected, explain
+from ntk_prefix.checks import NonFiniteError, check_arguments, expected, explain
 
 __all__ = [
     "DIVERGED",
@@ -121,6 +122,7 @@ def ended(run: Callable[[], int], console: Console) -> int:
         Exception: any other, with its traceback.
     """
     try:
+        check_arguments(sys.argv[1:])
         return run()
     except KeyboardInterrupt:
         console.print("stopped", style="yellow")

@@ -95,7 +95,7 @@ class Options(Checked):
         for name, least in (("prompts", 2), ("context", 8), ("tokens", 4), ("samples", 1), ("beams", 1), ("step", 1)):
             at_least(name, getattr(self, name), least)
         at_least("seed", self.seed, 0)
-        models.Sampling(top_p=self.top_p, typical=self.typical).check()
+        models.Sampling(top_p=self.top_p, typical=self.typical).check(flags=True)
         if self.out.is_file():
             raise expected("--out", "a folder", f"{self.out}, which is a file")
         if self.judge == self.ranker and (
@@ -118,7 +118,7 @@ def compare_decoding(options: Options, console: Console) -> list[dict[str, Any]]
         validation_size=64 if options.data_dir is None else None,
         test_size=options.prompts,
     )
-    test = tasks.load("ranking", data).test
+    test = tasks.load("ranking", data, test_rows="--prompts").test
     prefixes, truths = list(test["prefix"]), [texts[0] for texts in test["texts"]]
     said = dataclasses.asdict(options) | {"adapter": adapter_digest(options.adapter), "out": None}
     said |= {"judge_adapter": adapter_digest(options.judge_adapter), "texts": [*prefixes, *truths]}

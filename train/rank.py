@@ -145,7 +145,7 @@ class Rerank(_Ranking):
         at_least("seed", self.seed, 0)
         if "" in self.stop:
             raise expected("--stop", "texts", "an empty one")
-        models.Sampling(temperature=self.temperature, top_p=self.top_p).check()
+        models.Sampling(temperature=self.temperature, top_p=self.top_p).check(flags=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,7 @@ def load(
     image_mean: tuple[float, float, float] = IMAGENET_MEAN,
     image_std: tuple[float, float, float] = IMAGENET_STD,
     seed: int = 0,
+    test_rows: str = "",
 ) -> Task:
     """Return a task and its three splits.
 
@@ -110,6 +111,7 @@ def load(
         tokenizer: the model's: a ``Tokenizer``, a tokenizer.json, or a folder with one. None leaves text as it is.
         image_mean, image_std: what the backbone wants; ImageNet's mean and deviation by default.
         seed: of the train rows.
+        test_rows: who asks for so many of the test split, for errors: a flag of another name.
 
     Raises:
         ValueError: an unknown task; a size larger than what there is; a missing column; an unknown or missing label; an
@@ -152,7 +154,7 @@ def load(
         if not _rows_of(test):
             raise UsageError(f"{name}, test_beyond: expected fewer than all {settings.test_beyond} test rows.")
     if settings.test_size is not None:
-        test = _split(f"{name}, test_size", test, settings.test_size, SPLIT_SEED)[1]
+        test = _split(test_rows or f"{name}, test_size", test, settings.test_size, SPLIT_SEED)[1]
 
     end_id = ending_token(encoder) if encoder is not None and spec.kind == "causal-lm" else None
     image = None if text else ImageFormat(size=settings.image_size, mean=image_mean, std=image_std)

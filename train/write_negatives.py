@@ -64,7 +64,7 @@ class Command:
         """Refuse what cannot be meant, before anything is loaded."""
         for name, least in (("samples", 0), ("test_samples", 0), ("rows", 1)):
             at_least(name, getattr(self, name), least)
-        models.Sampling(top_p=self.top_p).check()
+        models.Sampling(top_p=self.top_p).check(flags=True)
         if spec_of(self.config.task).kind != "ranking":
             raise expected("task", "a ranking", self.config.task)
         if self.out.is_dir():

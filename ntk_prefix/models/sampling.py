@@ -55,8 +55,12 @@ class Sampling:
     eta: float | Array | None = None
     repetition_penalty: float | Array | None = None
 
-    def check(self) -> None:
-        """Refuse numbers that cannot be meant; arrays are not looked at."""
+    def check(self, *, flags: bool = False) -> None:
+        """Refuse numbers that cannot be meant; arrays are not looked at.
+
+        Args:
+            flags: name them as on a command line, ``--top-p``.
+        """
         for name, what, fine in (
             ("temperature", "a finite number > 0", lambda x: 0 < x < float("inf")),
             ("top_k", "a whole number from 1 to 2147483647", lambda x: 1 <= x < 2**31),
@@ -70,9 +74,8 @@ class Sampling:
                 continue
             kinds = (int, np.integer) if name == "top_k" else (int, np.integer, float, np.floating)
             if isinstance(value, bool) or not isinstance(value, kinds) or not fine(value):
-                raise expected(
-                    name, what, repr(value), "Without a sampling, generate is greedy" if name == "temperature" else ""
-                )
+                greedy = "Without a sampling, generate is greedy" if name == "temperature" and not flags else ""
+                raise expected(f"--{name.replace('_', '-')}" if flags else name, what, repr(value), greedy)
 
     def log_probabilities(
         self, logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"] | None = None

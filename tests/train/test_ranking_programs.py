@@ -114,6 +114,11 @@ def test_a_decoder_writes_negatives_behind_all_of_a_beginning(
         write(command, QUIET)
 
 
+def test_a_nucleus_that_is_none_is_refused_by_its_flag(config: TrainConfig) -> None:
+    with pytest.raises(UsageError, match=r"^--top-p: expected a number in \(0, 1\], got 2"):
+        Command(config, top_p=2)
+
+
 def test_an_encoder_is_no_writer(config: TrainConfig, tmp_path: Path) -> None:
     """It is said in words about the flag, before its weights are read."""
     wrong = rf"--writer: expected a decoder, such as smollm2, got {config.model}, of model_type 'bert'"
@@ -269,6 +274,8 @@ class TestDecoding:
         assert (len(calls), file.read_text()) == (1, whole)
         with pytest.raises(UsageError, match="--judge-adapter: expected another ranker than the one it judges"):
             compare_decoding.Options(**some, adapter=adapters[0], judge_adapter=adapters[0])
+        with pytest.raises(UsageError, match=r"^--prompts: expected a size of 1 to \d+ rows"):
+            compare_decoding.compare_decoding(dataclasses.replace(options, prompts=10**6), QUIET)
 
     def test_is_of_what_each_way_draws(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Said:
