@@ -116,7 +116,7 @@ def test_a_decoder_writes_negatives_behind_all_of_a_beginning(
 
 def test_a_nucleus_that_is_none_is_refused_by_its_flag(config: TrainConfig) -> None:
     with pytest.raises(UsageError, match=r"^--top-p: expected a number in \(0, 1\], got 2"):
-        Command(config, top_p=2)
+        Command(config, top_p=2).check()
 
 
 def test_an_encoder_is_no_writer(config: TrainConfig, tmp_path: Path) -> None:
