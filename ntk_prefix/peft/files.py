@@ -77,9 +77,17 @@ CORE = re.compile(r"(\.attention_fn)?\.core$")
 
 DTYPES = {"F64", "F32", "F16", "BF16"}
 
+FILE_DTYPES = ("float32", "float16", "bfloat16")
+"""What weights may be rounded to in a file."""
+
 
 def save_pretrained(
-    model: Any, directory: str | Path, name: str | None = None, *, base_model_name_or_path: str | None = None
+    model: Any,
+    directory: str | Path,
+    name: str | None = None,
+    *,
+    base_model_name_or_path: str | None = None,
+    dtype: Any = None,
 ) -> None:
     """Write an adapter to a directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -99,12 +107,19 @@ def save_pretrained(
             one, also if this is killed.
         name: of the adapter; the active one if None.
         base_model_name_or_path: recorded for the reader; what the model says of itself if None.
+        dtype: of the numbers in the file, float16 or bfloat16 for one of half the size; each weight's own if None.
 
     Raises:
         ValueError: no such adapter, or none is active; a weight that is not finite, or below zero where
-            :func:`load_adapter` would refuse it, by its name; a configuration that no file can hold, such as a feature map
-            of one's own.
+            :func:`load_adapter` would refuse it, or beyond what ``dtype`` holds, by its name; a configuration that no file
+            can hold, such as a feature map of one's own; a dtype that is not a float of at most 32 bits.
     """
+    try:
+        rounded_to = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        rounded_to = repr(dtype)
+    if rounded_to not in (None, *FILE_DTYPES):
+        raise expected("dtype", f"one of {', '.join(FILE_DTYPES)}, or None", rounded_to)
     known = configs(model)
     if name is None:
         name = active_adapter(model)
@@ -140,7 +155,20 @@ def save_pretrained(
         fields["modules_to_save"] = list(dict.fromkeys(parent if m.startswith(f"{parent}.") else m for m in saved))
         frozen = {key: value for key, value in own_weights(model, names).items() if key.startswith(names.heads)}
         stored = {names.key(key): value for key, value in frozen.items()} | stored
-    _write(Path(directory), fields, {key: np.ascontiguousarray(value) for key, value in stored.items()})
+    rounded = {key: np.ascontiguousarray(_rounded(key, value, rounded_to)) for key, value in stored.items()}
+    _write(Path(directory), fields, rounded)
+
+
+def _rounded(key: str, value: Array, dtype: str | None) -> np.ndarray:
+    """Return an array in another dtype, finite there too."""
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(value) if dtype is None else np.asarray(value).astype(jnp.dtype(dtype))
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        largest = np.abs(np.asarray(value, np.float32)).max()
+        raise expected(
+            key, f"numbers that {jnp.dtype(dtype).name} holds", largest, "bfloat16 and float32 hold larger ones"
+        )
+    return rounded
 
 
 def load_adapter(model: Any, directory: str | Path, name: str = "default", *, load_head: bool = True) -> Any:
