@@ -24,6 +24,7 @@ from ntk_prefix.models.backbone import Backbone, check_tokens
 from ntk_prefix.models.generation import generate
 from ntk_prefix.models.llama import Llama
 from ntk_prefix.models.run import jit_reading
+from ntk_prefix.models.sampling import Sampling
 from ntk_prefix.models.scan import check_alike
 from ntk_prefix.peft.record import LayerRecord, record, replaced_cores
 from ntk_prefix.peft.sites import attention_sites
@@ -61,6 +62,8 @@ ASKED_WHAT_MATTERS = 1024
 """Tokens of the queries, whole texts, that :func:`sensitivity` is measured on: a mean for each head, with gradients."""
 PROMPT_AT_ONCE = 512
 """Tokens of a prompt that a decoder reads together."""
+OWN_TEXTS = Sampling(top_p=0.95)
+"""How a decoder draws the texts that it writes itself."""
 
 
 class Prefix(NamedTuple):
@@ -190,9 +193,15 @@ def _in_a_loop(model: Any) -> Iterator[None]:
 
 
 def continuations(
-    model: Llama, prefix: Mapping[str, Prefix], prompt: Int[np.ndarray, " M"], count: int, tokens: int
+    model: Llama,
+    prefix: Mapping[str, Prefix],
+    prompt: Int[np.ndarray, " M"],
+    count: int,
+    tokens: int,
+    *,
+    seed: int = 0,
 ) -> dict[str, Int[np.ndarray, "count tokens"]]:
-    """Return texts that a decoder writes behind a prompt, greedily, each from another first token, the likeliest ones.
+    """Return texts that a decoder writes behind a prompt, each token drawn from what is likely (:data:`OWN_TEXTS`).
 
     Args:
         model: a decoder.
@@ -200,22 +209,24 @@ def continuations(
         prompt: its ids.
         count: how many.
         tokens: of each.
+        seed: of the draws.
 
     Raises:
-        UsageError: fewer words in the vocabulary than texts, or no tokens.
+        UsageError: no texts, or fewer than two tokens.
     """
     check_count("count", count)
     check_count("tokens", tokens, 2)
-    if count > model.config.vocab_size:
-        raise expected("count", f"at most the {model.config.vocab_size} tokens there are", count)
     # what follows the prompt is what its last token says, at its place behind the others
     others = {path: Prefix(each.key[:-1], each.value[:-1]) for path, each in prefix.items()}
     with attending(model, others):
         logits = _last_said(model, jnp.asarray(prompt[-1:])[None])
     del others  # a copy, as large as the prompt's keys and values
-    first = jax.lax.top_k(logits, count)[1].astype(jnp.int32)[:, None]
+    begin, rest = jax.random.split(jax.random.key(seed))
+    first = jax.random.categorical(begin, OWN_TEXTS.log_probabilities(logits), shape=(count,)).astype(jnp.int32)[
+        :, None
+    ]
     with attending(model, prefix):
-        follow = generate(model, first, max_new_tokens=tokens - 1)
+        follow = generate(model, first, max_new_tokens=tokens - 1, sampling=OWN_TEXTS, key=rest)
     ids = np.concatenate([np.asarray(first), np.asarray(follow)], axis=1).astype(np.int32)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 

@@ -1,13 +1,13 @@
 """A model behind a prompt: what is read of it, in order, and in which numbers it is fitted to."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 
-from ntk_prefix import peft
-from ntk_prefix.models import Llama, LlamaConfig
+from ntk_prefix import peft, prefixed_model
+from ntk_prefix.models import Llama, LlamaConfig, Sampling
 from ntk_prefix.prefixed_model import Queries, continuations, divergence, read_prompt
 
 WINDOW, PROMPT = 4, jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6, 5, 3], jnp.int32)
@@ -28,10 +28,35 @@ def test_what_a_window_keeps_of_a_prompt_are_its_last_tokens_in_their_order(wind
     assert np.abs(prefix.value - layer.value[0, -WINDOW - 1 : -1]).max() > 0.01
 
 
-def test_continuations_begin_as_the_model_goes_on_behind_the_prompt_also_with_a_window(windowed: Llama) -> None:
-    found = continuations(windowed, read_prompt(windowed, PROMPT), np.asarray(PROMPT), 5, 2)
-    likeliest = jax.lax.top_k(windowed(PROMPT[None]).logits[0, -1], 5)[1]
-    np.testing.assert_array_equal(found["input_ids"][:, 0], likeliest)
+def test_continuations_are_drawn_from_what_the_model_says_behind_the_prompt_also_with_a_window(
+    windowed: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First and second tokens come as often as the model with the whole text would draw them."""
+    sharp = Sampling(temperature=0.1)
+    monkeypatch.setattr(prefixed_model, "OWN_TEXTS", sharp)
+    first, second = continuations(windowed, read_prompt(windowed, PROMPT), np.asarray(PROMPT), 2000, 2)["input_ids"].T
+    most = np.bincount(first).argmax()
+    for drawn, text in ((first, PROMPT), (second[first == most], jnp.append(PROMPT, most))):
+        probability = np.exp(np.asarray(sharp.log_probabilities(windowed(text[None]).logits[0, -1]), np.float64))
+        expected = len(drawn) * probability / probability.sum()
+        often = expected > 5  # Pearson's test wants so many; the others are one class
+        observed = np.bincount(drawn, minlength=len(probability))
+        classes = [np.append(x[often], x[~often].sum()) for x in (observed, expected)]
+        assert scipy.stats.chisquare(*classes).pvalue > 1e-3
+
+
+def test_continuations_have_no_token_that_is_not_likely(windowed: Llama) -> None:
+    first = continuations(windowed, read_prompt(windowed, PROMPT), np.asarray(PROMPT), 2000, 2)["input_ids"][:, 0]
+    said = Sampling(top_p=0.951).log_probabilities(windowed(PROMPT[None]).logits[0, -1])
+    assert np.isneginf(said).any()
+    assert np.isfinite(said[first]).all()
+
+
+def test_continuations_follow_their_seed(windowed: Llama) -> None:
+    prefix, prompt = read_prompt(windowed, PROMPT), np.asarray(PROMPT)
+    once, again, other = (continuations(windowed, prefix, prompt, 3, 8, seed=seed)["input_ids"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(once, again)
+    assert (once != other).any()
 
 
 def test_what_is_measured_of_a_text_is_its_tokens_alone(windowed: Llama) -> None:
