@@ -30,8 +30,9 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.progress
@@ -87,7 +88,7 @@ class Options(Checked):
     """Texts that could follow the prompt: .jsonl, .csv, .tsv or .parquet with a column "text", or a text file with one a line.
     None lets the model write some."""
     self_study: int = 36
-    """Without --queries: how many texts the model writes behind the prompt, each from another first token."""
+    """Without --queries: how many texts the model writes behind the prompt, drawn from what it finds likely."""
     tokens: int = 128
     """Of each text, at most."""
     held_out: float = 0.33
@@ -98,6 +99,8 @@ class Options(Checked):
     """Give every head the same number of anchors."""
     distil: int = 0
     """Steps of training from the prompt's own answers, after the fit; a step takes seconds."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the adapter's numbers in its file. The report is about the adapter as it is there."""
     seed: int = 0
     """Of the split of the texts, and of draws."""
     out: Path = Path("runs/compressed")
@@ -150,9 +153,7 @@ def main(options: Options, console: Console) -> None:
         fitted = options.self_study - _held_out(options.self_study, options)
         _check_enough(fitted * options.tokens, options, "--self-study")
     model = loaded(path, options.model)
-    vocabulary, windows = model.config.vocab_size, [kind.window for kind in model.config.attention_kinds()]
-    if own is None and options.self_study > vocabulary:
-        raise expected("--self-study", f"at most the {vocabulary} tokens that the model knows", options.self_study)
+    windows = [kind.window for kind in model.config.attention_kinds()]
     reach, narrowest = len(prompt) + options.tokens, min((window for window in windows if window), default=None)
     if narrowest is not None and options.budget > narrowest:
         raise expected("--budget", f"at most the {narrowest} tokens that a layer with a window keeps", options.budget)
@@ -187,7 +188,8 @@ def _run(
         prefix = read_prompt(model, jnp.asarray(prompt), told)
         if texts is None:
             told("writing texts", 0, 1)
-            texts = kept("texts", lambda: continuations(model, prefix, prompt, options.self_study, options.tokens))
+            count, length, seed = options.self_study, options.tokens, options.seed
+            texts = kept("texts", lambda: continuations(model, prefix, prompt, count, length, seed=seed))
             told("writing texts", 1, 1)
             give_back()
         fit, judged = _split(texts, options)
@@ -195,13 +197,14 @@ def _run(
         found = compress(model, prefix, fit, options.budget, steps=options.steps, even=options.even, **some)
         give_back()
         states = distil_states(model, prefix, found.states, fit, steps=options.distil, **some)
+        states = _rounded(states, options.dtype)
         measured = divergence(model, prefix, [states, None, *([found.states] if options.distil else [])], judged, told)
         give_back()
         held_error = errors(model, prefix, states, {name: x[:ROWS_AT_ONCE] for name, x in judged.items()})
     found = dataclasses.replace(found, states=states)
     named: dict[str | int, PrefixState] = dict(states.items())
     peft.apply_states(model, named, name="compressed")
-    peft.save_pretrained(model, options.out / "adapter")
+    peft.save_pretrained(model, options.out / "adapter", dtype=options.dtype)
     cache = sum(x.size for each in prefix.values() for x in each)
     rows = {"fitted": len(fit["input_ids"]), "held_out": len(judged["input_ids"])}
     report = _report(options, len(prompt), cache, rows, found, held_error, measured, time.perf_counter() - began)
@@ -215,13 +218,26 @@ def _run(
     console.print(f"{options.out / 'adapter'}, {options.out / 'index.html'}", markup=False, soft_wrap=True)
 
 
+def _rounded(states: dict[str, PrefixState], dtype: str) -> dict[str, PrefixState]:
+    """Return states as a file in a dtype holds them."""
+    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), states)
+    if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(rounded)):
+        advice = "The same command with --dtype bfloat16 goes on from here"
+        raise expected("--dtype", "one that holds the adapter's numbers, which are beyond it", dtype, advice)
+    return rounded
+
+
 class _Unfinished:
     """What a run has found so far, in files, for one that begins in the same way; any other starts anew."""
 
     def __init__(self, options: Options, model: Path, prompt: np.ndarray, own: list[str] | None):
         self.folder, self.lock = options.out / UNFINISHED, threading.Lock()
         said = {
-            **{name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "prompt")},
+            **{
+                name: value
+                for name, value in dataclasses.asdict(options).items()
+                if name not in ("out", "prompt", "dtype")
+            },
             "queries": own,
             "prompt": prompt.tolist(),
             "weights": file_states(model),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from ntk_prefix.typing import Array
 from tests.train.tiny_model import write_model
 from train import compress
 from train.compress import Options, main
+from train.prompts import padded
 
 WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
 TOKENS, POSITIONS, WINDOW = 40, 64, 5
@@ -45,6 +47,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts.txt").write_text("\n".join(lines) + "\n\n")
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     return folder
+
+
+def ids_of(text: str) -> list[int]:
+    return [WORDS.index(word) for word in text.split()]
 
 
 def options(place: Path, **changes: Any) -> Options:
@@ -70,13 +76,57 @@ def test_the_adapter_is_nearly_the_prompt_and_loads_elsewhere(place: Path, tmp_p
 
     fresh = from_pretrained(place / "model", task="causal-lm")
     texts = jnp.asarray(np.random.default_rng(1).integers(1, len(WORDS), (2, 8)), jnp.int32)
-    prompt = jnp.asarray([WORDS.index(word) for word in (place / "prompt.txt").read_text().split()], jnp.int32)
+    prompt = jnp.asarray(ids_of((place / "prompt.txt").read_text()), jnp.int32)
     # the real thing: prompt and text in one sequence
     whole = jnp.concatenate([jnp.broadcast_to(prompt, (2, TOKENS)), texts], axis=1)
     exact, bare = fresh(whole).logits[:, TOKENS:], fresh(texts).logits
     peft.load_adapter(fresh, tmp_path / "out" / "adapter")
     ours = fresh(texts).logits
     assert jnp.linalg.norm(ours - exact) < 0.5 * jnp.linalg.norm(bare - exact)
+
+
+def test_an_adapter_in_half_the_bytes_is_the_one_that_the_report_is_about(place: Path, tmp_path: Path) -> None:
+    given, reports = options(place, steps=0, out=tmp_path / "wide"), {}
+    for each in (given, dataclasses.replace(given, out=tmp_path / "narrow", dtype="bfloat16")):
+        main(each, Console(quiet=True))
+        reports[each.dtype] = json.loads((each.out / "report.json").read_text())
+    wide, narrow = reports["float32"], reports["bfloat16"]
+    assert narrow["adapter_bytes"] < 0.75 * wide["adapter_bytes"]  # names and shapes take the same room
+    model = from_pretrained(place / "model", task="causal-lm")
+    prefix = prefixed_model.read_prompt(model, jnp.asarray(ids_of((place / "prompt.txt").read_text()), jnp.int32))
+    lines = (place / "texts.txt").read_text().split("\n")[:-2]
+    texts = compress._split(padded([ids_of(line) for line in lines], given.tokens), given)[1]
+    with prefixed_model.attending(model, prefix):
+        exact = jax.nn.log_softmax(jnp.asarray(model(**texts).logits))
+    peft.load_adapter(model, tmp_path / "narrow" / "adapter")
+    ours, seen = jax.nn.log_softmax(model(**texts).logits), texts["attention_mask"]
+    kl = jnp.sum(seen * jnp.sum(jnp.exp(exact) * (exact - ours), axis=-1)) / jnp.sum(seen)
+    assert kl == pytest.approx(narrow["kl"]["mean"], rel=1e-4)
+    assert abs(wide["kl"]["mean"] / narrow["kl"]["mean"] - 1) > 1e-3
+
+
+def test_a_dtype_that_does_not_hold_the_adapter_is_said_and_another_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = compress.compress
+
+    def heavy(*args: Any, **named: Any) -> Any:
+        found = plain(*args, **named)
+        states = {path: dataclasses.replace(state, k=state.k * 1e5) for path, state in found.states.items()}
+        return dataclasses.replace(found, states=states)
+
+    monkeypatch.setattr(compress, "compress", heavy)
+    given = options(place, steps=0, out=tmp_path / "out", dtype="float16")
+    with pytest.raises(
+        UsageError, match=r"--dtype: expected one that holds .* got float16. The same command with --dtype bf"
+    ):
+        main(given, Console(quiet=True))
+
+    def again(*_: Any, **__: Any) -> Any:
+        raise AssertionError("what was fitted is fitted again")
+
+    monkeypatch.setattr(compression, "fit_chosen", again)
+    main(dataclasses.replace(given, dtype="bfloat16"), Console(quiet=True))
 
 
 def test_the_prefix_behind_which_texts_begin_at_zero_is_the_prompt(place: Path) -> None:
@@ -241,7 +291,6 @@ def test_what_is_of_another_model_is_refused(place: Path) -> None:
         ({"out": "others"}, "--out: expected a new folder"),
         ({"out": "another program's"}, "--out: expected a new folder"),
         ({"out": "unfinished work"}, "--out: expected a new folder"),
-        ({"queries": None, "self_study": 32}, "--self-study: expected at most the 31 tokens"),
         ({"queries": None, "self_study": 2, "tokens": 5}, "--self-study: expected at least 6 tokens to fit to"),
         ({"model": "windowed"}, f"--budget: expected at most the {WINDOW} tokens that a layer with a window keeps"),
     ],
