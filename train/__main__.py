@@ -77,7 +77,7 @@ Parsed = TypeVar("Parsed")
 def with_policy(arguments: list[str]) -> list[str]:
     """Return a command line in which ``--remat`` and ``--no-remat`` have a value: ``--remat dots`` has its own."""
     words = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         alone = argument in ("--remat", "--no-remat") and following.startswith("-")
         words.append(f"--remat={argument == '--remat'}" if alone else argument)
     return words

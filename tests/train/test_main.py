@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from rich.console import Console
 
 from ntk_prefix.artifacts import json_text
 from ntk_prefix.checks import NonFiniteError, UsageError, explain
-from train import compare_compression, compress
+from train import compare_compression, compress, write_negatives
 from train.__main__ import main, parse
 from train.command import DivergedError, Terminal, ended
 from train.comparison.plan import Comparison
 from train.config import CONFIGS
 from train.lazy import Options
+from train.plan import __main__ as plan
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -61,6 +63,17 @@ def test_what_is_wrong_is_said(
     text = " ".join(word for word in (shown.out + shown.err).split() if word != "│")
     assert said in text
     assert {path.name for path in tmp_path.iterdir()} <= {".lock"}  # nothing that takes the folder
+
+
+@pytest.mark.parametrize("of", [main, plan.main, write_negatives.main], ids=["train", "plan", "negatives"])
+def test_without_a_word_a_program_names_the_configurations_that_there_are(
+    of: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit) as stop:
+        of()
+    assert stop.value.code == 2
+    assert "rotten_tomatoes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["config.json", "summary.json"])
