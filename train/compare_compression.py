@@ -125,8 +125,17 @@ class Options(Checked):
             raise expected("--queries", f"one file, or one for each of {len(self.prompts)} prompts", len(self.queries))
         if self.out.is_file():
             raise expected("--out", "a folder", f"{self.out}, which is a file")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / "settings.json").is_file():
+        if self.out.is_dir() and not (self.out / SETTINGS).is_file() and not _is_new(self.out):
             raise expected("--out", "a new folder, or one of this program", f"{self.out}, which has other files in it")
+
+
+LOCK, SETTINGS = ".lock", "settings.json"
+"""Files in the folder of the results: one that a run holds, and what says that the folder is one of this program."""
+
+
+def _is_new(folder: Path) -> bool:
+    """Return whether nothing is in a folder, or what a run leaves that was killed before it could say whose it is."""
+    return all(file.name == LOCK or file.match(f".{SETTINGS}.*.new") for file in folder.iterdir())
 
 
 class Inputs(NamedTuple):
@@ -147,10 +156,10 @@ def main(options: Options, console: Console) -> list[dict[str, Any]]:
     path, tokenizer, language = text_model(options.model)
     inputs, other = _inputs(options, tokenizer, language)
     options.out.mkdir(parents=True, exist_ok=True)
-    with held(options.out / ".lock", "--out"):
-        results = Results(options.out / "rows.jsonl")
+    with held(options.out / LOCK, "--out"):
         document = {"options": dataclasses.asdict(options), **_provenance()}
-        write_whole(options.out / "settings.json", json_text(document).encode())
+        write_whole(options.out / SETTINGS, json_text(document).encode())
+        results = Results(options.out / "rows.jsonl")
         model = functools.cache(lambda: _model(options, path, language))
         rows: list[Row] = []
         draws = [(each, seed) for each in inputs for seed in range(options.seeds)]

@@ -406,7 +406,7 @@ class _Results:
                 except ValueError:  # a line that was being written when the run was stopped
                     break
                 self.found[len(self.found)] = row
-        elif self.file.exists() and not self.beside.is_file():
+        elif self.file.exists() and not self.beside.is_file() and self.file.stat().st_size:  # an empty one: killed here
             raise expected("--out", "a new file, or one of this program", f"{self.file}, which is another")
         write_whole(self.file, "".join(json.dumps(row) + "\n" for row in self.found.values()).encode())
         settings = {"digest": digest, "options": dataclasses.asdict(options), **provenance("jax", "flax")}

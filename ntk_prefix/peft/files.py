@@ -365,7 +365,7 @@ def _write(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.
     coming = directory / COMING_CONFIG
     write_whole(coming, said)
     try:
-        write_whole(directory / WEIGHTS, save(dict(tensors), metadata=metadata))
+        write_whole(directory / WEIGHTS, _in_order(save(dict(tensors), metadata=metadata)))
     except OSError:
         coming.unlink()
         raise
@@ -394,6 +394,18 @@ def _read(directory: Path) -> tuple[Fields, dict[str, np.ndarray]]:
         fields = Fields(read_json(config, dict[str, Any]), str(config))
         if before == _version(weights):
             return fields, tensors
+
+
+def _in_order(content: bytes) -> bytes:
+    """Return safetensors whose metadata stand in alphabetical order, so that the same adapter is the same bytes.
+
+    The library writes them in another order each time.
+    """
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    said = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + said.ljust(begin - 8) + content[begin:]
 
 
 def _missing(directory: Path, name: str) -> FileNotFoundError:

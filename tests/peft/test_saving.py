@@ -97,6 +97,16 @@ def test_who_reads_while_an_adapter_is_replaced_reads_one_of_the_two(
     assert rank_of(tmp_path) == 3
 
 
+def test_the_same_adapter_is_the_same_bytes(tmp_path: Path) -> None:
+    """Programs know an adapter by a hash of its file."""
+    contents = set()
+    for _ in range(8):
+        peft.save_pretrained(adapter(2), tmp_path)
+        contents.add((tmp_path / files.WEIGHTS).read_bytes())
+    assert len(contents) == 1
+    assert rank_of(tmp_path) == 2
+
+
 def test_a_disk_that_is_full_leaves_the_former_adapter_and_nothing_beside_it(tmp_path: Path) -> None:
     peft.save_pretrained(adapter(2), tmp_path)
     content = {file: file.read_bytes() for file in tmp_path.iterdir()}
