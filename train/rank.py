@@ -272,11 +272,13 @@ def _lines(
     scored: Scored,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     if isinstance(options, Score):
-        for start in range(0, len(missing), PAIRS_AT_ONCE):
-            rows = missing[start : start + PAIRS_AT_ONCE]
+        # always the same ones together: what a text is read with decides how its score is rounded
+        for start in range(missing[0] // PAIRS_AT_ONCE * PAIRS_AT_ONCE, len(asked), PAIRS_AT_ONCE):
+            rows = range(start, min(start + PAIRS_AT_ONCE, len(asked)))
             pairs = [[asked[row][name] for row in rows] for name in ("prefix", "suffix")]
             for row, score in zip(rows, scored(*pairs), strict=True):
-                yield row, asked[row] | {"score": float(score)}
+                if row >= missing[0]:
+                    yield row, asked[row] | {"score": float(score)}
         return
     if isinstance(options, Search):
         for row in missing:

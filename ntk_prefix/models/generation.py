@@ -111,6 +111,8 @@ def generate(
     graph, state = nnx.split(model)
     special = (jnp.asarray(ends, input_ids.dtype), jnp.asarray(padding, input_ids.dtype))
     prompts, each = input_ids.shape[0], samples or 1
+    for check in _methods(model, "check_rows"):
+        check(prompts)
     platform, rows = _platform(model), prompts * each
     if platform == "gpu" and rows == 1:
         input_ids, attention_mask = (jnp.repeat(jnp.asarray(x), 2, axis=0) for x in (input_ids, attention_mask))
@@ -134,6 +136,12 @@ def _is_key(key: Any) -> bool:
     return key.ndim == (0 if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
 
 
+def _methods(model: Llama, name: str) -> list[Any]:
+    """Return the methods of this name that the model's adapters have."""
+    found = (getattr(module, name, None) for _, module in nnx.iter_modules(model))
+    return [method for method in found if method is not None]
+
+
 def _platform(model: Llama) -> str:
     """Return where a model lies; under jit an array lies nowhere yet."""
     table = model.embeddings.embedding[...]
@@ -153,10 +161,11 @@ def _generate(
     drawn: tuple[Sampling, KeyArrays] | None,
 ) -> Array:
     model = nnx.merge(graph, state)
-    for _, module in nnx.iter_modules(model):
-        settle = getattr(module, "settle", None)  # adapters have it
-        if settle is not None:
-            settle()
+    for settle in _methods(model, "settle"):
+        settle()
+    # a single prompt may have been made two
+    for repeat in _methods(model, "repeat_rows"):
+        repeat(len(prompts))
     # as many rows as there are keys, of each prompt alike
     batch, length = len(prompts) if drawn is None else len(drawn[1]), prompts.shape[1]
     each = batch // len(prompts)
@@ -203,6 +212,8 @@ def _generate(
     # a prompt is read once, whatever is drawn behind it
     hidden, cache = model.hidden(prompts, mask, model.empty_cache(len(prompts), length + new), 0)
     hidden, cache, mask, seen = repeated((hidden[:, -1:], cache, mask, seen))
+    for repeat in _methods(model, "repeat_rows"):
+        repeat(batch)
     first = chosen(hidden, 0, seen)
     tokens = jnp.full((batch, new), padding, prompts.dtype).at[:, 0].set(first)
     start = (jnp.int32(1), tokens, first, ended(first), cache, added(seen, first))

@@ -273,10 +273,23 @@ class Host(nnx.Module):
         Raises:
             UsageError: the batch has another number of rows.
         """
+        self.check_rows(batch)
         assert self.rows is not None
-        if self.rows.shape != (batch,):
-            raise expected("rows", f"one for each of the {batch} rows of the batch", f"{len(self.rows)}")
         return self.rows
+
+    def check_rows(self, batch: int) -> None:
+        """Refuse a mixed batch that has another number of rows.
+
+        Raises:
+            UsageError: naming both numbers.
+        """
+        if self.rows is not None and self.rows.shape != (batch,):
+            raise expected("rows", f"one for each of the {batch} rows of the batch", f"{len(self.rows)}")
+
+    def repeat_rows(self, batch: int) -> None:
+        """Let each row of a mixed batch be several that follow one another, so that there are ``batch``."""
+        if self.rows is not None:
+            self.rows = jnp.repeat(self.rows, batch // len(self.rows))
 
     def current(self) -> Any:
         """Return the active adapter of this module, None if it has none under the active name."""

@@ -12,7 +12,7 @@ from flax import nnx
 
 from ntk_prefix import flash, models, peft
 from ntk_prefix.models import generation, rotary
-from ntk_prefix.peft.methods.ntk_attention import State
+from ntk_prefix.peft.methods.ntk_attention import State, StateCore
 from tests.models import formulas
 from tests.models.calling import call
 
@@ -76,6 +76,40 @@ def test_a_single_row_and_a_state_change_no_token(model: models.Llama) -> None:
     assert call(adapted, text, None).logits[0, -NEW - 1 : -1].argmax(axis=-1).tolist() == alone[0].tolist()
     assert (together != generate(model)).any()
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(adapted, ...))
+
+
+def test_rows_of_a_mixed_batch_are_continued_as_if_each_were_alone(
+    model: models.Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a prompt is continued several times, and a single one, which a GPU decodes as two rows."""
+    ids, mask = jnp.asarray(IDS), jnp.asarray(MASK)
+    names, rows = ["first", "second"], jnp.array([1, -1, 1])
+    own = nnx.clone(model)
+    for seed, name in enumerate(names):
+        peft.apply(own, peft.NTKAttentionConfig(), name=name)
+        for _, state in nnx.iter_modules(own):
+            if isinstance(state, StateCore):
+                z, k = state.adapters[name].z, state.adapters[name].k
+                z[...], k[...] = 3 * jax.random.normal(jax.random.key(seed), z.shape), jnp.full(k.shape, 0.1)
+    drawn = {"sampling": models.Sampling(top_k=5), "key": jax.random.key(0)}
+    peft.activate(own, "second")
+    alone = np.asarray(models.generate(own, ids, mask, NEW))
+    alone[1] = generate(model)[1]
+    with peft.mixed(own, rows, names):
+        greedy = np.asarray(models.generate(own, ids, mask, NEW))
+        several = np.asarray(models.generate(own, ids, mask, NEW, samples=2, **drawn))
+        for samples in (2, 3):
+            with pytest.raises(ValueError, match="rows: expected one for each of the 2 rows of the batch, got 3"):
+                models.generate(own, ids[:2], mask[:2], NEW, samples=samples, **drawn)
+    with peft.mixed(own, jnp.repeat(rows, 2), names):
+        twice = [jnp.repeat(x, 2, axis=0) for x in (ids, mask)]
+        np.testing.assert_array_equal(models.generate(own, *twice, NEW, **drawn), several.reshape(6, NEW))
+    monkeypatch.setattr(generation, "_platform", lambda _: "gpu")
+    with peft.mixed(own, rows[:1], names):
+        single = np.asarray(models.generate(own, ids[:1], mask[:1], NEW))
+    np.testing.assert_array_equal(greedy, alone)
+    np.testing.assert_array_equal(single, greedy[:1])
+    assert (alone != generate(model)).any(axis=1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

@@ -288,6 +288,16 @@ def test_rows_become_a_table_and_a_figure_and_are_taken_over(
         main(options(place, tmp_path), Console(quiet=True))
 
 
+def test_a_folder_that_was_only_begun_is_new(place: Path, tmp_path: Path) -> None:
+    """By a run that was killed before it could say whose the folder is."""
+    for name in (".lock", ".settings.json.12.new"):
+        (tmp_path / name).touch()
+    options(place, tmp_path).check()
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(UsageError, match="--out: expected a new folder, or one of this program"):
+        options(place, tmp_path).check()
+
+
 def test_rows_that_stand_before_a_broken_line_stay_where_the_disk_is_full(tmp_path: Path) -> None:
     row = {
         "prompt": "p",

@@ -269,6 +269,27 @@ def test_results_are_those_of_what_was_asked_now(tmp_path: Path, monkeypatch: py
         main(options, Console(quiet=True))
 
 
+def test_a_stopped_run_scores_the_pairs_together_that_an_unbroken_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How a score is rounded depends on what is read beside it."""
+    calls: list[Sequence[str]] = []
+    monkeypatch.setattr(rank, "PAIRS_AT_ONCE", 2)
+    monkeypatch.setattr(
+        rank, "load_scorer", lambda *_: lambda _, suffixes: calls.append(suffixes) or np.ones(len(suffixes))
+    )
+    pairs = table(tmp_path / "pairs.jsonl", [{"prefix": "a", "suffix": letter} for letter in "bcdef"])
+    options = Score(pairs=pairs, out=tmp_path / "out.jsonl")
+    options.results.touch()  # all that a run leaves that was killed before it could say whose file this is
+    whole = main(options, Console(quiet=True))
+    assert calls == [["b", "c"], ["d", "e"], ["f"]]
+    lines = options.results.read_text().splitlines(keepends=True)
+    options.results.write_text("".join(lines[:3]))
+    assert main(options, Console(quiet=True)) == whole
+    assert calls[3:] == [["d", "e"], ["f"]]
+    assert options.results.read_text() == "".join(lines)
+
+
 def test_what_is_asked_for_is_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[dict[str, Any]] = []
 
