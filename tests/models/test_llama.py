@@ -93,7 +93,7 @@ def test_rows_of_a_mixed_batch_are_continued_as_if_each_were_alone(
                 z[...], k[...] = 3 * jax.random.normal(jax.random.key(seed), z.shape), jnp.full(k.shape, 0.1)
     drawn = {"sampling": models.Sampling(top_k=5), "key": jax.random.key(0)}
     peft.activate(own, "second")
-    alone = np.asarray(models.generate(own, ids, mask, NEW))
+    alone = np.array(models.generate(own, ids, mask, NEW))
     alone[1] = generate(model)[1]
     with peft.mixed(own, rows, names):
         greedy = np.asarray(models.generate(own, ids, mask, NEW))
