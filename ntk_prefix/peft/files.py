@@ -6,7 +6,8 @@ adapter                      ``peft_type``                   tensors, after ``ba
 LoRA                         LORA                            ``lora_A.weight`` [r, in], ``lora_B.weight`` [out, r]
 prefix tuning, all layers    PREFIX_TUNING                   one ``prompt_embeddings`` [M, layers * 2 * K * H]
 NTK-Attention                NTK_ATTENTION                   ``z`` [N, R, H] (or ``z_left``, ``z_right``), ``k`` [N, R];
-                                                             the arrays of a map that owns some: ``points`` [K, R, H]
+                                                             the arrays of a map that owns some: ``points`` [K, R, H];
+                                                         ``<name>.scale``, float32 [..., 1], of those in int8
 Prefix-Tuning+               PREFIX_TUNING_PLUS              as above, without ``k``
 prefix propagation           PREFIX_PROPAGATION              ``leading.rows`` [layers, j, D]; ``alpha`` [N] of kernels
 head, bitfit, full           HEAD, BITFIT, FULL              the model's own names
@@ -44,8 +45,10 @@ from ntk_prefix import __version__
 from ntk_prefix.artifacts import read_json, write_whole
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, dotted, without_hosts
+from ntk_prefix.peft.file_dtypes import check_kinds, checked, packed, unpacked
 from ntk_prefix.peft.hugging_face import CONFIG, Names, from_fields, to_fields
 from ntk_prefix.peft.inject import active_adapter, apply, configs
+from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig
 from ntk_prefix.peft.names import Fields
 from ntk_prefix.typing import Array
 
@@ -75,11 +78,6 @@ UNREAD = re.compile(r"pooler\.")
 CORE = re.compile(r"(\.attention_fn)?\.core$")
 """Of an attention layer's place, what Hugging Face's models have not: see :mod:`ntk_prefix.peft.sites`."""
 
-DTYPES = {"F64", "F32", "F16", "BF16"}
-
-FILE_DTYPES = ("float32", "float16", "bfloat16")
-"""What weights may be rounded to in a file."""
-
 
 def save_pretrained(
     model: Any,
@@ -107,19 +105,15 @@ def save_pretrained(
             one, also if this is killed.
         name: of the adapter; the active one if None.
         base_model_name_or_path: recorded for the reader; what the model says of itself if None.
-        dtype: of the numbers in the file, float16 or bfloat16 for one of half the size; each weight's own if None.
+        dtype: of the numbers in the file, float16 or bfloat16 for one of half the size, int8 (NTK-Attention alone) for a
+            quarter, see :func:`ntk_prefix.peft.file_dtypes.packed`; each weight's own if None.
 
     Raises:
         ValueError: no such adapter, or none is active; a weight that is not finite, or below zero where
             :func:`load_adapter` would refuse it, or beyond what ``dtype`` holds, by its name; a configuration that no file
-            can hold, such as a feature map of one's own; a dtype that is not a float of at most 32 bits.
+            can hold, such as a feature map of one's own; another dtype.
     """
-    try:
-        rounded_to = None if dtype is None else jnp.dtype(dtype).name
-    except TypeError:
-        rounded_to = repr(dtype)
-    if rounded_to not in (None, *FILE_DTYPES):
-        raise expected("dtype", f"one of {', '.join(FILE_DTYPES)}, or None", rounded_to)
+    dtype = checked(dtype)
     known = configs(model)
     if name is None:
         name = active_adapter(model)
@@ -132,6 +126,11 @@ def save_pretrained(
                 "ntk_prefix.peft.apply puts one on",
             )
         raise expected("name", f"an adapter among {sorted(known)}", repr(name), "Activate one, or name it")
+    if dtype == "int8" and not all(isinstance(each, NTKAttentionConfig) for each in known[name]):
+        kinds = " and ".join(sorted({type(each).__name__ for each in known[name]}))
+        raise expected(
+            "dtype", "float32, float16 or bfloat16 for this adapter", f"int8 of {kinds}", "int8 is for states"
+        )
     names = Names(model)
     slots = list(_slots(model, name, names))
     for slot in slots:
@@ -155,20 +154,8 @@ def save_pretrained(
         fields["modules_to_save"] = list(dict.fromkeys(parent if m.startswith(f"{parent}.") else m for m in saved))
         frozen = {key: value for key, value in own_weights(model, names).items() if key.startswith(names.heads)}
         stored = {names.key(key): value for key, value in frozen.items()} | stored
-    rounded = {key: np.ascontiguousarray(_rounded(key, value, rounded_to)) for key, value in stored.items()}
-    _write(Path(directory), fields, rounded)
-
-
-def _rounded(key: str, value: Array, dtype: str | None) -> np.ndarray:
-    """Return an array in another dtype, finite there too."""
-    with np.errstate(over="ignore"):
-        rounded = np.asarray(value) if dtype is None else np.asarray(value).astype(jnp.dtype(dtype))
-    if not np.isfinite(rounded.astype(np.float32)).all():
-        largest = np.abs(np.asarray(value, np.float32)).max()
-        raise expected(
-            key, f"numbers that {jnp.dtype(dtype).name} holds", largest, "bfloat16 and float32 hold larger ones"
-        )
-    return rounded
+    held = {part: array for key, value in stored.items() for part, array in packed(key, value, dtype).items()}
+    _write(Path(directory), fields, held)
 
 
 def load_adapter(model: Any, directory: str | Path, name: str = "default", *, load_head: bool = True) -> Any:
@@ -430,16 +417,16 @@ def _read_tensors(file: Path) -> tuple[dict[str, np.ndarray], str | None]:
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors = {}
     try:
         with safe_open(file, framework="np") as content:
             config_hash = (content.metadata() or {}).get(CONFIG_HASH)
-            for key in content.keys():  # noqa: SIM118
-                if (kind := content.get_slice(key).get_dtype()) not in DTYPES:
-                    raise expected(f"{file}: {key}", f"floating point weights ({', '.join(sorted(DTYPES))})", kind)
-                tensors[key] = content.get_tensor(key)
+            slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
+            kinds = {key: each.get_dtype() for key, each in slices.items()}
+            check_kinds(str(file), kinds, {key: each.get_shape() for key, each in slices.items()})
+            tensors = {key: content.get_tensor(key) for key in slices}
     except (SafetensorError, OSError) as error:
         raise expected(str(file), "safetensors", f"a file that is broken: {error}") from None
+    tensors = unpacked(tensors)
     for key, value in tensors.items():
         with np.errstate(over="ignore"):
             narrow = value.astype(np.float32)

@@ -430,36 +430,6 @@ def test_weights_in_bfloat16_are_read(tmp_path):
     np.testing.assert_allclose(model(*inputs()), trained("lora")(*inputs()), atol=0.05)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, "bfloat16", np.float32])
-def test_a_file_may_hold_rounded_numbers(tmp_path, dtype):
-    peft.save_pretrained(trained("ntk"), tmp_path / "own")
-    peft.save_pretrained(trained("ntk"), tmp_path / "rounded", dtype=dtype)
-    (fields, own), (rounded_fields, rounded) = read(tmp_path / "own"), read(tmp_path / "rounded")
-    assert fields == rounded_fields
-    for key, value in own.items():
-        np.testing.assert_array_equal(rounded[key], value.astype(jnp.dtype(dtype)), err_msg=key)
-        assert rounded[key].dtype == jnp.dtype(dtype)
-    loaded = peft.load_adapter(tiny(), tmp_path / "rounded")
-    np.testing.assert_allclose(loaded(*inputs()), trained("ntk")(*inputs()), atol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "message"),
-    [
-        (jnp.float16, r"k: expected numbers that float16 holds, got .*bfloat16 and float32 hold larger ones"),
-        (jnp.int8, "dtype: expected one of float32, float16, bfloat16, or None"),
-        ("float31", "dtype: expected one of float32, float16, bfloat16, or None"),
-    ],
-)
-def test_a_dtype_that_does_not_hold_the_numbers_leaves_no_file(tmp_path, dtype, message):
-    model = trained("ntk")
-    k = model.layers[0].attention.core.adapters["default"].k
-    k[...] = k[...] + 1e5
-    with pytest.raises(ValueError, match=message):
-        peft.save_pretrained(model, tmp_path, dtype=dtype)
-    assert not any(tmp_path.iterdir())
-
-
 # ----------------------------------------------------------------------------------------- refusals
 
 
