@@ -41,9 +41,10 @@ from rich.console import Console
 
 from ntk_prefix import peft
 from ntk_prefix.artifacts import held, json_text, provenance, read_json, write_whole
-from ntk_prefix.checks import expected
+from ntk_prefix.checks import UsageError, expected
 from ntk_prefix.compression import Compression, Made, compress, errors
 from ntk_prefix.distillation import distil_states
+from ntk_prefix.peft.file_dtypes import rounded
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.prefixed_model import ROWS_AT_ONCE, Divergence, continuations, divergence, read_prompt
 from ntk_prefix.statistics import expected_error_bound
@@ -99,8 +100,8 @@ class Options(Checked):
     """Give every head the same number of anchors."""
     distil: int = 0
     """Steps of training from the prompt's own answers, after the fit; a step takes seconds."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the adapter's numbers in its file. The report is about the adapter as it is there."""
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    """Of the adapter's numbers in its file, half the bytes or a quarter. The report is about the adapter as it is there."""
     seed: int = 0
     """Of the split of the texts, and of draws."""
     out: Path = Path("runs/compressed")
@@ -220,11 +221,11 @@ def _run(
 
 def _rounded(states: dict[str, PrefixState], dtype: str) -> dict[str, PrefixState]:
     """Return states as a file in a dtype holds them."""
-    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), states)
-    if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(rounded)):
+    try:
+        return jax.tree.map(lambda x: rounded(x, dtype), states)
+    except UsageError:
         advice = "The same command with --dtype bfloat16 goes on from here"
-        raise expected("--dtype", "one that holds the adapter's numbers, which are beyond it", dtype, advice)
-    return rounded
+        raise expected("--dtype", "one that holds the adapter's numbers, which are beyond it", dtype, advice) from None
 
 
 class _Unfinished:

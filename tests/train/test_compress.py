@@ -85,12 +85,13 @@ def test_the_adapter_is_nearly_the_prompt_and_loads_elsewhere(place: Path, tmp_p
     assert jnp.linalg.norm(ours - exact) < 0.5 * jnp.linalg.norm(bare - exact)
 
 
-def test_an_adapter_in_half_the_bytes_is_the_one_that_the_report_is_about(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_an_adapter_in_fewer_bytes_is_the_one_that_the_report_is_about(place: Path, tmp_path: Path, dtype: Any) -> None:
     given, reports = options(place, steps=0, out=tmp_path / "wide"), {}
-    for each in (given, dataclasses.replace(given, out=tmp_path / "narrow", dtype="bfloat16")):
+    for each in (given, dataclasses.replace(given, out=tmp_path / "narrow", dtype=dtype)):
         main(each, Console(quiet=True))
         reports[each.dtype] = json.loads((each.out / "report.json").read_text())
-    wide, narrow = reports["float32"], reports["bfloat16"]
+    wide, narrow = reports["float32"], reports[dtype]
     assert narrow["adapter_bytes"] < 0.75 * wide["adapter_bytes"]  # names and shapes take the same room
     model = from_pretrained(place / "model", task="causal-lm")
     prefix = prefixed_model.read_prompt(model, jnp.asarray(ids_of((place / "prompt.txt").read_text()), jnp.int32))
