@@ -143,10 +143,10 @@ def _pursued(layer: Layer, heaviest: np.ndarray, most: int) -> np.ndarray:
     found = []
     for head, tokens in enumerate(among):
         key, rows = layer.key[head : head + 1, tokens], Rows(*(x[head : head + 1] for x in layer.rows))
-        shares = np.asarray(layer._replace(rows=rows).shares(Anchors(key, layer.soft_cap))[0])
-        moments = np.asarray(shares.T @ shares, np.float64)
-        wanted = np.asarray(shares.T @ np.asarray(rows.mass[0]), np.float64)
-        # float32's rounding, of which the least squares must not be made
+        # sums in float64, for those in float32 of keys that are nearly alike are of no matrix that is positive
+        shares = np.asarray(layer._replace(rows=rows).shares(Anchors(key, layer.soft_cap))[0], np.float64)
+        moments, wanted = shares.T @ shares, shares.T @ np.asarray(rows.mass[0], np.float64)
+        # the rounding of the shares, of which the least squares must not be made
         ridge = 1e-7 * np.trace(moments) / len(moments)
         chosen: list[int] = []
         free, left = np.ones(len(tokens), bool), wanted

@@ -18,11 +18,12 @@ from ntk_prefix.checks import NonFiniteError, UsageError
 from ntk_prefix.distillation import FITTED_RATE, UNFITTED_RATE
 from ntk_prefix.models import from_pretrained
 from ntk_prefix.prefix_state import PrefixState
+from ntk_prefix.query_shares import rows_of
 from tests.small_disk import largest_file
 from tests.train.tiny_model import write_model
 from train import compare_compression, compressors
 from train.compare_compression import Judge, Options, main
-from train.compression_case import Case, Compressed, seen_by_layers
+from train.compression_case import Case, Compressed, Layer, _pursued, seen_by_layers
 from train.compression_table import Results
 from train.compressors import METHODS, Method
 
@@ -171,6 +172,18 @@ def test_matching_pursuit_takes_the_key_that_correlates_most_with_the_mass_that_
         masses = np.maximum(np.linalg.lstsq(shares[:, chosen], mass, rcond=None)[0], 0)
         left = mass - shares[:, chosen] @ masses
     np.testing.assert_array_equal(case.pursued[path][0, :5], chosen)
+
+
+@pytest.mark.parametrize("apart", [0, 1e-6, 1e-3])
+def test_matching_pursuit_takes_keys_that_are_nearly_alike(apart: float) -> None:
+    draws, (tokens, head_dim) = np.random.default_rng(0), (60, 8)
+    key = draws.normal(size=(1, 1, head_dim)) + apart * draws.normal(size=(tokens, 1, head_dim))
+    query, value = draws.normal(size=(1, 1000, 1, head_dim)), draws.normal(size=(tokens, 1, head_dim))
+    query, key, value = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
+    scaled = jnp.moveaxis(key, 1, 0) / head_dim**0.25
+    layer = Layer(rows_of(query, key, value), scaled, jnp.moveaxis(value, 1, 0), 1, None, None)
+    (found,) = _pursued(layer, np.arange(tokens)[None], tokens)
+    assert sorted(found) == [*range(tokens)]
 
 
 def test_ours_lowers_what_is_fitted_at_least_as_far_as_attention_matching(case: Case) -> None:
