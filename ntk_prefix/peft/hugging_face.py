@@ -27,6 +27,14 @@ Methods = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=1024)]
 """Several act together, and layers may each have a state of another size."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Ours:
+    """What stands in a file of ours that Hugging Face's have not; another field may be a later version's."""
+
+    methods: Methods
+    peft_type: str = "NTK_PREFIX"
+
+
 def to_fields(
     chosen: Sequence[AdapterConfig], model: Any, names: Names, tensors: Mapping[str, Array]
 ) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -56,8 +64,12 @@ def from_fields(
     """
     kind = fields.values.get("peft_type")
     if "methods" in fields.values:
-        methods = checked(fields.values["methods"], Methods, f"{fields.file}: methods")
-        return [_own(Fields(each, fields.file), model) for each in methods], tensors
+        own = fields.read(_Ours)
+        chosen = [_own(Fields(each, fields.file), model) for each in own.methods]
+        wanted = {"NTK_PREFIX", *(each.method.upper() for each in chosen if len(chosen) == 1)}
+        if own.peft_type not in wanted:
+            raise expected(fields.file, f"peft_type {' or '.join(sorted(wanted))} beside these methods", repr(kind))
+        return chosen, tensors
     if not isinstance(kind, str) or kind not in THEIRS:
         ours = sorted(name.upper() for name in METHODS)
         raise expected(fields.file, f"peft_type {', '.join(sorted(THEIRS))} or one of {ours}", repr(kind))

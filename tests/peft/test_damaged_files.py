@@ -282,3 +282,19 @@ def test_a_feature_map_given_as_an_object_is_saved_by_its_name(phi: FeatureMap, 
     model = peft.apply(tiny(head=False), config)
     peft.save_pretrained(model, tmp_path)
     assert peft.load_adapter(tiny(head=False), tmp_path).layers[0].attention.core.adapters["default"].phi == phi
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("of_a_later_version", 3), ("peft_type", "LORA"), ("peft_type", 3), ("peft_type", None), ("methods", [])],
+)
+def test_a_field_beside_our_methods_that_may_change_what_they_compute_is_refused(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    folder = saved("ntk", tmp_path / "adapter")
+    file = folder / files.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    before = snapshot(MODEL)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json.*: expected .*({field}|length >= 1)"):
+        peft.load_adapter(MODEL, folder)
+    assert unchanged(MODEL, before)
