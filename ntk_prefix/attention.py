@@ -55,6 +55,7 @@ from ntk_prefix.flash import BACKENDS, Flash, Source, reference
 from ntk_prefix.flash.base import problem
 from ntk_prefix.flash.merging import Linear, attend, attend_with_lse, relative, relative_clipped
 from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.sharding import by_compiler
 from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = [
@@ -82,6 +83,7 @@ class LowRank(NamedTuple):
     right: Float[Array, "J rank H"]
 
 
+@by_compiler(4)
 def ntk_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -176,6 +178,7 @@ def ntk_attention(
     return attend(flashes, query, (own,), linear)
 
 
+@by_compiler(4)
 def prefix_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -242,6 +245,7 @@ def prefix_attention(
     return attend(flashes, query, sources)
 
 
+@by_compiler(4)
 def softmax_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -267,6 +271,7 @@ def softmax_attention(
     return _softmax(definition, flashes, query, own)
 
 
+@by_compiler(4, 3)
 def attention_with_lse(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],

@@ -37,7 +37,7 @@ from ntk_prefix.checks import (
 from ntk_prefix.feature_maps import Minimax, Taylor
 from ntk_prefix.feature_maps.minimax import LARGEST_DEGREE
 from ntk_prefix.precision import accumulation_dtype
-from ntk_prefix.sharding import varying
+from ntk_prefix.sharding import by_compiler, varying
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["polynomial_attention", "polynomial_degree", "polynomial_exponential"]
@@ -144,6 +144,7 @@ def polynomial_exponential(
 
 
 @functools.partial(jax.jit, static_argnames=("degree", "is_causal", "scale", "score"))
+@by_compiler(4)
 def polynomial_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],

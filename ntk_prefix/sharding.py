@@ -18,10 +18,11 @@ so that no model has a mesh, and one model may be traced for several.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -32,8 +33,10 @@ from ntk_prefix.typing import Array
 __all__ = [
     "AXES",
     "RULES",
+    "automatic",
     "axis_names",
     "batch_sharding",
+    "by_compiler",
     "check_divides",
     "constrain",
     "constrain_weights",
@@ -89,6 +92,17 @@ _OTHERS: Mapping[str, tuple[Name, ...]] = {
 }
 
 
+def automatic(mesh: Any) -> Mesh:
+    """Return a mesh whose arrays the compiler places; one of ``jax.make_mesh`` is explicit, and JAX mixes no two kinds.
+
+    Raises:
+        UsageError: no mesh.
+    """
+    if not isinstance(mesh, Mesh):
+        raise expected("mesh", "a jax.sharding.Mesh or None", type(mesh).__name__)
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 # ------------------------------------------------------------------------------------------- weights
 
 
@@ -133,7 +147,7 @@ def weight_sharding(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedShardin
         path: dotted, see :func:`axis_names`; a path that is none of a model here is a weight without names.
         shape: of the weight.
     """
-    return NamedSharding(mesh, _weight_spec(mesh, path, shape))
+    return NamedSharding(automatic(mesh), _weight_spec(mesh, path, shape))
 
 
 def _weight_spec(mesh: Mesh | AbstractMesh, path: str, shape: Sequence[int]) -> PartitionSpec:
@@ -181,7 +195,7 @@ def row_shares(mesh: Mesh | AbstractMesh) -> int:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return where a batch lies: rows divided over all axes but "tensor"."""
-    return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))
+    return NamedSharding(automatic(mesh), PartitionSpec(row_axes(mesh)))
 
 
 def spec(mesh: Mesh | AbstractMesh, names: Sequence[Name], shape: Sequence[int]) -> PartitionSpec:
@@ -201,7 +215,7 @@ def on(mesh: Mesh | None) -> Any:
     if mesh is None:
         yield
     else:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(automatic(mesh).abstract_mesh):
             yield
 
 
@@ -217,6 +231,43 @@ def current_mesh() -> AbstractMesh | None:
 
 
 Value = TypeVar("Value")
+Parameters = ParamSpec("Parameters")
+
+
+def by_compiler(*axes: int) -> Callable[[Callable[Parameters, Value]], Callable[Parameters, Value]]:
+    """Let the compiler place what stands between the arrays of a mesh of explicit axes and the results.
+
+    Such a mesh is that of ``jax.make_mesh``: the types of its arrays say how they are divided, and so would each operation
+    have to. Results lie as the first argument, the queries, does. Without such arrays nothing changes.
+
+    Args:
+        axes: of each result, the queries' first ones.
+    """
+
+    def decorate(attention: Callable[Parameters, Value]) -> Callable[Parameters, Value]:
+        @functools.wraps(attention)
+        def placed(*arguments: Parameters.args, **options: Parameters.kwargs) -> Value:
+            leaves, structure = jax.tree.flatten((arguments, options))
+            arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+            meshes = [jax.typeof(leaf).sharding.mesh for leaf in arrays.values()]
+            explicit = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+            if explicit is None:
+                return attention(*arguments, **options)
+
+            def of_arrays(arrays: Mapping[int, Array]) -> Value:
+                values = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+                arguments, options = jax.tree.unflatten(structure, values)
+                return attention(*arguments, **options)
+
+            query: Any = arguments[0] if arguments else options["query"]
+            where = tuple(PartitionSpec(*jax.typeof(query).sharding.spec[:count]) for count in axes)
+            known = not jax.sharding.get_abstract_mesh().empty
+            with contextlib.nullcontext() if known else jax.sharding.use_abstract_mesh(explicit):
+                return jax.sharding.auto_axes(of_arrays, out_sharding=where if len(where) > 1 else where[0])(arrays)
+
+        return placed
+
+    return decorate
 
 
 def varying(tree: Value, *others: Any) -> Value:

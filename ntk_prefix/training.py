@@ -118,8 +118,7 @@ class Trainer:
         if self.parallel == "jit" and self.devices is not None:
             raise UsageError('devices: expected none with parallel="jit", which takes a `mesh`.')
         if self.mesh is not None:
-            # jax.make_mesh makes explicit axes; here the compiler places what nothing is said of
-            object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names))
+            object.__setattr__(self, "mesh", sharding.automatic(self.mesh))
 
     def init(self, model: nnx.Module) -> TrainState:
         """Return the state before the first step, laid out on the devices.

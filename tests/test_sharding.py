@@ -3,15 +3,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import ntk_prefix as npx
 from ntk_prefix import models, sharding
+from ntk_prefix.checks import UsageError
 from ntk_prefix.feature_maps import Anchors
 from ntk_prefix.polynomial import polynomial_attention
 from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.sharding import axis_names, check_divides, constrain, weight_sharding
+from ntk_prefix.training import Trainer, half_squared_error
 
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
@@ -136,6 +141,62 @@ def test_attention_inside_a_shard_map_that_checks_what_varies(mass: str, impleme
 
     for got, wanted in zip(*map(jax.tree.leaves, (gradients(divided), gradients(attend))), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-14)
+
+
+DIVIDED = P("data", None, "tensor")
+"""Rows and heads of queries and keys."""
+
+ATTENTIONS = {
+    "ntk": lambda query, key, value, z: npx.ntk_attention(query, key, value, z, z[..., 0] ** 2, is_causal=True),
+    "prefix": lambda query, key, value, z: npx.prefix_attention(query, key, value, z[:, :2], z[:, 1:]),
+    "softmax": lambda query, key, value, z: npx.softmax_attention(query=query, key=key, value=value, is_causal=True),
+    "log-sum-exp": lambda query, key, value, z: npx.attention_with_lse(query, key, value),
+    "state": lambda query, key, value, z: PrefixState(z, z[..., 0] ** 2, Anchors(z)).attend(query, key, value),
+    "polynomial": lambda query, key, value, z: polynomial_attention(query, key, value, degree=1),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_takes_arrays_of_explicit_axes_and_its_results_lie_as_queries_do(name: str) -> None:
+    """As ``jax.make_mesh`` makes them: without a word of ours, each operation in between would have to say where it lies."""
+    on, draw = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4]), np.random.default_rng(0)
+    shapes = {"query": (2, 3, 4, 3), "key": (2, 3, 2, 3), "value": (2, 3, 2, 3), "z": (4, 3, 3)}
+    arrays = {array: jnp.asarray(draw.standard_normal(shape)) for array, shape in shapes.items()}
+    lie = dict.fromkeys(shapes, DIVIDED) | {"z": P("tensor"), "value": P("data")}
+    placed = {array: jax.device_put(x, jax.NamedSharding(on, lie[array])) for array, x in arrays.items()}
+    assert AxisType.Explicit in jax.typeof(placed["query"]).sharding.mesh.axis_types
+    attend = jax.jit(lambda arrays: ATTENTIONS[name](**arrays))
+    slopes = jax.jit(jax.grad(lambda arrays: sum(jnp.sum(x**2) for x in jax.tree.leaves(attend(arrays)))))
+    for each in jax.tree.leaves(attend(placed)):
+        assert jax.typeof(each).sharding.spec == P(*(*DIVIDED, None)[: each.ndim])
+    for of in (attend, slopes):
+        for got, wanted in zip(*map(jax.tree.leaves, (of(placed), of(arrays))), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_a_mesh_of_explicit_axes_is_one_that_the_compiler_divides_arrays_over() -> None:
+    """As it is wherever a mesh is given: what is laid out over it, and what is traced for it, are of one kind."""
+    on = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
+    x = jax.device_put(jnp.ones((4, 8)), sharding.batch_sharding(on))
+    weight = jax.device_put(jnp.ones((8, 8)), weight_sharding(on, "layers.0.mlp.up.kernel", (8, 8)))
+    assert weight.sharding.spec == P(None, "tensor")
+
+    def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+        with sharding.on(on):
+            return constrain(x @ weight, "batch", "mlp")
+
+    assert jax.jit(product)(x, weight).sharding.spec == P("data", "tensor")
+
+
+@pytest.mark.usefixtures("without_annotations")
+def test_what_is_no_mesh_is_named() -> None:
+    with pytest.raises(UsageError, match=r"mesh: expected a jax.sharding.Mesh or None, got list"):
+        sharding.automatic(jax.devices())
+    model = npx.TiedPrefixModel(2, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(UsageError, match=r"mesh: expected a jax.sharding.Mesh or None, got int"):
+        npx.kernels.prefix_ntk(model, jnp.ones((1, 2)) / 2, mesh=8)
+    with pytest.raises(UsageError, match=r"mesh: expected a jax.sharding.Mesh or None, got tuple"):
+        Trainer(loss=half_squared_error, optimizer=optax.sgd(1.0), mesh=(2, 4))
 
 
 def test_sums_inside_a_shard_map_that_checks_what_varies() -> None:

@@ -41,6 +41,7 @@ from ntk_prefix.checks import check_count, check_held, check_inputs, expected
 from ntk_prefix.one_layer import FixedValuePrefixModel, TiedPrefixModel, check_signs
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.random_prefix import TILE, RandomPrefix, Variant
+from ntk_prefix.sharding import automatic
 from ntk_prefix.typing import Array, Float, Inputs, Kernel, OtherInputs
 
 __all__ = ["KernelPart", "prefix_ntk"]
@@ -132,8 +133,7 @@ def prefix_ntk(
         check_count("block", block)
 
     if mesh is not None:
-        # jax.make_mesh makes explicit axes; here the compiler places the data
-        mesh = Mesh(mesh.devices, mesh.axis_names)
+        mesh = automatic(mesh)
     devices = 1 if mesh is None else mesh.size
     outputs = prefix.output_width
     pairs = len(x1) * (len(x1) + 1) // 2 if x2 is None else len(x1) * len(x2)

@@ -39,7 +39,7 @@ from ntk_prefix.models.formats import Checkpoint, StoredTensor, read_checkpoint
 from ntk_prefix.models.llama import Llama, LlamaConfig
 from ntk_prefix.models.placing import OLD_WORDS, Slot, Target, parameter_dtype, parameters, placed
 from ntk_prefix.models.vit import Vit, VitConfig
-from ntk_prefix.sharding import check_divides, weight_sharding
+from ntk_prefix.sharding import automatic, check_divides, weight_sharding
 
 __all__ = ["from_pretrained", "module_aliases", "module_names"]
 
@@ -115,7 +115,9 @@ def from_pretrained(
     Numerics: what the file holds goes before what its config says of it: an ``lm_head`` that differs from the embeddings
         is used, tied or not. Numbers are rounded once, from the file's dtype to ``param_dtype``, to nearest.
     """
-    into = Target(parameter_dtype(param_dtype), _auto(mesh), progress or (lambda done, total: None))
+    into = Target(
+        parameter_dtype(param_dtype), None if mesh is None else automatic(mesh), progress or (lambda done, total: None)
+    )
     rngs = nnx.Rngs(0) if rngs is None else rngs
     check_rngs(rngs)  # before the weights are read
     checkpoint = read_checkpoint(path)
@@ -161,17 +163,6 @@ def from_pretrained(
             sharding = weight_sharding(into.mesh, slot.path, slot.variable.shape)
             slot.variable.set_value(jax.device_put(slot.variable[...], sharding))
     return classifier
-
-
-def _auto(mesh: Mesh | None) -> Mesh | None:
-    """Return a mesh whose arrays the compiler places (``jax.make_mesh`` makes another kind).
-
-    Raises:
-        UsageError: no mesh.
-    """
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise expected("mesh", "a jax.sharding.Mesh or None", type(mesh).__name__)
-    return None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
 
 def _config(checkpoint: Checkpoint) -> tuple[BackboneConfig, type[Backbone], Checkpoint]:
