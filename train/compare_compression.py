@@ -125,6 +125,8 @@ class Options(Checked):
             raise expected("--queries", f"one file, or one for each of {len(self.prompts)} prompts", len(self.queries))
         if self.out.is_file():
             raise expected("--out", "a folder", f"{self.out}, which is a file")
+        if beside := sorted(set(self.again) - set(self.methods)):
+            raise expected("--again", "some of --methods", ", ".join(beside))
         if self.out.is_dir() and not (self.out / SETTINGS).is_file() and not _is_new(self.out):
             raise expected("--out", "a new folder, or one of this program", f"{self.out}, which has other files in it")
 

@@ -99,10 +99,16 @@ class Case:
         """For each layer and key head the prompt's tokens, by their root mean square share of attention, [K, M]."""
         return {path: _heaviest(layer) for path, layer in self.layers.items()}
 
-    @functools.cached_property
-    def pursued(self) -> dict[str, np.ndarray]:
-        """For each layer and key head tokens by matching pursuit of the mass, [K, most]."""
-        return {path: _pursued(layer, self.heaviest[path], self.most) for path, layer in self.layers.items()}
+    def pursued(self, path: str, size: int) -> np.ndarray:
+        """Return tokens of a layer's key heads by matching pursuit of the mass, [K, size]: the same, whatever other budgets.
+
+        The search is among the heaviest :data:`PURSUED` keys, or twice the budget if that is more.
+        """
+        among = max(PURSUED, 2 * size)
+        if (name := f"pursued in {path} among {among}") not in self.known:
+            most = min(self.most, among // 2)
+            self.known[name] = _pursued(self.layers[path], self.heaviest[path][:, :among], most)
+        return self.known[name][:, :size]
 
 
 class Compressed(NamedTuple):
@@ -133,13 +139,12 @@ def _heaviest(layer: Layer) -> np.ndarray:
     return np.argsort(-np.stack([square(head) for head in range(len(layer.key))]), axis=1, kind="stable")
 
 
-def _pursued(layer: Layer, heaviest: np.ndarray, most: int) -> np.ndarray:
+def _pursued(layer: Layer, among: np.ndarray, most: int) -> np.ndarray:
     """Return each head's tokens in the order of matching pursuit of the mass, one at a time.
 
     As in Attention Matching's code, a column of shares is not normalized, and masses are refitted by least squares and cut
-    off at 0 after each; the search is among the heaviest :data:`PURSUED` keys.
+    off at 0 after each.
     """
-    among = heaviest[:, : max(PURSUED, 2 * most)]
     found = []
     for head, tokens in enumerate(among):
         key, rows = layer.key[head : head + 1, tokens], Rows(*(x[head : head + 1] for x in layer.rows))

@@ -98,7 +98,7 @@ def attention_matching(case: Case, size: int) -> Compressed:
 
 def attention_matching_by_pursuit(case: Case, size: int) -> Compressed:
     """Take keys by orthogonal matching pursuit of the mass, the rest as :func:`attention_matching`."""
-    return _of_maps(case, lambda path, layer: _anchors(layer, case.pursued[path][:, :size]))
+    return _of_maps(case, lambda path, layer: _anchors(layer, case.pursued(path, size)))
 
 
 def nearest_centroids(case: Case, size: int) -> Compressed:

@@ -21,7 +21,7 @@ from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.query_shares import rows_of
 from tests.small_disk import largest_file
 from tests.train.tiny_model import write_model
-from train import compare_compression, compressors
+from train import compare_compression, compression_case, compressors
 from train.compare_compression import Judge, Options, main
 from train.compression_case import Case, Compressed, Layer, _pursued, seen_by_layers
 from train.compression_table import Results
@@ -171,7 +171,26 @@ def test_matching_pursuit_takes_the_key_that_correlates_most_with_the_mass_that_
         chosen.append(int(np.argmax(correlation)))
         masses = np.maximum(np.linalg.lstsq(shares[:, chosen], mass, rcond=None)[0], 0)
         left = mass - shares[:, chosen] @ masses
-    np.testing.assert_array_equal(case.pursued[path][0, :5], chosen)
+    np.testing.assert_array_equal(case.pursued(path, 5)[0], chosen)
+
+
+def test_matching_pursuit_of_a_budget_is_the_same_beside_larger_budgets(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are taken over by runs with other budgets."""
+    monkeypatch.setattr(compression_case, "PURSUED", 1)
+    path = next(iter(case.layers))
+    order = case.heaviest[path][:, ::-1]  # so that it matters among which it searches
+    monkeypatch.setattr(compression_case, "_heaviest", lambda layer: order)
+
+    def pursued(size: int, most: int) -> np.ndarray:
+        return dataclasses.replace(case, most=most, known={}).pursued(path, size)
+
+    sizes, among_all = range(1, 5), pursued(TOKENS, TOKENS)
+    for size in sizes:
+        np.testing.assert_array_equal(pursued(size, size), pursued(size, TOKENS))
+    # control: among more keys it finds others
+    assert any((pursued(size, size) != among_all[:, :size]).any() for size in sizes)
 
 
 @pytest.mark.parametrize("apart", [0, 1e-6, 1e-3])
@@ -410,6 +429,7 @@ def test_standard_errors_are_of_texts_and_not_of_tokens() -> None:
         ({"budgets": ()}, "--budgets: expected at least one"),
         ({"budgets": (3, 6, 3)}, "--budgets: expected each once, got 3, 6, 3"),
         ({"methods": ("none", "none")}, "--methods: expected each once"),
+        ({"methods": ("none",), "again": ("heaviest",)}, "--again: expected some of --methods, got heaviest"),
         ({"distil": -1}, "--distil: expected at least 0"),
         ({"prompts": ("empty.txt",)}, "--prompts: expected some text"),
         ({"prompts": ("none.txt",)}, "--prompts: .*expected an existing file"),
