@@ -35,6 +35,7 @@ __all__ = [
     "Setup",
     "adapt",
     "build",
+    "check_image_size",
     "load_model",
     "model_inputs",
     "normalization",
@@ -101,7 +102,7 @@ def build(config: TrainConfig) -> Setup:
         raise expected("--model", f"one with a tokenizer, for {config.task} is text", f"{config.model}, which has none")
     model = load_model(config, path, task.kind, task.num_labels, placement.get("mesh"))
     _check_vocabulary(model, task, config.model)
-    _check_image_size(model, task, config.data.image_size)
+    check_image_size(model, task.kind, config.data.image_size)
     set_context_length(model, config)
     rows = max(1, min(CALIBRATION_ROWS, CALIBRATION_TOKENS // config.data.max_length))
     _, first = next(data.train_batches(task.train, rows, config.seed))
@@ -161,9 +162,9 @@ def _check_vocabulary(model: Any, task: tasks.Task, name: str) -> None:
                 )
 
 
-def _check_image_size(model: Any, task: tasks.Task, size: int) -> None:
+def check_image_size(model: Any, kind: Kind, size: int) -> None:
     """Refuse images that do not divide into the model's patches, before the run takes its folder."""
-    if task.kind == "image-classification" and size % (patch := model.backbone.config.patch_size):
+    if kind == "image-classification" and size % (patch := model.backbone.config.patch_size):
         raise expected("--image-size", f"a multiple of the model's patches of {patch}", size)
 
 

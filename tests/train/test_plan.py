@@ -224,6 +224,17 @@ def test_bytes_of_arguments_are_those_of_the_compiled_program() -> None:
     assert 2 * memory["adapters"] <= memory["optimizer"] <= 2 * memory["adapters"] + 256
 
 
+def test_the_model_s_own_count_is_shared_among_the_devices_that_a_run_uses() -> None:
+    """Which --devices may make fewer than the topology has."""
+    config = CONFIGS["tiny"][1].changed(method="lora", devices=2, batch_size=16)
+    result = plan(config, Here("v5e:2x4"), num_labels=10, search=0)
+    model = abstract_model(config, None, 10)
+    whole = model_flops(model, 16, result["tokens_a_row"], remat=False)
+    assert (result["mesh"]["data"], result["chips"]) == (2, 8)
+    assert result["step"]["flops"]["model"] == whole / 2
+    assert planned()["step"]["flops"]["model"] == whole / 8
+
+
 def test_a_plan_is_written_with_its_configuration_and_its_figure(tmp_path: Path) -> None:
     result = json.loads(json.dumps(planned()))
     assert result["fits"] is True
@@ -332,12 +343,20 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
         ),
         (("--model-shape", "BERT-large"), "a model for image-classification, which digits is"),
         (("--batch-size", "0"), "--batch-size: expected at least 1"),
+        (
+            ("--model-shape", "ViT-L/16", "--image-size", "24"),
+            "--image-size: expected a multiple of the model's patches",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(
     arguments: tuple[str, ...], what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert what in refused(capsys, monkeypatch, "tiny", *arguments)
+
+
+def test_a_ranking_is_not_planned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused(capsys, monkeypatch, "ranking").startswith("CONFIG: expected a task of classes or of language")
 
 
 @pytest.mark.parametrize(

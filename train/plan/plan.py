@@ -77,7 +77,7 @@ def plan(
                 own,
                 topology.chip,
                 parts=config.optim.accumulate,
-                chips=topology.chips,
+                chips=mesh.size,
                 model_count=count,
                 length=length,
                 states=_states(len_rows(batch) * length, model.config, mesh.shape),

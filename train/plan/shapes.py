@@ -106,7 +106,7 @@ def abstract_model(config: TrainConfig, shape: str | None, num_labels: int) -> A
     """
     kind = spec_of(config.task).kind
     if kind == "ranking":
-        raise expected("--config", "a task of classes or of language: the plan of a ranking is not made", config.task)
+        raise expected("CONFIG", "a task of classes or of language: the plan of a ranking is not made", config.task)
     path = None if shape is not None else assets.model_path(config.model)
     if shape is None and path is None:
         make: Callable[[], Any] = functools.partial(setup.load_model, config, None, kind, num_labels)
@@ -133,6 +133,7 @@ def abstract_model(config: TrainConfig, shape: str | None, num_labels: int) -> A
 
     def build() -> Any:
         model: Any = make()
+        setup.check_image_size(model, kind, config.data.image_size)
         setup.set_context_length(model, config)
         rows = abstract_batch(config, kind, 2)
         setup.adapt(model, config, {name: rows[name] for name in model.input_names if name in rows})
