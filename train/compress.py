@@ -375,8 +375,9 @@ def _said(report: dict[str, Any]) -> str:
     kl, without = report["kl"], report["kl_without_prompt"]
     return (
         f"{report['prompt_tokens']:,} tokens, {report['numbers_of_the_cache']:,} numbers in a cache, became "
-        f"{report['numbers']:,} ({report['numbers_of_the_cache'] / max(report['numbers'], 1):.1f} times fewer) in "
-        f"{report['seconds']:.0f} s.\nOn {report['texts']['held_out']} held-out texts, {report['held_out_tokens']:,} tokens: "
+        f"{report['numbers']:,} ({report['numbers_of_the_cache'] / max(report['numbers'], 1):.1f} times fewer), "
+        f"{report['adapter_bytes'] / 1024:,.0f} KiB in {report['options']['dtype']}, in {report['seconds']:.0f} s.\n"
+        f"On {report['texts']['held_out']} held-out texts, {report['held_out_tokens']:,} tokens: "
         f"KL to the prompt {kl['mean']:.4f} +- {kl['standard_error']:.4f} a token (median {kl['median']:.4f}; without the "
         f"prompt {without['mean']:.4f}); the same first choice for {100 * report['agreement']:.1f} % of tokens "
         f"({100 * report['agreement_without_prompt']:.1f} % without).\n"
