@@ -22,6 +22,7 @@ from ntk_prefix.anchor_budget import divide, steps_for
 from ntk_prefix.anchor_fit import Choice, choose, fit_chosen
 from ntk_prefix.artifacts import cores
 from ntk_prefix.checks import check_array, check_count, expected
+from ntk_prefix.equality import EqualByValue
 from ntk_prefix.feature_maps import Anchors
 from ntk_prefix.models.backbone import check_tokens
 from ntk_prefix.peft.sites import attention_sites
@@ -48,8 +49,8 @@ MOST_PER_HEAD = 256
 """Anchors of a head, at most, or twice the budget if that is more; and never more than 8 times the budget."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Compression:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compression(EqualByValue):
     """What a prompt has become, layer by layer in the order of the model's."""
 
     states: dict[str, PrefixState]

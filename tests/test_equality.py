@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ntk_prefix import PrefixState, certificate, feature_map, kernels
+from ntk_prefix.compression import Compression
 from ntk_prefix.models.backbone import Output
 
 X, Y = np.eye(3, 4) / 2, np.zeros((3, 4))
@@ -25,6 +26,11 @@ def results() -> list[Any]:
         Output(last_hidden_state=key, cache=(key, value)),
         kernels.predict(jnp.eye(3), jnp.ones((3, 2)), learning_rate=0.1, steps=jnp.arange(3)),
         dataclasses.replace(found, radii=np.ones(3)),
+        Compression(
+            states={"layer": PrefixState.from_prefix(key, value)},
+            anchors=np.ones((1, 2), int),
+            **dict.fromkeys(("chosen_error", "error", "sensitivity"), np.ones((1, 2))),
+        ),
     ]
 
 
