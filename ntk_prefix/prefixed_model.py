@@ -200,6 +200,7 @@ def continuations(
     tokens: int,
     *,
     seed: int = 0,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Int[np.ndarray, "count tokens"]]:
     """Return texts that a decoder writes behind a prompt, each token drawn from what is likely (:data:`OWN_TEXTS`).
 
@@ -210,6 +211,7 @@ def continuations(
         count: how many.
         tokens: of each.
         seed: of the draws.
+        progress: told before texts are written, when no more than the prefix is held, and after.
 
     Raises:
         UsageError: no texts, or fewer than two tokens.
@@ -220,7 +222,9 @@ def continuations(
     others = {path: Prefix(each.key[:-1], each.value[:-1]) for path, each in prefix.items()}
     with attending(model, others):
         logits = _last_said(model, jnp.asarray(prompt[-1:])[None])
+        logits.block_until_ready()
     del others  # a copy, as large as the prompt's keys and values
+    progress("writing texts", 0, 1)
     begin, rest = jax.random.split(jax.random.key(seed))
     first = jax.random.categorical(begin, OWN_TEXTS.log_probabilities(logits), shape=(count,)).astype(jnp.int32)[
         :, None
@@ -228,6 +232,7 @@ def continuations(
     with attending(model, prefix):
         follow = generate(model, first, max_new_tokens=tokens - 1, sampling=OWN_TEXTS, key=rest)
     ids = np.concatenate([np.asarray(first), np.asarray(follow)], axis=1).astype(np.int32)
+    progress("writing texts", 1, 1)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 

@@ -186,12 +186,17 @@ def _run(
 ) -> None:
     """Compress, write the adapter, compare, write the report."""
     with _Stages(console) as told:
+
+        def given_back(*step: Any) -> None:
+            give_back()
+            told(*step)
+
         prefix = read_prompt(model, jnp.asarray(prompt), told)
         if texts is None:
-            told("writing texts", 0, 1)
-            count, length, seed = options.self_study, options.tokens, options.seed
-            texts = kept("texts", lambda: continuations(model, prefix, prompt, count, length, seed=seed))
-            told("writing texts", 1, 1)
+            size = options.self_study, options.tokens
+            texts = kept(
+                "texts", lambda: continuations(model, prefix, prompt, *size, seed=options.seed, progress=given_back)
+            )
             give_back()
         fit, judged = _split(texts, options)
         some = {"seed": options.seed, "progress": told, "kept": kept}
