@@ -82,6 +82,8 @@ class AdapterConfig:
     """True if the method changes the model's own weights, so that it cannot be switched off or shared."""
     objects: ClassVar[frozenset[str]] = frozenset()
     """Fields whose value may also be an object of another type, which the method looks at itself."""
+    in_int8: ClassVar[bool] = False
+    """True if its arrays of three axes may be in int8 in a file, see :func:`ntk_prefix.peft.file_dtypes.packed`."""
     target: str = ""
     train_head: bool = True
 

@@ -48,7 +48,6 @@ from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, dot
 from ntk_prefix.peft.file_dtypes import check_kinds, checked, packed, unpacked
 from ntk_prefix.peft.hugging_face import CONFIG, Names, from_fields, to_fields
 from ntk_prefix.peft.inject import active_adapter, apply, configs
-from ntk_prefix.peft.methods.ntk_attention import NTKAttentionConfig
 from ntk_prefix.peft.names import Fields
 from ntk_prefix.typing import Array
 
@@ -126,7 +125,7 @@ def save_pretrained(
                 "ntk_prefix.peft.apply puts one on",
             )
         raise expected("name", f"an adapter among {sorted(known)}", repr(name), "Activate one, or name it")
-    if dtype == "int8" and not all(isinstance(each, NTKAttentionConfig) for each in known[name]):
+    if dtype == "int8" and not all(each.in_int8 for each in known[name]):
         kinds = " and ".join(sorted({type(each).__name__ for each in known[name]}))
         raise expected(
             "dtype", "float32, float16 or bfloat16 for this adapter", f"int8 of {kinds}", "int8 is for states"

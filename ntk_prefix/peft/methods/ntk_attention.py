@@ -83,6 +83,7 @@ class NTKAttentionConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "ntk_attention"
+    in_int8: ClassVar[bool] = True
     objects: ClassVar[frozenset[str]] = frozenset({"feature_map"})
     target: str = ""
     feature_map: str = "elu1"
