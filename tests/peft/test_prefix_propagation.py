@@ -214,7 +214,7 @@ def train_rows(model):
         ({"kernel": "cosine"}, "kernel: expected None"),
         ({"dropout": 1.0}, r"a fraction in \[0, 1\), got 1.0"),
         ({"pool": "mean"}, 'pool: expected "prefix"'),
-        ({"lengthscale": 0.0}, "lengthscale: expected a positive"),
+        ({"lengthscale": 0.0}, "lengthscale: expected a number from 1e-14"),
     ],
 )
 def test_errors_say_what_was_expected(fields, message):
