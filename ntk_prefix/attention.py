@@ -30,7 +30,6 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,7 +38,6 @@ import jax.numpy as jnp
 from ntk_prefix.checks import (
     FARTHEST,
     UsageError,
-    check_array,
     check_attention,
     check_flag,
     check_floating,
@@ -53,7 +51,7 @@ from ntk_prefix.feature_maps import FeatureMap
 from ntk_prefix.feature_maps import feature_map as resolve_feature_map
 from ntk_prefix.flash import BACKENDS, Flash, Source, reference
 from ntk_prefix.flash.base import problem
-from ntk_prefix.flash.merging import Linear, attend, attend_with_lse, relative, relative_clipped
+from ntk_prefix.flash.merging import Linear, attend, attend_with_lse, merge_attention, relative, relative_clipped
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.sharding import by_compiler
 from ntk_prefix.typing import Array, Bool, Float, Int
@@ -228,10 +226,7 @@ def prefix_attention(
     )
     check_prefix(query, key, prefix_key, prefix_value, prefix_bias)
     if prefix_bias is not None and prefix_key.ndim == 3 and (prefix_bias.shape[0] > 1 or prefix_bias.shape[2] > 1):
-        shape = (
-            query.shape[0],
-            *prefix_key.shape,
-        )  # a shared prefix is one row of all queries: its bias is one for all
+        shape = query.shape[0], *prefix_key.shape  # a shared prefix is one row of all queries: its bias is one for all
         prefix_key, prefix_value = jnp.broadcast_to(prefix_key, shape), jnp.broadcast_to(prefix_value, shape)
     prefix = Source(prefix_key, prefix_value, prefix_bias)
     sources = (own, prefix) if prefix_key.shape[-3] else (own,)
@@ -318,50 +313,6 @@ def attention_with_lse(
     else:
         output, lse = attend_with_lse(flashes, query, (own,))
     return output, lse.transpose(0, 2, 1)
-
-
-def merge_attention(
-    outputs: Sequence[Float[Array, "B T N H"]] | Float[Array, "parts B T N H"],
-    lses: Sequence[Float[Array, "B T N"]] | Float[Array, "parts B T N"],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Return attention over all keys, and its log-sum-exp, from attention over each part of them.
-
-    ``L = logsumexp_i(lse_i)``, ``O = sum_i e^{lse_i - L} o_i``. What comes out is of the kind that went in, so parts can be
-    merged in any order, one after the other or all at once.
-
-    Args:
-        outputs: at least one [B, T, N, H], each attention of the same queries over keys of its own; a list, or stacked.
-        lses: for each its [B, T, N], from :func:`attention_with_lse`; -inf where a part has no key for a row.
-
-    Returns:
-        [B, T, N, H] in the outputs' dtype and [B, T, N]; 0 and -inf for a row that has no key in any part.
-
-    Raises:
-        UsageError: no part, not as many log-sum-exps as outputs, or shapes that do not fit together.
-
-    Numerics: in float32 (float64 for float64), relative to the largest lse, which may be of any finite size. What is NaN or
-        +inf is not refused, for under ``jax.jit`` there are no values to look at: it makes its row NaN, and no other.
-
-    Differentiation: in everything, plain autodiff; a part of weight 0 has gradient 0.
-
-    Source: the online softmax, arXiv 1805.02867.
-    """
-    outputs, lses = tuple(outputs), tuple(lses)
-    if not outputs or len(outputs) != len(lses):
-        raise expected("outputs and lses", "as many of either, at least one", f"{len(outputs)} and {len(lses)}")
-    check_array("outputs[0]", outputs[0], "B", "T", "N", "H")
-    for i, (output, lse) in enumerate(zip(outputs, lses, strict=True)):
-        check_array(f"outputs[{i}]", output, *outputs[0].shape)
-        check_array(f"lses[{i}]", lse, *outputs[0].shape[:3])
-    dtype = accumulation_dtype(*outputs, *lses)
-    wide = jnp.stack([lse.astype(dtype) for lse in lses])
-    largest = jax.lax.stop_gradient(jnp.max(wide, axis=0))
-    empty = largest == -jnp.inf
-    weights = jnp.exp(wide - jnp.where(empty, 0, largest)[None])
-    total = jnp.where(empty, 1, jnp.sum(weights, axis=0))
-    parts = [(w / total)[..., None] * o.astype(dtype) for w, o in zip(weights, outputs, strict=True)]
-    output = functools.reduce(jnp.add, parts).astype(jnp.result_type(*outputs))
-    return output, jnp.where(empty, -jnp.inf, largest + jnp.log(total))
 
 
 # ------------------------------------------------------------------------------------------ the parts

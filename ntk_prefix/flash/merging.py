@@ -13,18 +13,29 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ntk_prefix.checks import check_array, expected
 from ntk_prefix.flash.base import Flash, Source, Statistics
 from ntk_prefix.precision import accumulation_dtype
 from ntk_prefix.sharding import varying
 from ntk_prefix.typing import Array, Float
 
-__all__ = ["RESULT", "Linear", "attend", "linear_weight", "relative", "relative_clipped"]
+__all__ = [
+    "RESULT",
+    "Linear",
+    "attend",
+    "attend_with_lse",
+    "linear_weight",
+    "merge_attention",
+    "relative",
+    "relative_clipped",
+]
 
 RESULT = "attention"
 """The name of what the backward pass needs of the forward pass beside its inputs, for policies of ``jax.checkpoint``."""
@@ -162,6 +173,50 @@ def linear_weight(log_mass: Array) -> Array:
 
 def _largest_log(dtype: jnp.dtype) -> float:
     return math.log(jnp.finfo(dtype).max) - 20
+
+
+def merge_attention(
+    outputs: Sequence[Float[Array, "B T N H"]] | Float[Array, "parts B T N H"],
+    lses: Sequence[Float[Array, "B T N"]] | Float[Array, "parts B T N"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Return attention over all keys, and its log-sum-exp, from attention over each part of them.
+
+    ``L = logsumexp_i(lse_i)``, ``O = sum_i e^{lse_i - L} o_i``. What comes out is of the kind that went in, so parts can be
+    merged in any order, one after the other or all at once.
+
+    Args:
+        outputs: at least one [B, T, N, H], each attention of the same queries over keys of its own; a list, or stacked.
+        lses: for each its [B, T, N], from :func:`ntk_prefix.attention_with_lse`; -inf where a part has no key for a row.
+
+    Returns:
+        [B, T, N, H] in the outputs' dtype and [B, T, N]; 0 and -inf for a row that has no key in any part.
+
+    Raises:
+        UsageError: no part, not as many log-sum-exps as outputs, or shapes that do not fit together.
+
+    Numerics: in float32 (float64 for float64), relative to the largest lse, which may be of any finite size. What is NaN or
+        +inf is not refused, for under ``jax.jit`` there are no values to look at: it makes its row NaN, and no other.
+
+    Differentiation: in everything, plain autodiff; a part of weight 0 has gradient 0.
+
+    Source: the online softmax, arXiv 1805.02867.
+    """
+    outputs, lses = tuple(outputs), tuple(lses)
+    if not outputs or len(outputs) != len(lses):
+        raise expected("outputs and lses", "as many of either, at least one", f"{len(outputs)} and {len(lses)}")
+    check_array("outputs[0]", outputs[0], "B", "T", "N", "H")
+    for i, (output, lse) in enumerate(zip(outputs, lses, strict=True)):
+        check_array(f"outputs[{i}]", output, *outputs[0].shape)
+        check_array(f"lses[{i}]", lse, *outputs[0].shape[:3])
+    dtype = accumulation_dtype(*outputs, *lses)
+    wide = jnp.stack([lse.astype(dtype) for lse in lses])
+    largest = jax.lax.stop_gradient(jnp.max(wide, axis=0))
+    empty = largest == -jnp.inf
+    weights = jnp.exp(wide - jnp.where(empty, 0, largest)[None])
+    total = jnp.where(empty, 1, jnp.sum(weights, axis=0))
+    parts = [(w / total)[..., None] * o.astype(dtype) for w, o in zip(weights, outputs, strict=True)]
+    output = functools.reduce(jnp.add, parts).astype(jnp.result_type(*outputs))
+    return output, jnp.where(empty, -jnp.inf, largest + jnp.log(total))
 
 
 def relative(own_output: Float[Array, "B N T H"], linear: Linear) -> Float[Array, "B N T H"]:
