@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -113,7 +114,9 @@ def finish(result: Result) -> Finished:
     found = {"csv": curves(figure).encode()}
     for kind, same in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
         file = io.BytesIO()
-        figure.savefig(file, format=kind, metadata=same)
+        # names of clip paths come from it, at random unless it is set
+        with mpl.rc_context({"svg.hashsalt": "ntk_prefix"}):
+            figure.savefig(file, format=kind, metadata=same)
         found[kind] = file.getvalue()
     return Finished(record, found)
 
