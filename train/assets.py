@@ -29,7 +29,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Any
 
 import filelock
 import msgspec
@@ -90,8 +90,7 @@ def asset(name: str, *, cache: Path | str | None = None, fetch: bool = True) -> 
 
     Raises:
         AssetError: an unknown name; with ``fetch=False``, an asset that is not in the cache; one that cannot be
-            downloaded; an archive that is not the pinned one.
-        OSError: the cache cannot be written.
+            downloaded; an archive that is not the pinned one; a cache that cannot be written.
     """
     if name not in ASSETS:
         raise AssetError(f"asset: expected one of {', '.join(ASSETS)}, got {name!r}.")
@@ -148,14 +147,24 @@ def verified_files(name: str) -> dict[str, bytes]:
     return files
 
 
+def _lock(cache: Path, name: str) -> contextlib.AbstractContextManager[Any]:
+    """Return what a process holds that writes an asset, taken, in a cache that is made if need be."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(cache / f"{name}.lock").acquire()
+    except OSError as error:
+        wanted = "expected a cache that can be written"
+        advice = "Let NTK_PREFIX_CACHE name another folder"
+        raise AssetError(f"{name}: {wanted}, got {cache} ({error.strerror}). {advice}.") from None
+
+
 @functools.cache  # hashing 100 MB takes a blink, but once is enough in a process
 def _asset(name: str, cache: Path, fetch: bool) -> Path:
     wanted, folder = ASSETS[name], cache / f"{name}-{ASSETS[name].version}"
     if fault := _fault(folder, wanted):
         if not fetch:
             raise AssetError(f"{name}: {fault} in {folder}. Run `python -m train.assets {name}`.")
-        cache.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache / f"{name}.lock"):
+        with _lock(cache, name):
             if _fault(folder, wanted):  # another process may have been quicker
                 _fetch(name, wanted, folder, cache)
     return folder / wanted.entry

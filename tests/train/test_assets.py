@@ -345,3 +345,9 @@ def test_real_assets(name):
         assert asset(name, fetch=False).exists()
     except AssetError as error:
         pytest.skip(str(error))
+
+
+def test_a_cache_that_cannot_be_written_is_refused_and_says_what_names_another(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(AssetError, match=r"smollm2: expected a cache that can be written.*NTK_PREFIX_CACHE"):
+        asset("smollm2", cache=tmp_path / "taken" / "cache")
