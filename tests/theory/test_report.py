@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import theory.__main__ as command
@@ -222,6 +223,21 @@ class TestVerdict:
         (record,) = command.verify(problem, [claim], tmp_path, Console(quiet=True)).records
         assert record["tightest"] == 1
         assert "| second |" in (tmp_path / "report.md").read_text().split("## positivity")[0]
+
+    def test_figures_are_the_same_bytes_each_time(self, problem: Problem, tmp_path: Path) -> None:
+        def drawn(evidence: Evidence, control: Evidence) -> Figure:
+            figure = figures.panels()[0]
+            figure.axes[0].plot([0, 1], [1, 0])
+            return figure
+
+        claim = dataclasses.replace(invented(), draw=drawn)
+        for folder in ("first", "second"):
+            command.verify(problem, [claim], tmp_path / folder, Console(quiet=True))
+        for kind in FORMATS:
+            first, second = (
+                (tmp_path / folder / f"figures/positivity.{kind}").read_bytes() for folder in ("first", "second")
+            )
+            assert first == second, kind
 
     def test_numbers_that_are_not_finite_are_missing_and_no_texts(self, problem: Problem, tmp_path: Path) -> None:
         parameters = {"tokens": float("inf"), "found": [1.0, float("nan")]}
