@@ -7,7 +7,7 @@ LoRA                         LORA                            ``lora_A.weight`` [
 prefix tuning, all layers    PREFIX_TUNING                   one ``prompt_embeddings`` [M, layers * 2 * K * H]
 NTK-Attention                NTK_ATTENTION                   ``z`` [N, R, H] (or ``z_left``, ``z_right``), ``k`` [N, R];
                                                              the arrays of a map that owns some: ``points`` [K, R, H];
-                                                         ``<name>.scale``, float32 [..., 1], of those in int8
+                                                             ``<name>.scale``, float32 [..., 1], of those in int8
 Prefix-Tuning+               PREFIX_TUNING_PLUS              as above, without ``k``
 prefix propagation           PREFIX_PROPAGATION              ``leading.rows`` [layers, j, D]; ``alpha`` [N] of kernels
 head, bitfit, full           HEAD, BITFIT, FULL              the model's own names
