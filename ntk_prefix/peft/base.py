@@ -203,11 +203,13 @@ class Adapter(nnx.Module):
         file_names: attribute -> what it is called in a file, where that is something else.
         transposed: attributes stored [out, in].
         optional: attributes that a file may leave at their start.
+        uneven: whether heads may be of different length, so that a file leaves out what fills them up.
     """
 
     file_names: ClassVar[Mapping[str, str]] = {}
     transposed: ClassVar[frozenset[str]] = frozenset()
     optional: tuple[str, ...] = ()
+    uneven: bool = False
 
     def file_values(self) -> dict[str, Array]:
         """Return the weights by attribute, in the meaning that a file has."""

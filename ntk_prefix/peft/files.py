@@ -7,7 +7,8 @@ LoRA                         LORA                            ``lora_A.weight`` [
 prefix tuning, all layers    PREFIX_TUNING                   one ``prompt_embeddings`` [M, layers * 2 * K * H]
 NTK-Attention                NTK_ATTENTION                   ``z`` [N, R, H] (or ``z_left``, ``z_right``), ``k`` [N, R];
                                                              the arrays of a map that owns some: ``points`` [K, R, H];
-                                                             ``<name>.scale``, float32 [..., 1], of those in int8
+                                                             ``<name>.scale``, float32 [..., 1], of those in int8;
+                                                             ``<name>.rows``, int32 [K], of heads of different length
 Prefix-Tuning+               PREFIX_TUNING_PLUS              as above, without ``k``
 prefix propagation           PREFIX_PROPAGATION              ``leading.rows`` [layers, j, D]; ``alpha`` [N] of kernels
 head, bitfit, full           HEAD, BITFIT, FULL              the model's own names
@@ -46,6 +47,7 @@ from ntk_prefix.artifacts import read_json, write_whole
 from ntk_prefix.checks import NonFiniteError, UsageError, expected
 from ntk_prefix.peft.base import Adapter, AdapterConfig, AdapterParam, Host, dotted, without_hosts
 from ntk_prefix.peft.file_dtypes import check_kinds, checked, packed, unpacked
+from ntk_prefix.peft.file_rows import ROWS, lengthened, shortened
 from ntk_prefix.peft.hugging_face import CONFIG, Names, from_fields, to_fields
 from ntk_prefix.peft.inject import active_adapter, apply, configs
 from ntk_prefix.peft.names import Fields
@@ -153,7 +155,11 @@ def save_pretrained(
         fields["modules_to_save"] = list(dict.fromkeys(parent if m.startswith(f"{parent}.") else m for m in saved))
         frozen = {key: value for key, value in own_weights(model, names).items() if key.startswith(names.heads)}
         stored = {names.key(key): value for key, value in frozen.items()} | stored
-    held = {part: array for key, value in stored.items() for part, array in packed(key, value, dtype).items()}
+    uneven = {names.key(slot.key) for slot in slots if slot.uneven}
+    held: dict[str, np.ndarray] = {}
+    for key, array in stored.items():
+        parts = shortened(key, array) if key in uneven else {key: np.asarray(array)}
+        held |= packed(key, parts.pop(key), dtype) | parts
     _write(Path(directory), fields, held)
 
 
@@ -222,6 +228,8 @@ class _Slot(NamedTuple):
     turned: bool
     non_negative: bool
     optional: bool
+    uneven: bool = False
+    """Whether its heads may be of different length, see :mod:`ntk_prefix.peft.file_rows`."""
 
 
 def _slots(model: Any, name: str, names: Names) -> Iterator[_Slot]:
@@ -241,7 +249,8 @@ def _slots(model: Any, name: str, names: Names) -> Iterator[_Slot]:
                 )
                 marked = bool(vars(adapter)[attribute].get_metadata().get("non_negative"))
                 value = _turned(value) if turned else value
-                yield _Slot(key, adapter, attribute, value, turned, marked, attribute in adapter.optional)
+                optional = attribute in adapter.optional
+                yield _Slot(key, adapter, attribute, value, turned, marked, optional, adapter.uneven)
         elif in_place and "adapters" not in path:
             yield from _own_weights(module, place, names, AdapterParam)
 
@@ -421,11 +430,12 @@ def _read_tensors(file: Path) -> tuple[dict[str, np.ndarray], str | None]:
             config_hash = (content.metadata() or {}).get(CONFIG_HASH)
             slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
             kinds = {key: each.get_dtype() for key, each in slices.items()}
-            check_kinds(str(file), kinds, {key: each.get_shape() for key, each in slices.items()})
+            numbers = {key: kind for key, kind in kinds.items() if not (key.endswith(ROWS) and kind == "I32")}
+            check_kinds(str(file), numbers, {key: each.get_shape() for key, each in slices.items()})
             tensors = {key: content.get_tensor(key) for key in slices}
     except (SafetensorError, OSError) as error:
         raise expected(str(file), "safetensors", f"a file that is broken: {error}") from None
-    tensors = unpacked(tensors)
+    tensors = lengthened(str(file), unpacked(tensors))
     for key, value in tensors.items():
         with np.errstate(over="ignore"):
             narrow = value.astype(np.float32)

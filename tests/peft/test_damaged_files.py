@@ -21,6 +21,7 @@ from ntk_prefix.peft import files
 from ntk_prefix.peft.patterns import matching
 from tests import fuzz
 from tests.peft.cases import put
+from tests.peft.test_file_rows import uneven
 from tests.peft.test_files import HUGGING_FACE_LORA, QUERY, lora_tensors, query_and_value, read, write
 from tests.peft.tiny import tiny
 
@@ -44,11 +45,11 @@ MODEL = tiny(head=False)
 
 def saved(method: str, folder: Path) -> Path:
     if not folder.exists():
-        model = put(tiny(head=False), method) if method != "huggingface" else MODEL
         if method == "huggingface":
             write(folder, HUGGING_FACE_LORA, lora_tensors(query_and_value()))
         else:
-            peft.save_pretrained(model, folder)
+            bare = tiny(head=False)
+            peft.save_pretrained(uneven(bare) if method == "uneven" else put(bare, method), folder)
         peft.load_adapter(nnx.clone(MODEL), folder)  # good as it is; and what is compiled once is not timed
     return folder
 
@@ -57,7 +58,7 @@ def saved(method: str, folder: Path) -> Path:
     ("file", "methods"),
     [
         ("adapter_config.json", ("huggingface", "ntk", "shifting prefix")),
-        ("adapter_model.safetensors", ("lora", "ntk")),
+        ("adapter_model.safetensors", ("lora", "ntk", "uneven")),
     ],
 )
 @fuzz.fuzzed

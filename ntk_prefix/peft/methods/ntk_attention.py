@@ -252,6 +252,7 @@ class State(Adapter):
         """Keep a map: its arrays as variables, by their place in it, and its settings."""
         leaves, self._settings = jax.tree.flatten(phi)
         self._arrays = array_names(phi)
+        self.uneven = bool(self._arrays)
         for name, leaf in zip(self._arrays, leaves, strict=True):
             setattr(self, name, kind(leaf))
 
