@@ -38,6 +38,7 @@ __all__ = [
     "batch_sharding",
     "by_compiler",
     "check_divides",
+    "check_placed",
     "constrain",
     "constrain_weights",
     "current_mesh",
@@ -234,6 +235,26 @@ Value = TypeVar("Value")
 Parameters = ParamSpec("Parameters")
 
 
+def _explicit_mesh(array: Any) -> AbstractMesh | None:
+    """Return the mesh of explicit axes that an array lies on, None if there is none."""
+    if not isinstance(array, jax.Array):
+        return None
+    mesh = jax.typeof(array).sharding.mesh
+    return mesh if AxisType.Explicit in mesh.axis_types else None
+
+
+def check_placed(name: str, array: Any) -> None:
+    """Refuse an array that is divided over explicit axes, which each operation of a model would have to name.
+
+    Raises:
+        UsageError: naming the argument, and what makes a mesh that the compiler divides arrays over.
+    """
+    mesh = _explicit_mesh(array)
+    if mesh is not None and any(jax.typeof(array).sharding.spec):
+        advice = f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}) makes some"
+        raise expected(name, "an array on a mesh of automatic axes", f"explicit axes {mesh.axis_names}", advice)
+
+
 def by_compiler(*axes: int) -> Callable[[Callable[Parameters, Value]], Callable[Parameters, Value]]:
     """Let the compiler place what stands between the arrays of a mesh of explicit axes and the results.
 
@@ -249,8 +270,7 @@ def by_compiler(*axes: int) -> Callable[[Callable[Parameters, Value]], Callable[
         def placed(*arguments: Parameters.args, **options: Parameters.kwargs) -> Value:
             leaves, structure = jax.tree.flatten((arguments, options))
             arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
-            meshes = [jax.typeof(leaf).sharding.mesh for leaf in arrays.values()]
-            explicit = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+            explicit = next(filter(None, map(_explicit_mesh, arrays.values())), None)
             if explicit is None:
                 return attention(*arguments, **options)
 

@@ -1,5 +1,7 @@
 """Where arrays lie on a mesh: by the names of their axes, and by nothing else."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,3 +239,24 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_by_its_sizes() -> None
         check_divides(models.LlamaConfig(**{**sizes, "intermediate_size": 9}), tensor=2)
     with pytest.raises(ValueError, match="--fsdp: expected a divisor of the model's 16 features, got 3"):
         check_divides(llama, fsdp=3)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_models_refuse_texts_on_explicit_axes_and_say_what_makes_others(within: bool) -> None:
+    explicit = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    automatic = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    config = models.LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=8,
+    )
+    model = models.Llama(config, rngs=nnx.Rngs(0))
+    ids = jnp.arange(8).reshape(2, 4)
+    there, here = (jax.device_put(ids, jax.NamedSharding(on, P("data"))) for on in (explicit, automatic))
+    within_mesh = jax.set_mesh(explicit) if within else contextlib.nullcontext()
+    with within_mesh, pytest.raises(UsageError, match=r"input_ids: expected .* automatic axes, .*AxisType\.Auto"):
+        model(there)
+    np.testing.assert_allclose(model(here).logits, model(ids).logits, atol=1e-6)

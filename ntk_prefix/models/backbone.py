@@ -30,7 +30,7 @@ from ntk_prefix.models.rotary import Rope, Rotary
 from ntk_prefix.models.run import REMAT_POLICIES, Runnable, RunOptions
 from ntk_prefix.models.scan import scan
 from ntk_prefix.precision import accumulation_dtype
-from ntk_prefix.sharding import constrain, current_mesh, row_axes, row_shares, spec
+from ntk_prefix.sharding import check_placed, constrain, current_mesh, row_axes, row_shares, spec
 from ntk_prefix.typing import Array, Bool, Float, Int
 
 __all__ = [
@@ -323,6 +323,7 @@ def check_ids(name: str, ids: Any, count: int, of: str, hint: str = "") -> None:
         UsageError: naming the argument; no token, or no row, too.
     """
     check_is_array(name, ids)
+    check_placed(name, ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise expected(name, "integers [B, T]", f"{ids.dtype} {ids.shape}")
     if 0 in ids.shape:

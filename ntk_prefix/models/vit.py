@@ -36,6 +36,7 @@ from ntk_prefix.models.elementwise import layer_norm
 from ntk_prefix.models.formats import Checkpoint
 from ntk_prefix.models.formats.checkpoint import average, cut
 from ntk_prefix.precision import accumulation_dtype
+from ntk_prefix.sharding import check_placed
 from ntk_prefix.typing import Array, Float
 
 __all__ = ["Vit", "VitConfig", "bicubic_matrix"]
@@ -147,6 +148,7 @@ class VitEmbeddings(nnx.Module):
     def __call__(self, pixel_values: Float[Array, "B height width channels"]) -> Float[Array, "B T D"]:
         """Return the layers' input."""
         check_is_array("pixel_values", pixel_values)
+        check_placed("pixel_values", pixel_values)
         batch, height, width, channels = shape = pixel_values.shape if pixel_values.ndim == 4 else (0,) * 4
         size = self.patch_size
         if 0 in shape or height % size or width % size or channels != self.num_channels:
