@@ -14,7 +14,16 @@ from typing import Any
 import jax
 
 KNOWN = jax.__version__ == "0.10.2"  # XLA ends a process at a flag it does not know
-FLAGS = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"] if KNOWN else []
+FLAGS = (
+    [
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # eight devices are eight threads of two busy cores: XLA ends the process where one waits 40 s for the others
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    ]
+    if KNOWN
+    else []
+)
 XLA_FLAGS = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *FLAGS])
 
 
