@@ -20,6 +20,16 @@ from ntk_prefix.prefix_state import PrefixState
 from ntk_prefix.sharding import axis_names, check_divides, constrain, weight_sharding
 from ntk_prefix.training import Trainer, half_squared_error
 
+SIZES: dict[str, int] = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+}
+"""Of a small Llama."""
+
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     devices = np.array(jax.devices()[: data * fsdp * tensor])
@@ -221,22 +231,14 @@ def test_sums_inside_a_shard_map_that_checks_what_varies() -> None:
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused_by_its_sizes() -> None:
-    sizes = {
-        "vocab_size": 31,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "intermediate_size": 24,
-    }
-    llama = models.LlamaConfig(**sizes)
+    llama = models.LlamaConfig(**SIZES)
     check_divides(llama, fsdp=4, tensor=2)  # a vocabulary stays whole
     with pytest.raises(ValueError, match="--tensor: expected a divisor of the model's 8 query heads, got 3"):
         check_divides(llama, tensor=3)
     with pytest.raises(ValueError, match="--tensor: expected a divisor of the model's 2 key-value heads, got 4"):
         check_divides(llama, tensor=4)
     with pytest.raises(ValueError, match="--tensor: expected a divisor of the model's 9 MLP features, got 2"):
-        check_divides(models.LlamaConfig(**{**sizes, "intermediate_size": 9}), tensor=2)
+        check_divides(models.LlamaConfig(**{**SIZES, "intermediate_size": 9}), tensor=2)
     with pytest.raises(ValueError, match="--fsdp: expected a divisor of the model's 16 features, got 3"):
         check_divides(llama, fsdp=3)
 
@@ -245,15 +247,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_by_its_sizes() -> None
 def test_models_refuse_texts_on_explicit_axes_and_say_what_makes_others(within: bool) -> None:
     explicit = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     automatic = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
-    config = models.LlamaConfig(
-        vocab_size=8,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=8,
-    )
-    model = models.Llama(config, rngs=nnx.Rngs(0))
+    model = models.Llama(models.LlamaConfig(**SIZES), rngs=nnx.Rngs(0))
     ids = jnp.arange(8).reshape(2, 4)
     there, here = (jax.device_put(ids, jax.NamedSharding(on, P("data"))) for on in (explicit, automatic))
     within_mesh = jax.set_mesh(explicit) if within else contextlib.nullcontext()

@@ -2,8 +2,8 @@
 
 A compressed prompt has few anchors in one head and many in another, and a layer's arrays have as many rows for each head as
 the largest needs: behind its own ones a head repeats its last row, of mass 0. In the file an array [J, R, ...] of such heads
-is [1, R_1 + ... + R_J, ...], each head's rows up to the first that is repeated until its end, beside ``<name>.rows``, int32
-[J], the R_j. The largest is R. An array that has no such rows is written as it is.
+is [1, R_1 + ... + R_J, ...], each head's rows up to the first that is repeated until its end, beside ``<name>.lengths``, int32
+[J], the R_j. The largest is R. An array that has no such rows, or next to nothing else, is written as it is.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ntk_prefix.typing import Array
 
 __all__ = ["ROWS", "lengthened", "shortened"]
 
-ROWS = ".rows"
+ROWS = ".lengths"
 """What stands behind the name of a shortened array in that of its heads' numbers of rows."""
 
 MOST = 128
-"""How many times an array may grow as it is read: a damaged file must not ask for all memory there is."""
+"""How many times an array may grow as it is read, and so shrink before: a damaged file must not ask for all memory there is."""
 
 
 def shortened(name: str, value: Array | np.ndarray) -> dict[str, np.ndarray]:
@@ -35,7 +35,7 @@ def shortened(name: str, value: Array | np.ndarray) -> dict[str, np.ndarray]:
     counts = array.shape[1] - np.argmax(differ[:, ::-1], axis=1) + 1
     counts = np.where(differ.any(axis=1), counts, 1).astype(np.int32)
     counts[np.argmax(counts)] = array.shape[1]
-    if counts.sum() == array.shape[0] * array.shape[1]:
+    if not 1 < array.shape[0] * array.shape[1] / counts.sum() <= MOST:
         return {name: array}
     own = np.concatenate([head[:count] for head, count in zip(array, counts, strict=True)])
     return {name: own[None], f"{name}{ROWS}": counts}

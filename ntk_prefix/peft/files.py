@@ -8,7 +8,7 @@ prefix tuning, all layers    PREFIX_TUNING                   one ``prompt_embedd
 NTK-Attention                NTK_ATTENTION                   ``z`` [N, R, H] (or ``z_left``, ``z_right``), ``k`` [N, R];
                                                              the arrays of a map that owns some: ``points`` [K, R, H];
                                                              ``<name>.scale``, float32 [..., 1], of those in int8;
-                                                             ``<name>.rows``, int32 [K], of heads of different length
+                                                             ``<name>.lengths``, int32 [K], of heads that differ in it
 Prefix-Tuning+               PREFIX_TUNING_PLUS              as above, without ``k``
 prefix propagation           PREFIX_PROPAGATION              ``leading.rows`` [layers, j, D]; ``alpha`` [N] of kernels
 head, bitfit, full           HEAD, BITFIT, FULL              the model's own names

@@ -71,11 +71,11 @@ def test_every_array_comes_back(array):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows + 1, "rows: expected numbers of rows that sum up to"),
-        (lambda rows: rows[:1], "rows: expected numbers of rows that sum up to"),
-        (lambda rows: rows - rows, "rows: expected numbers above 0, one for each head"),
-        (lambda rows: rows[:0], "rows: expected numbers above 0, one for each head"),
-        (lambda rows: rows[None], "rows: expected numbers above 0, one for each head"),
+        (lambda rows: rows + 1, "lengths: expected numbers of rows that sum up to"),
+        (lambda rows: rows[:1], "lengths: expected numbers of rows that sum up to"),
+        (lambda rows: rows - rows, "lengths: expected numbers above 0, one for each head"),
+        (lambda rows: rows[:0], "lengths: expected numbers above 0, one for each head"),
+        (lambda rows: rows[None], "lengths: expected numbers above 0, one for each head"),
         (lambda rows: rows.astype(np.int64), "expected floating point weights"),
     ],
 )
@@ -95,13 +95,20 @@ def test_a_file_that_would_grow_beyond_measure_is_refused():
     heads = 2 * MOST
     counts = np.array([heads, *[1] * (heads - 1)], np.int32)
     with pytest.raises(
-        ValueError, match=r"file: z\.rows: expected heads of 128 times 511 rows in all at most, got 256 of 256"
+        ValueError, match=r"file: z\.lengths: expected heads of 128 times 511 rows in all at most, got 256 of 256"
     ):
-        lengthened("file", {"z": np.zeros((1, counts.sum(), 1), np.float32), "z.rows": counts})
+        lengthened("file", {"z": np.zeros((1, counts.sum(), 1), np.float32), "z.lengths": counts})
+
+
+@pytest.mark.parametrize("side", [MOST, 2 * MOST, 3 * MOST])
+def test_what_is_written_can_be_read_also_where_nearly_all_of_it_repeats(side):
+    """As of a state that was never trained: zeros, in many heads of many features."""
+    array = np.zeros((side, side), np.float32)
+    np.testing.assert_array_equal(lengthened("file", shortened("z", array))["z"], array)
 
 
 def test_rows_of_no_array_are_refused():
     with pytest.raises(
-        ValueError, match=r"file: z\.rows: expected numbers above 0, one for each head of an array beside it"
+        ValueError, match=r"file: z\.lengths: expected numbers above 0, one for each head of an array beside it"
     ):
-        lengthened("file", {"z.rows": np.ones(2, np.int32)})
+        lengthened("file", {"z.lengths": np.ones(2, np.int32)})

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -88,15 +87,12 @@ def test_the_adapter_is_nearly_the_prompt_and_loads_elsewhere(place: Path, tmp_p
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_an_adapter_in_fewer_bytes_is_the_one_that_the_report_is_about(place: Path, tmp_path: Path, dtype: Any) -> None:
-    given, reports = options(place, steps=0, out=tmp_path / "wide"), {}
+    given, reports = options(place, budget=10, steps=0, out=tmp_path / "wide"), {}
     for each in (given, dataclasses.replace(given, out=tmp_path / "narrow", dtype=dtype)):
         main(each, Console(quiet=True))
         reports[each.dtype] = json.loads((each.out / "report.json").read_text())
     wide, narrow = reports["float32"], reports[dtype]
-    files = {name: load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("wide", "narrow")}
-    numbers = {name: sum(x.nbytes for x in arrays.values()) for name, arrays in files.items()}
-    assert numbers["narrow"] < 0.6 * numbers["wide"]
-    assert narrow["adapter_bytes"] < wide["adapter_bytes"]  # names and shapes are most of so small a file
+    assert narrow["adapter_bytes"] < 0.75 * wide["adapter_bytes"]  # names and shapes take the same room
     model = from_pretrained(place / "model", task="causal-lm")
     prefix = prefixed_model.read_prompt(model, jnp.asarray(ids_of((place / "prompt.txt").read_text()), jnp.int32))
     lines = (place / "texts.txt").read_text().split("\n")[:-2]
