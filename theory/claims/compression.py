@@ -432,6 +432,7 @@ def _draw(evidence: Evidence, control: Evidence) -> Figure:
         states.annotate(f"{lost:.0e}", (rank, rank - 0.75), fontsize=7, color=gray, ha="center")
     states.plot([], [], "s", color=gray, label="what one fewer loses of Z, at least (control)")
     figures.label(states, title=f"Trained elu1 states, H = {HEAD_DIM}", x="rank of Z", y="tokens")
+    states.set_xlim(0.4, HEAD_DIM + 0.6)  # room for the first number
     states.set_ylim(0, HEAD_DIM + 0.5)
     return figure
 

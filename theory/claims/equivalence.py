@@ -453,6 +453,7 @@ CLAIM = Claim(
     draw=_draw,
     caption="Left and middle: error of gradient descent on the values of an infinite prefix and on states of R anchors. Right: "
     "largest distance between the two runs over 1,000 steps (median of 3 draws), with the bound on it, for the digits (blue) "
-    "and the head of MiniLM (purple); the controls stand beside the largest R.",
+    "and the head of MiniLM (purple), dashed where keys are trained too; the controls stand beside the largest R, where the "
+    "distance has to be below the dotted line.",
     drawn=True,
 )
